@@ -1,0 +1,72 @@
+# Everything a fresh machine needs is Python 3.11 or newer and make.
+#
+#   make demo   install into .venv, train on real data, load the model in another process
+#   make test   install what tests need, run all of them
+#   make help   the rest
+#
+# The stamp files under .venv make a second run quick: pip runs again only when pyproject.toml or
+# constraints.txt changed. Another interpreter: `make PYTHON=python3.12 test` (after `make clean`).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test soak lint format docs clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+
+install: $(VENV)/.stamp-demo ## what the demo needs, into .venv
+
+demo: $(VENV)/.stamp-demo ## train on digits in a MongoDB, load the model in another process
+	@$(BIN)/mongotorch demo $(ARGS)
+
+test: $(VENV)/.stamp-dev ## all tests, on mongomock and on a real mongod (more options: ARGS='-k query')
+	@$(BIN)/python -m pytest $(ARGS) -m "not soak"
+
+soak: $(VENV)/.stamp-dev ## the long runs that `make test` leaves out
+	@$(BIN)/python -m pytest $(ARGS) -m soak
+
+lint: $(VENV)/.stamp-dev ## ruff, mypy --strict, the layer law
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --config .importlinter
+
+format: $(VENV)/.stamp-dev ## let ruff rewrite what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+docs: $(VENV)/.stamp-dev ## write docs/reference again from the docstrings
+	@$(BIN)/python docs/make_reference.py
+
+clean: ## remove .venv and every cache (not .mongotorch, which holds data)
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find plugin tests docs -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "mongotorch needs Python 3.11 or newer; '$(PYTHON)' is not. Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "'$(PYTHON) -m venv' failed. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+
+# torch first and alone: the wheel is large, and its absence is the one failure that needs words.
+$(VENV)/.stamp-torch: constraints.txt | $(BIN)/python
+	@$(PIP) install --quiet '$(TORCH)' -c constraints.txt || { \
+	  echo "pip could not install $(TORCH), the version that constraints.txt pins (its own message is above)." >&2; \
+	  echo "Either no configured index has a wheel of it for this Python and platform, or there is no network." >&2; \
+	  echo "Another index: PIP_EXTRA_INDEX_URL=... make demo; another version: edit the torch line of constraints.txt." >&2; \
+	  exit 1; }
+	@touch $@
+
+$(VENV)/.stamp-demo: pyproject.toml constraints.txt $(VENV)/.stamp-torch
+	@$(PIP) install --quiet -e '.[server,demo]' -c constraints.txt
+	@touch $@
+
+$(VENV)/.stamp-dev: pyproject.toml constraints.txt $(VENV)/.stamp-torch
+	@$(PIP) install --quiet -e '.[server,demo,dev]' -c constraints.txt
+	@touch $@ $(VENV)/.stamp-demo

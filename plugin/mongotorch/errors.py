@@ -1,0 +1,196 @@
+"""Every error that mongotorch raises on purpose, in one tree, with one root.
+
+    MongotorchError
+    ├── SettingError                a setting, URI or option that cannot be used
+    │   └── UnsupportedError        the store or platform lacks what was asked
+    ├── ServerUnavailableError      the database cannot be reached
+    │   └── EmbeddedServerError     the private mongod does not start or is missing
+    ├── ParameterError              an argument of a component, refused at construction
+    │   ├── IdentifierError
+    │   ├── OptimizerError
+    │   ├── SignatureError
+    │   └── LoaderOptionError
+    ├── QueryError                  a query that cannot be run or stored
+    ├── DataError                   documents that cannot be trained on
+    │   ├── EmptySelectError
+    │   ├── EmptyFoldError
+    │   ├── FoldMissingError        documents without `_fold`
+    │   ├── FieldMissingError       a key that a document lacks
+    │   └── ShapeError              shapes or types that differ between documents
+    ├── TrainingError               a run that cannot go on
+    │   └── NonFiniteLossError
+    ├── CodecError                  a value that cannot be stored or read back
+    │   ├── UnsafeClosureError      a pickle would carry a client, and its password
+    │   └── PythonVersionError      bytecode of another Python minor version
+    ├── StoreError                  what the database holds, or refuses to
+    │   ├── NotFoundError
+    │   ├── ConflictError           a uuid or version that is taken
+    │   ├── InUseError              something else needs what should be removed
+    │   └── IntegrityError          bytes that are not what was stored
+    └── JobError                    a run that did not end in success
+        ├── JobFailedError          found from elsewhere: the run raised
+        ├── JobCancelledError
+        └── JobTimeoutError         `result(timeout)` ran out; the run goes on
+
+Always: the message says what failed and what to do; `document_id`, `field` and `setting` say where; the
+driver's own error stays as `__cause__`; no message holds a password.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class MongotorchError(Exception):
+    """The root of the tree.
+
+    Args:
+        message: What failed and what to do about it, for a person.
+        document_id: The `_id` of the document concerned, if there is one.
+        field: The field (dotted path) or parameter concerned.
+        setting: The setting concerned.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        document_id: Any = None,
+        field: str | None = None,
+        setting: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.document_id = document_id
+        self.field = field
+        self.setting = setting
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The default drops keyword arguments, and these errors cross from worker processes.
+        return _rebuild, (type(self), self.message, self.document_id, self.field, self.setting)
+
+
+def _rebuild(
+    cls: type[MongotorchError], message: str, document_id: Any, field: str | None, setting: str | None
+) -> MongotorchError:
+    return cls(message, document_id=document_id, field=field, setting=setting)
+
+
+class SettingError(MongotorchError):
+    """A setting, URI or option that cannot be used."""
+
+
+class UnsupportedError(SettingError):
+    """The store or the platform lacks what was asked for."""
+
+
+class ServerUnavailableError(MongotorchError):
+    """The database cannot be reached."""
+
+
+class EmbeddedServerError(ServerUnavailableError):
+    """The private mongod is missing or does not start."""
+
+
+class ParameterError(MongotorchError):
+    """An argument of a component, refused at construction."""
+
+
+class IdentifierError(ParameterError):
+    """An identifier outside `[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}`."""
+
+
+class OptimizerError(ParameterError):
+    """An optimizer that does not exist or refuses its arguments."""
+
+
+class SignatureError(ParameterError):
+    """A signature that does not exist, or does not fit the sample or the model."""
+
+
+class LoaderOptionError(ParameterError):
+    """A `loader_kwargs` name that a DataLoader does not know, or that means nothing here."""
+
+
+class QueryError(MongotorchError):
+    """A query that cannot be run or stored."""
+
+
+class DataError(MongotorchError):
+    """Documents that cannot be trained on."""
+
+
+class EmptySelectError(DataError):
+    """The select matches no document."""
+
+
+class EmptyFoldError(DataError):
+    """The select matches documents, but none in the fold that is needed."""
+
+
+class FoldMissingError(DataError):
+    """Documents without a `_fold`: they were not inserted through the datalayer."""
+
+
+class FieldMissingError(DataError):
+    """A field of `key` that a document lacks."""
+
+
+class ShapeError(DataError):
+    """Shapes or types that differ between the documents of a batch."""
+
+
+class TrainingError(MongotorchError):
+    """A run that cannot go on."""
+
+
+class NonFiniteLossError(TrainingError):
+    """The objective is NaN or infinite."""
+
+
+class CodecError(MongotorchError):
+    """A value that cannot be stored or read back."""
+
+
+class UnsafeClosureError(CodecError):
+    """A pickle would carry a database client, and with it the password."""
+
+
+class PythonVersionError(CodecError):
+    """A pickle holds bytecode of another Python minor version."""
+
+
+class StoreError(MongotorchError):
+    """What the database holds, or refuses to."""
+
+
+class NotFoundError(StoreError):
+    """Nothing is stored under this name, version or uuid."""
+
+
+class ConflictError(StoreError):
+    """A uuid or a version that is taken by something else."""
+
+
+class InUseError(StoreError):
+    """Something else needs what should be removed."""
+
+
+class IntegrityError(StoreError):
+    """Stored bytes that are not what was stored."""
+
+
+class JobError(MongotorchError):
+    """A run that did not end in success."""
+
+
+class JobFailedError(JobError):
+    """The run raised; seen from a process that does not hold the error itself."""
+
+
+class JobCancelledError(JobError):
+    """The run was cancelled."""
+
+
+class JobTimeoutError(JobError):
+    """`result(timeout)` ran out of time; the run itself goes on."""

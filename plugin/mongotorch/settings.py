@@ -1,0 +1,57 @@
+"""What can be set from outside, read from the environment when asked and never at import.
+
+Always: `Settings()` is a frozen value; each field is `MONGOTORCH_` + its name in capitals; what is given in
+code wins over the environment; the URI never shows its password in `repr`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from mongotorch.errors import SettingError
+
+
+class Settings(BaseSettings):
+    """The settings of one datalayer.
+
+    Attributes:
+        uri: Where the data lives; None is the embedded default.
+        embedded_path: Folder of the embedded server that serves when there is no URI.
+        cache_dir: Folder for the memory-mapped columns of `download=True`.
+        compute: The compute engine: `local` runs in the calling process.
+        prefetch_bytes: Most bytes a stream may hold ready, in bytes.
+        valid_fraction: Share of inserted documents that go to the `valid` fold.
+        server_timeout_s: How long to look for a server before giving up, in seconds.
+        read_deadline_s: How long a broken read is tried again before giving up, in seconds.
+        progress: Show progress bars; None shows them on a terminal only.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="MONGOTORCH_", frozen=True, extra="forbid")
+
+    uri: str | None = Field(default=None, repr=False)
+    embedded_path: Path = Path(".mongotorch/db")
+    cache_dir: Path = Path(".mongotorch/cache")
+    compute: Literal["local"] = "local"
+    prefetch_bytes: int = Field(default=256 * 2**20, gt=0)
+    valid_fraction: float = Field(default=0.05, ge=0.0, le=1.0)
+    server_timeout_s: float = Field(default=10.0, gt=0)
+    read_deadline_s: float = Field(default=60.0, gt=0)
+    progress: bool | None = None
+
+
+def read_settings(**given: Any) -> Settings:
+    """The settings: what is given, then the environment, then the defaults.
+
+    Raises:
+        SettingError: A name that does not exist, or a value that cannot be used; `setting` names it.
+    """
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise SettingError(f"setting {name!r}: {first['msg']}", setting=name) from None
