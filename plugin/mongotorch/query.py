@@ -69,17 +69,11 @@ class Query:
             QueryError: Something in it that BSON cannot hold.
         """
         if isinstance(projection, str):
-            raise QueryError(
-                f"projection is the text {projection!r}; give a list of names", field="projection"
-            )
+            raise QueryError(f"projection is the text {projection!r}; give a list of names", field="projection")
         fields = (
-            projection
-            if projection is None or isinstance(projection, Mapping)
-            else dict.fromkeys(projection, 1)
+            projection if projection is None or isinstance(projection, Mapping) else dict.fromkeys(projection, 1)
         )
-        return cls(
-            collection=_name(collection), body=_pack({"filter": dict(filter or {}), "projection": fields})
-        )
+        return cls(collection=_name(collection), body=_pack({"filter": dict(filter or {}), "projection": fields}))
 
     @classmethod
     def aggregate(cls, collection: str, pipeline: Sequence[Mapping[str, Any]]) -> Self:
@@ -95,9 +89,7 @@ class Query:
         stages = [dict(stage) for stage in pipeline]
         for stage in stages:
             if len(stage) != 1 or not next(iter(stage)).startswith("$"):
-                raise QueryError(
-                    f"a pipeline stage is one '$...' operator, not {sorted(stage)}", field="pipeline"
-                )
+                raise QueryError(f"a pipeline stage is one '$...' operator, not {sorted(stage)}", field="pipeline")
             if {"$out", "$merge"} & set(stage):
                 raise QueryError(f"a query only reads; leave {next(iter(stage))} out", field="pipeline")
         return cls(collection=_name(collection), body=_pack({"filter": {}, "pipeline": stages}))

@@ -1,0 +1,47 @@
+"""What a codec is: from a value to a plain BSON record, with its bytes as blobs beside it, and back.
+
+Always: a record says which codec reads it (`_codec`); bytes that are not plain go through `put` and come back,
+verified, through `get`; a codec neither knows where blobs live nor opens anything.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+Put = Callable[["bytes | memoryview"], str]
+"""Stores a blob and returns its SHA-256 in hex."""
+Get = Callable[[str], bytes]
+"""From a SHA-256 in hex to the blob's bytes, verified."""
+
+
+class Codec(abc.ABC):
+    """One way to store a value. A new one is a class and an entry point in `mongotorch.codecs`."""
+
+    name: ClassVar[str]
+
+    @abc.abstractmethod
+    def handles(self, value: Any) -> bool:
+        """Whether this codec is the default choice for a value."""
+
+    @abc.abstractmethod
+    def encode(self, value: Any, put: Put, *, where: str) -> dict[str, Any]:
+        """The record of a value, without `_codec`.
+
+        Args:
+            value: What to store.
+            put: Takes the bytes that go beside the record.
+            where: Name of the value, for the path in an error.
+
+        Raises:
+            CodecError: The value cannot be stored; nothing was put.
+        """
+
+    @abc.abstractmethod
+    def decode(self, record: Mapping[str, Any], get: Get) -> Any:
+        """The value of a record.
+
+        Raises:
+            CodecError: The record cannot be read here.
+        """

@@ -1,0 +1,143 @@
+"""dill, with its edges filed off: for what has no name, such as lambdas, closures and classes of `__main__`.
+
+Always: a function carries only the globals that it refers to; a database client is refused, its path named,
+before a byte is handed on; a pickle that holds bytecode records the Python minor version, and another version
+refuses it before reading it, since foreign bytecode can crash the interpreter.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, final
+
+import dill
+
+from mongotorch.codecs.base import Codec, Get, Put
+from mongotorch.codecs.guard import is_unsafe, path_to_unsafe
+from mongotorch.errors import CodecError, PythonVersionError, UnsafeClosureError
+
+# What dill writes for a code object; a text that happens to say the same only pins the version needlessly.
+_BYTECODE_MARK = b"_create_code"
+
+
+class Pickled(NamedTuple):
+    """A pickle, and the Python minor version (`3.11`) if it holds bytecode of it."""
+
+    data: bytes
+    python: str | None
+
+
+def running_python() -> str:
+    """The minor version that runs, as `3.11`."""
+    return f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def dumps(value: Any, *, where: str, external: Callable[[Any], Any] | None = None) -> Pickled:
+    """Pickle a value.
+
+    Args:
+        value: What to pickle.
+        where: Its name, where the path in an error starts.
+        external: For each object inside: what stands for it (kept outside the pickle), or None to pickle it.
+
+    Raises:
+        UnsafeClosureError: It holds a database client or a datalayer; `field` is the path to it.
+        CodecError: It cannot be pickled.
+    """
+    buffer = io.BytesIO()
+    try:
+        _Pickler(buffer, external).dump(value)
+    except _UnsafeObjectError as refused:
+        path = path_to_unsafe(value, where) or where
+        raise UnsafeClosureError(
+            f"{path} is a {refused.kind}: storing it would write the connection, and its password, into the "
+            "database; pass what it reads as a value, or open it inside the function",
+            field=path,
+        ) from None
+    except CodecError:
+        raise
+    except Exception as error:  # a pickled object's own code can raise anything
+        raise CodecError(f"{where} cannot be pickled: {type(error).__name__}: {error}", field=where) from error
+    data = buffer.getvalue()
+    return Pickled(data, running_python() if _BYTECODE_MARK in data else None)
+
+
+def check_python(python: str | None) -> None:
+    """Refuse bytecode of another Python minor version. Raises: PythonVersionError."""
+    if python is not None and python != running_python():
+        raise PythonVersionError(
+            f"stored under Python {python} with bytecode in it, and this is Python {running_python()}; load it "
+            f"with Python {python}, or store it again from functions that can be imported by name"
+        )
+
+
+def loads(data: bytes, *, python: str | None, external: Callable[[Any], Any] | None = None) -> Any:
+    """Unpickle verified bytes.
+
+    Args:
+        data: The pickle.
+        python: The minor version that was recorded with it.
+        external: From what stands for an object to the object.
+
+    Raises:
+        PythonVersionError: It holds bytecode of another minor version; nothing was unpickled.
+        CodecError: It cannot be unpickled here.
+    """
+    check_python(python)
+    try:
+        return _Unpickler(io.BytesIO(data), external).load()
+    except Exception as error:  # unpickling runs foreign code, which can raise anything
+        raise CodecError(f"cannot be unpickled here: {type(error).__name__}: {error}") from error
+
+
+@final
+class DillCodec(Codec):
+    """Anything that has no name and no codec of its own, by dill."""
+
+    name = "dill"
+
+    def handles(self, value: Any) -> bool:  # noqa: ARG002
+        """Always: it is the last resort."""
+        return True
+
+    def encode(self, value: Any, put: Put, *, where: str) -> dict[str, Any]:
+        """A pickle beside the record. Raises: UnsafeClosureError, CodecError."""
+        pickled = dumps(value, where=where)
+        return {"blob": put(pickled.data), "python": pickled.python}
+
+    def decode(self, record: Mapping[str, Any], get: Get) -> Any:
+        """The value. Raises: PythonVersionError before reading, CodecError."""
+        check_python(record["python"])
+        return loads(get(record["blob"]), python=record["python"])
+
+
+class _UnsafeObjectError(Exception):
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind)
+        self.kind = kind
+
+
+class _Pickler(dill.Pickler):  # type: ignore[misc]
+    def __init__(self, file: io.BytesIO, external: Callable[[Any], Any] | None) -> None:
+        super().__init__(file, recurse=True, byref=False)
+        self._external = external
+
+    def persistent_id(self, value: Any) -> Any:
+        """Called for every object before it is pickled: the place to refuse one, or to keep it outside."""
+        if is_unsafe(value):
+            raise _UnsafeObjectError(f"{type(value).__module__}.{type(value).__qualname__}")
+        return None if self._external is None else self._external(value)
+
+
+class _Unpickler(dill.Unpickler):  # type: ignore[misc]
+    def __init__(self, file: io.BytesIO, external: Callable[[Any], Any] | None) -> None:
+        super().__init__(file)
+        self._external = external
+
+    def persistent_load(self, pid: Any) -> Any:
+        """The object that was kept outside."""
+        if self._external is None:
+            raise CodecError("the pickle refers to tensors that its record does not list")
+        return self._external(pid)

@@ -1,0 +1,172 @@
+"""The codecs there are, and the default choice among them.
+
+Always: a registry is a value; plain BSON stays plain (so that mongosh can query it) and everything else says in
+its record which codec reads it; tuples, integers beyond 64 bits and dicts with other keys than names come back
+as what they were. Codecs from elsewhere come by the entry point group `mongotorch.codecs`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from typing import Any, Self, final
+
+import numpy as np
+from bson import ObjectId, Regex
+
+from mongotorch.codecs.arrays import ArrayParts, numpy_array, numpy_parts
+from mongotorch.codecs.base import Codec, Get, Put
+from mongotorch.codecs.names import NameCodec
+from mongotorch.codecs.pickles import DillCodec
+from mongotorch.errors import CodecError
+
+GROUP = "mongotorch.codecs"
+_PLAIN = (type(None), bool, int, float, str, bytes, ObjectId, Regex)
+_RESERVED = frozenset({"_codec", "_ref"})
+_INT64 = range(-(2**63), 2**63)
+
+
+@final
+class JsonCodec(Codec):
+    """JSON beside the record, on request: readable by anything."""
+
+    name = "json"
+
+    def handles(self, value: Any) -> bool:  # noqa: ARG002
+        """Never by itself."""
+        return False
+
+    def encode(self, value: Any, put: Put, *, where: str) -> dict[str, Any]:
+        """The value as UTF-8 JSON. Raises: CodecError for what JSON would not give back the same."""
+        try:
+            data = json.dumps(value, allow_nan=False, ensure_ascii=False)
+            same = json.loads(data) == value
+        except (TypeError, ValueError) as error:
+            raise CodecError(f"{where} is not JSON: {error}", field=where) from error
+        if not same:
+            raise CodecError(f"{where} would not come back the same from JSON", field=where)
+        return {"blob": put(data.encode())}
+
+    def decode(self, record: Mapping[str, Any], get: Get) -> Any:
+        """The value."""
+        return json.loads(get(record["blob"]))
+
+
+@final
+class ArrayCodec(Codec):
+    """numpy arrays, their bytes beside the record."""
+
+    name = "array"
+
+    def handles(self, value: Any) -> bool:
+        """Whether it is an array of numbers or booleans."""
+        return isinstance(value, np.ndarray) and value.dtype.kind in "biufc"
+
+    def encode(self, value: Any, put: Put, *, where: str) -> dict[str, Any]:
+        """The dtype and shape, and the bytes in a blob. Raises: CodecError for what is no such array."""
+        parts = numpy_parts(value)
+        if parts is None:
+            raise CodecError(f"{where} is no numpy array", field=where)
+        return {"dtype": parts.dtype, "shape": list(parts.shape), "blob": put(parts.data)}
+
+    def decode(self, record: Mapping[str, Any], get: Get) -> Any:
+        """A writable array."""
+        shape = tuple(record["shape"])
+        return numpy_array(ArrayParts(dtype=record["dtype"], shape=shape, data=get(record["blob"])))
+
+
+@final
+class Codecs:
+    """A set of codecs, asked in order for the default choice."""
+
+    def __init__(self, codecs: tuple[Codec, ...]) -> None:
+        self._codecs = {codec.name: codec for codec in codecs}
+
+    @classmethod
+    def builtin(cls, *more: Codec) -> Self:
+        """The built-in codecs and more; dill is asked last."""
+        return cls((NameCodec(), ArrayCodec(), JsonCodec(), *more, DillCodec()))
+
+    @classmethod
+    def default(cls) -> Self:
+        """The built-in codecs, and those that installed packages offer."""
+        return cls.builtin(*(entry.load()() for entry in sorted(entry_points(group=GROUP))))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names that `artifacts={field: name}` may use."""
+        return tuple(self._codecs)
+
+    def encode(self, value: Any, put: Put, *, codec: str | None = None, where: str = "value") -> Any:
+        """What is stored for a value: itself where BSON has it, else a record of a codec.
+
+        Args:
+            value: Anything.
+            put: Takes the bytes that go beside it.
+            codec: Name of the codec to use, over the default choice.
+            where: Name of the value, for errors.
+
+        Raises:
+            CodecError: It cannot be stored, or there is no such codec.
+        """
+        if codec is not None:
+            return {"_codec": codec, **self._named(codec, where).encode(value, put, where=where)}
+        plain, record = _plain(value)
+        if plain:
+            return record
+        if type(value) in (list, tuple, dict) and not any(c.handles(value) for c in self._special):
+            return self._container(value, put, where)
+        chosen = next(c for c in self._codecs.values() if c.handles(value))
+        return {"_codec": chosen.name, **chosen.encode(value, put, where=where)}
+
+    def decode(self, record: Any, get: Get) -> Any:
+        """The value of what `encode` gave. Raises: CodecError, PythonVersionError."""
+        if isinstance(record, list):
+            return [self.decode(part, get) for part in record]
+        if not isinstance(record, Mapping):
+            return record
+        name = record.get("_codec")
+        if name is None:
+            return {key: self.decode(part, get) for key, part in record.items()}
+        if name == "int":
+            return int(record["value"])
+        if name == "tuple":
+            return tuple(self.decode(part, get) for part in record["items"])
+        if name == "dict":
+            return {self.decode(key, get): self.decode(part, get) for key, part in record["items"]}
+        return self._named(name, "record").decode(record, get)
+
+    @property
+    def _special(self) -> list[Codec]:
+        return [c for c in self._codecs.values() if not isinstance(c, DillCodec)]
+
+    def _container(self, value: Any, put: Put, where: str) -> Any:
+        if isinstance(value, dict):
+            if all(_is_field(key) for key in value):
+                return {k: self.encode(part, put, where=f"{where}[{k!r}]") for k, part in value.items()}
+            pairs = value.items()
+            items = [[self.encode(k, put), self.encode(v, put, where=f"{where}[{k!r}]")] for k, v in pairs]
+            return {"_codec": "dict", "items": items}
+        items = [self.encode(part, put, where=f"{where}[{n}]") for n, part in enumerate(value)]
+        return items if isinstance(value, list) else {"_codec": "tuple", "items": items}
+
+    def _named(self, name: str, where: str) -> Codec:
+        if name not in self._codecs:
+            raise CodecError(f"{where}: no codec {name!r}; there are {', '.join(self._codecs)}", field=where)
+        return self._codecs[name]
+
+
+def _is_field(key: Any) -> bool:
+    return type(key) is str and not key.startswith("$") and not set(key) & {".", "\0"} and key not in _RESERVED
+
+
+def _plain(value: Any) -> tuple[bool, Any]:
+    # Exact types only: a subclass (an enum, a numpy float) would come back as its base.
+    kind = type(value)
+    if kind is int and value not in _INT64:
+        return True, {"_codec": "int", "value": str(value)}
+    # BSON dates are milliseconds without a zone; any other date goes to dill, which keeps it whole.
+    date = kind is datetime.datetime and value.tzinfo is None and value.microsecond % 1000 == 0
+    return kind in _PLAIN or date, value
