@@ -1,0 +1,23 @@
+"""Documents to batches: columns, plan, order, prefetch, and the stream that puts them together.
+
+Always: this room knows MongoDB and torch, and nothing of components, training or runs.
+"""
+
+from mongotorch.data.checks import check_select
+from mongotorch.data.dataset import Stream
+from mongotorch.data.folds import FOLD_FIELD, FOLDS, assign_folds, fold_of
+from mongotorch.data.key import Key
+from mongotorch.data.spec import LOADER_OPTIONS, StreamSpec, check_loader_options
+
+__all__ = [
+    "FOLDS",
+    "FOLD_FIELD",
+    "LOADER_OPTIONS",
+    "Key",
+    "Stream",
+    "StreamSpec",
+    "assign_folds",
+    "check_loader_options",
+    "check_select",
+    "fold_of",
+]

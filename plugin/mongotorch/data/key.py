@@ -1,0 +1,114 @@
+"""What `key` says: which fields of a document make a sample, and in what structure.
+
+Always: a `Key` is a frozen value; its paths are unique and in the order of the sample; the structure of a
+sample and the structure of a batch are the same: a single value, a tuple, a dict, or `(list, dict)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+from mongotorch.errors import ParameterError
+
+Form = Literal["single", "tuple", "dict", "both"]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """The fields of a sample.
+
+    Attributes:
+        form: The structure: `single`, `tuple`, `dict`, or `both` for `(list, dict)`.
+        positional: Dotted paths of the values without a name.
+        named: Pairs of (dotted path, argument name).
+    """
+
+    form: Form
+    positional: tuple[str, ...] = ()
+    named: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def parse(cls, key: Any) -> Key:
+        """Read a key as users write it.
+
+        Args:
+            key: `"x"`, `("x", "y")`, `{"field": "argument"}`, or `(["x"], {"field": "argument"})`.
+
+        Raises:
+            ParameterError: Anything else; `field` is `key`.
+        """
+        if isinstance(key, Key):
+            return key
+        if isinstance(key, str):
+            return cls(form="single", positional=(_path(key),))
+        if isinstance(key, Mapping):
+            return cls(form="dict", named=_named(key))
+        if not isinstance(key, Sequence) or isinstance(key, bytes) or not key:
+            raise _refused(key)
+        if len(key) == 2 and isinstance(key[1], Mapping):
+            first = [key[0]] if isinstance(key[0], str) else key[0]
+            if not isinstance(first, Sequence) or isinstance(first, bytes):
+                raise _refused(key)
+            return cls(form="both", positional=tuple(map(_path, first)), named=_named(key[1]))
+        return cls(form="tuple", positional=tuple(map(_path, key)))
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The path of every value of a sample, in order; a path can occur twice."""
+        return (*self.positional, *(path for path, _ in self.named))
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths to read, each once, in the order of the sample."""
+        return tuple(dict.fromkeys(self.fields))
+
+    @property
+    def projection(self) -> dict[str, int]:
+        """The MongoDB projection that reads `_id` and the paths, without paths inside other paths."""
+        paths = sorted(set(self.paths) - {"_id"})
+        outer = [p for p in paths if not any(p.startswith(q + ".") for q in [*paths, "_id"])]
+        return {"_id": 1, **dict.fromkeys(outer, 1)}
+
+    def arrange(self, value: Callable[[str], Any]) -> Any:
+        """A sample or a batch: the structure, filled by `value(path)`."""
+        named = {argument: value(path) for path, argument in self.named}
+        if self.form == "single":
+            return value(self.positional[0])
+        if self.form == "dict":
+            return named
+        values = [value(path) for path in self.positional]
+        return tuple(values) if self.form == "tuple" else (values, named)
+
+    def names(self) -> tuple[str, ...]:
+        """What values are called where they go by name: the argument, else the last part of the path."""
+        return (*(p.rpartition(".")[2] for p in self.positional), *(argument for _, argument in self.named))
+
+
+def _named(key: Mapping[Any, Any]) -> tuple[tuple[str, str], ...]:
+    pairs = tuple((_path(path), argument) for path, argument in key.items())
+    arguments = [argument for _, argument in pairs]
+    if not pairs or not all(isinstance(a, str) and a for a in arguments) or len(set(arguments)) < len(pairs):
+        raise ParameterError(
+            f"key {dict(key)!r}: a dict maps each field to an argument name of its own; "
+            'write {"field": "argument"}',
+            field="key",
+        )
+    return pairs
+
+
+def _path(path: Any) -> str:
+    bad = not isinstance(path, str) or "\0" in path
+    if bad or any(not part or part.startswith("$") for part in path.split(".")):
+        raise _refused(path)
+    return str(path)
+
+
+def _refused(key: Any) -> ParameterError:
+    return ParameterError(
+        f"key {key!r} is not understood; "
+        'write "x", ("x", "y"), {"field": "argument"} or (["x"], {"field": "argument"})',
+        field="key",
+    )

@@ -1,0 +1,89 @@
+"""The order of an epoch, as a pure function of (number of ranges, seed, epoch) and the rows' own keys.
+
+Always: nothing here depends on time, process, library version or on how the rows were read: every number
+comes from splitmix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators"), written out
+below, because numpy does not promise its generators' streams across versions. Each index occurs exactly once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, final
+
+import numpy as np
+import numpy.typing as npt
+
+U64 = npt.NDArray[np.uint64]
+_MASK = 2**64 - 1
+_RANGES, _ROWS = 0x52414E474553, 0x524F5753  # "RANGES", "ROWS": two independent streams
+
+
+def mix(values: U64) -> U64:
+    """The output function of splitmix64 at each value; shape and dtype (uint64) are kept."""
+    z = values + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def salt(*parts: int) -> np.uint64:
+    """One number out of several integers of any size and sign, the order of them counting."""
+    state = np.zeros(1, dtype=np.uint64)
+    for part in parts:
+        state = mix(state ^ np.array([part & _MASK], dtype=np.uint64))
+    return np.uint64(state[0])
+
+
+def worker_seed(seed: int, epoch: int) -> int:
+    """What torch's workers are seeded with in an epoch; below 2**63."""
+    return int(salt(seed, epoch) >> np.uint64(1))
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """The order of one epoch.
+
+    Attributes:
+        seed: Any integer.
+        epoch: The epoch, from 0.
+        shuffle: False is the natural order.
+        window: How many ranges are shuffled together, at least 1.
+    """
+
+    seed: int
+    epoch: int
+    shuffle: bool
+    window: int
+
+    def pieces(self, count: int | None, start: int = 0) -> Iterator[npt.NDArray[np.int64]]:
+        """The windows from window `start` on where blocks cannot be permuted; endless without a count."""
+        size = self.window if self.shuffle else 1
+        for first in itertools.count(start * size, size):
+            if count is not None and first >= count:
+                return
+            yield np.arange(first, first + size if count is None else min(first + size, count), dtype=np.int64)
+
+    def windows(self, ranges: int, start: int = 0) -> Iterator[npt.NDArray[np.int64]]:
+        """The ranges of each window from window `start` on; inside a window they ascend.
+
+        They ascend so that equal row hashes are decided by `_id`, by the stable sort of `rows`.
+        """
+        if not self.shuffle:
+            yield from (np.array([index], dtype=np.int64) for index in range(start, ranges))
+            return
+        hashes = mix(np.arange(ranges, dtype=np.uint64) ^ salt(_RANGES, self.seed, self.epoch))
+        permuted = np.argsort(hashes, kind="stable").astype(np.int64)
+        for first in range(start * self.window, ranges, self.window):
+            yield np.sort(permuted[first : first + self.window])
+
+    def rows(self, keys: U64) -> npt.NDArray[Any] | None:
+        """The permutation of a window's rows by the keys of the rows; None is the order that they have.
+
+        A row's place depends on its own key only, so a row that is gone does not move the others.
+        """
+        if not self.shuffle:
+            return None
+        return np.argsort(mix(keys ^ salt(_ROWS, self.seed, self.epoch)), kind="stable")

@@ -1,0 +1,183 @@
+"""The plan: bounds on `_id` that cut a select into ranges of about equal size, found once and kept.
+
+Always: the ranges of a plan do not overlap and leave no gap between the first and the last `_id` that the
+select had when the plan was made (the watermark); a plan is never changed. Collections of up to 200,000
+documents are walked, so that two databases with the same documents have the same plan; larger ones are
+sampled, and the plan that was stored first is everybody's. A resumed run asks for its plan by digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, final
+
+import bson
+from pymongo.errors import DuplicateKeyError, PyMongoError
+
+from mongotorch.data.bsonorder import same_type, sort_key
+from mongotorch.data.reader import Reader, Span, offsets
+from mongotorch.errors import DataError, EmptySelectError
+from mongotorch.query import Query
+
+COLLECTION = "mt.plans"
+WINDOW = 64  # ranges that are shuffled together, at most
+
+_WALKED = 200_000  # documents; more are sampled
+_RANGES = 50_000  # at most, so that a plan fits into a document
+_SAMPLES = 4  # a range: with fewer the ranges differ too much in size
+_SHARE = 0.04  # of a collection that is sampled at most: from 5 % on the server scans it all
+_FEWEST = 8  # samples; with fewer the select is walked
+_PROBED = 64  # documents whose size is measured
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a select is cut.
+
+    Attributes:
+        digest: Names the plan; 64 hexadecimal digits.
+        starts: The first `_id` of each range, ascending; never empty.
+        last: The last `_id` of the last range.
+        rows: About how many documents a range has.
+        window: How many ranges are shuffled together.
+    """
+
+    digest: str
+    starts: tuple[Any, ...]
+    last: Any
+    rows: int
+    window: int
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def span(self, index: int) -> Span:
+        """The bounds of a range."""
+        final_one = index == len(self.starts) - 1
+        return Span(
+            lower=self.starts[index],
+            upper=self.last if final_one else self.starts[index + 1],
+            closed=final_one,
+            uniform=same_type(self.starts[0], self.last),
+        )
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What bounds a plan, as the trainer and the settings give it."""
+
+    prefetch_size: int
+    prefetch_factor: int
+    prefetch_bytes: int
+
+    def cut(self, row_bytes: float) -> tuple[int, int]:
+        """Documents a range and ranges a window, for documents of so many bytes.
+
+        One window is consumed while the next is read, so each may have half of the bytes.
+        """
+        most = max(int(self.prefetch_bytes / 2 / max(row_bytes, 1.0)), 1)
+        rows = max(min(self.prefetch_size, most // 2), 1)
+        return rows, max(min(WINDOW, self.prefetch_factor, most // rows), 1)
+
+
+def make_plan(database: Any, reader: Reader, sizes: Sizes) -> Plan:
+    """Find the ranges of a select, or the plan that was stored for it.
+
+    Raises:
+        EmptySelectError: The select matches no document.
+        ServerUnavailableError: The server cannot be read.
+    """
+    ends = reader.ends()
+    if ends is None:
+        raise EmptySelectError(f"the select matches no document in collection {reader.query.collection!r}")
+    raws = reader.head(_PROBED)
+    row_bytes = sum(map(len, raws)) / max(sum(_count(raw) for raw in raws), 1)
+    rows, window = sizes.cut(row_bytes)
+    whole = Span(lower=ends[0], upper=ends[1], closed=True, uniform=same_type(*ends))
+    size = reader.size()
+    if size > _WALKED:
+        request = _digest(reader.query, [*ends, size, rows, window])
+        if (kept := load_plan(database, request)) is not None:
+            return kept
+        if (starts := _sampled(reader, whole, rows, size)) is not None:
+            plan = Plan(digest=request, starts=starts, last=ends[1], rows=rows, window=window)
+            return _store(database, plan)
+    starts = _walked(reader, whole, rows)
+    digest = _digest(reader.query, [*starts, ends[1], rows, window])
+    return _store(database, Plan(digest=digest, starts=starts, last=ends[1], rows=rows, window=window))
+
+
+def load_plan(database: Any, digest: str) -> Plan | None:
+    """The plan of a digest, or None where it is not stored."""
+    found = database[COLLECTION].find_one({"_id": digest})
+    if found is None:
+        return None
+    return Plan(
+        digest=digest,
+        starts=tuple(found["starts"]),
+        last=found["last"],
+        rows=found["rows"],
+        window=found["window"],
+    )
+
+
+def resume_plan(database: Any, reader: Reader, sizes: Sizes, digest: str) -> Plan:
+    """The plan that a stream stopped in.
+
+    Raises:
+        DataError: It is not stored (a read-only user), and the documents have changed since.
+    """
+    plan = load_plan(database, digest) or make_plan(database, reader, sizes)
+    if plan.digest != digest:
+        raise DataError(
+            f"plan {digest[:12]}… of the stopped stream is not in {COLLECTION!r}, and the documents or "
+            "the prefetch settings have changed since; start a new epoch, or use the query that it stopped in"
+        )
+    return plan
+
+
+def _walked(reader: Reader, whole: Span, rows: int) -> tuple[Any, ...]:
+    starts = [whole.lower, *reader.walk(whole, rows)]
+    # More ranges than a document can hold become fewer, larger ones.
+    step = -(-len(starts) // _RANGES)
+    return tuple(starts[::step])
+
+
+def _sampled(reader: Reader, whole: Span, rows: int, size: int) -> tuple[Any, ...] | None:
+    wanted = min(_SAMPLES * size // rows, int(size * _SHARE), _SAMPLES * _RANGES)
+    ids = reader.sample(max(wanted, _FEWEST))
+    if len(ids) < _FEWEST:
+        return None
+    low, high = sort_key(whole.lower), sort_key(whole.upper)
+    keyed = {sort_key(document_id): document_id for document_id in ids}
+    inside = [keyed[key] for key in sorted(keyed) if low < key <= high]
+    return (whole.lower, *inside[_SAMPLES - 1 :: _SAMPLES])
+
+
+def _store(database: Any, plan: Plan) -> Plan:
+    document = {
+        "_id": plan.digest,
+        "starts": list(plan.starts),
+        "last": plan.last,
+        "rows": plan.rows,
+        "window": plan.window,
+    }
+    try:
+        database[COLLECTION].insert_one(document)
+    except DuplicateKeyError:
+        return load_plan(database, plan.digest) or plan
+    except PyMongoError:  # a read-only user streams as well, he only cannot resume after changes
+        return plan
+    return plan
+
+
+def _digest(query: Query, parts: list[Any]) -> str:
+    what = {"collection": query.collection, "where": query.where, "parts": parts}
+    return hashlib.sha256(bson.encode(what)).hexdigest()
+
+
+def _count(raw: bytes) -> int:
+    return sum(1 for _ in offsets(raw))

@@ -1,0 +1,191 @@
+"""Reading ahead: one thread here, or torch's worker processes.
+
+Always: what comes out is in the order that was asked for; an error raised while reading ahead is raised where
+the item would have come out; no more than the bounds is held; closing ends the thread and the processes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Generic, TypeVar, final
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from mongotorch.data.columns import Columns
+from mongotorch.errors import MongotorchError
+
+T = TypeVar("T")
+
+
+@final
+class Ahead(Generic[T]):
+    """An iterator whose source is read by a thread of its own, up to a bound.
+
+    Args:
+        source: What to read; only the thread touches it until `close` has returned.
+        most: Items ready at most.
+        most_bytes: Bytes ready at most, by `weigh`; one item is always let through.
+        weigh: Bytes of an item.
+    """
+
+    def __init__(self, source: Iterator[T], *, most: int, most_bytes: int, weigh: Callable[[T], int]) -> None:
+        self._source = source
+        self._most, self._most_bytes, self._weigh = most, most_bytes, weigh
+        self._ready: deque[tuple[T, int]] = deque()
+        self._bytes = 0
+        self._end: BaseException | None = None
+        self._closed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._read, name="mongotorch-prefetch", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready or self._end is not None)
+            if self._ready:
+                item, weight = self._ready.popleft()
+                self._bytes -= weight
+                self._changed.notify_all()
+                return item
+            end = self._end
+        if isinstance(end, StopIteration):
+            raise StopIteration
+        assert end is not None  # noqa: S101 - for the type checker; the wait above saw it
+        raise end
+
+    def close(self) -> None:
+        """Stop the thread and wait for it; a read in progress is waited for. A second call does nothing."""
+        with self._changed:
+            self._closed = True
+            self._ready.clear()
+            self._end = self._end or StopIteration()
+            self._changed.notify_all()
+        self._thread.join()
+        close_iterator(self._source)
+
+    def _read(self) -> None:
+        end: BaseException = StopIteration()
+        try:
+            for item in self._source:
+                if not self._offer(item, self._weigh(item)):
+                    break
+        except BaseException as error:  # noqa: BLE001 - it is raised again by the consumer
+            end = error
+        with self._changed:
+            self._end = self._end or end
+            self._changed.notify_all()
+
+    def _offer(self, item: T, weight: int) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._room(weight))
+            if self._closed:
+                return False
+            self._ready.append((item, weight))
+            self._bytes += weight
+            self._changed.notify_all()
+            return True
+
+    def _room(self, weight: int) -> bool:
+        return not self._ready or (len(self._ready) < self._most and self._bytes + weight <= self._most_bytes)
+
+
+def close_iterator(iterator: Any) -> None:
+    """Close an iterator that can be closed."""
+    close = getattr(iterator, "close", None)
+    if close is not None:
+        close()
+
+
+@final
+class _Failure:
+    """An error on its way out of a worker: torch would rebuild it from its message alone."""
+
+    def __init__(self, error: MongotorchError) -> None:
+        self.error = error
+
+
+@final
+class _Work(Dataset[Any]):
+    """What a worker does with one item."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self._function = function
+
+    def __getitem__(self, item: Any) -> Any:
+        try:
+            return self._function(item)
+        except MongotorchError as error:
+            return _Failure(error)
+
+
+@final
+class _Feed(Sampler[Any]):
+    """Hands the items of this epoch to the workers."""
+
+    def __init__(self) -> None:
+        self.items: Iterator[Any] = iter(())
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.items
+
+
+@final
+class Workers:
+    """Worker processes that do one function on items, in order.
+
+    Args:
+        function: Done in the workers; gets one item, returns one result.
+        options: Options of `torch.utils.data.DataLoader`.
+    """
+
+    def __init__(self, function: Callable[[Any], Any], options: Mapping[str, Any]) -> None:
+        self._feed = _Feed()
+        self._options = dict(options)
+        self._generator = self._options.pop("generator", None)
+        self._own = torch.Generator()
+        self._loader: DataLoader[Any] = DataLoader(
+            _Work(function),
+            sampler=self._feed,
+            batch_size=None,
+            collate_fn=_same,
+            generator=self._generator or self._own,
+            **self._options,
+        )
+
+    def map(self, items: Iterator[Any], seed: int) -> Iterator[Any]:
+        """The results of the items; workers are seeded by `seed`, not by the global generator."""
+        self._feed.items = items
+        if self._generator is None:
+            self._own.manual_seed(seed)
+        results = iter(self._loader)
+        try:
+            for result in results:
+                if isinstance(result, _Failure):
+                    raise result.error
+                yield result
+        finally:
+            del results
+            if not self._options.get("persistent_workers"):
+                self.close()
+
+    def close(self) -> None:
+        """End the processes that are kept for the next epoch."""
+        iterator = self._loader._iterator
+        self._loader._iterator = None
+        if iterator is not None:
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
+
+
+def _same(item: Any) -> Any:
+    return item
+
+
+def nbytes(columns: Columns) -> int:
+    """Bytes of columns, for the bound of `Ahead`."""
+    return columns.nbytes

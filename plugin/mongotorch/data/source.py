@@ -1,0 +1,177 @@
+"""Where blocks of rows come from: ranges of `_id`, or pieces of a query's own order.
+
+Always: a source is a sequence of blocks that is the same in every process and epoch as long as the
+documents are; a block is about `rows` documents; `window` blocks are shuffled together. Which blocks are read
+when is not decided here.
+"""
+
+from __future__ import annotations
+
+import abc
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, final
+
+import numpy as np
+
+from mongotorch.data.columns import Columns, decode
+from mongotorch.data.order import U64, mix
+from mongotorch.data.plan import WINDOW, Plan, Sizes, make_plan, resume_plan
+from mongotorch.data.reader import Reader, offsets
+from mongotorch.errors import DataError
+from mongotorch.query import Query
+
+
+class Source(abc.ABC):
+    """A sequence of blocks.
+
+    Attributes:
+        digest: Names the sequence, for a resumed run.
+        window: Blocks that are shuffled together.
+        count: Blocks there are; None is not known before the end.
+    """
+
+    digest: str
+    window: int
+    count: int | None
+    concurrent: bool  # whether several processes can read blocks of their own
+
+    def __init__(self, paths: tuple[str, ...]) -> None:
+        self.paths = paths
+
+    @abc.abstractmethod
+    def raws(self, indices: Iterable[int]) -> Iterator[list[bytes]]:
+        """The blocks of these indices as BSON; ascending ones without a gap where `count` is None."""
+
+    def blocks(self, indices: Iterable[int]) -> Iterator[Columns]:
+        """The blocks of these indices, decoded.
+
+        Raises:
+            FieldMissingError: A document lacks a field.
+            ServerUnavailableError: The server cannot be read.
+        """
+        return (self.decode(raw) for raw in self.raws(indices))
+
+    def decode(self, raws: list[bytes]) -> Columns:
+        """The columns of a block."""
+        return decode(raws, self.paths)
+
+    @abc.abstractmethod
+    def keys(self, index: int, block: Columns) -> U64:
+        """What decides the place of each row in a shuffled window, uint64 of shape (rows,)."""
+
+
+@final
+class PlannedSource(Source):
+    """Ranges of `_id`, in any order."""
+
+    concurrent = True
+
+    def __init__(self, open_reader: Callable[[], Reader], plan: Plan, paths: tuple[str, ...]) -> None:
+        super().__init__(paths)
+        self._open_reader = open_reader
+        self.plan = plan
+        self.digest, self.window, self.count = plan.digest, plan.window, len(plan)
+
+    def raws(self, indices: Iterable[int]) -> Iterator[list[bytes]]:
+        """See `Source.raws`."""
+        reader = self._open_reader()
+        return (reader.read(self.plan.span(int(index)), self.plan.rows) for index in indices)
+
+    def keys(self, index: int, block: Columns) -> U64:  # noqa: ARG002 - of the interface
+        """A hash of each `_id`."""
+        return block.id_keys()
+
+
+@final
+class OwnOrderSource(Source):
+    """Pieces of a query with a sort, skip, limit or pipeline; found again by skipping."""
+
+    concurrent = False
+
+    def __init__(
+        self, open_reader: Callable[[], Reader], query: Query, rows: int, window: int, paths: tuple[str, ...]
+    ) -> None:
+        super().__init__(paths)
+        self._open_reader = open_reader
+        self.rows, self.window, self.count = rows, window, None
+        self.digest = f"own:{rows}:{window}:{query.digest()[:32]}"
+
+    def raws(self, indices: Iterable[int]) -> Iterator[list[bytes]]:
+        """See `Source.raws`; ends where the query ends."""
+        indices = iter(indices)
+        start = next(indices, None)
+        if start is None:
+            return
+        reader = self._open_reader()
+        chunks = reader.drain(start * self.rows, self.rows)
+        try:
+            pieces = _pieces(chunks, self.rows)
+            for _, piece in zip(itertools.chain([start], indices), pieces, strict=False):
+                yield piece
+        finally:
+            chunks.close()  # type: ignore[attr-defined]
+
+    def keys(self, index: int, block: Columns) -> U64:
+        """A hash of each row's place in the query's order."""
+        first = index * self.rows
+        return mix(np.arange(first, first + len(block), dtype=np.uint64))
+
+
+def open_source(
+    open_reader: Callable[[], Reader],
+    database: Callable[[], Any],
+    query: Query,
+    paths: tuple[str, ...],
+    sizes: Sizes,
+    *,
+    shuffle: bool,
+    digest: str | None = None,
+) -> Source:
+    """The source of a query; the very one that a stopped stream had, where its digest is given.
+
+    Raises:
+        EmptySelectError: The select matches no document.
+        DataError: The stopped stream had another query, or its plan is gone.
+        ServerUnavailableError: The server cannot be read.
+    """
+    sorted_only = not query.is_pipeline and query.limited is None and not query.skipped
+    if sorted_only and (shuffle or tuple(query.ordering) in ((), (("_id", 1),))):
+        reader = open_reader()
+        plan = (
+            make_plan(database(), reader, sizes)
+            if digest is None
+            else resume_plan(database(), reader, sizes, digest)
+        )
+        return PlannedSource(open_reader, plan, paths)
+    rows, window = sizes.prefetch_size, min(WINDOW, sizes.prefetch_factor)
+    if digest is not None:
+        rows, window = _sizes_of(digest)
+    source = OwnOrderSource(open_reader, query, rows, window, paths)
+    if digest not in (None, source.digest):
+        raise DataError("the state is that of another query; load it into the stream that it was taken from")
+    return source
+
+
+def _sizes_of(digest: str) -> tuple[int, int]:
+    parts = digest.split(":")
+    if parts[0] != "own":
+        raise DataError("the state is that of another query; load it into the stream that it was taken from")
+    return int(parts[1]), int(parts[2])
+
+
+def _pieces(chunks: Iterator[bytes], rows: int) -> Iterator[list[bytes]]:
+    """The same BSON in pieces of exactly so many documents, the last one shorter."""
+    piece: list[bytes] = []
+    room = rows
+    for chunk in chunks:
+        first = 0
+        for _, end in offsets(chunk):
+            room -= 1
+            if room == 0:
+                yield [*piece, chunk[first:end]]
+                piece, first, room = [], end, rows
+        if first < len(chunk):
+            piece.append(chunk[first:])
+    if piece:
+        yield piece

@@ -1,0 +1,224 @@
+"""Raw BSON to columns: forms, the fast path, errors, keys of ids."""
+
+from __future__ import annotations
+
+import pickle
+from datetime import datetime
+from typing import Any, NoReturn
+
+import bson
+import numpy as np
+import pytest
+from bson import ObjectId
+from bson.binary import Binary, BinaryVectorDtype
+
+from mongotorch.data.columns import Columns, decode
+from mongotorch.errors import DataError, FieldMissingError
+
+
+def raw(documents: list[dict[str, Any]]) -> bytes:
+    return b"".join(map(bson.encode, documents))
+
+
+def document(row: int) -> dict[str, Any]:
+    image = np.full((2, 3), row, "<i2")
+    return {
+        "_id": ObjectId(f"{row:024x}"),
+        "double": row / 2,
+        "int": row,
+        "long": bson.Int64(row),
+        "flag": row % 2 == 0,
+        "at": datetime(2020, 1, 1 + row % 28),
+        "other": ObjectId(f"{row + 7:024x}"),
+        "none": None,
+        "deep": {"down": {"list": [row + digit / 8 for digit in range(1200)]}, "ints": [row, 2, 3]},
+        "vector": Binary.from_vector([float(row), 1.5], BinaryVectorDtype.FLOAT32),
+        "bytes": Binary.from_vector([row % 100, -1], BinaryVectorDtype.INT8),
+        "image": {"dtype": "int16", "shape": [2, 3], "data": image.tobytes()},
+        "half": {"dtype": "bfloat16", "shape": [2], "data": image.tobytes()[:4]},
+    }
+
+
+GOLDEN = [
+    "0x52e5ac167ed54c3e",
+    "0x52e5ac167ed54c3e",
+    "0x4d0959c3deea86fd",
+    "0xef62a48b331cfbd",
+    "0xd498a1a0a4958904",
+    "0x578bfa4c4f1b0c99",
+    "0x52a23caf71cf33a",
+    "0x97eb0270559f760f",
+    "0x7f77f3cb41de18f0",
+]
+PATHS = (
+    *("double", "int", "long", "flag", "at", "other", "none", "deep.down.list", "deep.ints"),
+    *("vector", "bytes", "image", "half"),
+)
+
+
+def refuse(*_: Any) -> NoReturn:
+    raise AssertionError("bson was asked to decode whole documents")
+
+
+def test_uniform_documents_are_read_without_decoding_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = raw([document(row) for row in range(100)])
+    monkeypatch.setattr(bson, "decode_all", refuse)
+    columns = decode(content, PATHS)
+    forms = {path: (columns[path].kind, columns[path].dtype, np.shape(columns.column(path))) for path in PATHS}
+    assert forms == {
+        "double": ("number", "float64", (100,)),
+        "int": ("number", "int64", (100,)),
+        "long": ("number", "int64", (100,)),
+        "flag": ("number", "bool", (100,)),
+        "at": ("date", "int64", (100,)),
+        "other": ("oid", "uint8", (100,)),
+        "none": ("object", "object", (100,)),
+        "deep.down.list": ("number", "float64", (100, 1200)),
+        "deep.ints": ("number", "int64", (100, 3)),
+        "vector": ("array", "float32", (100, 2)),
+        "bytes": ("array", "int8", (100, 2)),
+        "image": ("array", "int16", (100, 2, 3)),
+        "half": ("array", "bfloat16", (100, 2)),
+    }
+
+
+@pytest.mark.parametrize("smallest_group", [1, 1000])
+def test_every_type_has_the_value_that_was_stored(smallest_group: int) -> None:
+    documents = [document(row) for row in range(40)]
+    columns = decode(raw(documents), PATHS, smallest_group=smallest_group)
+    for path in ("double", "int", "long", "flag", "at", "other", "none"):
+        assert columns[path].values() == [one[path] for one in documents]
+    assert columns["deep.down.list"].values() == [one["deep"]["down"]["list"] for one in documents]
+    assert np.array_equal(columns.column("image")[3], np.full((2, 3), 3))
+    assert np.array_equal(columns.column("vector")[3], np.array([3, 1.5], np.float32))
+    assert columns.plain("double")
+    assert not columns.plain("image")
+    assert list(columns.ids) == [one["_id"] for one in documents]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ([0.5, 1.5], [bson.Int64(3), bson.Int64(4)]),
+        ([0.5, 1.5], [0.5, bson.Int64(4)]),
+        (Binary(b"\x27\0abcd", 9), Binary(b"\x03\0abcd", 9)),
+        (Binary(b"\x27\0abcd", 9), Binary(b"\x27\0abcd", 5)),
+        (0.5, bson.Int64(5)),
+        (datetime(2020, 1, 1), bson.Int64(5)),
+        *[
+            ({"dtype": "float32", "shape": [2, 1], "data": b"12345678"}, changed)
+            for changed in (
+                {"dtype": "float64", "shape": [1, 1], "data": b"12345678"},
+                {"dtype": "float32", "shape": [1, 2], "data": b"12345678"},
+                {"dtype": "float32", "shape": [3, 1], "data": b"12345678"},
+                {"dtype": "float32", "shapo": [2, 1], "data": b"12345678"},
+            )
+        ],
+    ],
+)
+def test_documents_of_one_length_and_another_structure_are_told_apart(one: Any, other: Any) -> None:
+    pair = [bson.encode({"_id": 1, "x": one}), bson.encode({"_id": 2, "x": other})]
+    assert len(pair[0]) == len(pair[1])
+    together = decode(b"".join(pair * 3), ["x"], smallest_group=1)["x"].values()
+    alone = [decode(content, ["x"])["x"][0] for content in pair * 3]
+    assert list(map(repr, together)) == list(map(repr, alone))
+
+
+def test_numeric_columns_own_writable_memory() -> None:
+    columns = decode(raw([document(row) for row in range(40)]), PATHS)
+    arrays = [columns.column(path) for path in PATHS]
+    assert all(array.flags.writeable for array in arrays if isinstance(array, np.ndarray))
+
+
+def test_integers_among_doubles_keep_their_type_and_have_a_numeric_form() -> None:
+    columns = decode(raw([{"_id": 1, "x": [1, 0.5]}, {"_id": 2, "x": [0.25, 2.0]}]), ["x"])
+    assert columns.column("x") == [[1, 0.5], [0.25, 2.0]]
+    numbers = columns["x"].numbers()
+    assert numbers is not None
+    assert numbers.dtype == np.float64
+    assert columns.slice(1, 2)["x"].kind == "number"
+
+
+def test_lists_of_different_lengths_are_a_list() -> None:
+    columns = decode(raw([{"_id": 1, "x": [1.0]}, {"_id": 2, "x": [1.0, 2.0]}]), ["x"])
+    assert columns.column("x") == [[1.0], [1.0, 2.0]]
+    assert columns["x"].numbers() is None
+
+
+@pytest.mark.parametrize("count", [1, 50])
+def test_a_missing_field_names_the_first_document_that_lacks_it(count: int) -> None:
+    good = [{"_id": row, "n": {"x": 1}} for row in range(count)]
+    bad: list[dict[str, Any]] = [{"_id": "late", "n": {}}, {"_id": "later", "n": 5}]
+    with pytest.raises(FieldMissingError) as caught:
+        decode(raw(good + bad), ["n.x"])
+    assert caught.value.document_id == "late"
+    assert caught.value.field == "n.x"
+    assert "'late'" in str(caught.value)
+
+
+def test_of_two_fields_of_one_name_the_last_counts_as_in_bson() -> None:
+    twice = b"\x10a\x00\x01\x00\x00\x00" + b"\x10a\x00\x02\x00\x00\x00"
+    content = (len(twice) + 5).to_bytes(4, "little") + twice + b"\x00"
+    assert decode(content * 3, ["a"], smallest_group=1).column("a").tolist() == [2, 2, 2]  # type: ignore[union-attr]
+    assert bson.decode(content) == {"a": 2}
+
+
+@pytest.mark.parametrize("content", [b"\x05\x00\x00\x00", b"\x01\x00\x00\x00\x00", b"\x06\x00\x00\x00\x07\x00"])
+def test_bytes_that_are_not_documents_are_refused(content: bytes) -> None:
+    with pytest.raises(DataError):
+        decode(content, ["x"])
+
+
+def test_a_date_beyond_python_is_a_data_error() -> None:
+    far = bson.encode({"_id": 1, "x": bson.DatetimeMS(2**60)})
+    for smallest in (1, 32):
+        with pytest.raises(DataError):
+            decode(far * 2, ["x"], smallest_group=smallest)
+
+
+def test_no_documents_are_columns_without_rows() -> None:
+    columns = decode(b"", ["x"])
+    assert len(columns) == 0
+    assert columns.column("x") == []
+    assert columns.id_keys().shape == (0,)
+
+
+def test_columns_of_other_paths_do_not_join() -> None:
+    one = raw([{"_id": 1, "x": 1, "y": 2}])
+    with pytest.raises(ValueError, match="same paths"):
+        Columns.concat([decode(one, ["x"]), decode(one, ["y"])])
+
+
+def test_columns_cross_to_another_process_whole() -> None:
+    columns = decode([raw([document(1)]), raw([document(2)])], PATHS)
+    crossed = pickle.loads(pickle.dumps(columns))
+    assert crossed["deep.ints"].values() == columns["deep.ints"].values()
+    assert crossed.id_keys().tolist() == columns.id_keys().tolist()
+    assert crossed.nbytes == columns.nbytes
+
+
+def test_bytes_held_count_arrays_exactly_and_lists_by_estimate() -> None:
+    columns = decode(raw([{"_id": row, "x": [0.5] * 4, "t": "a" * 1000} for row in range(64)]), ["x", "t"])
+    assert columns["x"].nbytes == 64 * 4 * 8
+    assert columns["t"].nbytes > 64_000
+
+
+def test_id_keys_are_the_same_for_ever() -> None:
+    ids: list[Any] = [5, 5.0, 0.5, "five", ObjectId("0" * 24), b"five", None, {"a": 5}, datetime(2020, 1, 1)]
+    keys = decode(raw([{"_id": one} for one in ids]), ()).id_keys()
+    assert keys[0] == keys[1]
+    assert len(set(keys.tolist())) == len(ids) - 1
+    assert [hex(key) for key in keys.tolist()] == GOLDEN
+
+
+def test_arrays_are_what_the_codec_of_documents_gives() -> None:
+    codecs = pytest.importorskip("mongotorch.codecs")
+    stored = [document(row) for row in range(40)]
+    columns = decode(raw(stored), ("vector", "bytes", "image"))
+    for row, one in enumerate(stored):
+        wanted = {path: one[path] for path in columns.paths}
+        decoded = codecs.decode_document(bson.decode(bson.encode(wanted)))
+        for path in columns.paths:
+            found = columns[path][row]
+            assert (found.dtype, found.shape) == (decoded[path].dtype, decoded[path].shape)
+            assert np.array_equal(found, decoded[path])
