@@ -1,0 +1,211 @@
+"""The Component: what has an identifier, a uuid and versions, and is stored field by field.
+
+Always: a component is a frozen value once built; its uuid belongs to one stored version; what is stored is its
+class by name and its fields by codec, never the object as a whole; the datalayer it was given is not stored.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import hashlib
+import re
+import uuid as uuids
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, Self
+
+import bson
+
+from mongotorch.codecs import Codecs, Get, Put
+from mongotorch.errors import CodecError, IdentifierError, ParameterError
+from mongotorch.query import Query
+
+IDENTIFIER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
+_IDENTITY = frozenset({"identifier", "db", "uuid"})
+
+Ref = Callable[["Component"], str]
+"""From a component to the uuid under which it is, or will be, stored."""
+LoadRef = Callable[[str], "Component"]
+"""From a uuid to the component."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Component(abc.ABC):
+    """What the datalayer stores under a type, an identifier and a version.
+
+    Args:
+        identifier: Its name, `[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}`.
+        db: The datalayer that `apply()` uses; never stored.
+        uuid: The identity of the version it becomes; made when none is given.
+        artifacts: `{field: codec name}`, over the default choice of codec.
+
+    Raises:
+        IdentifierError: The identifier is none.
+        ParameterError: `artifacts` names a field that does not exist.
+    """
+
+    type_id: ClassVar[str]
+
+    identifier: str
+    db: Any = None
+    uuid: str = None  # type: ignore[assignment]  # the seed's signature; a uuid is made below
+    _: dataclasses.KW_ONLY
+    artifacts: Mapping[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.identifier, str) or not IDENTIFIER.fullmatch(self.identifier):
+            raise IdentifierError(
+                f"identifier {self.identifier!r}: use letters, digits and _ . - (not first), at most 200",
+                field="identifier",
+            )
+        if self.uuid is None:
+            object.__setattr__(self, "uuid", str(uuids.uuid4()))
+        unknown = set(self.artifacts or {}) - {field.name for field in stored_fields(type(self))}
+        if unknown:
+            raise ParameterError(f"artifacts: {sorted(unknown)} are no fields of it", field="artifacts")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.identifier!r}, version={self.version}, uuid={self.uuid!r})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Component) or type(self) is not type(other):
+            return NotImplemented
+        codecs = Codecs.default()
+        return content_digest(self, codecs) == content_digest(other, codecs)
+
+    def __hash__(self) -> int:
+        return hash((self.type_id, self.identifier))
+
+    @property
+    def version(self) -> int | None:
+        """The version number under which it is stored; None until it is."""
+        version: int | None = self.__dict__.get("_version")
+        return version
+
+    def replace(self, **changes: Any) -> Self:
+        """A changed copy with a uuid of its own, not stored yet."""
+        return dataclasses.replace(self, **{"uuid": None, **changes})
+
+    def apply(self) -> Any:
+        """Apply it to the datalayer it was given; see `Datalayer.apply`. Raises: ParameterError without one."""
+        if self.db is None:
+            raise ParameterError(f"{self!r} was given no db; use db.apply(component)", field="db")
+        return self.db.apply(self)
+
+
+def stored_fields(cls: type[Component]) -> list[dataclasses.Field[Any]]:
+    """The fields of a class that are stored."""
+    return [field for field in dataclasses.fields(cls) if field.name not in _IDENTITY]
+
+
+def encode_component(component: Component, codecs: Codecs, put: Put, ref: Ref) -> dict[str, Any]:
+    """`{"class", "fields"}` of a component.
+
+    Args:
+        component: What to encode.
+        codecs: The codecs to choose from.
+        put: Takes the blobs.
+        ref: Called for each component among the fields.
+
+    Raises:
+        CodecError: A field cannot be stored; `field` names it.
+    """
+    chosen = component.artifacts or {}
+    fields = {
+        field.name: _encode(getattr(component, field.name), codecs, put, ref, field.name, chosen.get(field.name))
+        for field in stored_fields(type(component))
+    }
+    return {"class": codecs.encode(type(component), put, where="class"), "fields": fields}
+
+
+def begin_component(document: Mapping[str, Any], codecs: Codecs, get: Get) -> Component:
+    """A component of a stored document, its fields still to be filled, so that others can already refer to it."""
+    cls = codecs.decode(document["class"], get)
+    if not isinstance(cls, type) or not issubclass(cls, Component):
+        raise CodecError(f"{document['_id']}: its class is {cls!r}, which is no component", field="class")
+    component: Component = object.__new__(cls)
+    for name in ("identifier", "version"):
+        object.__setattr__(component, "_version" if name == "version" else name, document[name])
+    object.__setattr__(component, "uuid", document["_id"])
+    object.__setattr__(component, "db", None)
+    return component
+
+
+def fill_component(
+    component: Component, document: Mapping[str, Any], codecs: Codecs, get: Get, load_ref: LoadRef
+) -> None:
+    """Fill the fields of a begun component; one that an older version did not store takes its default.
+
+    Raises:
+        CodecError: A field cannot be read back; `field` names it.
+    """
+    for field in stored_fields(type(component)):
+        if field.name in document["fields"]:
+            value = _decode(document["fields"][field.name], codecs, get, load_ref)
+        else:
+            value = _default(field)
+        object.__setattr__(component, field.name, value)
+
+
+def content_digest(component: Component, codecs: Codecs) -> str:
+    """SHA-256, in hex, of what a component says: class, identifier and fields, without uuid, version and db."""
+    return _digest(component, codecs, {})
+
+
+def children(component: Component) -> Iterator[Component]:
+    """The components that its fields refer to, directly."""
+    for field in stored_fields(type(component)):
+        yield from _components(getattr(component, field.name))
+
+
+def _digest(component: Component, codecs: Codecs, met: dict[int, str]) -> str:
+    if id(component) in met:
+        return met[id(component)]
+    met[id(component)] = f"cycle:{component.type_id}:{component.identifier}"
+
+    def name_of_blob(data: bytes | memoryview) -> str:
+        return hashlib.sha256(data).hexdigest()
+
+    body = encode_component(component, codecs, name_of_blob, lambda child: _digest(child, codecs, met))
+    said = {"type_id": component.type_id, "identifier": component.identifier, **body}
+    met[id(component)] = hashlib.sha256(bson.encode(said)).hexdigest()
+    return met[id(component)]
+
+
+def _encode(value: Any, codecs: Codecs, put: Put, ref: Ref, where: str, codec: str | None) -> Any:
+    if isinstance(value, Component):
+        return {"_ref": ref(value), "type_id": value.type_id, "identifier": value.identifier}
+    if isinstance(value, Query):
+        return {"_codec": "query", **value.to_document()}
+    if codec is None and type(value) in (list, tuple) and any(True for _ in _components(value)):
+        items = [_encode(v, codecs, put, ref, f"{where}[{n}]", None) for n, v in enumerate(value)]
+        return items if isinstance(value, list) else {"_codec": "tuple", "items": items}
+    return codecs.encode(value, put, codec=codec, where=where)
+
+
+def _decode(record: Any, codecs: Codecs, get: Get, load_ref: LoadRef) -> Any:
+    if isinstance(record, Mapping) and "_ref" in record:
+        return load_ref(record["_ref"])
+    if isinstance(record, Mapping) and record.get("_codec") == "query":
+        return Query.from_document(record)
+    if isinstance(record, Mapping) and record.get("_codec") == "tuple":
+        return tuple(_decode(part, codecs, get, load_ref) for part in record["items"])
+    if isinstance(record, list):
+        return [_decode(part, codecs, get, load_ref) for part in record]
+    return codecs.decode(record, get)
+
+
+def _components(value: Any) -> Iterator[Component]:
+    if isinstance(value, Component):
+        yield value
+    elif type(value) in (list, tuple):
+        for part in value:
+            yield from _components(part)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    raise CodecError(f"field {field.name!r} is not in the stored document and has no default", field=field.name)

@@ -1,0 +1,163 @@
+"""Modules and states as a small skeleton plus one blob a storage, so that versions share what did not change.
+
+Always: no tensor is inside the pickle; what was one tensor comes back as one (tied weights stay tied) and what
+only has equal content stays apart; blobs are device-free bytes, so a model of a GPU loads on a CPU; views of
+one storage stay views of one storage, but a lone slice of a large storage takes only its own bytes along.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from mongotorch.codecs import Codec, Get, Put, check_python, dumps, loads
+from mongotorch.errors import CodecError
+
+_KINDS = (Tensor, nn.Parameter)
+
+
+@final
+class TorchCodec(Codec):
+    """`nn.Module`s, tensors, and lists, tuples and dicts that hold some.
+
+    The record: `skeleton` (blob of the pickle), `python` (of its bytecode, or None), `tensors` (dtype, shape,
+    stride, offset in elements, which storage, whether a parameter and whether it wants a gradient, its name in
+    the state dict of a module) and `storages` (blob and size in bytes).
+    """
+
+    name = "torch"
+
+    def handles(self, value: Any) -> bool:
+        """Whether it is a module or tensor, or a container that holds one."""
+        return any(isinstance(part, (nn.Module, Tensor)) for part in _flat(value))
+
+    def encode(self, value: Any, put: Put, *, where: str) -> dict[str, Any]:
+        """Skeleton and storages. Raises: UnsafeClosureError, CodecError; then nothing was put."""
+        taken: dict[int, int] = {}
+        tensors: list[Tensor] = []
+
+        def external(part: Any) -> int | None:
+            if type(part) not in _KINDS or not _is_plain(part):
+                return None  # sparse, quantised and subclasses: they pickle as torch pickles them
+            if id(part) not in taken:
+                taken[id(part)] = len(tensors)
+                tensors.append(part)  # kept alive, or its id could come back as another's
+            return taken[id(part)]
+
+        with torch.no_grad():
+            skeleton = dumps(value, where=where, external=external)
+            records, storages = _layout(tensors, _names(value))
+            return {
+                "skeleton": put(skeleton.data),
+                "python": skeleton.python,
+                "tensors": records,
+                "storages": [{"blob": put(data), "nbytes": data.nbytes} for data in storages],
+            }
+
+    def decode(self, record: Mapping[str, Any], get: Get) -> Any:
+        """The value, on the CPU. Raises: PythonVersionError before reading, CodecError."""
+        check_python(record["python"])
+        storages: dict[int, Tensor] = {}
+        made: dict[int, Tensor] = {}
+
+        def storage(index: int) -> Tensor:
+            if index not in storages:
+                storages[index] = torch.frombuffer(
+                    bytearray(get(record["storages"][index]["blob"])), dtype=torch.uint8
+                )
+            return storages[index]
+
+        def external(index: int) -> Tensor:
+            if index not in made:
+                made[index] = _rebuild(record["tensors"][index], storage)
+            return made[index]
+
+        return loads(get(record["skeleton"]), python=record["python"], external=external)
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        for part in value.values():
+            yield from _flat(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _flat(part)
+    else:
+        yield value
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    if tensor.grad_fn is not None:
+        raise CodecError("a tensor with a graph behind it cannot be stored; detach it")
+    return tensor.layout is torch.strided and not tensor.is_quantized and tensor.device.type != "meta"
+
+
+def _names(value: Any) -> dict[int, str]:
+    if not isinstance(value, nn.Module):
+        return {}
+    tensors = [*value.named_parameters(remove_duplicate=False), *value.named_buffers(remove_duplicate=False)]
+    return {id(tensor): name for name, tensor in reversed(tensors)}
+
+
+def _layout(tensors: Sequence[Tensor], names: Mapping[int, str]) -> tuple[list[dict[str, Any]], list[memoryview]]:
+    users = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel())
+    shared: dict[int, int] = {}
+    storages: list[memoryview] = []
+    records = []
+    for tensor in tensors:
+        pointer = tensor.untyped_storage().data_ptr()
+        if tensor.numel() and users[pointer] > 1:
+            if pointer not in shared:
+                shared[pointer] = len(storages)
+                whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+                storages.append(_bytes(whole))
+            index, stride, offset = shared[pointer], list(tensor.stride()), tensor.storage_offset()
+        else:
+            alone = tensor.detach()
+            alone = alone if _is_dense(alone) else alone.contiguous()
+            index, stride, offset = len(storages), list(alone.stride()), 0
+            storages.append(_dense_bytes(alone))
+        record = {
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "shape": list(tensor.shape),
+            "stride": stride,
+            "offset": offset,
+            "storage": index,
+            "requires_grad": tensor.requires_grad,
+            "parameter": isinstance(tensor, nn.Parameter),
+        }
+        records.append(record | ({"name": names[id(tensor)]} if id(tensor) in names else {}))
+    return records, storages
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether its elements fill one stretch of memory, in whatever order (channels last does)."""
+    expected = 1
+    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda pair: pair[1]):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size if size != 1 else 1
+    return not (tensor.is_conj() or tensor.is_neg())
+
+
+def _dense_bytes(tensor: Tensor) -> memoryview:
+    return _bytes(tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8) if tensor.numel() else tensor)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    # On the CPU this is the tensor's own memory; from another device it is the one copy that is needed.
+    return memoryview(tensor.detach().reshape(-1).cpu().view(torch.uint8).numpy())
+
+
+def _rebuild(record: Mapping[str, Any], storage: Any) -> Tensor:
+    dtype = getattr(torch, record["dtype"])
+    whole = storage(record["storage"]) if 0 not in record["shape"] else torch.empty(0, dtype=torch.uint8)
+    flat = torch.empty(0, dtype=dtype).set_(whole.untyped_storage())
+    tensor = flat.as_strided(record["shape"], record["stride"], record["offset"])
+    if record["parameter"]:
+        return nn.Parameter(tensor, requires_grad=record["requires_grad"])
+    return tensor.requires_grad_(record["requires_grad"])

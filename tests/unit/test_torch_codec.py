@@ -1,0 +1,115 @@
+"""Modules and states come back bit for bit, with what was tied still tied and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mongotorch.codecs import Codecs
+from mongotorch.train.codec import TorchCodec
+
+
+class Blobs(dict[str, bytes]):
+    def put(self, data: bytes | memoryview) -> str:
+        name = hashlib.sha256(data).hexdigest()
+        self[name] = bytes(data)
+        return name
+
+    def blob(self, name: str) -> bytes:
+        return self[name]
+
+
+def through(value: Any) -> tuple[Any, dict[str, Any], Blobs]:
+    codecs, blobs = Codecs.builtin(TorchCodec()), Blobs()
+    record = codecs.encode(value, blobs.put)
+    return codecs.decode(record, blobs.blob), record, blobs
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.arange(6.0).reshape(2, 3),
+        torch.arange(6.0).reshape(2, 3).T,
+        torch.tensor(3.5, dtype=torch.bfloat16),
+        torch.zeros(0, 4),
+        torch.tensor([True, False]),
+        torch.ones(2, 3, 4, 5, dtype=torch.float16).to(memory_format=torch.channels_last),
+        torch.tensor([1 + 2j]),
+        torch.ones(3, requires_grad=True),
+        torch.ones(1).expand(4),
+        torch.eye(3).to_sparse(),
+    ],
+)
+def test_a_tensor_comes_back_bit_for_bit(tensor: torch.Tensor) -> None:
+    again, record, _ = through(tensor)
+
+    assert record["_codec"] == "torch"
+    assert torch.equal(again.to_dense(), tensor.to_dense())
+    assert (again.dtype, again.shape, again.requires_grad) == (tensor.dtype, tensor.shape, tensor.requires_grad)
+
+
+def test_a_module_comes_back_with_its_names_and_no_tensor_in_the_pickle() -> None:
+    net = nn.Sequential(nn.Linear(100, 100), nn.BatchNorm1d(100))
+
+    again, record, blobs = through(net)
+
+    assert all(
+        torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values(), strict=True)
+    )
+    assert {t["name"] for t in record["tensors"]} == set(net.state_dict())
+    assert len(blobs[record["skeleton"]]) < 4000
+    assert isinstance(next(again.parameters()), nn.Parameter)
+
+
+def test_tied_weights_stay_tied_and_equal_ones_stay_apart() -> None:
+    net: Any = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)])
+    with torch.no_grad():
+        net[2].weight.copy_(net[0].weight)
+    net[1].weight = net[0].weight
+
+    again, _, _ = through(net)
+
+    assert again[0].weight is again[1].weight
+    assert again[2].weight is not again[0].weight
+    with torch.no_grad():
+        again[0].weight.add_(1)
+    assert torch.equal(again[2].weight, net[0].weight)
+
+
+def test_views_of_one_storage_stay_views_and_a_lone_slice_takes_only_its_own() -> None:
+    whole = torch.arange(1000.0)
+
+    again, _, _ = through({"whole": whole, "tail": whole[990:]})
+    _, record, _ = through({"tail": whole[990:]})
+
+    again["whole"][995] = -1
+    assert again["tail"][5] == -1
+    assert [s["nbytes"] for s in record["storages"]] == [40]
+
+
+def test_a_fine_tuned_head_shares_the_blobs_of_the_body() -> None:
+    net: Any = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2))
+    _, _, before = through(net)
+    with torch.no_grad():
+        net[1].weight.add_(1)
+
+    _, _, after = through(net)
+
+    assert len(set(after) - set(before)) == 1
+
+
+def test_the_state_of_an_optimizer_comes_back() -> None:
+    net = nn.Linear(3, 1)
+    optimizer = torch.optim.Adam(net.parameters())
+    net(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+
+    again, _, _ = through(optimizer.state_dict())
+
+    assert again["param_groups"] == optimizer.state_dict()["param_groups"]
+    assert torch.equal(again["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
+    assert float(again["state"][0]["step"]) == 1.0
