@@ -150,7 +150,8 @@ def _dense_bytes(tensor: Tensor) -> memoryview:
 
 def _bytes(tensor: Tensor) -> memoryview:
     # On the CPU this is the tensor's own memory; from another device it is the one copy that is needed.
-    return memoryview(tensor.detach().reshape(-1).cpu().view(torch.uint8).numpy())
+    array: Any = tensor.detach().reshape(-1).cpu().view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 def _rebuild(record: Mapping[str, Any], storage: Any) -> Tensor:
