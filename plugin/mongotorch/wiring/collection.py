@@ -1,0 +1,186 @@
+"""`db["name"]`: a MongoDB collection whose documents may hold arrays and tensors, each with a fold.
+
+Always: what is inserted here has a `_fold` decided by a hash of its `_id`, so the same document lands in the
+same fold wherever it is inserted; nothing is hidden: `.raw` is the driver's own collection.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, final
+
+from bson import ObjectId
+
+from mongotorch.data.documents import decode_document, encode_document
+from mongotorch.data.folds import FOLD_FIELD, FOLDS, assign_folds, fold_of
+from mongotorch.errors import DataError
+from mongotorch.query import Query
+
+_INSERT_BATCH = 10_000
+
+
+@final
+class Collection:
+    """One collection of a datalayer.
+
+    Args:
+        raw: The driver's collection.
+        valid_fraction: Share of inserted documents that go to the `valid` fold, 0 to 1.
+    """
+
+    def __init__(self, raw: Any, *, valid_fraction: float) -> None:
+        self.raw = raw
+        self._valid_fraction = valid_fraction
+
+    def __repr__(self) -> str:
+        return f"Collection({self.raw.name!r})"
+
+    @property
+    def name(self) -> str:
+        """The collection's name."""
+        return str(self.raw.name)
+
+    def find(
+        self, filter: Mapping[str, Any] | None = None, projection: Mapping[str, Any] | Sequence[str] | None = None
+    ) -> Query:
+        """A query of this collection; nothing is read yet.
+
+        Args:
+            filter: A MongoDB filter; None is every document.
+            projection: A MongoDB projection; None is whole documents.
+
+        Raises:
+            QueryError: Something in it cannot be stored.
+        """
+        return Query.find(self.name, filter, projection)
+
+    def aggregate(self, pipeline: Sequence[Mapping[str, Any]]) -> Query:
+        """A query of this collection by an aggregation pipeline; nothing is read yet.
+
+        Raises:
+            QueryError: Something in it cannot be stored.
+        """
+        return Query.aggregate(self.name, pipeline)
+
+    def insert_one(self, document: Mapping[str, Any]) -> Any:
+        """Insert a document, its arrays and tensors encoded, its fold decided.
+
+        Returns:
+            The inserted `_id`.
+
+        Raises:
+            DataError: A `_fold` of its own that is none.
+            CodecError: A value that BSON cannot hold; `field` names it.
+        """
+        return self.insert_many([document])[0]
+
+    def insert_many(self, documents: Iterable[Mapping[str, Any]]) -> list[Any]:
+        """Insert documents, read lazily, 10,000 at a time.
+
+        Returns:
+            The inserted `_id`s, in order.
+
+        Raises:
+            DataError: A `_fold` of its own that is none.
+            CodecError: A value that BSON cannot hold; `field` names it.
+        """
+        ids: list[Any] = []
+        prepared = (self._prepare(document) for document in documents)
+        while batch := list(itertools.islice(prepared, _INSERT_BATCH)):
+            ids.extend(self.raw.insert_many(batch).inserted_ids)
+        return ids
+
+    def update_many(
+        self, filter: Mapping[str, Any], update: Mapping[str, Any] | Sequence[Mapping[str, Any]]
+    ) -> int:
+        """Update the documents that match; arrays in the update are encoded.
+
+        Returns:
+            How many were changed.
+        """
+        encoded = encode_document(update) if isinstance(update, Mapping) else [encode_document(u) for u in update]
+        return int(self.raw.update_many(dict(filter), encoded).modified_count)
+
+    def replace_one(
+        self, filter: Mapping[str, Any], replacement: Mapping[str, Any], *, upsert: bool = False
+    ) -> int:
+        """Replace one document that matches; it keeps its `_id` and its fold.
+
+        Args:
+            filter: Which document.
+            replacement: What takes its place.
+            upsert: Insert it where none matches.
+
+        Returns:
+            How many were changed, or inserted.
+        """
+        found = self.raw.find_one(dict(filter), {"_id": 1, FOLD_FIELD: 1})
+        if found is None:
+            if upsert:
+                self.insert_one({**_equalities(filter), **replacement})
+            return int(upsert)
+        kept = {key: found[key] for key in ("_id", FOLD_FIELD) if key in found}
+        document = self._prepare({**replacement, "_id": kept["_id"]} | kept)
+        return int(self.raw.replace_one({"_id": kept["_id"]}, document).modified_count)
+
+    def delete_many(self, filter: Mapping[str, Any]) -> int:
+        """Delete the documents that match.
+
+        Returns:
+            How many there were.
+        """
+        return int(self.raw.delete_many(dict(filter)).deleted_count)
+
+    def count(self, filter: Mapping[str, Any] | None = None) -> int:
+        """How many documents match."""
+        return int(self.raw.count_documents(dict(filter or {})))
+
+    def assign_folds(self, valid_fraction: float | None = None) -> int:
+        """Decide the fold of the documents that have none, because they came another way.
+
+        Args:
+            valid_fraction: Share that goes to `valid`, 0 to 1; None is the datalayer's setting (0.05).
+
+        Returns:
+            How many were given one.
+        """
+        return assign_folds(self.raw, self._valid_fraction if valid_fraction is None else valid_fraction)
+
+    def _prepare(self, document: Mapping[str, Any]) -> dict[str, Any]:
+        encoded = encode_document(document)
+        encoded = {"_id": encoded.pop("_id", None) or ObjectId(), **encoded} if "_id" not in document else encoded
+        fold = encoded.setdefault(FOLD_FIELD, fold_of(encoded["_id"], self._valid_fraction))
+        if fold not in FOLDS:
+            raise DataError(
+                f"document {encoded['_id']!r}: {FOLD_FIELD!r} is {fold!r}; it must be 'train' or 'valid', "
+                "or left out",
+                document_id=encoded["_id"],
+                field=FOLD_FIELD,
+            )
+        return encoded
+
+
+def read_documents(database: Any, query: Query) -> Iterator[dict[str, Any]]:
+    """The documents of a query, one by one, arrays as tensors; the cursor is closed at the end."""
+    source = database[query.collection]
+    if query.is_pipeline:
+        cursor = source.aggregate(query.stages)
+    else:
+        cursor = source.find(query.where, query.projection_document, skip=query.skipped)
+        cursor = cursor.sort(list(query.ordering)) if query.ordering else cursor
+        cursor = cursor.limit(query.limited) if query.limited else cursor
+    try:
+        for document in cursor:
+            yield decode_document(document)
+    finally:
+        cursor.close()
+
+
+def _equalities(filter: Mapping[str, Any]) -> dict[str, Any]:
+    # What MongoDB itself would put into an upserted document.
+    return {
+        key: value
+        for key, value in filter.items()
+        if not key.startswith("$") and "." not in key and not isinstance(value, Mapping)
+    }

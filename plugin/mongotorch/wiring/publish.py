@@ -1,0 +1,168 @@
+"""From a live component to what is stored: all blobs first, then one insert that makes it visible.
+
+Always: nothing is written until everything has been encoded, so a refused value leaves no trace; a uuid
+belongs to one stored version for ever; the same content is recognised and not stored twice; where two documents
+become visible together, the first carries the uuid of the second as its `anchor`, and the insert of the
+second publishes both. A crash before it leaves garbage, never a half version.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any, final
+
+from mongotorch.codecs import Codecs
+from mongotorch.component import Component, content_digest, encode_component
+from mongotorch.errors import ConflictError
+from mongotorch.store import Artifacts, Components
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stored:
+    """What became of a component that was handed in.
+
+    Attributes:
+        uuid: The uuid of the stored version.
+        new: Whether this call stored it; False: it was recognised.
+    """
+
+    uuid: str
+    new: bool
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Draft:
+    """What is going to be written; nothing of it is visible yet."""
+
+    documents: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    blobs: dict[str, bytes | memoryview] = dataclasses.field(default_factory=dict)
+    uuids: dict[int, str] = dataclasses.field(default_factory=dict)
+    refs: dict[str, set[str]] = dataclasses.field(default_factory=dict)
+
+
+@final
+class Publisher:
+    """Stores components in one database.
+
+    Args:
+        components: The component documents.
+        artifacts: The blobs.
+        codecs: The codecs that write fields.
+    """
+
+    def __init__(self, components: Components, artifacts: Artifacts, codecs: Codecs) -> None:
+        self._components = components
+        self._artifacts = artifacts
+        self._codecs = codecs
+
+    def store(self, component: Component) -> Stored:
+        """Store a component as a new version, with the parts that are not stored yet.
+
+        Returns:
+            Its uuid, and whether it is new: content that equals the newest version, or equals what the newest
+            version was trained from, is recognised and not stored again.
+
+        Raises:
+            CodecError: A field cannot be stored; nothing was written.
+            UnsafeClosureError: A field would carry a database client; nothing was written.
+            ConflictError: The uuid belongs to a different component.
+        """
+        digest = content_digest(component, self._codecs)
+        recognised = self._recognise(component, digest)
+        if recognised is not None:
+            return Stored(uuid=recognised, new=False)
+        draft = _Draft()
+        self._draft(component, draft, always=(component.uuid,), digest=digest)
+        self._write(draft)
+        return Stored(uuid=component.uuid, new=True)
+
+    def publish(self, root: Component, *, with_: Component, facts: Mapping[str, Mapping[str, Any]]) -> None:
+        """Make two components that refer to each other visible in one insert, that of `root`.
+
+        Args:
+            root: The trained model.
+            with_: The trainer that trained it.
+            facts: Per uuid, what else the document says: `source_digest`, `job`, `parent`.
+
+        Raises:
+            CodecError: A field cannot be stored; nothing was written.
+        """
+        draft = _Draft()
+        self._draft(with_, draft, always=(root.uuid, with_.uuid))
+        if root.uuid not in draft.documents:
+            self._draft(root, draft, always=(root.uuid, with_.uuid))
+        for uuid, more in facts.items():
+            draft.documents[uuid].update(more)
+        draft.documents[with_.uuid]["anchor"] = root.uuid
+        draft.documents[root.uuid] = draft.documents.pop(root.uuid)  # written last: it is the publication
+        self._write(draft)
+
+    def _recognise(self, component: Component, digest: str) -> str | None:
+        taken = self._components.peek(component.uuid)
+        if taken is not None and taken["digest"] != digest:
+            raise ConflictError(
+                f"uuid {component.uuid} belongs to version {taken['version']} of {taken['type_id']} "
+                f"{taken['identifier']!r}, which differs from what is applied now; "
+                "give the changed one a uuid of its own, for instance by `component.replace()`",
+                field="uuid",
+            )
+        newest = self._components.newest(component.type_id, component.identifier)
+        if newest is not None and digest in (newest["digest"], newest.get("source_digest")):
+            return str(newest["_id"])
+        return None if taken is None else str(taken["_id"])
+
+    def _draft(
+        self, component: Component, draft: _Draft, *, always: tuple[str, ...] = (), digest: str | None = None
+    ) -> str:
+        """Encode a component and its parts into the draft; the uuid it is, or will be, stored under."""
+        if id(component) in draft.uuids:
+            return draft.uuids[id(component)]
+        digest = digest or content_digest(component, self._codecs)
+        draft.uuids[id(component)] = component.uuid
+        if digest_known := self._known(component, digest, always):
+            draft.uuids[id(component)] = digest_known
+            return digest_known
+        refs: set[str] = set()
+        own: set[str] = set()
+
+        def ref(child: Component) -> str:
+            refs.add(uuid := self._draft(child, draft, always=always))
+            return uuid
+
+        body = encode_component(component, self._codecs, _collect(draft.blobs, own), ref)
+        draft.documents[component.uuid] = {
+            "_id": component.uuid,
+            "type_id": component.type_id,
+            "identifier": component.identifier,
+            **body,
+            "digest": digest,
+            "blobs": sorted(own),
+            "refs": sorted(refs),
+            "created": datetime.now(UTC),
+        }
+        return component.uuid
+
+    def _known(self, component: Component, digest: str, always: tuple[str, ...]) -> str | None:
+        if component.uuid in always:
+            return None
+        known = self._components.by_digest(component.type_id, component.identifier, digest)
+        return None if known is None else str(known["_id"])
+
+    def _write(self, draft: _Draft) -> None:
+        for data in draft.blobs.values():
+            self._artifacts.put(data)
+        for document in draft.documents.values():
+            self._components.publish(document)
+
+
+def _collect(blobs: dict[str, bytes | memoryview], own: set[str]) -> Callable[[bytes | memoryview], str]:
+    def put(data: bytes | memoryview) -> str:
+        name = hashlib.sha256(data).hexdigest()
+        blobs.setdefault(name, data)
+        own.add(name)
+        return name
+
+    return put
