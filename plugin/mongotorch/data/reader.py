@@ -2,8 +2,7 @@
 
 Always: a reader returns each document of a range exactly once, in `_id` order, as bytes; a cursor lives for
 one range only, and one that breaks is asked again for what comes after the last `_id` seen, until the
-deadline. The server's reader and that of mongomock (which has no raw batches) give the same bytes' meaning
-in the same order.
+deadline. The reader of mongomock, which has no raw batches, gives the same meaning in the same order.
 """
 
 from __future__ import annotations

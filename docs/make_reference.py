@@ -1,0 +1,184 @@
+"""Writes docs/reference/ from the docstrings of the public names, so that it never says something else.
+
+    python docs/make_reference.py            writes the pages
+    python docs/make_reference.py --check    exit code 1 if a page is not what would be written
+
+Always: the pages depend on the code alone (no dates, no addresses of objects, no paths of this machine).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mongotorch
+
+TARGET = Path(__file__).parent / "reference"
+# Public, but reached through their own module rather than through `mongotorch`.
+MODULES = ("mongotorch.errors", "mongotorch.settings", "mongotorch.codecs", "mongotorch.run")
+SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises", "Source")
+NOTE = "<!-- Written by docs/make_reference.py; change the docstrings instead. -->\n"
+
+
+def public() -> dict[str, dict[str, Any]]:
+    """Page name -> {public name -> object}, both sorted."""
+    pages: dict[str, dict[str, Any]] = {}
+    found = {name: getattr(mongotorch, name) for name in mongotorch.__all__}
+    for module in map(importlib.import_module, MODULES):
+        names = getattr(module, "__all__", None) or [n for n in vars(module) if not n.startswith("_")]
+        found |= {name: getattr(module, name) for name in names}
+    for name, value in sorted(found.items()):
+        home = getattr(value, "__module__", None) or ""
+        if (inspect.isclass(value) or inspect.isfunction(value)) and home.startswith("mongotorch."):
+            pages.setdefault(home.split(".")[1], {})[name] = value
+    return dict(sorted(pages.items()))
+
+
+def show_default(value: Any) -> str:
+    """A default as one would write it."""
+    if isinstance(value, int) and value > 2**63 and str(value) == "1" + "0" * (len(str(value)) - 1):
+        return f"10**{len(str(value)) - 1}"
+    if isinstance(value, Path):
+        return repr(str(value))
+    if callable(value):
+        return str(getattr(value, "__qualname__", type(value).__name__))
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def show_annotation(value: Any) -> str:
+    """An annotation as it stands in the source, without the names of modules."""
+    text = value if isinstance(value, str) else inspect.formatannotation(value)
+    return re.sub(r"\b(?:[a-z_]+\.)+(?=[A-Z])", "", text)
+
+
+def parameters(value: Callable[..., Any]) -> Iterator[str]:
+    """The parameters of a callable as one would write them, `self` left out."""
+    before = inspect.Parameter.POSITIONAL_ONLY
+    for name, parameter in inspect.signature(value).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY and before not in (
+            parameter.KEYWORD_ONLY,
+            parameter.VAR_POSITIONAL,
+        ):
+            yield "*"
+        before = parameter.kind
+        if name == "self":
+            continue
+        star = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        typed = "" if parameter.annotation is parameter.empty else f": {show_annotation(parameter.annotation)}"
+        default = "" if parameter.default is parameter.empty else f" = {show_default(parameter.default)}"
+        yield f"{star}{name}{typed}{default}"
+
+
+def signature(name: str, value: Callable[..., Any]) -> str:
+    """A signature in a fenced block, one parameter a line where it gets long."""
+    parts = list(parameters(value))
+    given = inspect.signature(value).return_annotation
+    back = "" if given is inspect.Signature.empty or inspect.isclass(value) else f" -> {show_annotation(given)}"
+    line = f"{name}({', '.join(parts)}){back}"
+    if len(line) > 96:
+        line = f"{name}(\n" + "".join(f"    {part},\n" for part in parts) + f"){back}"
+    return f"```text\n{line}\n```\n"
+
+
+def prose(text: str) -> str:
+    """A Google-style docstring as Markdown: sections in bold, entries as a list."""
+    out: list[str] = []
+    section = False
+    for line in inspect.cleandoc(text).splitlines():
+        heading = re.fullmatch(rf"({'|'.join(SECTIONS)}):\s*(.*)", line)
+        if heading:
+            section = True
+            out += [f"**{heading[1]}**", "", *([heading[2]] if heading[2] else [])]
+        elif section and (entry := re.fullmatch(r"    (\*{0,2}\w[\w., *]*?): (.*)", line)):
+            out.append(f"- `{entry[1]}`: {entry[2]}")
+        elif section and line.startswith("        "):
+            out.append("  " + line.strip())
+        else:
+            section = section and (not line or line.startswith(" "))
+            out.append(line.strip() if section else line)
+    return "\n".join(out).strip() + "\n"
+
+
+def members(cls: type) -> Iterator[tuple[str, Any]]:
+    """The public methods and properties that mongotorch defines for a class, base classes included."""
+    seen: dict[str, Any] = {}
+    for base in cls.__mro__:
+        if base.__module__.startswith("mongotorch."):
+            for name, member in vars(base).items():
+                seen.setdefault(name, member)
+    for name, member in sorted(seen.items()):
+        documented = isinstance(member, property | classmethod | staticmethod) or inspect.isfunction(member)
+        if documented and not name.startswith("_"):
+            yield name, member
+
+
+def describe_member(owner: str, name: str, member: Any) -> str:
+    """One method or property."""
+    function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+    head = f"### `{owner}.{name}`\n\n"
+    if isinstance(member, property):
+        return head + prose(inspect.getdoc(function) or "")
+    bound = getattr(importlib.import_module(function.__module__), owner, None)
+    shown = getattr(bound, name) if isinstance(member, classmethod) and bound else function
+    return head + signature(name, shown) + "\n" + prose(inspect.getdoc(function) or "")
+
+
+def describe(name: str, value: Any) -> str:
+    """One public name."""
+    parts = [f"## `{name}`\n"]
+    own = vars(value).get("__doc__") if inspect.isclass(value) else inspect.getdoc(value)
+    if inspect.isclass(value) and issubclass(value, BaseException):
+        parts.append(f"Is a `{value.__mro__[1].__name__}`.\n")
+    elif not inspect.isclass(value) or dataclasses.is_dataclass(value) or "__init__" in vars(value):
+        parts.append(signature(name, value))
+    parts.append(prose(own or ""))
+    if inspect.isclass(value) and not issubclass(value, BaseException):
+        parts += [describe_member(name, *member) for member in members(value)]
+    return "\n".join(parts)
+
+
+def pages() -> dict[str, str]:
+    """File name -> what it holds."""
+    found = public()
+    written = {
+        f"{page}.md": NOTE
+        + f"\n# mongotorch: {page}\n\n"
+        + "\n".join(describe(name, value) for name, value in names.items())
+        for page, names in found.items()
+    }
+    listing = "".join(
+        f"\n## [{page}]({page}.md)\n\n" + "".join(f"- `{name}`\n" for name in names)
+        for page, names in found.items()
+    )
+    return {"index.md": NOTE + "\n# Reference\n\nWritten from the docstrings.\n" + listing} | written
+
+
+def main() -> int:
+    """Write the pages, or compare them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing, fail if a page is stale")
+    check = parser.parse_args().check
+    wanted = pages()
+    there = {path.name: path.read_text(encoding="utf-8") for path in TARGET.glob("*.md")}
+    stale = sorted(name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name))
+    if check:
+        if stale:
+            sys.stderr.write(f"stale in docs/reference: {', '.join(stale)}; run `make docs`\n")
+        return 1 if stale else 0
+    TARGET.mkdir(exist_ok=True)
+    for name in there.keys() - wanted.keys():
+        (TARGET / name).unlink()
+    for name, text in wanted.items():
+        (TARGET / name).write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

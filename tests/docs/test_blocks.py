@@ -1,0 +1,87 @@
+"""Every Python block of README.md and docs/ runs, page by page, as the script that a reader would make of it.
+
+The blocks of a page share one `__main__`, one empty working folder and one fresh database, which
+`MONGOTORCH_URI` names. Three comments change that, all invisible to the reader:
+
+    <!-- test: mongod -->                 the page needs the real server
+    <!-- test: prelude ... -->            Python that runs before the first block
+    <!-- test: raises NAME -->            the next block ends in this error
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from mongotorch import errors
+
+pytest.importorskip("mongotorch.datalayer", reason="the pages describe the datalayer, which is not built yet")
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(
+    r"(?:<!-- test: raises (?P<error>\w+) -->\n+)?```python\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE
+)
+PRELUDE = re.compile(r"<!-- test: prelude\n(?P<code>.*?)-->", re.DOTALL)
+LINK = re.compile(r"\]\((?!https?://|mailto:|#)(?P<target>[^)#\s]+)(?:#[^)]*)?\)")
+
+
+def _name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def _has_blocks(path: Path) -> bool:
+    return BLOCK.search(path.read_text(encoding="utf-8")) is not None
+
+
+def _run(match: re.Match[str], page: Path, namespace: dict[str, object]) -> None:
+    # Empty lines before the code, so that a traceback names the line of the page.
+    above = match.string.count("\n", 0, match.start("code"))
+    exec(compile("\n" * above + match["code"], str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if _has_blocks(page)], ids=_name)
+def test_python_blocks_of_a_page_run_in_order(
+    page: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text = page.read_text(encoding="utf-8")
+    needs_server = "<!-- test: mongod -->" in text
+    uri = request.getfixturevalue("mongod_uri") if needs_server else f"mongomock://docs_{uuid4().hex}"
+    monkeypatch.setenv("MONGOTORCH_URI", str(uri))
+    monkeypatch.setenv("MONGOTORCH_PROGRESS", "false")
+    monkeypatch.chdir(tmp_path)
+    main = types.ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    for prelude in PRELUDE.finditer(text):
+        _run(prelude, page, vars(main))
+    for block in BLOCK.finditer(text):
+        if block["error"] is None:
+            _run(block, page, vars(main))
+            continue
+        with pytest.raises(getattr(errors, block["error"])):
+            _run(block, page, vars(main))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_links_of_a_page_lead_somewhere(page: Path) -> None:
+    targets = [link["target"] for link in LINK.finditer(page.read_text(encoding="utf-8"))]
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_every_page_can_be_reached_from_the_index() -> None:
+    index = ROOT / "docs" / "index.md"
+    reached: set[Path] = set()
+    ahead = [index]
+    while ahead:
+        page = ahead.pop()
+        if page in reached:
+            continue
+        reached.add(page)
+        links = LINK.finditer(page.read_text(encoding="utf-8"))
+        ahead += [p for p in ((page.parent / link["target"]).resolve() for link in links) if p.suffix == ".md"]
+    assert {page for page in PAGES if page.is_relative_to(index.parent)} <= reached
