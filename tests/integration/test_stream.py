@@ -1,0 +1,293 @@
+"""The guarantees of the stream, on both backends: the same batches whatever the settings."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bson import Binary, ObjectId
+from bson.binary import BinaryVectorDtype
+from torch.utils.data import DataLoader
+
+from mongotorch.data import Stream, StreamSpec, assign_folds, check_select, fold_of
+from mongotorch.errors import (
+    DataError,
+    EmptyFoldError,
+    EmptySelectError,
+    FieldMissingError,
+    FoldMissingError,
+    ShapeError,
+)
+from mongotorch.query import Query
+from mongotorch.settings import read_settings
+from mongotorch.store import open_address
+
+COUNT = 1009
+SELECT = Query.find("documents", {"y": {"$gte": 0}})
+QUERIES = {
+    "by id": SELECT,
+    "sorted": SELECT.sort("y"),
+    "limited": SELECT.sort("y", -1).skip(7).limit(700),
+    "pipeline": Query.aggregate("documents", [{"$match": {"y": {"$gte": 9}}}, {"$sort": {"y": 1}}]),
+}
+WAYS: dict[str, dict[str, Any]] = {
+    "prefetch": {"data_prefetch": True},
+    "memory": {"mode": "memory"},
+    "download": {"mode": "download"},
+    "workers": {"loader": {"num_workers": 2}},
+}
+
+Make = Callable[..., Stream]
+
+
+def identity(n: int) -> Any:
+    kinds = [n, f"name-{n}", ObjectId(n.to_bytes(12, "big")), n + 0.5, {"n": n}]
+    return kinds[n % len(kinds)]
+
+
+def document(n: int) -> dict[str, Any]:
+    vector = Binary.from_vector([float(n)] * 4, BinaryVectorDtype.FLOAT32)
+    return {"_id": identity(n), "x": [float(n), n / 2], "y": n, "v": vector, "_fold": "train"}
+
+
+@pytest.fixture
+def documents(database: Any) -> Any:
+    database["documents"].insert_many([document(n * 37 % COUNT) for n in range(COUNT)])
+    return database["documents"]
+
+
+@pytest.fixture
+def make(uri: str, database: Any, tmp_path: Path) -> Iterator[Make]:
+    """Makes streams that open the database themselves, and closes them."""
+    streams: list[Stream] = []
+    with open_address(uri, read_settings()) as connection:
+        opener = connection.opener()
+
+    def stream(**given: Any) -> Stream:
+        small = {
+            "batch_size": 64,
+            "prefetch_size": 50,
+            "prefetch_factor": 7,
+            "seed": 5,
+            "cache_dir": tmp_path,
+        }
+        spec = StreamSpec(**{"query": SELECT, "key": ("x", "y", "v"), **small, **given})
+        streams.append(Stream(opener, spec))
+        return streams[-1]
+
+    yield stream
+    for made in streams:
+        made.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "mongotorch-prefetch"]
+
+
+def same(first: Any, second: Any) -> bool:
+    if isinstance(first, torch.Tensor):
+        return first.dtype == second.dtype and torch.equal(first, second)
+    if isinstance(first, tuple | list):
+        return len(first) == len(second) and all(map(same, first, second))
+    return bool(first == second)
+
+
+def labels(batches: list[Any], at: int = 1) -> list[int]:
+    return [int(label) for batch in batches for label in batch[at]]
+
+
+def add(x: list[float], y: int, v: torch.Tensor) -> tuple[torch.Tensor, int]:
+    return v + x[0] + y, y
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", QUERIES)
+def test_every_way_yields_the_same_batches(documents: Any, make: Make, name: str, way: str, shuffle: bool) -> None:
+    plain = make(query=QUERIES[name], shuffle=shuffle)
+    other = make(query=QUERIES[name], shuffle=shuffle, **WAYS[way])
+    for _ in range(2):
+        expected = list(plain)
+        assert same(list(other), expected)
+        assert len(set(labels(expected))) == len(labels(expected))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_samples_come_in_the_same_order_in_every_way(documents: Any, make: Make, way: str) -> None:
+    plain = list(make(shuffle=True, transform=add))
+    assert same(list(make(shuffle=True, transform=add, **WAYS[way])), plain)
+    assert same([batch[1] for batch in plain], [batch[1] for batch in make(shuffle=True)])
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_each_document_comes_once_an_epoch(documents: Any, make: Make, shuffle: bool) -> None:
+    stream = make(shuffle=shuffle)
+    first, second = labels(list(stream)), labels(list(stream))
+    assert sorted(first) == sorted(second) == list(range(COUNT))
+    assert (first == second) is not shuffle
+    assert first != sorted(first)
+
+
+def test_batches_hold_the_values_of_their_documents_in_the_promised_dtypes(documents: Any, make: Make) -> None:
+    for x, y, v in make(shuffle=True):
+        assert (x.dtype, y.dtype, v.dtype) == (torch.float32, torch.int64, torch.float32)
+        assert torch.equal(x, torch.stack([y.float(), y.float() / 2], dim=1))
+        assert torch.equal(v, y.float()[:, None].expand(-1, 4))
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"data_prefetch": True, "prefetch_size": 333, "prefetch_factor": 2},
+        {"loader": {"num_workers": 1}},
+        {"mode": "memory", "prefetch_size": 20},
+    ],
+)
+def test_a_resumed_stream_yields_the_tail_under_other_settings(
+    documents: Any, make: Make, shuffle: bool, changed: dict[str, Any]
+) -> None:
+    whole = make(shuffle=shuffle)
+    first, second = list(whole), list(whole)
+    for position in (1, 6, 11, 15):
+        stopped = make(shuffle=shuffle)
+        batches = iter(stopped)
+        for _ in range(position):
+            next(batches)
+        state = json.dumps(stopped.state_dict())
+        assert len(state) < 1024
+        resumed = make(shuffle=shuffle, seed=99, **changed)
+        resumed.load_state_dict(json.loads(state))
+        assert same(list(resumed), first[position:])
+        assert same(list(resumed), second)
+
+
+@pytest.mark.parametrize("name", ["limited", "pipeline"])
+def test_queries_with_an_order_of_their_own_resume_too(documents: Any, make: Make, name: str) -> None:
+    whole = list(make(query=QUERIES[name], shuffle=True))
+    stopped = make(query=QUERIES[name], shuffle=True)
+    batches = iter(stopped)
+    for _ in range(7):
+        next(batches)
+    resumed = make(query=QUERIES[name], shuffle=True, prefetch_size=200)
+    resumed.load_state_dict(stopped.state_dict())
+    assert same(list(resumed), whole[7:])
+
+
+def test_documents_deleted_in_between_do_not_move_the_others(documents: Any, make: Make) -> None:
+    stream = make(shuffle=True)
+    before = labels(list(stream))
+    documents.delete_many({"y": {"$in": [5, 500, 900]}})
+    state = {**stream.state_dict(), "epoch": 0}
+    again = make(shuffle=True)
+    again.load_state_dict(state)
+    assert labels(list(again)) == [label for label in before if label not in (5, 500, 900)]
+
+
+def test_a_later_document_belongs_to_the_next_run(documents: Any, make: Make) -> None:
+    stream = make(shuffle=True)
+    next(iter(stream))
+    documents.insert_one({**document(3), "_id": ObjectId(b"\xff" * 12), "y": 10**6})
+    assert 10**6 not in labels(list(stream))
+    assert 10**6 in labels(list(make(shuffle=True)))
+
+
+def test_shards_are_disjoint_and_take_equal_steps(documents: Any, make: Make) -> None:
+    shards = [list(make(shuffle=True, shard=(rank, 4))) for rank in range(4)]
+    assert len({len(shard) for shard in shards}) == 1
+    together = [label for shard in shards for label in labels(shard)]
+    assert len(together) == len(set(together)) > COUNT - 4
+
+
+def test_workers_of_a_users_loader_take_turns_in_the_same_batches(documents: Any, make: Make) -> None:
+    expected = list(make(shuffle=True))
+    loader = DataLoader(make(shuffle=True), batch_size=None, num_workers=2)
+    assert same([tuple(batch) for batch in loader], expected)
+
+
+def test_the_global_generator_is_not_touched(documents: Any, make: Make) -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    list(make(shuffle=True, loader={"num_workers": 1}))
+    list(make(shuffle=True, transform=add, loader={"num_workers": 1}))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_download_is_read_once_and_again_after_a_change(documents: Any, make: Make, tmp_path: Path) -> None:
+    first = list(make(mode="download", shuffle=True))
+    (cached,) = (path.stat() for path in tmp_path.glob("*/meta.json"))
+    assert same(list(make(mode="download", shuffle=True)), first)
+    (again,) = (path.stat() for path in tmp_path.glob("*/meta.json"))
+    assert (again.st_ino, again.st_mtime_ns) == (cached.st_ino, cached.st_mtime_ns)
+    documents.delete_many({"y": 5})
+    assert 5 not in labels(list(make(mode="download", shuffle=True)))
+
+
+def test_a_batch_that_is_changed_does_not_change_what_is_held(documents: Any, make: Make) -> None:
+    for shuffle in (False, True):
+        stream = make(mode="memory", shuffle=shuffle)
+        for x, _, _ in stream:
+            x.zero_()
+        for x, y, _ in stream:
+            assert torch.equal(x[:, 0], y.float())
+
+
+def test_a_last_short_batch_is_kept_or_dropped(documents: Any, make: Make) -> None:
+    assert [len(y) for _, y, _ in make(batch_size=500)] == [500, 500, 9]
+    assert [len(y) for _, y, _ in make(batch_size=500, drop_last=True)] == [500, 500]
+    with pytest.raises(DataError):
+        list(make(batch_size=5000, drop_last=True))
+
+
+def test_an_iteration_can_be_left_and_closed(documents: Any, make: Make) -> None:
+    stream = make(data_prefetch=True, loader={"num_workers": 0})
+    next(iter(stream))
+    stream.close()
+    assert len(list(stream)) == 16
+
+
+@pytest.mark.parametrize("way", [{}, *WAYS.values()])
+def test_a_missing_field_is_named_with_its_document(documents: Any, make: Make, way: dict[str, Any]) -> None:
+    documents.update_one({"y": 700}, {"$unset": {"x": ""}})
+    with pytest.raises(FieldMissingError) as caught:
+        list(make(**way))
+    assert (caught.value.field, caught.value.document_id) == ("x", identity(700))
+
+
+def test_ragged_values_are_named_with_their_document(documents: Any, make: Make) -> None:
+    documents.update_one({"y": 700}, {"$set": {"x": [1.0]}})
+    with pytest.raises(ShapeError) as caught:
+        list(make(shuffle=True))
+    assert caught.value.field == "x"
+
+
+def test_text_is_refused_as_a_tensor_and_welcome_in_a_transform(documents: Any, make: Make) -> None:
+    documents.update_many({}, {"$set": {"x": "words"}})
+    with pytest.raises(DataError) as caught:
+        list(make(key=("x", "y")))
+    assert caught.value.field == "x"
+    batches = list(make(key=("x", "y"), transform=lambda x, y: (len(x), y)))
+    assert batches[0][0].tolist() == [5] * 64
+
+
+def test_an_empty_select_is_refused(database: Any, make: Make) -> None:
+    for query in (SELECT, SELECT.sort("y"), QUERIES["pipeline"]):
+        with pytest.raises(EmptySelectError):
+            list(make(query=query))
+        with pytest.raises(EmptySelectError):
+            check_select(database, query)
+
+
+def test_folds_are_checked_and_assigned(documents: Any, database: Any) -> None:
+    with pytest.raises(EmptyFoldError):
+        check_select(database, SELECT)
+    check_select(database, SELECT, folds=("train",))
+    documents.update_many({}, {"$unset": {"_fold": ""}})
+    with pytest.raises(FoldMissingError) as caught:
+        check_select(database, SELECT)
+    assert documents.find_one({"_id": caught.value.document_id}) is not None
+    assert assign_folds(documents, 0.2) == COUNT
+    assert assign_folds(documents, 0.2) == 0
+    for found in documents.find({}, {"_fold": 1}):
+        assert found["_fold"] == fold_of(found["_id"], 0.2)
+    check_select(database, SELECT)
