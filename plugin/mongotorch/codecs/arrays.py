@@ -8,7 +8,6 @@ only looks alike (another key, bytes that do not fit) stays what it is. Vectors:
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,7 +20,6 @@ _VECTOR_HEADERS = {"float32": b"\x27\x00", "int8": b"\x03\x00"}
 _VECTOR_DTYPES = {header: dtype for dtype, header in _VECTOR_HEADERS.items()}
 _VECTOR_SUBTYPE = 9
 _ARRAY_KEYS = {"dtype", "shape", "data"}
-_ITEM_BYTES = {"bfloat16": 2}
 
 assert BinaryVectorDtype.FLOAT32.value == _VECTOR_HEADERS["float32"][:1]  # noqa: S101 - the specification
 
@@ -43,6 +41,8 @@ def numpy_parts(value: Any) -> ArrayParts | None:
     """The parts of a numpy array; None for anything else. Raises: CodecError for arrays of objects or text."""
     if not isinstance(value, np.ndarray):
         return None
+    if isinstance(value, np.ma.MaskedArray):
+        raise CodecError("a masked array would lose its mask; store its data and its mask as two fields")
     if value.dtype.kind not in "biufc":
         raise CodecError(f"an array of dtype {value.dtype} cannot be stored; use numbers or booleans, or a list")
     little = np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("<"))
@@ -58,13 +58,13 @@ def numpy_array(parts: ArrayParts) -> Any:
 
 
 def encode_document(
-    document: Mapping[str, Any], as_array: AsArray = numpy_parts, *, where: str = ""
+    document: Mapping[str, Any], as_array: AsArray | None = None, *, where: str = ""
 ) -> dict[str, Any]:
     """A document with its arrays as BSON.
 
     Args:
         document: What a user inserts.
-        as_array: Takes an array apart, None for what is none.
+        as_array: Takes arrays of another library apart, None for what is none; numpy is always known.
         where: The path so far, for errors.
 
     Raises:
@@ -80,15 +80,16 @@ def decode_document(document: Mapping[str, Any], from_array: FromArray = numpy_a
     return {key: _decode(value, from_array) for key, value in document.items()}
 
 
-def _encode(value: Any, as_array: AsArray, where: str) -> Any:
+def _encode(value: Any, as_array: AsArray | None, where: str) -> Any:
     if isinstance(value, Mapping):
         return encode_document(value, as_array, where=where)
     if isinstance(value, (list, tuple)):
         return [_encode(part, as_array, f"{where}.{index}") for index, part in enumerate(value)]
-    if isinstance(value, np.generic):
-        return value.item()
     try:
-        parts = as_array(value)
+        if isinstance(value, np.generic):
+            return _scalar(value)
+        parts = None if as_array is None else as_array(value)
+        parts = numpy_parts(value) if parts is None else parts
     except CodecError as error:
         raise CodecError(f"{where}: {error.message}", field=where) from error
     if parts is None:
@@ -96,6 +97,15 @@ def _encode(value: Any, as_array: AsArray, where: str) -> Any:
     if len(parts.shape) == 1 and parts.dtype in _VECTOR_HEADERS:
         return Binary(_VECTOR_HEADERS[parts.dtype] + bytes(parts.data), _VECTOR_SUBTYPE)
     return {"dtype": parts.dtype, "shape": list(parts.shape), "data": bytes(parts.data)}
+
+
+def _scalar(value: np.generic) -> Any:
+    if value.dtype.kind == "M":  # BSON dates are milliseconds; `item` of a finer date would be a bare integer
+        return value.astype("datetime64[ms]").item()
+    plain = value.item()
+    if not isinstance(plain, (bool, int, float, str, bytes)) or value.dtype.kind == "m":
+        raise CodecError(f"a number of dtype {value.dtype} cannot be stored; use a plain Python value")
+    return plain
 
 
 def _decode(value: Any, from_array: FromArray) -> Any:
@@ -124,19 +134,21 @@ def _sub_document(value: Mapping[str, Any]) -> ArrayParts | None:
     dtype, shape, data = value["dtype"], value["shape"], value["data"]
     if not isinstance(dtype, str) or not isinstance(shape, list) or not isinstance(data, bytes):
         return None
-    item_bytes = _item_bytes(dtype)
-    if item_bytes is None or not all(isinstance(n, int) and n >= 0 for n in shape):
+    element = _element(dtype)
+    if element is None or not all(isinstance(n, int) and type(n) is not bool and n >= 0 for n in shape):
         return None
-    if math.prod(shape) * item_bytes != len(data):
+    try:
+        np.frombuffer(data, element).reshape(shape)
+    except (ValueError, OverflowError):  # the bytes do not fit, or numpy has no such many dimensions
         return None
     return ArrayParts(dtype=dtype, shape=tuple(shape), data=bytes(data))
 
 
-def _item_bytes(dtype: str) -> int | None:
-    if dtype in _ITEM_BYTES:
-        return _ITEM_BYTES[dtype]
+def _element(dtype: str) -> np.dtype[Any] | None:
+    if dtype == "bfloat16":
+        return np.dtype("<u2")
     try:
         found = np.dtype(dtype)
-    except TypeError:
+    except (TypeError, ValueError, SyntaxError):
         return None
-    return found.itemsize if found.kind in "biufc" else None
+    return found if found.kind in "biufc" else None

@@ -9,11 +9,12 @@ import functools
 import inspect
 from collections import deque
 from collections.abc import Iterator, Mapping
-from types import FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 _CLIENT_PACKAGES = frozenset({"pymongo", "mongomock", "motor", "gridfs"})
 _CLIENT_WORDS = ("Client", "Database", "Collection", "Cursor", "GridFS", "GridOut", "GridIn")
+_SECRET_WORDS = ("Credential", "Topology", "Pool", "Connection", "ChangeStream")
 _MOST_OBJECTS = 100_000
 
 
@@ -24,7 +25,7 @@ def is_unsafe(value: Any) -> bool:
         return True
     return any(
         base.__module__.partition(".")[0] in _CLIENT_PACKAGES
-        and any(word in base.__name__ for word in _CLIENT_WORDS)
+        and any(word in base.__name__ for word in _CLIENT_WORDS + _SECRET_WORDS)
         and not issubclass(base, BaseException)
         for base in cls.__mro__
     )
@@ -57,15 +58,39 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         yield ".keywords", value.keywords
     elif isinstance(value, Mapping):
         yield from ((f"[{key!r}]", part) for key, part in value.items())
-    elif isinstance(value, (list, tuple, set, frozenset)):
+    elif isinstance(value, (list, tuple, set, frozenset, deque)):
         yield from ((f"[{index}]", part) for index, part in enumerate(value))
+    elif isinstance(value, (staticmethod, classmethod)):
+        yield "", value.__func__
+    elif isinstance(value, property):
+        yield from ((f".{part}", getattr(value, part)) for part in ("fget", "fset", "fdel"))
     elif isinstance(value, type):
         # Only a class that is pickled by value carries what its attributes hold.
         if value.__module__ == "__main__" or "<" in value.__qualname__:
             yield from ((f".{key}", part) for key, part in vars(value).items())
     else:
+        yield from ((f".{key}", part) for key, part in _attributes(value))
         yield "", type(value)
-        yield from ((f".{key}", part) for key, part in getattr(value, "__dict__", {}).items())
+
+
+def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
+    yield from getattr(value, "__dict__", {}).items()
+    for cls in type(value).__mro__:
+        slots = vars(cls).get("__slots__", ())
+        for slot in (slots,) if isinstance(slots, str) else slots:
+            member = vars(cls).get(slot)
+            if inspect.ismemberdescriptor(member):
+                try:
+                    yield slot, member.__get__(value)
+                except AttributeError:  # a slot that is still empty
+                    continue
+
+
+def _code_names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):  # a function inside the function
+            yield from _code_names(constant)
 
 
 def _function_parts(function: FunctionType) -> Iterator[tuple[str, Any]]:
@@ -76,6 +101,8 @@ def _function_parts(function: FunctionType) -> Iterator[tuple[str, Any]]:
             continue
     yield ".__defaults__", function.__defaults__
     yield ".__kwdefaults__", function.__kwdefaults__
-    for used, value in inspect.getclosurevars(function).globals.items():
+    for used in dict.fromkeys(_code_names(function.__code__)):
+        value = function.__globals__.get(used)
         if not inspect.ismodule(value):
             yield f".__globals__[{used!r}]", value
+    yield from ((f".{key}", part) for key, part in vars(function).items())

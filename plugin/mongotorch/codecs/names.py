@@ -13,13 +13,16 @@ from typing import Any, final
 from mongotorch.codecs.base import Codec, Get, Put
 from mongotorch.errors import CodecError
 
+SPAWNED_MAIN = "__mp_main__"
+"""What multiprocessing calls the main script in a spawned process; importable nowhere else."""
+
 
 def name_of(value: Any) -> str | None:
     """The dotted name by which a function or class can be imported; None where there is none."""
     module, qualname = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
     if not isinstance(module, str) or not isinstance(qualname, str) or not callable(value):
         return None
-    if module == "__main__" or "<" in qualname:
+    if module in ("__main__", SPAWNED_MAIN) or "<" in qualname:
         return None
     try:
         found = resolve(f"{module}.{qualname}")
@@ -35,10 +38,12 @@ def resolve(name: str) -> Any:
         CodecError: It cannot be imported here.
     """
     parts = name.split(".")
+    cause: Exception | None = None
     for length in range(len(parts) - 1, 0, -1):
         try:
             found: Any = importlib.import_module(".".join(parts[:length]))
-        except ImportError:
+        except Exception as error:  # noqa: BLE001 - importing runs foreign code, which can raise anything
+            cause = cause or error
             continue
         try:
             for part in parts[length:]:
@@ -46,7 +51,7 @@ def resolve(name: str) -> Any:
         except AttributeError:
             continue
         return found
-    raise CodecError(f"{name!r} cannot be imported here; install or put on the path what defines it")
+    raise CodecError(f"{name!r} cannot be imported here; install or put on the path what defines it") from cause
 
 
 @final

@@ -10,13 +10,15 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Callable, Mapping
+from types import FunctionType
 from typing import Any, NamedTuple, final
 
 import dill
 
 from mongotorch.codecs.base import Codec, Get, Put
 from mongotorch.codecs.guard import is_unsafe, path_to_unsafe
-from mongotorch.errors import CodecError, PythonVersionError, UnsafeClosureError
+from mongotorch.codecs.names import SPAWNED_MAIN
+from mongotorch.errors import CodecError, MongotorchError, PythonVersionError, UnsafeClosureError
 
 # What dill writes for a code object; a text that happens to say the same only pins the version needlessly.
 _BYTECODE_MARK = b"_create_code"
@@ -56,7 +58,7 @@ def dumps(value: Any, *, where: str, external: Callable[[Any], Any] | None = Non
             "database; pass what it reads as a value, or open it inside the function",
             field=path,
         ) from None
-    except CodecError:
+    except MongotorchError:
         raise
     except Exception as error:  # a pickled object's own code can raise anything
         raise CodecError(f"{where} cannot be pickled: {type(error).__name__}: {error}", field=where) from error
@@ -88,6 +90,8 @@ def loads(data: bytes, *, python: str | None, external: Callable[[Any], Any] | N
     check_python(python)
     try:
         return _Unpickler(io.BytesIO(data), external).load()
+    except MongotorchError:  # what `external` raises, such as a blob that is not what was stored
+        raise
     except Exception as error:  # unpickling runs foreign code, which can raise anything
         raise CodecError(f"cannot be unpickled here: {type(error).__name__}: {error}") from error
 
@@ -121,19 +125,26 @@ class _UnsafeObjectError(Exception):
 
 class _Pickler(dill.Pickler):  # type: ignore[misc]
     def __init__(self, file: io.BytesIO, external: Callable[[Any], Any] | None) -> None:
-        super().__init__(file, recurse=True, byref=False)
+        # The protocol is fixed: its default follows the Python version, and the digest of a value must not.
+        super().__init__(file, protocol=4, recurse=True, byref=False, fmode=0)
         self._external = external
 
     def persistent_id(self, value: Any) -> Any:
         """Called for every object before it is pickled: the place to refuse one, or to keep it outside."""
         if is_unsafe(value):
             raise _UnsafeObjectError(f"{type(value).__module__}.{type(value).__qualname__}")
+        if getattr(value, "__module__", None) == SPAWNED_MAIN and isinstance(value, (type, FunctionType)):
+            raise CodecError(
+                f"{value.__qualname__} belongs to the main script of a spawned process, which no other process "
+                "can import; move it to a module"
+            )
         return None if self._external is None else self._external(value)
 
 
 class _Unpickler(dill.Unpickler):  # type: ignore[misc]
     def __init__(self, file: io.BytesIO, external: Callable[[Any], Any] | None) -> None:
-        super().__init__(file)
+        # Else dill gives an object of a class of `__main__` whatever class the loading script has by that name.
+        super().__init__(file, ignore=True)
         self._external = external
 
     def persistent_load(self, pid: Any) -> Any:

@@ -8,22 +8,26 @@ as what they were. Codecs from elsewhere come by the entry point group `mongotor
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any, Self, final
 
-import numpy as np
-from bson import ObjectId, Regex
+from bson import Decimal128, Int64, MaxKey, MinKey, ObjectId, Regex, Timestamp
 
-from mongotorch.codecs.arrays import ArrayParts, numpy_array, numpy_parts
+from mongotorch.codecs.arraycodec import ArrayCodec
 from mongotorch.codecs.base import Codec, Get, Put
 from mongotorch.codecs.names import NameCodec
 from mongotorch.codecs.pickles import DillCodec
-from mongotorch.errors import CodecError
+from mongotorch.errors import CodecError, MongotorchError
 
 GROUP = "mongotorch.codecs"
-_PLAIN = (type(None), bool, int, float, str, bytes, ObjectId, Regex)
+_PLAIN = (
+    *(type(None), bool, int, float, str, bytes),
+    *(ObjectId, Regex, Int64, Decimal128, Timestamp, MinKey, MaxKey),
+)
+_OWN = ("int", "tuple", "dict", "query")  # records that the registry or the component reads itself
 _RESERVED = frozenset({"_codec", "_ref"})
 _INT64 = range(-(2**63), 2**63)
 
@@ -55,33 +59,14 @@ class JsonCodec(Codec):
 
 
 @final
-class ArrayCodec(Codec):
-    """numpy arrays, their bytes beside the record."""
-
-    name = "array"
-
-    def handles(self, value: Any) -> bool:
-        """Whether it is an array of numbers or booleans."""
-        return isinstance(value, np.ndarray) and value.dtype.kind in "biufc"
-
-    def encode(self, value: Any, put: Put, *, where: str) -> dict[str, Any]:
-        """The dtype and shape, and the bytes in a blob. Raises: CodecError for what is no such array."""
-        parts = numpy_parts(value)
-        if parts is None:
-            raise CodecError(f"{where} is no numpy array", field=where)
-        return {"dtype": parts.dtype, "shape": list(parts.shape), "blob": put(parts.data)}
-
-    def decode(self, record: Mapping[str, Any], get: Get) -> Any:
-        """A writable array."""
-        shape = tuple(record["shape"])
-        return numpy_array(ArrayParts(dtype=record["dtype"], shape=shape, data=get(record["blob"])))
-
-
-@final
 class Codecs:
     """A set of codecs, asked in order for the default choice."""
 
     def __init__(self, codecs: tuple[Codec, ...]) -> None:
+        names = [*_OWN, *(codec.name for codec in codecs)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise CodecError(f"two codecs are called {', '.join(map(repr, twice))}; give each a name of its own")
         self._codecs = {codec.name: codec for codec in codecs}
 
     @classmethod
@@ -109,8 +94,21 @@ class Codecs:
             where: Name of the value, for errors.
 
         Raises:
-            CodecError: It cannot be stored, or there is no such codec.
+            CodecError: It cannot be stored, or there is no such codec; nothing was put.
         """
+        if type(value) not in (list, tuple, dict):
+            return self._encode(value, put, codec, where)
+        # One part may be refused after another was taken: what is put waits until all have been.
+        waiting: list[bytes | memoryview] = []
+        try:
+            record = self._encode(value, _hold(waiting), codec, where)
+        except RecursionError as error:
+            raise CodecError(f"{where} contains itself, or is nested too deeply", field=where) from error
+        for data in waiting:
+            put(data)
+        return record
+
+    def _encode(self, value: Any, put: Put, codec: str | None, where: str) -> Any:
         if codec is not None:
             return {"_codec": codec, **self._named(codec, where).encode(value, put, where=where)}
         plain, record = _plain(value)
@@ -123,19 +121,28 @@ class Codecs:
 
     def decode(self, record: Any, get: Get) -> Any:
         """The value of what `encode` gave. Raises: CodecError, PythonVersionError."""
+        try:
+            return self._decode(record, get)
+        except MongotorchError:
+            raise
+        except (LookupError, TypeError, ValueError, RecursionError) as error:
+            raise CodecError(f"not a record that can be read: {type(error).__name__}: {error}") from error
+
+    def _decode(self, record: Any, get: Get) -> Any:
         if isinstance(record, list):
-            return [self.decode(part, get) for part in record]
+            return [self._decode(part, get) for part in record]
         if not isinstance(record, Mapping):
-            return record
+            # BSON gives integers beyond 32 bits back as a type of its own.
+            return int(record) if type(record) is Int64 else record
         name = record.get("_codec")
         if name is None:
-            return {key: self.decode(part, get) for key, part in record.items()}
+            return {key: self._decode(part, get) for key, part in record.items()}
         if name == "int":
             return int(record["value"])
         if name == "tuple":
-            return tuple(self.decode(part, get) for part in record["items"])
+            return tuple(self._decode(part, get) for part in record["items"])
         if name == "dict":
-            return {self.decode(key, get): self.decode(part, get) for key, part in record["items"]}
+            return {self._decode(key, get): self._decode(part, get) for key, part in record["items"]}
         return self._named(name, "record").decode(record, get)
 
     @property
@@ -145,11 +152,14 @@ class Codecs:
     def _container(self, value: Any, put: Put, where: str) -> Any:
         if isinstance(value, dict):
             if all(_is_field(key) for key in value):
-                return {k: self.encode(part, put, where=f"{where}[{k!r}]") for k, part in value.items()}
+                return {k: self._encode(part, put, None, f"{where}[{k!r}]") for k, part in value.items()}
             pairs = value.items()
-            items = [[self.encode(k, put), self.encode(v, put, where=f"{where}[{k!r}]")] for k, v in pairs]
+            items = [
+                [self._encode(k, put, None, where), self._encode(v, put, None, f"{where}[{k!r}]")]
+                for k, v in pairs
+            ]
             return {"_codec": "dict", "items": items}
-        items = [self.encode(part, put, where=f"{where}[{n}]") for n, part in enumerate(value)]
+        items = [self._encode(part, put, None, f"{where}[{n}]") for n, part in enumerate(value)]
         return items if isinstance(value, list) else {"_codec": "tuple", "items": items}
 
     def _named(self, name: str, where: str) -> Codec:
@@ -159,7 +169,29 @@ class Codecs:
 
 
 def _is_field(key: Any) -> bool:
-    return type(key) is str and not key.startswith("$") and not set(key) & {".", "\0"} and key not in _RESERVED
+    return (
+        type(key) is str
+        and _is_text(key)
+        and not key.startswith("$")
+        and not set(key) & {".", "\0"}
+        and key not in _RESERVED
+    )
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half a surrogate pair: Python holds it, BSON does not
+        return False
+    return True
+
+
+def _hold(waiting: list[bytes | memoryview]) -> Put:
+    def put(data: bytes | memoryview) -> str:
+        waiting.append(data)
+        return hashlib.sha256(data).hexdigest()
+
+    return put
 
 
 def _plain(value: Any) -> tuple[bool, Any]:
@@ -167,6 +199,8 @@ def _plain(value: Any) -> tuple[bool, Any]:
     kind = type(value)
     if kind is int and value not in _INT64:
         return True, {"_codec": "int", "value": str(value)}
+    if kind is str and not _is_text(value):
+        return False, value
     # BSON dates are milliseconds without a zone; any other date goes to dill, which keeps it whole.
     date = kind is datetime.datetime and value.tzinfo is None and value.microsecond % 1000 == 0
     return kind in _PLAIN or date, value

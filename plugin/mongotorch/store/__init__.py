@@ -4,6 +4,18 @@ from __future__ import annotations
 
 from mongotorch.store.artifacts import Artifacts
 from mongotorch.store.components import Components
-from mongotorch.store.connect import Connection, Opener, open_address, redact
+from mongotorch.store.connect import Connection, Opener, open_address
+from mongotorch.store.embedded import EmbeddedServer
+from mongotorch.store.failures import driver_errors
+from mongotorch.store.redaction import redact
 
-__all__ = ["Artifacts", "Components", "Connection", "Opener", "open_address", "redact"]
+__all__ = [
+    "Artifacts",
+    "Components",
+    "Connection",
+    "EmbeddedServer",
+    "Opener",
+    "driver_errors",
+    "open_address",
+    "redact",
+]

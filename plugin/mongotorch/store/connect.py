@@ -1,73 +1,79 @@
 """From an address to an open database, here or in another process.
 
-Always: a connection owns its client and closes it; the address, never the client, is what crosses a process;
-no password is in a `repr` or an error. `mongomock://NAME` is one in-memory store a process and name, for as long
-as a connection to it is open.
+Always: a connection owns its client, and its hold on an embedded server, and lets go of both; the address, never
+the client, is what crosses a process; no password is in a `repr` or an error.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
-import weakref
 from types import TracebackType
 from typing import Any, Self, final
 
-import mongomock
-import mongomock.store
 from bson.binary import UuidRepresentation
 from bson.codec_options import CodecOptions
 from pymongo import MongoClient
-from pymongo.errors import ConfigurationError, InvalidURI
-from pymongo.uri_parser import parse_uri
+from pymongo.errors import PyMongoError
 
 from mongotorch.errors import SettingError
 from mongotorch.settings import Settings
-
-DEFAULT_DATABASE = "mongotorch"
-_PASSWORD = re.compile(r"(?<=://)([^:/@]*):[^@]*@")
-# An in-memory store has no address outside the process, so this table is its address; it holds nothing alive.
-_IN_MEMORY: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
-
-
-def redact(uri: str) -> str:
-    """The URI without its password."""
-    return _PASSWORD.sub(r"\1:***@", uri)
+from mongotorch.store.address import Address, parse_uri
+from mongotorch.store.embedded import EmbeddedServer
+from mongotorch.store.failures import driver_errors
+from mongotorch.store.mock import MockStore, store_named
+from mongotorch.store.redaction import redact
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Opener:
-    """Opens the database of an address, with a client of its own; it can be sent to another process."""
+    """Opens the database of a connection with a client of its own; it can be sent to another process.
+
+    An embedded server is reached at the port where it runs: the connection that made this keeps it running.
+    """
 
     uri: str = dataclasses.field(repr=False)
-    settings: Settings = dataclasses.field(repr=False)
+    database: str
+    timeout_s: float
+    options: frozenset[str] = frozenset()
+    memory: MockStore | None = dataclasses.field(default=None, repr=False)
 
     def __call__(self) -> Any:
         """The driver's database; who calls it closes its client. Raises: SettingError."""
-        return _open(self.uri, self.settings)
+        if self.memory is not None:
+            return self.memory.client()[self.database]
+        timeout: dict[str, Any] = {"serverSelectionTimeoutMS": int(self.timeout_s * 1000)}
+        if "serverselectiontimeoutms" in self.options:
+            timeout = {}  # the address says it itself
+        try:
+            client: MongoClient[dict[str, Any]] = MongoClient(self.uri, appname="mongotorch", **timeout)
+        except (PyMongoError, ValueError) as error:
+            said = redact(str(error))
+            raise SettingError(f"the URI {redact(self.uri)!r} cannot be used: {said}", setting="uri") from error
+        codec: CodecOptions[dict[str, Any]] = CodecOptions(uuid_representation=UuidRepresentation.STANDARD)
+        return client.get_database(self.database, codec_options=codec)
 
 
 @final
 class Connection:
-    """An open database; a context manager that closes its client.
+    """An open database; a context manager that closes it.
 
-    Args:
-        uri: `mongodb://`, `mongodb+srv://` or `mongomock://NAME`; without a database in it, `mongotorch`.
-        settings: Timeouts.
-
-    Raises:
-        SettingError: The URI cannot be used.
+    Attributes:
+        kind: What stands behind it: `mongodb`, `mongomock` or `embedded`.
+        uri: The address with the database in it; it may hold a password.
+        database: The driver's database.
+        client: The driver's client.
     """
 
-    def __init__(self, uri: str, settings: Settings) -> None:
-        self.kind = "mongomock" if uri.startswith("mongomock://") else "mongodb"
-        self._settings = settings
-        self._uri = uri
-        self.database: Any = _open(uri, settings)
+    def __init__(self, address: Address, opener: Opener, server: EmbeddedServer | None) -> None:
+        self.kind = address.kind
+        self.uri = address.uri
+        self._opener = opener
+        self._server = server
+        self.database: Any = opener()
         self.client: Any = self.database.client
 
     def __repr__(self) -> str:
-        return f"Connection({redact(self._uri)!r})"
+        return f"Connection({redact(self.uri)!r})"
 
     def __enter__(self) -> Self:
         return self
@@ -78,33 +84,49 @@ class Connection:
         self.close()
 
     def opener(self) -> Opener:
-        """What opens the same database elsewhere."""
-        return Opener(uri=self._uri, settings=self._settings)
+        """What opens the same database elsewhere, for as long as this connection is open."""
+        return self._opener
+
+    def ping(self) -> None:
+        """Ask the server once. Raises: ServerUnavailableError, SettingError when it refuses the user."""
+        if self.kind == "mongomock":
+            return
+        with driver_errors("connecting", at=redact(self.uri)):
+            self.client.admin.command("ping")
 
     def close(self) -> None:
-        """Close the client."""
+        """Close the client, and let go of the embedded server. Again: nothing."""
         self.client.close()
+        if self._server is not None:
+            self._server.close()
 
 
 def open_address(uri: str, settings: Settings) -> Connection:
-    """Open an address. Raises: SettingError when it cannot be used."""
-    return Connection(uri, settings)
+    """Open an address.
 
+    Args:
+        uri: `mongodb://…`, `mongodb+srv://…`, `mongomock://NAME` or `embedded:PATH[?db=NAME]`.
+        settings: `server_timeout_s`.
 
-def _open(uri: str, settings: Settings) -> Any:
-    if uri.startswith("mongomock://"):
-        name = uri.removeprefix("mongomock://") or DEFAULT_DATABASE
-        store = _IN_MEMORY.get(name)
-        if store is None:
-            make_store: Any = mongomock.store.ServerStore
-            store = _IN_MEMORY[name] = make_store()
-        return mongomock.MongoClient(_store=store)[name]
+    Raises:
+        SettingError: The URI cannot be used.
+        EmbeddedServerError: The embedded server is missing here, or does not start.
+        ServerUnavailableError: Nothing answers there.
+    """
+    address = parse_uri(uri)
+    server = EmbeddedServer.open(address.path) if address.path is not None else None
+    opener = Opener(
+        uri=server.uri(address.database) if server is not None else address.uri,
+        database=address.database,
+        timeout_s=settings.server_timeout_s,
+        options=address.options,
+        memory=store_named(address.database) if address.kind == "mongomock" else None,
+    )
     try:
-        database = parse_uri(uri, validate=False)["database"] or DEFAULT_DATABASE
-        client: MongoClient[dict[str, Any]] = MongoClient(
-            uri, appname="mongotorch", serverSelectionTimeoutMS=int(settings.server_timeout_s * 1000)
-        )
-    except (InvalidURI, ConfigurationError, ValueError) as error:
-        raise SettingError(f"the URI {redact(uri)!r} cannot be used: {error}", setting="uri") from error
-    options: CodecOptions[dict[str, Any]] = CodecOptions(uuid_representation=UuidRepresentation.STANDARD)
-    return client.get_database(database, codec_options=options)
+        connection = Connection(address, opener, server)
+        connection.ping()
+    except BaseException:
+        if server is not None:
+            server.close()
+        raise
+    return connection

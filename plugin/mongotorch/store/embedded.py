@@ -1,0 +1,233 @@
+"""A private mongod over one folder, shared by the processes that open the same folder.
+
+In the folder: `data/` (mongod's own), `mongod.log`, `port`, and three locks: `start.lock` (who starts, stops or
+joins, one at a time), `users.lock` (shared by all users) and `keeper.lock` (see `keeper.py`).
+
+Always: one server a folder; it runs while one user lives and is shut down cleanly after the last, however that
+user ended; what a user holds is a lock that the kernel drops with the process, so there is nothing to go
+stale; its data stays; a server that is returned is a writable primary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self, final
+
+from pymongo import MongoClient
+from pymongo.errors import OperationFailure, PyMongoError
+
+from mongotorch.errors import EmbeddedServerError
+from mongotorch.store import keeper
+from mongotorch.store.binary import ALTERNATIVES, check_mongod, hint
+from mongotorch.store.host import HOST, free_port, is_free, last_words
+from mongotorch.store.locks import POLL_S, lock, locked, wait_for
+
+REPLICA_SET: Final = "mongotorch"
+START_DEADLINE_S: Final = 60.0
+_PORT_TRIES = 5
+_NOT_INITIATED = 94
+_ARGUMENTS = (
+    *("--bind_ip", HOST, "--replSet", REPLICA_SET, "--nounixsocket", "--quiet"),
+    *("--oplogSize", "512", "--setParameter", "diagnosticDataCollectionEnabled=false"),
+    # Nobody is there to take over: nothing to wait for at shutdown.
+    *("--setParameter", "shutdownTimeoutMillisForSignaledShutdown=0"),
+)
+_CACHE = ("--wiredTigerCacheSizeGB", "0.25")
+
+
+@final
+class EmbeddedServer:
+    """One user's hold on the server of a folder; `close()` lets go of it.
+
+    Attributes:
+        path: The folder.
+        port: Where it listens, on 127.0.0.1.
+    """
+
+    def __init__(self, path: Path, port: int, users: int) -> None:
+        self.path = path
+        self.port = port
+        self._release = weakref.finalize(self, os.close, users)
+        self._release.atexit = False  # the kernel does it
+
+    @classmethod
+    def open(cls, path: str | Path, *, arguments: Sequence[str] = ()) -> Self:
+        """Join the server of a folder, or start it.
+
+        Args:
+            path: The folder; made if it does not exist.
+            arguments: More arguments for mongod, if this call is the one that starts it.
+
+        Raises:
+            EmbeddedServerError: It is missing on this platform, or does not start; quotes what mongod said.
+        """
+        folder = Path(path).expanduser().absolute()
+        try:
+            (folder / "data").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EmbeddedServerError(f"the folder of the embedded server cannot be made: {error}") from error
+        with locked(folder / "start.lock", fcntl.LOCK_EX):
+            users = lock(folder / "users.lock", fcntl.LOCK_SH)
+            try:
+                port = _serving(folder) or _start(folder, tuple(arguments))
+            except BaseException:
+                os.close(users)
+                raise
+        return cls(folder, port, users)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def uri(self, database: str = "") -> str:
+        """The server's address; there is no password."""
+        return f"mongodb://{HOST}:{self.port}/{database}?replicaSet={REPLICA_SET}"
+
+    def close(self) -> None:
+        """Let go of the server; the last user returns when it has stopped. Again: nothing."""
+        if not self._release.alive:
+            return
+        with locked(self.path / "start.lock", fcntl.LOCK_EX):
+            self._release()
+            if not _is_used(self.path):
+                wait_for(self.path / "keeper.lock")
+
+
+def _is_used(folder: Path) -> bool:
+    """Whether somebody holds the shared lock; nobody can join meanwhile."""
+    descriptor = os.open(folder / "users.lock", os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        # Users, or the keeper that has found none: only beside users there is room for one more.
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _serving(folder: Path) -> int | None:
+    """The port of the folder's running server; None if there is none."""
+    if _keeper_is_gone(folder):
+        return None
+    port = _remembered(folder)
+    if port is None:
+        return None
+    try:
+        _until_primary(folder, port)
+    except EmbeddedServerError:
+        if _keeper_is_gone(folder):
+            return None  # it was found while it died
+        raise
+    return port
+
+
+def _start(folder: Path, arguments: tuple[str, ...]) -> int:
+    binary = check_mongod()
+    remembered = _remembered(folder)
+    for attempt in range(_PORT_TRIES):
+        port = remembered if attempt == 0 and remembered and is_free(remembered) else free_port()
+        (folder / "port").write_text(str(port))
+        cache = () if "--wiredTigerCacheSizeGB" in arguments else _CACHE
+        place = ("--dbpath", str(folder / "data"), "--port", str(port))
+        _launch(folder, [str(binary), *place, *_ARGUMENTS, *cache, *arguments])
+        try:
+            _until_primary(folder, port)
+        except EmbeddedServerError as error:
+            if "already in use" in error.message and attempt + 1 < _PORT_TRIES:
+                continue  # somebody took the port between the look and the start
+            raise
+        return port
+    raise AssertionError("unreachable")
+
+
+def _launch(folder: Path, command: list[str]) -> None:
+    wait_for(folder / "keeper.lock")
+    (folder / "mongod.log").write_bytes(b"")
+    # -I -S: the script needs the standard library only, and starts in a few milliseconds.
+    started = [sys.executable, "-I", "-S", str(Path(keeper.__file__)), str(folder), *command]
+    try:
+        subprocess.run(started, check=True, capture_output=True, text=True)  # noqa: S603
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", "") or error
+        raise EmbeddedServerError(f"the embedded server of {folder} cannot be started: {said}") from error
+
+
+def _until_primary(folder: Path, port: int) -> None:
+    """Wait for the server of the folder to be a writable primary; make it one if it is new or has moved."""
+    deadline = time.monotonic() + START_DEADLINE_S
+    # Direct, and closed again: a client that has seen the set before it was initiated keeps the wrong picture.
+    timeouts: dict[str, Any] = {
+        "serverSelectionTimeoutMS": 200,
+        "connectTimeoutMS": 2000,
+        "socketTimeoutMS": 20_000,
+    }
+    client: MongoClient[dict[str, Any]] = MongoClient(HOST, port, directConnection=True, **timeouts)
+    with contextlib.closing(client):
+        while not _is_primary(client, f"{HOST}:{port}"):
+            if _keeper_is_gone(folder):
+                raise EmbeddedServerError(_why(folder, "ended at once"), setting="uri")
+            if time.monotonic() > deadline:
+                late = f"is no primary after {START_DEADLINE_S:.0f} s"
+                raise EmbeddedServerError(_why(folder, late), setting="uri")
+            time.sleep(POLL_S)
+
+
+def _is_primary(client: MongoClient[dict[str, Any]], host: str) -> bool:
+    try:
+        hello = client.admin.command("hello")
+        if hello.get("isWritablePrimary"):
+            return True
+        if "setName" not in hello:
+            _join_set(client, host)
+    except PyMongoError:
+        return False  # not up yet, or between two states
+    return False
+
+
+def _join_set(client: MongoClient[dict[str, Any]], host: str) -> None:
+    members = [{"_id": 0, "host": host}]
+    try:
+        config = client.admin.command("replSetGetConfig")["config"]
+    except OperationFailure as error:
+        if error.code == _NOT_INITIATED:
+            client.admin.command("replSetInitiate", {"_id": REPLICA_SET, "members": members})
+            return
+        raise
+    if config["members"][0]["host"] != host:
+        moved = {**config, "version": config["version"] + 1, "members": [{**config["members"][0], "host": host}]}
+        client.admin.command("replSetReconfig", moved, force=True)
+
+
+def _keeper_is_gone(folder: Path) -> bool:
+    with contextlib.suppress(BlockingIOError):
+        wait_for(folder / "keeper.lock", deadline_s=0.0)
+        return True
+    return False
+
+
+def _why(folder: Path, what: str) -> str:
+    said = last_words(folder / "mongod.log")
+    return f"the embedded mongod of {folder} {what}. It said: {said}{hint(said)}. {ALTERNATIVES}"
+
+
+def _remembered(folder: Path) -> int | None:
+    try:
+        return int((folder / "port").read_text())
+    except (OSError, ValueError):
+        return None
