@@ -2,8 +2,8 @@ from typing import Any
 
 import pytest
 
-from mongotorch.data.key import Key
 from mongotorch.errors import ParameterError
+from mongotorch.key import Key
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from mongotorch.data.columns import decode
-from mongotorch.data.key import Key
 from mongotorch.data.samples import SampleBuilder, build, collate
 from mongotorch.data.tensors import column_tensor, stack
 from mongotorch.errors import DataError, ShapeError
+from mongotorch.key import Key
 
 
 def columns(*values: Any) -> Any:

@@ -6,8 +6,8 @@ Always: this room knows MongoDB and torch, and nothing of components, training o
 from mongotorch.data.checks import check_select
 from mongotorch.data.dataset import Stream
 from mongotorch.data.folds import FOLD_FIELD, FOLDS, assign_folds, fold_of
-from mongotorch.data.key import Key
 from mongotorch.data.spec import LOADER_OPTIONS, StreamSpec, check_loader_options
+from mongotorch.key import Key
 
 __all__ = [
     "FOLDS",

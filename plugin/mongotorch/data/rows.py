@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from mongotorch.data.columns import Columns
-from mongotorch.data.key import Key
 from mongotorch.data.tensors import column_tensor, join, stack
+from mongotorch.key import Key
 
 
 class Rows(abc.ABC):

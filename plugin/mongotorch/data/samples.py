@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 
 from mongotorch.data.columns import Columns
-from mongotorch.data.key import Key
 from mongotorch.data.tensors import column_tensor, one_tensor, stack
-from mongotorch.errors import ShapeError, SignatureError
-
-SIGNATURES = ("*args", "**kwargs", "*args,**kwargs", "singleton")
+from mongotorch.errors import ShapeError
+from mongotorch.key import Key, check_signature
 
 
 @final
@@ -65,8 +63,7 @@ def call(function: Callable[..., Any], sample: Any, key: Key, signature: str) ->
     Raises:
         SignatureError: No such signature.
     """
-    if signature not in SIGNATURES:
-        raise SignatureError(f"signature {signature!r}: one of {', '.join(SIGNATURES)}", field="signature")
+    check_signature(signature)
     if signature == "singleton":
         return function(sample)
     positional, named = _arguments(sample, key)

@@ -13,10 +13,9 @@ from typing import Any, Literal, final
 
 from torch.utils.data import DataLoader
 
-from mongotorch.data.key import Key
 from mongotorch.data.plan import Sizes
-from mongotorch.data.samples import SIGNATURES
-from mongotorch.errors import LoaderOptionError, ParameterError, SignatureError
+from mongotorch.errors import LoaderOptionError, ParameterError
+from mongotorch.key import Key, check_signature
 from mongotorch.query import Query
 
 # What the stream decides itself, and where it is said instead.
@@ -103,8 +102,7 @@ class StreamSpec:
         rank, world = self.shard
         if not 0 <= rank < world:
             raise ParameterError(f"shard={self.shard!r}: it is (rank, world), 0 <= rank < world", field="shard")
-        if self.signature not in SIGNATURES:
-            raise SignatureError(f"signature {self.signature!r}: one of {SIGNATURES}", field="signature")
+        check_signature(self.signature)
         if self.mode not in ("stream", "memory", "download"):
             raise ParameterError(f"mode={self.mode!r}: 'stream', 'memory' or 'download'", field="mode")
         check_loader_options(self.loader)

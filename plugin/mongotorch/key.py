@@ -1,4 +1,4 @@
-"""What `key` says: which fields of a document make a sample, and in what structure.
+"""What `key` and `signature` say: which fields make a sample, in what structure, and how it goes into a call.
 
 Always: a `Key` is a frozen value; its paths are unique and in the order of the sample; the structure of a
 sample and the structure of a batch are the same: a single value, a tuple, a dict, or `(list, dict)`.
@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
-from mongotorch.errors import ParameterError
+from mongotorch.errors import ParameterError, SignatureError
 
 Form = Literal["single", "tuple", "dict", "both"]
+Signature = Literal["*args", "**kwargs", "*args,**kwargs", "singleton"]
+SIGNATURES: tuple[Signature, ...] = ("*args", "**kwargs", "*args,**kwargs", "singleton")
 
 
 @final
@@ -85,6 +87,12 @@ class Key:
     def names(self) -> tuple[str, ...]:
         """What values are called where they go by name: the argument, else the last part of the path."""
         return (*(p.rpartition(".")[2] for p in self.positional), *(argument for _, argument in self.named))
+
+
+def check_signature(signature: Any) -> None:
+    """Refuse a signature that does not exist. Raises: SignatureError."""
+    if signature not in SIGNATURES:
+        raise SignatureError(f"signature {signature!r}: one of {', '.join(SIGNATURES)}", field="signature")
 
 
 def _named(key: Mapping[Any, Any]) -> tuple[tuple[str, str], ...]:
