@@ -2,3 +2,27 @@
 
 Always: nothing here knows a database; batches come in, and what happened comes out.
 """
+
+from __future__ import annotations
+
+from mongotorch.train.evaluation import evaluate
+from mongotorch.train.loop import Batches, Event, Fit, Trained
+from mongotorch.train.metrics import Dataset, Metric, Validation
+from mongotorch.train.model import TorchModel
+from mongotorch.train.progress import Stepped, Validated
+from mongotorch.train.trainer import TorchTrainer
+
+__all__ = [
+    "Batches",
+    "Dataset",
+    "Event",
+    "Fit",
+    "Metric",
+    "Stepped",
+    "TorchModel",
+    "TorchTrainer",
+    "Trained",
+    "Validated",
+    "Validation",
+    "evaluate",
+]

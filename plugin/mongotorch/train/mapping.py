@@ -1,0 +1,173 @@
+"""How a batch goes into the model, and what comes out of it into the objective, by `signature`.
+
+Always: training and validation map a batch the same way; a batch that does not fit its signature ends in a
+`SignatureError` that says what it is.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, final
+
+from mongotorch.errors import SignatureError
+from mongotorch.key import Key
+from mongotorch.train.model import TorchModel
+
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Passed:
+    """What the model made of a batch: the arguments of the objective.
+
+    Attributes:
+        args: Positional ones; the first is the output, unless the training method returns a dict.
+        kwargs: The ones by name.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def into(self, function: Callable[..., Any]) -> Any:
+        """What a function returns for them."""
+        return function(*self.args, **self.kwargs)
+
+    def for_metrics(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a metric: `(output, target)` also where the one target has a name of its own."""
+        if len(self.args) == 1 and len(self.kwargs) == 1:
+            return (*self.args, *self.kwargs.values()), {}
+        return self.args, self.kwargs
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class BatchMapping:
+    """The way of a batch through a model, for one key, signature and objective."""
+
+    key: Key
+    signature: str
+    objective: Callable[..., Any]
+
+    def __call__(self, model: TorchModel, batch: Any) -> Passed:
+        """Run the model on a batch.
+
+        Raises:
+            SignatureError: The batch does not have the structure that the signature needs.
+        """
+        if self.signature == "singleton":
+            return _unpacked(model.train_forward(batch), whole=not model.takes_batch)
+        args, kwargs = self._arguments(batch)
+        if model.takes_batch:
+            return _unpacked(model.train_forward(*args, **kwargs), whole=False)
+        if self.signature == "*args":
+            return self._positional(model, args)
+        if self.signature == "*args,**kwargs" and not kwargs:
+            return self._positional(model, args)
+        mine, rest = self._split(model, kwargs)
+        if not args and not mine:
+            raise SignatureError(
+                f"none of the names {sorted(kwargs)} is an argument of the model's forward; "
+                "name them so in `key`, or in what transform returns",
+                field="signature",
+            )
+        return Passed(args=(model.train_forward(*args, **mine),), kwargs=rest)
+
+    def _positional(self, model: TorchModel, args: Sequence[Any]) -> Passed:
+        if len(args) < 2:
+            raise SignatureError(
+                f"signature {self.signature!r} needs an input and a target, and a batch has {len(args)} part(s); "
+                "add the target to `key`, or use signature='singleton'",
+                field="signature",
+            )
+        return Passed(args=(model.train_forward(*args[:-1]), args[-1]))
+
+    def _arguments(self, batch: Any) -> tuple[Sequence[Any], dict[str, Any]]:
+        """The batch as positional arguments and arguments by name."""
+        if self.signature == "*args":
+            if isinstance(batch, Mapping):
+                return list(batch.values()), {}
+            if _is_pair(batch) and self.key.form == "both":
+                return [*batch[0], *batch[1].values()], {}
+            return (batch, {}) if isinstance(batch, list | tuple) else ([batch], {})
+        if self.signature == "**kwargs":
+            return [], self._by_name(batch)
+        if _is_pair(batch):
+            return batch[0], dict(batch[1])
+        if isinstance(batch, Mapping):
+            return [], dict(batch)
+        return (batch, {}) if isinstance(batch, list | tuple) else ([batch], {})
+
+    def _by_name(self, batch: Any) -> dict[str, Any]:
+        if isinstance(batch, Mapping):
+            return dict(batch)
+        names = self.key.names()
+        parts: list[Any] = list(batch) if isinstance(batch, list | tuple) else [batch]
+        if _is_pair(batch) and self.key.form == "both":
+            parts = [*batch[0], *batch[1].values()]
+        if len(parts) != len(names):
+            raise SignatureError(
+                f"signature '**kwargs': a batch of {len(parts)} part(s) for the names {list(names)}; "
+                "let transform return a dict",
+                field="signature",
+            )
+        return dict(zip(names, parts, strict=True))
+
+    def _split(self, model: TorchModel, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The arguments of `forward`, and the rest, which is the objective's."""
+        names, takes_any = _names(getattr(model.object, "forward", model.object))
+        mine = {name for name in kwargs if name in names}
+        if takes_any:  # **kwargs in forward takes what the objective does not ask for
+            mine |= set(kwargs) - _names(self.objective)[0]
+        return (
+            {name: value for name, value in kwargs.items() if name in mine},
+            {name: value for name, value in kwargs.items() if name not in mine},
+        )
+
+
+def check_key(key: Key, signature: str, *, takes_batch: bool) -> None:
+    """Refuse a key that cannot work with a signature, where samples are what the key says.
+
+    Args:
+        key: The fields of a sample.
+        signature: One that exists.
+        takes_batch: Whether the model's training method receives everything.
+
+    Raises:
+        SignatureError: There is no input, or no target.
+    """
+    if signature == "*args" and not takes_batch and len(key.fields) < 2:
+        raise SignatureError(
+            f"signature '*args' needs an input and a target, and the key has only {list(key.fields)}; "
+            "add the target, or use signature='singleton'",
+            field="signature",
+        )
+
+
+def _unpacked(returned: Any, *, whole: bool) -> Passed:
+    if whole:
+        return Passed(args=(returned,))
+    if isinstance(returned, Mapping):
+        return Passed(kwargs=dict(returned))
+    return Passed(args=tuple(returned) if isinstance(returned, tuple | list) else (returned,))
+
+
+def _is_pair(batch: Any) -> bool:
+    return (
+        isinstance(batch, list | tuple)
+        and len(batch) == 2
+        and isinstance(batch[0], list | tuple)
+        and isinstance(batch[1], Mapping)
+    )
+
+
+def _names(function: Callable[..., Any]) -> tuple[set[str], bool]:
+    """The names of a function's arguments, and whether it takes any other name."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # a builtin says nothing about its arguments
+        return set(), False
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    return {p.name for p in parameters if p.kind in _NAMED}, takes_any

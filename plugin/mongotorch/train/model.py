@@ -1,0 +1,153 @@
+"""The TorchModel: a torch module with a name, versions, and what it needs to take and give what programs have.
+
+Always: predicting is done in `eval()` mode without gradients, and leaves the module in the mode it was in; what
+`preprocess` returns is stacked as torch stacks it, and one item is a batch of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor, nn
+
+from mongotorch.component import Component
+from mongotorch.errors import ParameterError
+from mongotorch.train.devices import pick_device, to_device
+from mongotorch.train.metrics import Validation
+from mongotorch.train.stacking import stack, unstack
+
+CALL = "__call__"
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class TorchModel(Component):
+    """A torch module as a component.
+
+    Args:
+        identifier: Its name.
+        db: The datalayer that `apply()` uses; never stored.
+        uuid: The identity of the version it becomes; made when none is given.
+        artifacts: `{field: codec name}`, over the default choice of codec.
+        object: The `torch.nn.Module`.
+        trainer: What trains it when it is applied; None applies it as it is.
+        validation: What is measured besides the objective, and on which further datasets.
+        preprocess: From an item to what the module takes, without the batch dimension; None takes it as it is.
+        postprocess: From one item of the output to what `predict` gives; None gives it as it is.
+        forward_method: The method of `object` that predicts.
+        train_forward_method: The method of `object` that trains; one of its own receives the whole batch.
+        preferred_devices: Devices in order of preference; the first that is there is used.
+
+    Raises:
+        IdentifierError: The identifier is none.
+        ParameterError: Another argument cannot be used; `field` names it.
+    """
+
+    type_id: ClassVar[str] = "model"
+
+    object: nn.Module
+    trainer: Component | None = None
+    validation: Validation | None = None
+    preprocess: Callable[[Any], Any] | None = None
+    postprocess: Callable[[Any], Any] | None = None
+    forward_method: str = CALL
+    train_forward_method: str = CALL
+    preferred_devices: Sequence[str] = ("cuda", "mps", "cpu")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.object, nn.Module):
+            raise ParameterError(
+                f"object is a {type(self.object).__name__}; it must be a torch.nn.Module", field="object"
+            )
+        for field in ("preprocess", "postprocess"):
+            if getattr(self, field) is not None and not callable(getattr(self, field)):
+                raise ParameterError(f"{field} must be a function or None", field=field)
+        for field in ("forward_method", "train_forward_method"):
+            if not callable(getattr(self.object, getattr(self, field), None)):
+                raise ParameterError(
+                    f"{field}={getattr(self, field)!r}: {type(self.object).__name__} has no such method",
+                    field=field,
+                )
+        if self.trainer is not None and getattr(self.trainer, "type_id", None) != "trainer":
+            raise ParameterError("trainer must be a trainer component or None", field="trainer")
+        if self.validation is not None and not isinstance(self.validation, Validation):
+            raise ParameterError("validation must be a Validation or None", field="validation")
+        pick_device(self.preferred_devices)
+
+    @property
+    def takes_batch(self) -> bool:
+        """Whether a training method of its own receives everything, the target included."""
+        return self.train_forward_method != CALL
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of the module."""
+        return self.object.parameters()
+
+    def train_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module's training method returns."""
+        return getattr(self.object, self.train_forward_method)(*args, **kwargs)
+
+    def predict(self, x: Any) -> Any:
+        """The prediction for one item.
+
+        Args:
+            x: What `preprocess` takes; without one: a tensor, array, number or list without the batch
+                dimension, a tuple of them (positional arguments), or a dict of them (arguments by name).
+
+        Returns:
+            What `postprocess` makes of the output of shape (...), without the batch dimension.
+        """
+        return self.predict_batches([x])[0]
+
+    def predict_batches(self, items: Sequence[Any], *, batch_size: int = 256) -> list[Any]:
+        """The predictions for many items, in their order.
+
+        Args:
+            items: Each as in `predict`.
+            batch_size: Items that go through the module at once.
+        """
+        device = pick_device(self.preferred_devices)
+        self.object.to(device)
+        found: list[Any] = []
+        with evaluating(self.object):
+            for first in range(0, len(items), batch_size):
+                part = items[first : first + batch_size]
+                batch = to_device(stack([self._prepared(item) for item in part]), device)
+                found.extend(unstack(to_device(self._forward(batch), torch.device("cpu")), len(part)))
+        return [self.postprocess(one) for one in found] if self.postprocess is not None else found
+
+    def _prepared(self, item: Any) -> Any:
+        return item if self.preprocess is None else self.preprocess(item)
+
+    def _forward(self, batch: Any) -> Any:
+        method = getattr(self.object, self.forward_method)
+        if isinstance(batch, tuple):
+            return method(*batch)
+        return method(**batch) if isinstance(batch, Mapping) else method(batch)
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """`eval()` mode without gradients inside; each submodule gets back the mode that it had."""
+    training = [part for part in module.modules() if part.training]
+    if training:
+        module.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def copied_state(module: nn.Module) -> dict[str, Any]:
+    """A copy of the module's state that later steps do not change."""
+    return {
+        name: value.detach().clone() if isinstance(value, Tensor) else value
+        for name, value in module.state_dict().items()
+    }

@@ -1,0 +1,208 @@
+"""The TorchTrainer: everything that says how a model is trained, as one frozen value.
+
+Always: what can be known to be wrong without data is refused at construction; a trainer that exists holds no
+database and no open resource; its three methods (`take_step`, `get_optimizers`, `compute_validation_objective`)
+are what a subclass changes, and the loop around them stays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mongotorch.component import Component
+from mongotorch.errors import OptimizerError, ParameterError
+from mongotorch.key import Key, check_signature
+from mongotorch.query import Query
+from mongotorch.train.mapping import BatchMapping, Passed, check_key
+from mongotorch.train.metrics import OBJECTIVE
+from mongotorch.train.model import TorchModel
+from mongotorch.train.optimizers import check_optimizer, make_optimizer
+from mongotorch.train.options import check_compute, check_loader
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class TorchTrainer(Component):
+    """How a model is trained out of a select.
+
+    Args:
+        identifier: Its name.
+        db: The datalayer that `apply()` uses; never stored.
+        uuid: The identity of the version it becomes; made when none is given.
+        artifacts: `{field: codec name}`, over the default choice of codec.
+        key: The fields of a sample: `"x"`, `("x", "y")`, `{"field": "argument"}` or
+            `(["x"], {"field": "argument"})`.
+        select: The documents; the fold is added to it.
+        transform: Makes of a sample the sample that counts; called by `signature`.
+        metric_values: `{metric: [one value per validation]}`; a run appends to it.
+        signature: How a sample goes into `transform` and a batch into the model: `*args`, `**kwargs`,
+            `*args,**kwargs` or `singleton`.
+        data_prefetch: Read ahead in the background while streaming.
+        prefetch_size: Documents that are read at a time.
+        prefetch_factor: How many times `prefetch_size` may be ready.
+        in_memory: Read the select once into memory.
+        compute_kwargs: For the compute engine: `device`, `num_workers`.
+        objective: From output and target to a scalar tensor; lower is better.
+        loader_kwargs: Those of `torch.utils.data.DataLoader`; `batch_size` is 1 unless given.
+        max_iterations: The exact most optimizer steps.
+        no_improve_then_stop: Stop after so many validations in a row without a better `listen`.
+        download: With `in_memory=False`: read the select once into memory-mapped files on local disk.
+        validation_interval: Validate after every so many steps and after the last; None: never.
+        listen: `objective`, or the name of a metric (`dataset/metric` for one on a dataset).
+        optimizer_cls: A name in `torch.optim`, or `package.module:Class`.
+        optimizer_kwargs: Its options.
+        optimizer_state: Loaded before the first step; a run stores that of the published weights.
+        collate_fn: Makes a batch of the list of samples.
+        model: The model it trains when it is applied itself.
+        seed: Of everything random: the order of the data, dropout, and what workers draw.
+
+    Raises:
+        IdentifierError, SignatureError, OptimizerError, LoaderOptionError: The argument of that name.
+        ParameterError: Another argument cannot be used; `field` names it.
+    """
+
+    type_id: ClassVar[str] = "trainer"
+
+    key: Any
+    select: Query
+    transform: Callable[..., Any] | None = None
+    metric_values: Mapping[str, Sequence[float]] | None = None
+    signature: str = "*args"
+    data_prefetch: bool = False
+    prefetch_size: int = 1000
+    prefetch_factor: int = 100
+    in_memory: bool = True
+    compute_kwargs: Mapping[str, Any] | None = None
+    objective: Callable[..., Tensor]
+    loader_kwargs: Mapping[str, Any] | None = None
+    max_iterations: int = 10**100
+    no_improve_then_stop: int = 5
+    download: bool = False
+    validation_interval: int | None = 100
+    listen: str = OBJECTIVE
+    optimizer_cls: str = "Adam"
+    optimizer_kwargs: Mapping[str, Any] | None = None
+    optimizer_state: Mapping[str, Any] | None = None
+    collate_fn: Callable[[list[Any]], Any] | None = None
+    model: TorchModel | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        key = Key.parse(self.key)
+        check_signature(self.signature)
+        self._check_types()
+        self._check_numbers()
+        check_loader(self.loader_kwargs or {})
+        check_compute(self.compute_kwargs or {})
+        check_optimizer(self.optimizer_cls, self.optimizer_kwargs or {})
+        if self.optimizer_cls == "LBFGS" and type(self).take_step is TorchTrainer.take_step:
+            raise OptimizerError(
+                "LBFGS evaluates the objective several times a step; override take_step", field="optimizer_cls"
+            )
+        if self.model is not None:
+            self.check_model(self.model, key)
+
+    def check_model(self, model: TorchModel, key: Key | None = None) -> None:
+        """Refuse a model that does not go with this trainer.
+
+        Raises:
+            SignatureError: The key has no input or no target.
+            ParameterError: `listen` is nothing that the model's validation measures.
+        """
+        if self.transform is None and self.collate_fn is None:
+            check_key(key or Key.parse(self.key), self.signature, takes_batch=model.takes_batch)
+        validation = model.validation
+        known = self.listen == OBJECTIVE or (
+            validation is not None and validation.higher_is_better(self.listen) is not None
+        )
+        if not known:
+            raise ParameterError(
+                f"listen={self.listen!r} is not measured; use {OBJECTIVE!r} or a metric of the model's validation",
+                field="listen",
+            )
+
+    @property
+    def mapping(self) -> BatchMapping:
+        """The way of a batch through a model."""
+        return BatchMapping(key=Key.parse(self.key), signature=self.signature, objective=self.objective)
+
+    def forward(self, model: TorchModel, batch: Any) -> Passed:
+        """Run the model on a batch; what comes out are the objective's arguments. Raises: SignatureError."""
+        return self.mapping(model, batch)
+
+    def compute_objective(self, model: TorchModel, batch: Any) -> Tensor:
+        """The objective of a batch, a scalar tensor with its graph. Raises: SignatureError."""
+        loss: Tensor = self.forward(model, batch).into(self.objective)
+        return loss
+
+    def get_optimizers(self, model: TorchModel) -> Sequence[torch.optim.Optimizer]:
+        """The optimizers of a run, made once before the first step. Raises: OptimizerError."""
+        return (make_optimizer(self.optimizer_cls, model.parameters(), self.optimizer_kwargs or {}),)
+
+    def take_step(self, model: TorchModel, batch: Any, optimizers: Sequence[torch.optim.Optimizer]) -> Tensor:
+        """One step on one batch, which is on the model's device already.
+
+        Returns:
+            The objective before the step, a scalar tensor.
+        """
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss = self.compute_objective(model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        for optimizer in optimizers:
+            optimizer.step()
+        return loss
+
+    def compute_validation_objective(self, model: TorchModel, passed: Passed) -> Tensor:  # noqa: ARG002
+        """What a validation measures as `objective` of one batch; batches are averaged by their samples.
+
+        Args:
+            model: The model, in `eval()` mode, under `inference_mode`.
+            passed: What the model made of the batch: the objective's arguments.
+        """
+        loss: Tensor = passed.into(self.objective)
+        return loss
+
+    def _check_types(self) -> None:
+        if not isinstance(self.select, Query):
+            raise ParameterError('select must be a query, such as db["name"].find()', field="select")
+        if not callable(self.objective):
+            raise ParameterError("objective must be a function that gives a scalar tensor", field="objective")
+        for field in ("transform", "collate_fn"):
+            if getattr(self, field) is not None and not callable(getattr(self, field)):
+                raise ParameterError(f"{field} must be a function or None", field=field)
+        for field in ("data_prefetch", "in_memory", "download"):
+            if not isinstance(getattr(self, field), bool):
+                raise ParameterError(f"{field}={getattr(self, field)!r}: True or False", field=field)
+        mappings = ("metric_values", "compute_kwargs", "loader_kwargs", "optimizer_kwargs", "optimizer_state")
+        for field in mappings:
+            if getattr(self, field) is not None and not isinstance(getattr(self, field), Mapping):
+                raise ParameterError(f"{field} must be a dict or None", field=field)
+        if self.model is not None and not isinstance(self.model, TorchModel):
+            raise ParameterError("model must be a TorchModel or None", field="model")
+
+    def _check_numbers(self) -> None:
+        for field in ("prefetch_size", "prefetch_factor", "max_iterations", "no_improve_then_stop"):
+            _check_positive(field, getattr(self, field))
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ParameterError(f"seed={self.seed!r}: it must be a whole number", field="seed")
+        if self.validation_interval is not None:
+            _check_positive("validation_interval", self.validation_interval)
+        elif self.max_iterations >= _ENDLESS:
+            raise ParameterError(
+                "validation_interval=None never stops early; give a finite max_iterations",
+                field="max_iterations",
+            )
+
+
+_ENDLESS = 10**100
+
+
+def _check_positive(field: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ParameterError(f"{field}={value!r}: it must be a whole number from 1 on", field=field)
