@@ -7,6 +7,8 @@ from mongotorch.store.components import Components
 from mongotorch.store.connect import Connection, Opener, open_address
 from mongotorch.store.embedded import EmbeddedServer
 from mongotorch.store.failures import driver_errors
+from mongotorch.store.jobs import Jobs
+from mongotorch.store.points import Points
 from mongotorch.store.redaction import redact
 
 __all__ = [
@@ -14,7 +16,9 @@ __all__ = [
     "Components",
     "Connection",
     "EmbeddedServer",
+    "Jobs",
     "Opener",
+    "Points",
     "driver_errors",
     "open_address",
     "redact",

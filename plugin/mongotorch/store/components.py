@@ -106,6 +106,10 @@ class Components:
         """The visible documents that refer to a uuid."""
         return [document for document in self._documents.find({"refs": uuid}) if self._visible(document)]
 
+    def names_blob(self, name: str) -> bool:
+        """Whether a document, visible or not, names a blob."""
+        return self._documents.find_one({"blobs": name}, {"_id": 1}) is not None
+
     def remove(self, uuid: str) -> None:
         """Remove a document. Who calls it has checked that nothing needs it."""
         self._documents.delete_one({"_id": uuid})
@@ -116,4 +120,7 @@ class Components:
 
     def _visible(self, document: Mapping[str, Any]) -> bool:
         anchor = document.get("anchor")
-        return anchor is None or self._documents.find_one({"_id": anchor}, {"_id": 1}) is not None
+        if anchor is None:
+            return True
+        # The anchor must refer back: what an earlier try of the same publication left stays invisible.
+        return self._documents.find_one({"_id": anchor, "refs": document["_id"]}, {"_id": 1}) is not None

@@ -1,0 +1,107 @@
+"""Whose clock counts: the server's, so that machines whose clocks differ agree; this machine's on mongomock.
+
+Always: an update that says `Later(seconds)` stores the time of one clock plus the seconds, and a filter that
+asks what is due compares with the same clock; no value of a caller is ever read as an expression; on mongomock,
+whose updates are not atomic between threads, an update runs alone in its process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any, Protocol
+
+Now = Callable[[], datetime]
+
+# One lock for all: mongomock serves tests and demos of one process.
+_memory = threading.RLock()
+
+
+@dataclasses.dataclass(frozen=True)
+class Later:
+    """A time of the store's clock, in seconds from now; negative is past."""
+
+    seconds: float = 0.0
+
+
+class Clock(Protocol):
+    """How times are written and compared."""
+
+    def due(self, field: str, *, seconds: float = 0.0) -> dict[str, Any]:
+        """The filter for documents whose field is a time before now minus so many seconds."""
+
+    def update(self, values: Mapping[str, Any], add: Mapping[str, int] | None = None) -> Any:
+        """The update that sets fields (`Later` stands for a time) and adds to counters."""
+
+    def alone(self) -> contextlib.AbstractContextManager[Any]:
+        """Inside, a read and a write are one step as far as the store does not see to that itself."""
+
+
+class ServerClock:
+    """The clock of the server: `$$NOW`, which every statement reads once."""
+
+    def due(self, field: str, *, seconds: float = 0.0) -> dict[str, Any]:
+        """See `Clock.due`."""
+        return {"$expr": {"$lte": [f"${field}", _now_plus(-seconds)]}}
+
+    def update(self, values: Mapping[str, Any], add: Mapping[str, int] | None = None) -> Any:
+        """See `Clock.update`."""
+        times = {name: _now_plus(value.seconds) for name, value in values.items() if isinstance(value, Later)}
+        plain = {name: {"$literal": value} for name, value in values.items() if name not in times}
+        sums = {name: {"$add": [{"$ifNull": [f"${name}", 0]}, number]} for name, number in (add or {}).items()}
+        return [{"$set": {**plain, **times, **sums}}]
+
+    def alone(self) -> contextlib.AbstractContextManager[Any]:
+        """See `Clock.alone`; the server does it."""
+        return contextlib.nullcontext()
+
+
+class LocalClock:
+    """The clock of this machine, for mongomock and for tests.
+
+    Args:
+        now: Gives the time, as naive UTC, in whole milliseconds.
+    """
+
+    def __init__(self, now: Now | None = None) -> None:
+        self._now = now or utc_now
+
+    def due(self, field: str, *, seconds: float = 0.0) -> dict[str, Any]:
+        """See `Clock.due`."""
+        return {field: {"$lte": self._now() - timedelta(seconds=seconds)}}
+
+    def update(self, values: Mapping[str, Any], add: Mapping[str, int] | None = None) -> Any:
+        """See `Clock.update`."""
+        now = self._now()
+        said = {
+            name: now + timedelta(seconds=value.seconds) if isinstance(value, Later) else value
+            for name, value in values.items()
+        }
+        return {"$set": said} | ({"$inc": dict(add)} if add else {})
+
+    def alone(self) -> contextlib.AbstractContextManager[Any]:
+        """See `Clock.alone`."""
+        return _memory
+
+
+def is_mock(database: Any) -> bool:
+    """Whether a database, collection or client is mongomock's."""
+    return type(database).__module__.partition(".")[0] == "mongomock"
+
+
+def clock_of(database: Any, now: Now | None = None) -> Clock:
+    """The clock that counts for a database: the server's, unless there is none or another is given."""
+    return LocalClock(now) if now is not None or is_mock(database) else ServerClock()
+
+
+def utc_now() -> datetime:
+    """Naive UTC in whole milliseconds, as the driver gives times back."""
+    now = datetime.now(UTC).replace(tzinfo=None)
+    return now.replace(microsecond=now.microsecond // 1000 * 1000)
+
+
+def _now_plus(seconds: float) -> Any:
+    return {"$add": ["$$NOW", round(seconds * 1000)]} if seconds else "$$NOW"
