@@ -27,6 +27,7 @@ class Settings(BaseSettings):
         valid_fraction: Share of inserted documents that go to the `valid` fold.
         server_timeout_s: How long to look for a server before giving up, in seconds.
         read_deadline_s: How long a broken read is tried again before giving up, in seconds.
+        lease_s: How long a run may be silent before another worker takes it over, in seconds.
         progress: Show progress bars; None shows them on a terminal only.
     """
 
@@ -40,6 +41,7 @@ class Settings(BaseSettings):
     valid_fraction: float = Field(default=0.05, ge=0.0, le=1.0)
     server_timeout_s: float = Field(default=10.0, gt=0)
     read_deadline_s: float = Field(default=60.0, gt=0)
+    lease_s: float = Field(default=30.0, gt=0)
     progress: bool | None = None
 
 

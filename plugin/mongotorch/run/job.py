@@ -35,7 +35,7 @@ class Job(Generic[T]):
 
     Args:
         uuid: The job's own uuid.
-        component: The component as it was stored, before the run.
+        component: Gives the component as it was stored, before the run; asked once, when somebody wants it.
         records: Where the job's document is; None for a job that had nothing to run.
         load: From the uuid of what the run published to the component.
         error: What the run raised, when this process ran it.
@@ -45,21 +45,29 @@ class Job(Generic[T]):
         self,
         uuid: str,
         *,
-        component: T,
+        component: Callable[[], T],
         load: Callable[[str], T],
         records: JobRecords | None = None,
         error: BaseException | None = None,
         result: T | None = None,
     ) -> None:
         self.uuid = uuid
-        self.component = component
+        self._component = component
+        self._known: T | None = None
         self._records = records
         self._load = load
         self._error = error
         self._result = result
 
     def __repr__(self) -> str:
-        return f"Job({self.uuid!r}, {self.status}, {self.component!r})"
+        return f"Job({self.uuid!r}, {self.status})"
+
+    @property
+    def component(self) -> T:
+        """The component as it was stored, before the run."""
+        if self._known is None:
+            self._known = self._component()
+        return self._known
 
     @property
     def status(self) -> str:

@@ -58,8 +58,12 @@ class Publisher:
         self._artifacts = artifacts
         self._codecs = codecs
 
-    def store(self, component: Component) -> Stored:
+    def store(self, component: Component, *, exact: bool = False) -> Stored:
         """Store a component as a new version, with the parts that are not stored yet.
+
+        Args:
+            component: What to store.
+            exact: Recognise only a version of this very content, not one that was trained from it.
 
         Returns:
             Its uuid, and whether it is new: content that equals the newest version, or equals what the newest
@@ -71,7 +75,7 @@ class Publisher:
             ConflictError: The uuid belongs to a different component.
         """
         digest = content_digest(component, self._codecs)
-        recognised = self._recognise(component, digest)
+        recognised = self._recognise(component, digest, exact=exact)
         if recognised is not None:
             return Stored(uuid=recognised, new=False)
         draft = _Draft()
@@ -100,7 +104,7 @@ class Publisher:
         draft.documents[root.uuid] = draft.documents.pop(root.uuid)  # written last: it is the publication
         self._write(draft)
 
-    def _recognise(self, component: Component, digest: str) -> str | None:
+    def _recognise(self, component: Component, digest: str, *, exact: bool) -> str | None:
         taken = self._components.peek(component.uuid)
         if taken is not None and taken["digest"] != digest:
             raise ConflictError(
@@ -109,6 +113,9 @@ class Publisher:
                 "give the changed one a uuid of its own, for instance by `component.replace()`",
                 field="uuid",
             )
+        if exact:
+            same = self._components.by_digest(component.type_id, component.identifier, digest)
+            return None if same is None else str(same["_id"])
         newest = self._components.newest(component.type_id, component.identifier)
         if newest is not None and digest in (newest["digest"], newest.get("source_digest")):
             return str(newest["_id"])

@@ -1,0 +1,7 @@
+"""`mongotorch demo`: the main job on real data, from documents to a prediction in another process."""
+
+from __future__ import annotations
+
+from mongotorch.demo.digits import Outcome, run_demo
+
+__all__ = ["Outcome", "run_demo"]

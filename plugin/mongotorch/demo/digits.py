@@ -1,0 +1,158 @@
+"""The demo: handwritten digits go into the database, a network is trained out of it, another process predicts.
+
+Always: what is shown was measured in this run; the data is real (scikit-learn ships it); the other process gets
+nothing but the address, a name and a uuid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from mongotorch.datalayer import Datalayer
+from mongotorch.errors import MongotorchError
+from mongotorch.train import Metric, TorchModel, TorchTrainer, Validation
+
+COLLECTION = "demo_digits"
+MODEL = "demo-digits"
+STEPS = 600
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What the demo measured.
+
+    Attributes:
+        documents: Documents in the database.
+        steps: Optimizer steps.
+        samples_per_s: Training samples a second, validations included.
+        objective: The objective of the published model on the fold `valid`.
+        accuracy: Its accuracy there.
+        version: Its version.
+        uuid: Its uuid.
+        elsewhere: What the other process found: accuracy by identifier and by uuid; None on mongomock.
+    """
+
+    documents: int
+    steps: int
+    samples_per_s: float
+    objective: float
+    accuracy: float
+    version: int
+    uuid: str
+    elsewhere: dict[str, Any] | None
+
+
+class DigitsNet(nn.Module):
+    """A small convolutional network for 8x8 images, float32 of shape (n, 8, 8), to 10 logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU()
+        )
+        self.head = nn.Sequential(nn.Flatten(), nn.Dropout(0.2), nn.Linear(512, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits."""
+        logits: Tensor = self.head(self.features(x.unsqueeze(1)))
+        return logits
+
+
+def accuracy(output: Tensor, target: Tensor) -> float:
+    """The share of right answers."""
+    return (output.argmax(dim=1) == target).float().mean().item()
+
+
+def insert_digits(db: Datalayer) -> int:
+    """Put the images into the database, unless they are there; how many there are."""
+    collection = db[COLLECTION]
+    digits = load_digits()
+    if collection.count() != len(digits.target):
+        collection.delete_many({})
+        collection.insert_many(
+            {"_id": n, "x": (image / 16).astype(np.float32), "y": int(label)}
+            for n, (image, label) in enumerate(zip(digits.images, digits.target, strict=True))
+        )
+    return collection.count()
+
+
+def digits_trainer(db: Datalayer, *, steps: int = STEPS) -> TorchTrainer:
+    """The trainer of the demo: streamed, with prefetching."""
+    torch.manual_seed(0)
+    validation = Validation("demo-check", metrics=[Metric("accuracy", object=accuracy, mode="max")])
+    return TorchTrainer(
+        "demo-trainer",
+        key=("x", "y"),
+        select=db[COLLECTION].find(),
+        objective=nn.functional.cross_entropy,
+        loader_kwargs={"batch_size": 64, "shuffle": True},
+        in_memory=False,
+        data_prefetch=True,
+        optimizer_kwargs={"lr": 2e-3},
+        max_iterations=steps,
+        validation_interval=100,
+        model=TorchModel(MODEL, object=DigitsNet(), validation=validation),
+    )
+
+
+def run_demo(db: Datalayer, *, steps: int = STEPS) -> Outcome:
+    """The whole demo; trains again if it was run before.
+
+    Args:
+        db: An open datalayer.
+        steps: Optimizer steps.
+
+    Raises:
+        MongotorchError: What a run raises, or the other process could not load the model.
+    """
+    documents = insert_digits(db)
+    begun = time.perf_counter()
+    job = db.apply(digits_trainer(db, steps=steps), force=True)
+    model = job.result()
+    elapsed = time.perf_counter() - begun
+    values = model.trainer.metric_values
+    best = min(range(len(values["objective"])), key=values["objective"].__getitem__)
+    progress = job.progress
+    return Outcome(
+        documents=documents,
+        steps=progress["step"],
+        samples_per_s=progress.get("samples_per_s") or progress["samples"] / elapsed,
+        objective=values["objective"][best],
+        accuracy=values["accuracy"][best],
+        version=model.version,
+        uuid=model.uuid,
+        elsewhere=None if db.uri.startswith("mongomock:") else _elsewhere(db, model.uuid),
+    )
+
+
+def measure_again(db: Datalayer, uuid: str) -> dict[str, Any]:
+    """What the other process does: load the model by identifier and by uuid, predict the fold `valid`."""
+    rows = list(db.execute(db[COLLECTION].find().fold("valid")))
+    found: dict[str, Any] = {"pid": os.getpid(), "documents": len(rows)}
+    for how, model in (("identifier", db.load("model", MODEL)), ("uuid", db.load(uuid=uuid))):
+        predicted = [int(output.argmax()) for output in model.predict_batches([row["x"] for row in rows])]
+        right = sum(one == row["y"] for one, row in zip(predicted, rows, strict=True))
+        found[how] = right / len(rows)
+    return found
+
+
+def _elsewhere(db: Datalayer, uuid: str) -> dict[str, Any]:
+    # The address goes through the environment: it may hold a password, and arguments are for all to see.
+    command = [sys.executable, "-m", "mongotorch.demo.elsewhere", uuid]
+    environment = {**os.environ, "MONGOTORCH_URI": db.uri}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
+    if done.returncode:
+        raise MongotorchError(f"the other process could not load the model:\n{done.stderr}")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found

@@ -1,0 +1,125 @@
+"""What `apply` does: stores what it is given, finds or makes the job, and hands it to the engine.
+
+Always: nothing is written for a component that cannot be stored or run; content that was trained already is
+recognised, and neither stored nor trained again unless that is forced; a job that is under way is joined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, final
+
+from mongotorch.component import Component
+from mongotorch.run import Engine, Job
+from mongotorch.store import Components, Jobs
+from mongotorch.train import TorchModel, TorchTrainer
+from mongotorch.wiring.load import Loader
+from mongotorch.wiring.publish import Publisher
+from mongotorch.wiring.training import pair
+
+METHOD = "fit"
+_UNDER_WAY = ("queued", "running")
+
+
+@final
+class Applier:
+    """Applies components to one database.
+
+    Args:
+        components: The component documents.
+        jobs: The job documents.
+        publisher: Stores what is applied.
+        loader: Loads what a run published.
+        engine: Executes jobs.
+        perform: Executes one job in this process.
+    """
+
+    def __init__(
+        self,
+        *,
+        components: Components,
+        jobs: Jobs,
+        publisher: Publisher,
+        loader: Loader,
+        engine: Engine,
+        perform: Callable[[str], None],
+    ) -> None:
+        self._components, self._jobs = components, jobs
+        self._publisher, self._loader = publisher, loader
+        self._engine, self._perform = engine, perform
+
+    def apply(self, component: Component, *, force: bool = False) -> Job[Any]:
+        """Store a component, and start what it has to run.
+
+        Args:
+            component: Any component.
+            force: Run although nothing changed.
+
+        Raises:
+            ParameterError: A trainer without a model.
+            CodecError: A field cannot be stored; nothing was written.
+            ConflictError: Its uuid belongs to a different component.
+        """
+        runs = isinstance(component, TorchTrainer) or getattr(component, "trainer", None) is not None
+        if runs:
+            trainer, model = pair(component)
+            trainer.check_model(model)
+        uuid = self._publisher.store(component, exact=force).uuid
+        if not runs:
+            return self._done(uuid)
+        stored = self._components.get(uuid)
+        if not force and "job" in stored:
+            return self._done(uuid)
+        return self._start(stored, force=force)
+
+    def job(self, job_id: str) -> Job[Any]:
+        """A job from anywhere. Raises: NotFoundError."""
+        return self._future(job_id, self._jobs.get(job_id)["component"])
+
+    def _start(self, stored: Mapping[str, Any], *, force: bool) -> Job[Any]:
+        uuid = stored["_id"]
+        before = self._jobs.find(component=uuid)
+        if before and (before[0]["status"] in _UNDER_WAY or (before[0]["status"] == "succeeded" and not force)):
+            job_id = before[0]["_id"]
+            if before[0]["status"] == "succeeded":
+                return self.job(job_id)
+        else:
+            # A second run of one version is a method of its own: (component, method) is unique.
+            method = METHOD if not before else f"{METHOD}-{len(before)}"
+            job_id, _ = self._jobs.add(
+                component=uuid,
+                type_id=stored["type_id"],
+                identifier=stored["identifier"],
+                method=method,
+                parameters=_scalars(stored["fields"]),
+            )
+        error = self._engine.submit(job_id, self._perform)
+        return self._future(job_id, uuid, error)
+
+    def _future(self, job_id: str, uuid: str, error: BaseException | None = None) -> Job[Any]:
+        return Job(
+            job_id,
+            component=lambda: self._loader.by_uuid(uuid),
+            load=self._model,
+            records=self._jobs,
+            error=error,
+        )
+
+    def _done(self, uuid: str) -> Job[Any]:
+        found = self._loader.by_uuid(uuid)
+        result = found.model if isinstance(found, TorchTrainer) else found
+        return Job(uuid, component=lambda: found, load=self._model, result=result)
+
+    def _model(self, uuid: str) -> TorchModel:
+        model = self._loader.by_uuid(uuid)
+        assert isinstance(model, TorchModel)  # noqa: S101 - for the type checker: jobs publish models
+        return model
+
+
+def _scalars(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What a person looks for in a job: the plain parameters."""
+    plain = {name: value for name, value in fields.items() if isinstance(value, str | bool | int | float)}
+    for name, record in fields.items():
+        if isinstance(record, Mapping) and record.get("_codec") == "name":
+            plain[name] = record["name"]
+    return plain

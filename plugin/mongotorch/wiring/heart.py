@@ -1,0 +1,72 @@
+"""The heartbeat of a run: keeps its lease from a thread of its own, and says when the run has to stop.
+
+Always: the lease is renewed three times in its length, however long a step takes; a lost lease or a cancelled
+job is noticed at the run's next check, and nothing is published after it.
+"""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+from typing import Any, Self, final
+
+from mongotorch.errors import JobCancelledError, MongotorchError
+from mongotorch.store import Jobs
+
+
+@final
+class Heart:
+    """Keeps one attempt of one job alive; a context manager that stops the thread.
+
+    Args:
+        jobs: The job documents.
+        job_id: The job.
+        attempt: The attempt that was claimed.
+        lease_s: The lease, in seconds.
+
+    Attributes:
+        progress: What the next beat writes into the job's document.
+    """
+
+    def __init__(self, jobs: Jobs, job_id: str, attempt: int, *, lease_s: float) -> None:
+        self._jobs, self._job_id, self._attempt = jobs, job_id, attempt
+        self._lease_s = lease_s
+        self._lost = threading.Event()
+        self._stop = threading.Event()
+        self._one = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="mongotorch-heart", daemon=True)
+        self.progress: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def check(self) -> None:
+        """Raises: JobCancelledError when the job was cancelled, or another worker has taken it over."""
+        if self._lost.is_set():
+            raise JobCancelledError(
+                f"job {self._job_id}: attempt {self._attempt} was cancelled, or its lease ran out and another "
+                "worker has it; this attempt publishes nothing"
+            )
+
+    def beat(self) -> None:
+        """Renew the lease and write the progress now."""
+        with self._one:
+            alive = self._jobs.heartbeat(
+                self._job_id, self._attempt, lease_s=self._lease_s, progress=self.progress or None
+            )
+        if not alive:
+            self._lost.set()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._lease_s / 3):
+            try:
+                self.beat()
+            except MongotorchError:
+                continue  # the database is away; the lease decides, and publishing asks again

@@ -1,0 +1,56 @@
+"""The parts of one open database, made and wired once.
+
+Always: making them makes the indexes that their promises rest on; they hold nothing but the connection.
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+from mongotorch.codecs import Codecs
+from mongotorch.run import LocalEngine
+from mongotorch.settings import Settings
+from mongotorch.store import Artifacts, Components, Connection, Jobs, Points
+from mongotorch.wiring.applying import Applier
+from mongotorch.wiring.load import Loader
+from mongotorch.wiring.performing import Performer
+from mongotorch.wiring.publish import Publisher
+from mongotorch.wiring.removing import Remover
+from mongotorch.wiring.training import Training
+
+
+@final
+class Parts:
+    """What a datalayer hands out.
+
+    Args:
+        connection: The open database, which stays the datalayer's.
+        settings: Of the datalayer.
+    """
+
+    def __init__(self, connection: Connection, settings: Settings) -> None:
+        database, codecs = connection.database, Codecs.default()
+        self.components, self.artifacts = Components(database), Artifacts(database)
+        self.jobs, self.points = Jobs(database), Points(database)
+        for part in (self.components, self.artifacts, self.jobs, self.points):
+            part.ensure_indexes()
+        self.loader = Loader(self.components, self.artifacts, codecs)
+        self.publisher = Publisher(self.components, self.artifacts, codecs)
+        self.remover = Remover(self.components, self.artifacts)
+        training = Training(
+            connection=connection,
+            settings=settings,
+            components=self.components,
+            points=self.points,
+            loader=self.loader,
+            publisher=self.publisher,
+        )
+        self.performer = Performer(self.jobs, training, settings)
+        self.applier = Applier(
+            components=self.components,
+            jobs=self.jobs,
+            publisher=self.publisher,
+            loader=self.loader,
+            engine=LocalEngine(),
+            perform=self.performer.perform,
+        )

@@ -1,0 +1,105 @@
+"""Performs a job here: claims it, keeps it alive, runs it, and records how it ended.
+
+Always: a job is claimed before anything is done for it, and what is recorded is fenced by the attempt; an error
+is recorded with its traceback and then raised as it was; a secret is in neither.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import platform
+import socket
+import traceback
+from collections.abc import Mapping
+from typing import Any, Protocol, final
+
+from mongotorch._version import __version__
+from mongotorch.errors import ConflictError, JobCancelledError, MongotorchError
+from mongotorch.settings import Settings
+from mongotorch.store import Jobs, redact
+from mongotorch.wiring.heart import Heart
+
+
+class Work(Protocol):
+    """What is done for a claimed job."""
+
+    def run(self, job: Mapping[str, Any], heart: Heart) -> str:
+        """Do it; the uuid of what was published."""
+
+
+@final
+class Performer:
+    """Performs jobs in this process.
+
+    Args:
+        jobs: The job documents.
+        work: What is done for one.
+        settings: `lease_s`.
+    """
+
+    def __init__(self, jobs: Jobs, work: Work, settings: Settings) -> None:
+        self._jobs, self._work, self._settings = jobs, work, settings
+
+    def perform(self, job_id: str) -> None:
+        """Perform one job.
+
+        Raises:
+            ConflictError: It cannot be claimed: it has ended, or another worker has it.
+            JobCancelledError: It was cancelled, or taken over.
+            Exception: What the run raised.
+        """
+        job = self._jobs.claim(
+            worker=worker_name(), lease_s=self._settings.lease_s, job_id=job_id, environment=environment()
+        )
+        if job is None:
+            raise ConflictError(f"job {job_id} cannot be claimed: it has ended, or another worker runs it")
+        self.perform_claimed(job)
+
+    def perform_claimed(self, job: Mapping[str, Any]) -> None:
+        """Perform a job that this process has claimed. Raises: as `perform`."""
+        job_id, attempt = job["_id"], job["attempt"]
+        with Heart(self._jobs, job_id, attempt, lease_s=self._settings.lease_s) as heart:
+            try:
+                result = self._work.run(job, heart)
+            except JobCancelledError:
+                raise
+            except Exception as error:
+                self._jobs.fail(job_id, attempt, error=described(error))
+                raise
+            except BaseException:  # Ctrl-C: the person wants it to end
+                self._jobs.cancel(job_id)
+                raise
+            heart.beat()
+        self._jobs.succeed(job_id, attempt, result=result)
+
+
+def described(error: BaseException) -> dict[str, Any]:
+    """An error as a job's document keeps it."""
+    known = isinstance(error, MongotorchError)
+    document_id = getattr(error, "document_id", None) if known else None
+    return {
+        "type": type(error).__name__,
+        "message": redact(str(error)),
+        "traceback": redact("".join(traceback.format_exception(error))),
+        "document_id": document_id,
+        "field": getattr(error, "field", None) if known else None,
+    }
+
+
+def worker_name() -> str:
+    """Who runs: the host and the process."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+@functools.cache
+def environment() -> dict[str, str]:
+    """What a run depends on besides its parameters: versions and platform."""
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "pymongo")}
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "mongotorch": __version__,
+        **packages,
+    }

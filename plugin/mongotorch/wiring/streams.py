@@ -1,0 +1,106 @@
+"""From what a trainer says to the streams that feed it.
+
+Always: the select and its folds are checked before a stream is made; the fold is added to the select, so that
+training and validation documents come from the same one; what is opened here is closed by `close`.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, Self, final
+
+from mongotorch.data import Stream, StreamSpec, check_select
+from mongotorch.data.folds import Fold
+from mongotorch.query import Query
+from mongotorch.settings import Settings
+from mongotorch.store import Connection
+from mongotorch.train import TorchModel, TorchTrainer
+
+_OWN_PARAMETERS = ("batch_size", "shuffle", "drop_last")
+
+
+@final
+class Streams:
+    """The streams of one run; a context manager that closes them.
+
+    Attributes:
+        batches: The training batches.
+        sets: The validation batches by the name of their set; the empty name is the fold `valid`.
+    """
+
+    def __init__(
+        self, trainer: TorchTrainer, model: TorchModel, connection: Connection, settings: Settings
+    ) -> None:
+        self._connection = connection
+        self._opened = ExitStack()
+        validates = trainer.validation_interval is not None
+        folds: tuple[Fold, ...] = ("train", "valid") if validates else ("train",)
+        check_select(connection.database, trainer.select, folds=folds)
+        self.batches = self._open(training_spec(trainer, settings))
+        self.sets: dict[str, Stream] = {}
+        if not validates:
+            return
+        self.sets[""] = self._open(validation_spec(trainer, settings, trainer.select.fold("valid")))
+        for dataset in model.validation.datasets if model.validation is not None else ():
+            check_select(connection.database, dataset.select, folds=())
+            self.sets[dataset.identifier] = self._open(validation_spec(trainer, settings, dataset.select))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End threads and processes, let go of memory and files."""
+        self._opened.close()
+
+    def _open(self, spec: StreamSpec) -> Stream:
+        connection = self._connection
+        return self._opened.enter_context(Stream(connection.opener(), spec, database=connection.database))
+
+
+def training_spec(trainer: TorchTrainer, settings: Settings) -> StreamSpec:
+    """How a trainer's training documents are streamed."""
+    options = dict(trainer.loader_kwargs or {})
+    return _spec(
+        trainer,
+        settings,
+        trainer.select.fold("train"),
+        shuffle=bool(options.get("shuffle")),
+        drop_last=bool(options.get("drop_last")),
+    )
+
+
+def validation_spec(trainer: TorchTrainer, settings: Settings, query: Query) -> StreamSpec:
+    """How validation documents are streamed: all of them, in their own order."""
+    return _spec(trainer, settings, query, shuffle=False, drop_last=False)
+
+
+def _spec(trainer: TorchTrainer, settings: Settings, query: Query, **order: Any) -> StreamSpec:
+    options = dict(trainer.loader_kwargs or {})
+    loader = {name: value for name, value in options.items() if name not in _OWN_PARAMETERS}
+    workers = (trainer.compute_kwargs or {}).get("num_workers")
+    if workers is not None:
+        loader.setdefault("num_workers", workers)
+    return StreamSpec(
+        query=query,
+        key=trainer.key,
+        batch_size=options.get("batch_size", 1),
+        seed=trainer.seed,
+        transform=trainer.transform,
+        signature=trainer.signature,
+        collate_fn=trainer.collate_fn,
+        mode="memory" if trainer.in_memory else "download" if trainer.download else "stream",
+        data_prefetch=trainer.data_prefetch,
+        prefetch_size=trainer.prefetch_size,
+        prefetch_factor=trainer.prefetch_factor,
+        prefetch_bytes=settings.prefetch_bytes,
+        loader=loader,
+        cache_dir=settings.cache_dir,
+        read_deadline_s=settings.read_deadline_s,
+        **order,
+    )
