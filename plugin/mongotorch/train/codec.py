@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from mongotorch.codecs import Codec, Get, Put, check_python, dumps, loads
 from mongotorch.errors import CodecError
 
+SMALL_BYTES = 4096
+"""Storages below this many bytes share one blob: a blob each would cost more than it could save."""
+
 _KINDS = (Tensor, nn.Parameter)
 
 
@@ -26,7 +29,8 @@ class TorchCodec(Codec):
 
     The record: `skeleton` (blob of the pickle), `python` (of its bytecode, or None), `tensors` (dtype, shape,
     stride, offset in elements, which storage, whether a parameter and whether it wants a gradient, its name in
-    the state dict of a module) and `storages` (blob and size in bytes).
+    the state dict of a module), `storages` (a blob of its own and its size in bytes, or where it is among the
+    small ones) and `small` (one blob of all storages below `SMALL_BYTES`).
     """
 
     name = "torch"
@@ -55,7 +59,7 @@ class TorchCodec(Codec):
                 "skeleton": put(skeleton.data),
                 "python": skeleton.python,
                 "tensors": records,
-                "storages": [{"blob": put(data), "nbytes": data.nbytes} for data in storages],
+                **_put_storages(storages, put),
             }
 
     def decode(self, record: Mapping[str, Any], get: Get) -> Any:
@@ -63,12 +67,13 @@ class TorchCodec(Codec):
         check_python(record["python"])
         storages: dict[int, Tensor] = {}
         made: dict[int, Tensor] = {}
+        small = get(record["small"]) if record.get("small") else b""
 
         def storage(index: int) -> Tensor:
             if index not in storages:
-                storages[index] = torch.frombuffer(
-                    bytearray(get(record["storages"][index]["blob"])), dtype=torch.uint8
-                )
+                kept = record["storages"][index]
+                data = get(kept["blob"]) if "blob" in kept else small[kept["at"] : kept["at"] + kept["nbytes"]]
+                storages[index] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             return storages[index]
 
         def external(index: int) -> Tensor:
@@ -77,6 +82,18 @@ class TorchCodec(Codec):
             return made[index]
 
         return loads(get(record["skeleton"]), python=record["python"], external=external)
+
+
+def _put_storages(storages: Sequence[memoryview], put: Put) -> dict[str, Any]:
+    records: list[dict[str, Any]] = []
+    small = bytearray()
+    for data in storages:
+        if data.nbytes < SMALL_BYTES:
+            records.append({"at": len(small), "nbytes": data.nbytes})
+            small += data
+        else:
+            records.append({"blob": put(data), "nbytes": data.nbytes})
+    return {"storages": records, "small": put(bytes(small)) if small else None}
 
 
 def _flat(value: Any) -> Iterator[Any]:
