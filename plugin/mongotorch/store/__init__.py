@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mongotorch.store.artifacts import Artifacts
+from mongotorch.store.checkpoints import Checkpoints
 from mongotorch.store.components import Components
 from mongotorch.store.connect import Connection, Opener, open_address
 from mongotorch.store.embedded import EmbeddedServer
@@ -13,6 +14,7 @@ from mongotorch.store.redaction import redact
 
 __all__ = [
     "Artifacts",
+    "Checkpoints",
     "Components",
     "Connection",
     "EmbeddedServer",
