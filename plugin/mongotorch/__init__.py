@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mongotorch.datalayer import Datalayer
     from mongotorch.errors import MongotorchError
     from mongotorch.query import Query
-    from mongotorch.run import Job
+    from mongotorch.run import Job, Worker
     from mongotorch.settings import Settings
     from mongotorch.train import Dataset, Metric, TorchModel, TorchTrainer, Validation
     from mongotorch.wiring.collection import Collection
@@ -33,6 +33,7 @@ _HOMES = {
     "TorchModel": "mongotorch.train",
     "TorchTrainer": "mongotorch.train",
     "Validation": "mongotorch.train",
+    "Worker": "mongotorch.run",
 }
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "TorchModel",
     "TorchTrainer",
     "Validation",
+    "Worker",
     "__version__",
 ]
 

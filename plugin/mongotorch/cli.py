@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import sys
 from collections.abc import Iterator
 from typing import Annotated, Any
 
@@ -18,6 +20,7 @@ from rich.table import Column, Table
 from mongotorch._version import __version__
 from mongotorch.datalayer import Datalayer
 from mongotorch.errors import EmbeddedServerError, MongotorchError
+from mongotorch.run import Worker, run_pool
 from mongotorch.settings import read_settings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -120,6 +123,32 @@ def job(uuid: str, uri: Uri = None, as_json: AsJson = False) -> None:
     _print_pairs(Console(), f"job {uuid}", [(key, value) for key, value in record.items() if value is not None])
     if error:
         typer.echo(error.get("traceback") or f"{error.get('type')}: {error.get('message')}")
+
+
+@app.command()
+def worker(
+    once: Annotated[bool, typer.Option(help="Perform one job, if there is one, and end.")] = False,
+    until_idle: Annotated[bool, typer.Option(help="End when no job waits.")] = False,
+    concurrency: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    uri: Uri = None,
+) -> None:
+    """Work the queue: SIGTERM checkpoints the run and hands it back, to be resumed by another worker."""
+    if concurrency > 1:
+        command = [sys.executable, "-m", "mongotorch", "worker"]
+        command += ["--once"] * once + ["--until-idle"] * until_idle
+        address = {} if uri is None else {"MONGOTORCH_URI": uri}
+        raise typer.Exit(
+            run_pool(
+                command,
+                count=concurrency,
+                environment={**os.environ, **address},
+                again=not (once or until_idle),
+            )
+        )
+    with _errors(), Datalayer.connect(uri) as db:
+        typer.echo(f"working on {db!r}")
+        done = int(Worker(db).once()) if once else Worker(db).run(until_idle=until_idle)
+    typer.echo(f"{done} job(s) performed")
 
 
 @contextlib.contextmanager

@@ -6,19 +6,21 @@ same; it is never pickled: what crosses a process is an address.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, ClassVar, Self, final
 
 from mongotorch.component import Component
-from mongotorch.data import Stream, StreamSpec
+from mongotorch.data import Stream
+from mongotorch.data.folds import Fold
 from mongotorch.errors import ParameterError
 from mongotorch.query import Query
-from mongotorch.run import Job
+from mongotorch.run import Job, Shift
 from mongotorch.settings import Settings, read_settings
 from mongotorch.store import Connection, open_address
 from mongotorch.wiring.collection import Collection, read_documents
 from mongotorch.wiring.parts import Parts
+from mongotorch.wiring.streams import stream_spec
 
 
 @final
@@ -80,6 +82,11 @@ class Datalayer:
         """The address with the database in it; it may hold a password."""
         return self._connection.uri
 
+    @property
+    def shift(self) -> Shift:
+        """Where a `Worker` finds the jobs."""
+        return self._parts.performer
+
     def __getitem__(self, name: str) -> Collection:
         return Collection(self._connection.database[name], valid_fraction=self.settings.valid_fraction)
 
@@ -101,17 +108,8 @@ class Datalayer:
         shuffle: bool = False,
         seed: int = 0,
         shard: tuple[int, int] = (0, 1),
-        fold: str | None = None,
-        drop_last: bool = False,
-        transform: Callable[..., Any] | None = None,
-        signature: str = "*args",
-        collate_fn: Callable[[list[Any]], Any] | None = None,
-        in_memory: bool = False,
-        download: bool = False,
-        data_prefetch: bool = True,
-        prefetch_size: int = 1000,
-        prefetch_factor: int = 100,
-        **loader_kwargs: Any,
+        fold: Fold | None = None,
+        **options: Any,
     ) -> Stream:
         """The training stream alone, for a loop of one's own.
 
@@ -123,16 +121,9 @@ class Datalayer:
             seed: Of the order.
             shard: `(rank, world)`: disjoint parts with equal numbers of batches.
             fold: `train` or `valid`; None is both.
-            drop_last: Leave out a last batch that is not full.
-            transform: Makes of a sample the sample that counts.
-            signature: How a sample goes into `transform`.
-            collate_fn: Makes a batch of the list of samples.
-            in_memory: Read once into memory.
-            download: Read once into memory-mapped files on local disk.
-            data_prefetch: Read ahead in the background.
-            prefetch_size: Documents that are read at a time.
-            prefetch_factor: How many times `prefetch_size` may be ready.
-            loader_kwargs: `num_workers`, `pin_memory` and others of `torch.utils.data.DataLoader`.
+            options: `transform`, `signature`, `collate_fn`, `in_memory`, `download`, `data_prefetch` (True unless
+                given), `prefetch_size`, `prefetch_factor` as in `TorchTrainer`; `drop_last`, `num_workers` and
+                others as in `torch.utils.data.DataLoader`.
 
         Returns:
             An `IterableDataset` of batches, with `state_dict()` and `load_state_dict()`; close it, or use it as
@@ -140,36 +131,27 @@ class Datalayer:
 
         Raises:
             ParameterError: An argument cannot be used; `field` names it.
-            LoaderOptionError: An option that a DataLoader does not have.
+            LoaderOptionError: An option that does not exist.
         """
-        spec = StreamSpec(
-            query=query if fold is None else query.fold(fold),  # type: ignore[arg-type]  # it checks
+        spec = stream_spec(
+            self.settings,
+            query if fold is None else query.fold(fold),
+            options,
             key=key,
             batch_size=batch_size,
             shuffle=shuffle,
             seed=seed,
             shard=shard,
-            drop_last=drop_last,
-            transform=transform,
-            signature=signature,
-            collate_fn=collate_fn,
-            mode="memory" if in_memory else "download" if download else "stream",
-            data_prefetch=data_prefetch,
-            prefetch_size=prefetch_size,
-            prefetch_factor=prefetch_factor,
-            prefetch_bytes=self.settings.prefetch_bytes,
-            loader=loader_kwargs,
-            cache_dir=self.settings.cache_dir,
-            read_deadline_s=self.settings.read_deadline_s,
         )
         return Stream(self._connection.opener(), spec, database=self._connection.database)
 
-    def apply(self, component: Component, *, force: bool = False) -> Job[Any]:
+    def apply(self, component: Component, *, force: bool = False, priority: int = 0) -> Job[Any]:
         """Store a component as a new version and start what it has to run.
 
         Args:
             component: A trainer with a model, a model with a trainer, or anything that is only stored.
             force: Run although nothing changed.
+            priority: Higher is run first, where jobs queue.
 
         Returns:
             A future; `result()` is the published model, for a component without a run the component.
@@ -180,7 +162,7 @@ class Datalayer:
             UnsafeClosureError: A field holds a database client; nothing was written.
             ConflictError: Its uuid belongs to a different component.
         """
-        return self._parts.applier.apply(component, force=force)
+        return self._parts.applier.apply(component, force=force, priority=priority)
 
     def job(self, uuid: str) -> Job[Any]:
         """A run, found again from anywhere. Raises: NotFoundError."""

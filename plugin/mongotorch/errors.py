@@ -30,6 +30,7 @@
     └── JobError                    a run that did not end in success
         ├── JobFailedError          found from elsewhere: the run raised
         ├── JobCancelledError
+        ├── JobReleasedError        the worker had to stop; the job waits for another one
         └── JobTimeoutError         `result(timeout)` ran out; the run goes on
 
 Always: the message says what failed and what to do; `document_id`, `field` and `setting` say where; the
@@ -190,6 +191,10 @@ class JobFailedError(JobError):
 
 class JobCancelledError(JobError):
     """The run was cancelled."""
+
+
+class JobReleasedError(JobError):
+    """The worker was told to stop: the run is checkpointed, and the job waits for another worker."""
 
 
 class JobTimeoutError(JobError):

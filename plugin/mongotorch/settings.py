@@ -7,7 +7,7 @@ code wins over the environment; the URI never shows its password in `repr`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -22,12 +22,13 @@ class Settings(BaseSettings):
         uri: Where the data lives; None is the embedded default.
         embedded_path: Folder of the embedded server that serves when there is no URI.
         cache_dir: Folder for the memory-mapped columns of `download=True`.
-        compute: The compute engine: `local` runs in the calling process.
+        compute: The compute engine: `local` runs in the calling process, `queue` leaves it to workers.
         prefetch_bytes: Most bytes a stream may hold ready, in bytes.
         valid_fraction: Share of inserted documents that go to the `valid` fold.
         server_timeout_s: How long to look for a server before giving up, in seconds.
         read_deadline_s: How long a broken read is tried again before giving up, in seconds.
         lease_s: How long a run may be silent before another worker takes it over, in seconds.
+        checkpoint_seconds: How often a run writes a checkpoint, besides at each validation, in seconds.
         progress: Show progress bars; None shows them on a terminal only.
     """
 
@@ -36,12 +37,13 @@ class Settings(BaseSettings):
     uri: str | None = Field(default=None, repr=False)
     embedded_path: Path = Path(".mongotorch/db")
     cache_dir: Path = Path(".mongotorch/cache")
-    compute: Literal["local"] = "local"
+    compute: str = "local"
     prefetch_bytes: int = Field(default=256 * 2**20, gt=0)
     valid_fraction: float = Field(default=0.05, ge=0.0, le=1.0)
     server_timeout_s: float = Field(default=10.0, gt=0)
     read_deadline_s: float = Field(default=60.0, gt=0)
     lease_s: float = Field(default=30.0, gt=0)
+    checkpoint_seconds: float = Field(default=60.0, ge=0)
     progress: bool | None = None
 
 

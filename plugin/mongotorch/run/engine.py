@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from typing import ClassVar, final
+
+from mongotorch.errors import SettingError
+
+GROUP = "mongotorch.engines"
 
 
 class Engine(abc.ABC):
-    """Where the runs of a datalayer are executed."""
+    """Where the runs of a datalayer are executed. A new one is a class and an entry point in the group above."""
 
     name: ClassVar[str]
 
@@ -45,3 +50,31 @@ class LocalEngine(Engine):
         except Exception as error:  # noqa: BLE001 - a future keeps what the run raised, whatever it is
             return error
         return None
+
+
+@final
+class QueueEngine(Engine):
+    """Leaves the job in the queue, for any worker. `submit` returns at once."""
+
+    name = "queue"
+
+    def submit(self, job_id: str, perform: Callable[[str], None]) -> BaseException | None:  # noqa: ARG002
+        """Nothing is left to do: the job document is the message; see `Engine.submit`."""
+        return None
+
+
+def engine_named(name: str) -> Engine:
+    """The compute engine of a name: built in, or offered by an installed package.
+
+    Raises:
+        SettingError: There is none; the message names those there are.
+    """
+    engines: dict[str, Callable[[], Engine]] = {LocalEngine.name: LocalEngine, QueueEngine.name: QueueEngine}
+    offered = {entry.name: entry for entry in entry_points(group=GROUP)}
+    if name in engines:
+        return engines[name]()
+    if name in offered:
+        made: Engine = offered[name].load()()
+        return made
+    known = ", ".join(sorted({*engines, *offered}))
+    raise SettingError(f"compute={name!r}: there is no such engine; there are {known}", setting="compute")

@@ -7,14 +7,12 @@ raises. A job without a run (nothing was left to do) is done from the start.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, Protocol, TypeVar, final
 
-from mongotorch.errors import JobCancelledError, JobFailedError, JobTimeoutError
+from mongotorch.errors import JobCancelledError, JobFailedError
 
 FINAL_STATUSES = frozenset({"succeeded", "failed", "cancelled"})
-_POLL_S = 0.2
 
 T = TypeVar("T")
 
@@ -24,6 +22,9 @@ class JobRecords(Protocol):
 
     def get(self, job_id: str) -> Mapping[str, Any]:
         """The job's document. Raises: NotFoundError."""
+
+    def wait(self, job_id: str, timeout_s: float | None) -> Mapping[str, Any]:
+        """The job's document once it has ended. Raises: JobTimeoutError, NotFoundError."""
 
     def cancel(self, job_id: str) -> bool:
         """Mark a job that has not ended as cancelled; False if it had ended."""
@@ -105,7 +106,7 @@ class Job(Generic[T]):
         Raises:
             JobTimeoutError: The run has not ended by then.
         """
-        status = self._wait(timeout)
+        status = "succeeded" if self._records is None else self._records.wait(self.uuid, timeout)["status"]
         if status == "succeeded":
             return None
         if self._error is not None:
@@ -137,11 +138,3 @@ class Job(Generic[T]):
         if self._result is None:
             self._result = self._load(self.record["result"])
         return self._result
-
-    def _wait(self, timeout: float | None) -> str:
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while (status := self.status) not in FINAL_STATUSES:
-            if deadline is not None and time.monotonic() >= deadline:
-                raise JobTimeoutError(f"job {self.uuid} is still {status} after {timeout} s; it goes on")
-            time.sleep(_POLL_S)
-        return status

@@ -37,9 +37,9 @@ class ProgressBar:
     ) -> None:
         self._bar.close()
 
-    def step(self) -> None:
-        """One optimizer step was made."""
-        self._bar.update()
+    def step(self, number: int) -> None:
+        """So many optimizer steps have been made; a resumed run starts where it left off."""
+        self._bar.update(number - self._bar.n)
 
     def show(self, values: Mapping[str, float]) -> None:
         """Show what was last measured beside the bar."""

@@ -8,7 +8,7 @@ generator of randomness is the run's own while it runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, final
 
@@ -102,7 +102,7 @@ class Fit:
         self._waiting: list[Tensor] = []
         self.step = 0
 
-    def run(self) -> Iterator[Event]:
+    def run(self) -> Generator[Event]:
         """Train; each step and validation is yielded when it is done.
 
         Raises:
@@ -138,10 +138,11 @@ class Fit:
     def capture(self) -> dict[str, Any]:
         """Everything that a resumed run needs, as copies; call it between two events."""
         self._check_losses()
+        now = self._best.state if self._best.step == self.step else None  # it was copied a moment ago
         return {
             "step": self.step,
-            "model": copied_state(self._model.object),
-            "optimizer": state_of(self._optimizers),
+            "model": now["model"] if now else copied_state(self._model.object),
+            "optimizer": now["optimizer"] if now else state_of(self._optimizers),
             "random": randomness.capture(),
             "batches": self._batches.state_dict(),
             "values": {name: list(values) for name, values in self._values.items()},
@@ -159,7 +160,7 @@ class Fit:
 
     def _steps(self) -> Iterator[Event]:
         trainer, interval = self._trainer, self._trainer.validation_interval
-        while not self._is_over():
+        while not self.is_over:
             for batch in self._batches:
                 loss = trainer.take_step(self._model, to_device(batch, self.device), self._optimizers)
                 self.step += 1
@@ -170,10 +171,12 @@ class Fit:
                 last = self.step >= trainer.max_iterations
                 if interval is not None and (last or self.step % interval == 0):
                     yield self._validate()
-                if self._is_over():
+                if self.is_over:
                     return
 
-    def _is_over(self) -> bool:
+    @property
+    def is_over(self) -> bool:
+        """Whether no step is left to be made."""
         stale = self._best.stale >= self._trainer.no_improve_then_stop
         return stale or self.step >= self._trainer.max_iterations
 

@@ -18,7 +18,6 @@ from mongotorch.wiring.publish import Publisher
 from mongotorch.wiring.training import pair
 
 METHOD = "fit"
-_UNDER_WAY = ("queued", "running")
 
 
 @final
@@ -32,6 +31,7 @@ class Applier:
         loader: Loads what a run published.
         engine: Executes jobs.
         perform: Executes one job in this process.
+        forget: Forgets the checkpoints of a job.
     """
 
     def __init__(
@@ -43,17 +43,20 @@ class Applier:
         loader: Loader,
         engine: Engine,
         perform: Callable[[str], None],
+        forget: Callable[[str], None],
     ) -> None:
+        self._forget = forget
         self._components, self._jobs = components, jobs
         self._publisher, self._loader = publisher, loader
         self._engine, self._perform = engine, perform
 
-    def apply(self, component: Component, *, force: bool = False) -> Job[Any]:
+    def apply(self, component: Component, *, force: bool = False, priority: int = 0) -> Job[Any]:
         """Store a component, and start what it has to run.
 
         Args:
             component: Any component.
             force: Run although nothing changed.
+            priority: Higher is run first, where jobs queue.
 
         Raises:
             ParameterError: A trainer without a model.
@@ -70,29 +73,33 @@ class Applier:
         stored = self._components.get(uuid)
         if not force and "job" in stored:
             return self._done(uuid)
-        return self._start(stored, force=force)
+        return self._start(stored, force=force, priority=priority)
 
     def job(self, job_id: str) -> Job[Any]:
         """A job from anywhere. Raises: NotFoundError."""
         return self._future(job_id, self._jobs.get(job_id)["component"])
 
-    def _start(self, stored: Mapping[str, Any], *, force: bool) -> Job[Any]:
+    def _start(self, stored: Mapping[str, Any], *, force: bool, priority: int) -> Job[Any]:
         uuid = stored["_id"]
         before = self._jobs.find(component=uuid)
-        if before and (before[0]["status"] in _UNDER_WAY or (before[0]["status"] == "succeeded" and not force)):
-            job_id = before[0]["_id"]
-            if before[0]["status"] == "succeeded":
-                return self.job(job_id)
-        else:
+        status = before[0]["status"] if before else None
+        if status == "succeeded" and not force:
+            return self.job(before[0]["_id"])
+        if status is None or status == "succeeded":
             # A second run of one version is a method of its own: (component, method) is unique.
-            method = METHOD if not before else f"{METHOD}-{len(before)}"
             job_id, _ = self._jobs.add(
                 component=uuid,
                 type_id=stored["type_id"],
                 identifier=stored["identifier"],
-                method=method,
+                method=METHOD if not before else f"{METHOD}-{len(before)}",
+                priority=priority,
                 parameters=_scalars(stored["fields"]),
             )
+        else:
+            job_id = before[0]["_id"]  # it is under way, or ended without a result and is tried again
+            if status == "failed":
+                self._forget(job_id)  # what led to the failure is not gone on with
+            self._jobs.requeue(job_id)
         error = self._engine.submit(job_id, self._perform)
         return self._future(job_id, uuid, error)
 

@@ -23,16 +23,19 @@ class Heart:
         job_id: The job.
         attempt: The attempt that was claimed.
         lease_s: The lease, in seconds.
+        stop: Set when the process has to stop.
 
     Attributes:
         progress: What the next beat writes into the job's document.
     """
 
-    def __init__(self, jobs: Jobs, job_id: str, attempt: int, *, lease_s: float) -> None:
+    def __init__(
+        self, jobs: Jobs, job_id: str, attempt: int, *, lease_s: float, stop: threading.Event | None = None
+    ) -> None:
         self._jobs, self._job_id, self._attempt = jobs, job_id, attempt
         self._lease_s = lease_s
         self._lost = threading.Event()
-        self._stop = threading.Event()
+        self._ended, self._stopping = threading.Event(), stop or threading.Event()
         self._one = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="mongotorch-heart", daemon=True)
         self.progress: dict[str, Any] = {}
@@ -44,8 +47,13 @@ class Heart:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop.set()
+        self._ended.set()
         self._thread.join()
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the process has to stop: the run writes a checkpoint and hands the job back."""
+        return self._stopping.is_set()
 
     def check(self) -> None:
         """Raises: JobCancelledError when the job was cancelled, or another worker has taken it over."""
@@ -65,7 +73,7 @@ class Heart:
             self._lost.set()
 
     def _run(self) -> None:
-        while not self._stop.wait(self._lease_s / 3):
+        while not self._ended.wait(self._lease_s / 3):
             try:
                 self.beat()
             except MongotorchError:

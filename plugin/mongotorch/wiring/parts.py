@@ -8,10 +8,11 @@ from __future__ import annotations
 from typing import final
 
 from mongotorch.codecs import Codecs
-from mongotorch.run import LocalEngine
+from mongotorch.run import engine_named
 from mongotorch.settings import Settings
-from mongotorch.store import Artifacts, Components, Connection, Jobs, Points
+from mongotorch.store import Artifacts, Checkpoints, Components, Connection, Jobs, Points
 from mongotorch.wiring.applying import Applier
+from mongotorch.wiring.checkpointing import Checkpointing
 from mongotorch.wiring.load import Loader
 from mongotorch.wiring.performing import Performer
 from mongotorch.wiring.publish import Publisher
@@ -31,12 +32,13 @@ class Parts:
     def __init__(self, connection: Connection, settings: Settings) -> None:
         database, codecs = connection.database, Codecs.default()
         self.components, self.artifacts = Components(database), Artifacts(database)
-        self.jobs, self.points = Jobs(database), Points(database)
-        for part in (self.components, self.artifacts, self.jobs, self.points):
+        self.jobs, self.points, self.checkpoints = Jobs(database), Points(database), Checkpoints(database)
+        for part in (self.components, self.artifacts, self.jobs, self.points, self.checkpoints):
             part.ensure_indexes()
         self.loader = Loader(self.components, self.artifacts, codecs)
         self.publisher = Publisher(self.components, self.artifacts, codecs)
         self.remover = Remover(self.components, self.artifacts)
+        checkpointing = Checkpointing(self.checkpoints, self.artifacts, codecs)
         training = Training(
             connection=connection,
             settings=settings,
@@ -44,6 +46,8 @@ class Parts:
             points=self.points,
             loader=self.loader,
             publisher=self.publisher,
+            checkpointing=checkpointing,
+            jobs=self.jobs,
         )
         self.performer = Performer(self.jobs, training, settings)
         self.applier = Applier(
@@ -51,6 +55,7 @@ class Parts:
             jobs=self.jobs,
             publisher=self.publisher,
             loader=self.loader,
-            engine=LocalEngine(),
+            engine=engine_named(settings.compute),
             perform=self.performer.perform,
+            forget=checkpointing.drop,
         )

@@ -11,12 +11,13 @@ import importlib.metadata
 import os
 import platform
 import socket
+import threading
 import traceback
 from collections.abc import Mapping
 from typing import Any, Protocol, final
 
 from mongotorch._version import __version__
-from mongotorch.errors import ConflictError, JobCancelledError, MongotorchError
+from mongotorch.errors import JobCancelledError, JobReleasedError, MongotorchError, ServerUnavailableError
 from mongotorch.settings import Settings
 from mongotorch.store import Jobs, redact
 from mongotorch.wiring.heart import Heart
@@ -43,36 +44,63 @@ class Performer:
         self._jobs, self._work, self._settings = jobs, work, settings
 
     def perform(self, job_id: str) -> None:
-        """Perform one job.
+        """Perform one job, if it can be claimed; else somebody else performs it, or it has ended.
 
         Raises:
-            ConflictError: It cannot be claimed: it has ended, or another worker has it.
             JobCancelledError: It was cancelled, or taken over.
             Exception: What the run raised.
         """
-        job = self._jobs.claim(
+        job = self._claim(job_id)
+        if job is not None:
+            self._run(job, stop=None, retry=False)
+
+    def claim(self) -> dict[str, Any] | None:
+        """Take the most urgent job; see `Shift.claim`."""
+        return self._claim(None)
+
+    def take(self, job: Mapping[str, Any], stop: threading.Event) -> bool:
+        """Perform a claimed job; what it raises is recorded and no more. False: it was handed back."""
+        try:
+            self._run(job, stop=stop, retry=True)
+        except JobReleasedError:
+            return False
+        except Exception:  # noqa: BLE001 - it is in the job's document, where people look
+            return True
+        return True
+
+    def is_idle(self) -> bool:
+        """Whether no job waits; see `Shift.is_idle`."""
+        return not self._jobs.find(status="queued", limit=1)
+
+    def _claim(self, job_id: str | None) -> dict[str, Any] | None:
+        return self._jobs.claim(
             worker=worker_name(), lease_s=self._settings.lease_s, job_id=job_id, environment=environment()
         )
-        if job is None:
-            raise ConflictError(f"job {job_id} cannot be claimed: it has ended, or another worker runs it")
-        self.perform_claimed(job)
 
-    def perform_claimed(self, job: Mapping[str, Any]) -> None:
-        """Perform a job that this process has claimed. Raises: as `perform`."""
+    def _run(self, job: Mapping[str, Any], *, stop: threading.Event | None, retry: bool) -> None:
         job_id, attempt = job["_id"], job["attempt"]
-        with Heart(self._jobs, job_id, attempt, lease_s=self._settings.lease_s) as heart:
+        with Heart(self._jobs, job_id, attempt, lease_s=self._settings.lease_s, stop=stop) as heart:
             try:
                 result = self._work.run(job, heart)
+            except JobReleasedError:
+                heart.beat()
+                self._jobs.release(job_id, attempt)
+                raise
             except JobCancelledError:
                 raise
             except Exception as error:
-                self._jobs.fail(job_id, attempt, error=described(error))
+                self._jobs.fail(job_id, attempt, error=described(error), retry=retry and is_passing(error))
                 raise
-            except BaseException:  # Ctrl-C: the person wants it to end
+            except BaseException:  # Ctrl-C in the caller's own process: the person wants it to end
                 self._jobs.cancel(job_id)
                 raise
             heart.beat()
         self._jobs.succeed(job_id, attempt, result=result)
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether the same run can succeed later: the database or the machine failed, not the run."""
+    return isinstance(error, ServerUnavailableError | OSError | MemoryError)
 
 
 def described(error: BaseException) -> dict[str, Any]:

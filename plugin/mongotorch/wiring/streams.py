@@ -6,9 +6,10 @@ training and validation documents come from the same one; what is opened here is
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, Self, final
+from typing import Any, Literal, Self, final
 
 from mongotorch.data import Stream, StreamSpec, check_select
 from mongotorch.data.folds import Fold
@@ -17,6 +18,10 @@ from mongotorch.settings import Settings
 from mongotorch.store import Connection
 from mongotorch.train import TorchModel, TorchTrainer
 
+_MODES: dict[str, Literal["memory", "download"]] = {"in_memory": "memory", "download": "download"}
+_STREAM_OPTIONS = frozenset(
+    {"drop_last", "transform", "signature", "collate_fn", "data_prefetch", "prefetch_size", "prefetch_factor"}
+)
 _OWN_PARAMETERS = ("batch_size", "shuffle", "drop_last")
 
 
@@ -78,6 +83,33 @@ def training_spec(trainer: TorchTrainer, settings: Settings) -> StreamSpec:
 def validation_spec(trainer: TorchTrainer, settings: Settings, query: Query) -> StreamSpec:
     """How validation documents are streamed: all of them, in their own order."""
     return _spec(trainer, settings, query, shuffle=False, drop_last=False)
+
+
+def stream_spec(settings: Settings, query: Query, options: Mapping[str, Any], **chosen: Any) -> StreamSpec:
+    """How a query is streamed for a loop of one's own.
+
+    Args:
+        settings: Of the datalayer.
+        query: The documents.
+        options: Of the trainer's kind and of a DataLoader's, told apart here.
+        chosen: Fields of the `StreamSpec`.
+
+    Raises:
+        ParameterError, LoaderOptionError: An option that does not exist, or a value that cannot be used.
+    """
+    own = {name: value for name, value in options.items() if name in _STREAM_OPTIONS}
+    loader = {name: value for name, value in options.items() if name not in {*_STREAM_OPTIONS, *_MODES}}
+    modes = [mode for name, mode in _MODES.items() if options.get(name)]
+    return StreamSpec(
+        query=query,
+        mode=modes[0] if modes else "stream",
+        prefetch_bytes=settings.prefetch_bytes,
+        loader=loader,
+        cache_dir=settings.cache_dir,
+        read_deadline_s=settings.read_deadline_s,
+        **{"data_prefetch": True, **own},
+        **chosen,
+    )
 
 
 def _spec(trainer: TorchTrainer, settings: Settings, query: Query, **order: Any) -> StreamSpec:

@@ -6,17 +6,19 @@ it is tried; a run whose lease is gone publishes nothing; a failure leaves what 
 
 from __future__ import annotations
 
+import contextlib
 import time
 import uuid as uuids
 from collections.abc import Callable, Mapping
 from typing import Any, final
 
 from mongotorch.component import Component
-from mongotorch.errors import ParameterError
+from mongotorch.errors import JobCancelledError, JobReleasedError, ParameterError
 from mongotorch.run import ProgressBar
 from mongotorch.settings import Settings
-from mongotorch.store import Components, Connection, Points
-from mongotorch.train import Event, Fit, Stepped, TorchModel, TorchTrainer, Trained
+from mongotorch.store import Components, Connection, Jobs, Points
+from mongotorch.train import Event, Fit, Stepped, TorchModel, TorchTrainer, Trained, Validated
+from mongotorch.wiring.checkpointing import Checkpointing, Scribe
 from mongotorch.wiring.heart import Heart
 from mongotorch.wiring.load import Loader
 from mongotorch.wiring.publish import Publisher
@@ -37,6 +39,8 @@ class Training:
         points: Where measurements go.
         loader: Loads the trainer and its model.
         publisher: Publishes what was trained.
+        checkpointing: Where a run goes on that was ended early.
+        jobs: Says whether the job is still this attempt's.
     """
 
     def __init__(
@@ -48,7 +52,10 @@ class Training:
         points: Points,
         loader: Loader,
         publisher: Publisher,
+        checkpointing: Checkpointing,
+        jobs: Jobs,
     ) -> None:
+        self._checkpointing, self._jobs = checkpointing, jobs
         self._connection, self._settings = connection, settings
         self._components, self._points = components, points
         self._loader, self._publisher = loader, publisher
@@ -64,37 +71,56 @@ class Training:
             The uuid of the published model.
 
         Raises:
+            JobReleasedError: The worker has to stop; a checkpoint was written.
             JobCancelledError: The job was cancelled, or another worker has it now; nothing was published.
             MongotorchError: What the run raised; nothing was published.
         """
         published = job_uuid(job["_id"], "model")
-        if self._components.peek(published) is not None:
-            return published  # a try before this one got as far as publishing
-        trainer, model = pair(self._loader.by_uuid(job["component"]))
-        with Streams(trainer, model, self._connection, self._settings) as streams:
-            fit = Fit(trainer, model, batches=streams.batches, sets=streams.sets)
-            self._follow(fit, trainer, job, heart)
+        if self._components.peek(published) is None:
+            trainer, model = pair(self._loader.by_uuid(job["component"]))
+            with Streams(trainer, model, self._connection, self._settings) as streams:
+                state = self._checkpointing.load(job["_id"])
+                fit = Fit(trainer, model, batches=streams.batches, sets=streams.sets, state=state)
+                self._follow(fit, trainer, job, heart)
             trained = fit.trained()
-        heart.check()
-        self._publish(job, trainer, model, trained)
+            heart.check()
+            if not self._jobs.holds(job["_id"], job["attempt"]):
+                raise JobCancelledError(f"job {job['_id']} is no longer this attempt's; it publishes nothing")
+            self._publish(job, trainer, model, trained)
+        self._checkpointing.drop(job["_id"])
         return published
 
     def _follow(self, fit: Fit, trainer: TorchTrainer, job: Mapping[str, Any], heart: Heart) -> None:
+        """Train; say how far it is, keep what was measured, and write checkpoints."""
         limit = trainer.max_iterations if trainer.max_iterations <= _SHOWN_MOST else None
         ledger = _Ledger(limit=limit)
-        with ProgressBar(trainer.identifier, max_steps=limit, show=self._settings.progress) as bar:
-            for event in fit.run():
+
+        def save(state: Mapping[str, Any]) -> None:
+            self._checkpointing.save(job["_id"], job["attempt"], state)
+
+        bar = ProgressBar(trainer.identifier, max_steps=limit, show=self._settings.progress)
+        scribe = Scribe(save, interval_s=self._settings.checkpoint_seconds)
+        with bar, scribe, contextlib.closing(fit.run()) as events:
+            for event in events:
                 heart.check()
                 ledger.take(event)
                 heart.progress = ledger.progress
                 if isinstance(event, Stepped):
-                    bar.step()
-                    continue
-                bar.show(event.values)
-                self._points.add(
-                    job=job["_id"], component=job["component"], step=event.step, kind="valid", values=event.values
-                )
-                heart.beat()
+                    bar.step(event.step)
+                else:
+                    bar.show(event.values)
+                    self._note(event, job)
+                if heart.is_stopping:
+                    scribe.write(fit.capture())
+                    scribe.flush()
+                    raise JobReleasedError(f"job {job['_id']} is handed back after step {event.step}")
+                if (isinstance(event, Validated) or scribe.is_due()) and not fit.is_over:
+                    scribe.write(fit.capture())
+
+    def _note(self, event: Validated, job: Mapping[str, Any]) -> None:
+        self._points.add(
+            job=job["_id"], component=job["component"], step=event.step, kind="valid", values=event.values
+        )
 
     def _publish(self, job: Mapping[str, Any], trainer: TorchTrainer, model: TorchModel, trained: Trained) -> None:
         new_model = model.replace(uuid=job_uuid(job["_id"], "model"), trainer=None)

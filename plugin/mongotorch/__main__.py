@@ -1,0 +1,7 @@
+"""`python -m mongotorch` is the command `mongotorch`."""
+
+from __future__ import annotations
+
+from mongotorch.cli import app
+
+app()

@@ -1,0 +1,100 @@
+"""The worker: takes jobs out of the queue, one after the other, for as long as it is wanted.
+
+Always: one job at a time (the generators of randomness belong to the process); told to stop, it lets the run
+that is under way write a checkpoint and hands the job back; a job that fails does not end the worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from types import FrameType
+from typing import Any, Protocol, final
+
+POLL_S = 0.2
+
+
+class Shift(Protocol):
+    """What a worker needs of the place where jobs are."""
+
+    def claim(self) -> Mapping[str, Any] | None:
+        """Take a job; None where there is none to take."""
+
+    def take(self, job: Mapping[str, Any], stop: threading.Event) -> bool:
+        """Do a claimed job, record how it ended; True if it did. Stops early, and hands back, when told."""
+
+    def is_idle(self) -> bool:
+        """Whether no job waits, not even for its time."""
+
+
+class Employer(Protocol):
+    """What has work: a datalayer."""
+
+    @property
+    def shift(self) -> Shift:
+        """Where its jobs are."""
+
+
+@final
+class Worker:
+    """Works the queue of a datalayer.
+
+    Args:
+        db: The datalayer, which stays its owner's; any `compute` setting.
+    """
+
+    def __init__(self, db: Employer) -> None:
+        self._shift = db.shift
+        self._stop = threading.Event()
+
+    def run(self, until_idle: bool = False) -> int:
+        """Work until `stop` is called, or SIGTERM or SIGINT comes (in the main thread).
+
+        Args:
+            until_idle: Return when no job waits.
+
+        Returns:
+            How many jobs were performed, whether they succeeded or failed.
+
+        Raises:
+            ServerUnavailableError: The database is gone for longer than the driver waits.
+        """
+        done = 0
+        with self._signals():
+            while not self._stop.is_set():
+                job = self._shift.claim()
+                if job is not None:
+                    done += self._shift.take(job, self._stop)
+                elif until_idle and self._shift.is_idle():
+                    break
+                else:
+                    self._stop.wait(POLL_S)
+        return done
+
+    def once(self) -> bool:
+        """Perform one job if one can be claimed; whether one was."""
+        with self._signals():
+            job = self._shift.claim()
+            return job is not None and self._shift.take(job, self._stop)
+
+    def stop(self) -> None:
+        """Make `run` return: after a checkpoint of the run that is under way, whose job is handed back."""
+        self._stop.set()
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def handle(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
+            self.stop()
+
+        before = {sign: signal.signal(sign, handle) for sign in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for sign, handler in before.items():
+                signal.signal(sign, handler)
