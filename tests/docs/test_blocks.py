@@ -13,14 +13,15 @@ from __future__ import annotations
 import re
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
+import pymongo
 import pytest
 
 from mongotorch import errors
-
-pytest.importorskip("mongotorch.datalayer", reason="the pages describe the datalayer, which is not built yet")
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -45,14 +46,24 @@ def _run(match: re.Match[str], page: Path, namespace: dict[str, object]) -> None
     exec(compile("\n" * above + match["code"], str(page), "exec"), namespace)
 
 
+@pytest.fixture
+def address(page: Path, request: pytest.FixtureRequest) -> Iterator[str]:
+    """The fresh database of a page: in memory, or on the real server where the page asks for it; dropped after."""
+    name = f"docs_{uuid4().hex}"
+    if "<!-- test: mongod -->" not in page.read_text(encoding="utf-8"):
+        yield f"mongomock://{name}"
+        return
+    yield (uri := f"mongodb://{request.getfixturevalue('mongod')}/{name}?replicaSet=rs0")
+    with pymongo.MongoClient[dict[str, Any]](uri) as client:
+        client.drop_database(name)
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if _has_blocks(page)], ids=_name)
 def test_python_blocks_of_a_page_run_in_order(
-    page: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    page: Path, address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     text = page.read_text(encoding="utf-8")
-    needs_server = "<!-- test: mongod -->" in text
-    uri = request.getfixturevalue("mongod_uri") if needs_server else f"mongomock://docs_{uuid4().hex}"
-    monkeypatch.setenv("MONGOTORCH_URI", str(uri))
+    monkeypatch.setenv("MONGOTORCH_URI", address)
     monkeypatch.setenv("MONGOTORCH_PROGRESS", "false")
     monkeypatch.chdir(tmp_path)
     main = types.ModuleType("__main__")

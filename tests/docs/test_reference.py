@@ -6,10 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("mongotorch.datalayer", reason="the reference is of the datalayer, which is not built yet")
-
 ROOT = Path(__file__).parents[2]
 
 
