@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import inspect
 import re
@@ -22,23 +23,33 @@ import mongotorch
 
 TARGET = Path(__file__).parent / "reference"
 # Public, but reached through their own module rather than through `mongotorch`.
-MODULES = ("mongotorch.errors", "mongotorch.settings", "mongotorch.codecs", "mongotorch.run")
+MODULES = ("mongotorch.errors", "mongotorch.settings", "mongotorch.codecs", "mongotorch.run", "mongotorch.testing")
+MORE = ("mongotorch.data.Stream", "mongotorch.train.mapping.Passed")
 SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises", "Source")
+LISTS = ("Args", "Attributes", "Raises")
+ENTRY = re.compile(r"    (\*{0,2}\w[\w., *]*?): (.*)")
 NOTE = "<!-- Written by docs/make_reference.py; change the docstrings instead. -->\n"
 
 
+INTRODUCTIONS = {"errors": inspect.cleandoc(importlib.import_module("mongotorch.errors").__doc__ or "") + "\n\n"}
+
+
+@functools.cache
 def public() -> dict[str, dict[str, Any]]:
     """Page name -> {public name -> object}, both sorted."""
-    pages: dict[str, dict[str, Any]] = {}
+    found_pages: dict[str, dict[str, Any]] = {}
     found = {name: getattr(mongotorch, name) for name in mongotorch.__all__}
     for module in map(importlib.import_module, MODULES):
         names = getattr(module, "__all__", None) or [n for n in vars(module) if not n.startswith("_")]
         found |= {name: getattr(module, name) for name in names}
+    for where in MORE:
+        home, _, name = where.rpartition(".")
+        found[name] = getattr(importlib.import_module(home), name)
     for name, value in sorted(found.items()):
         home = getattr(value, "__module__", None) or ""
         if (inspect.isclass(value) or inspect.isfunction(value)) and home.startswith("mongotorch."):
-            pages.setdefault(home.split(".")[1], {})[name] = value
-    return dict(sorted(pages.items()))
+            found_pages.setdefault(home.split(".")[1], {})[name] = value
+    return dict(sorted(found_pages.items()))
 
 
 def show_default(value: Any) -> str:
@@ -90,33 +101,47 @@ def signature(name: str, value: Callable[..., Any]) -> str:
 def prose(text: str) -> str:
     """A Google-style docstring as Markdown: sections in bold, entries as a list."""
     out: list[str] = []
-    section = False
+    section = ""
     for line in inspect.cleandoc(text).splitlines():
         heading = re.fullmatch(rf"({'|'.join(SECTIONS)}):\s*(.*)", line)
         if heading:
-            section = True
-            out += [f"**{heading[1]}**", "", *([heading[2]] if heading[2] else [])]
-        elif section and (entry := re.fullmatch(r"    (\*{0,2}\w[\w., *]*?): (.*)", line)):
-            out.append(f"- `{entry[1]}`: {entry[2]}")
-        elif section and line.startswith("        "):
+            section = heading[1]
+            out += [f"**{section}**", "", *([heading[2]] if heading[2] else [])]
+        elif section in LISTS and (entry := ENTRY.fullmatch(line)):
+            names = ", ".join(f"`{name.strip()}`" for name in entry[1].split(","))
+            out.append(f"- {names}: {entry[2]}")
+        elif section in LISTS and line.startswith("        "):
             out.append("  " + line.strip())
         else:
-            section = section and (not line or line.startswith(" "))
+            section = section if not line or line.startswith(" ") else ""
             out.append(line.strip() if section else line)
     return "\n".join(out).strip() + "\n"
 
 
+def shown_bases(cls: type) -> list[type]:
+    """The base classes that have an entry of their own."""
+    entries = [value for names in public().values() for value in names.values()]
+    return [base for base in cls.__mro__[1:] if base in entries]
+
+
 def members(cls: type) -> Iterator[tuple[str, Any]]:
-    """The public methods and properties that mongotorch defines for a class, base classes included."""
+    """The public methods and properties of a class, without those that its shown bases already have."""
     seen: dict[str, Any] = {}
     for base in cls.__mro__:
-        if base.__module__.startswith("mongotorch."):
+        if base.__module__.startswith("mongotorch.") and base not in shown_bases(cls):
             for name, member in vars(base).items():
                 seen.setdefault(name, member)
     for name, member in sorted(seen.items()):
         documented = isinstance(member, property | classmethod | staticmethod) or inspect.isfunction(member)
         if documented and not name.startswith("_"):
             yield name, member
+
+
+def has_constructor(cls: type) -> bool:
+    """Whether people make objects of it themselves, by arguments of its own."""
+    if issubclass(cls, BaseException) or getattr(cls, "_is_protocol", False):
+        return False
+    return dataclasses.is_dataclass(cls) or "__init__" in vars(cls)
 
 
 def describe_member(owner: str, name: str, member: Any) -> str:
@@ -130,13 +155,24 @@ def describe_member(owner: str, name: str, member: Any) -> str:
     return head + signature(name, shown) + "\n" + prose(inspect.getdoc(function) or "")
 
 
+def fields(settings: Any) -> str:
+    """The fields of a settings class, in a fenced block."""
+    lines = [
+        f"{name}: {show_annotation(field.annotation)} = {show_default(field.default)}"
+        for name, field in settings.model_fields.items()
+    ]
+    return "```text\n" + "\n".join(lines) + "\n```\n"
+
+
 def describe(name: str, value: Any) -> str:
     """One public name."""
     parts = [f"## `{name}`\n"]
     own = vars(value).get("__doc__") if inspect.isclass(value) else inspect.getdoc(value)
-    if inspect.isclass(value) and issubclass(value, BaseException):
-        parts.append(f"Is a `{value.__mro__[1].__name__}`.\n")
-    elif not inspect.isclass(value) or dataclasses.is_dataclass(value) or "__init__" in vars(value):
+    if inspect.isclass(value) and shown_bases(value):
+        parts.append(f"Is a `{shown_bases(value)[0].__name__}`.\n")
+    if hasattr(value, "model_fields"):
+        parts.append(fields(value))
+    elif not inspect.isclass(value) or has_constructor(value):
         parts.append(signature(name, value))
     parts.append(prose(own or ""))
     if inspect.isclass(value) and not issubclass(value, BaseException):
@@ -149,7 +185,7 @@ def pages() -> dict[str, str]:
     found = public()
     written = {
         f"{page}.md": NOTE
-        + f"\n# mongotorch: {page}\n\n"
+        + f"\n# mongotorch: {page}\n\n{INTRODUCTIONS.get(page, '')}"
         + "\n".join(describe(name, value) for name, value in names.items())
         for page, names in found.items()
     }

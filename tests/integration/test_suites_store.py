@@ -1,0 +1,13 @@
+"""Both backends pass the suite that stores inherit."""
+
+from __future__ import annotations
+
+import pytest
+
+from mongotorch.testing import StoreSuite
+
+
+class TestStores(StoreSuite):
+    @pytest.fixture
+    def address(self, uri: str) -> str:
+        return uri
