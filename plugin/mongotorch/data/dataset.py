@@ -46,8 +46,8 @@ class Stream(IterableDataset[Any]):
     a loader copies the stream to its workers, so call `set_epoch` before each of its epochs.
 
     Args:
-        open_database: Opens the database, once in each process that reads; what it opens is closed by
-        `close`. spec: What to stream, and how.
+        open_database: Opens the database, once in each process that reads; what it opens is closed by `close`.
+        spec: What to stream, and how.
         database: An open database to use in this process; it is left open.
 
     Raises:

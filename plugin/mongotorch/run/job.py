@@ -40,6 +40,7 @@ class Job(Generic[T]):
         records: Where the job's document is; None for a job that had nothing to run.
         load: From the uuid of what the run published to the component.
         error: What the run raised, when this process ran it.
+        result: What `result()` gives, where it is known already.
     """
 
     def __init__(

@@ -1,0 +1,90 @@
+"""Every public name has a docstring, and what it says of arguments and errors is so."""
+
+from __future__ import annotations
+
+import builtins
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mongotorch import errors
+
+SCRIPT = Path(__file__).parents[2] / "docs" / "make_reference.py"
+MOST_WITHOUT_ARGS = 3  # arguments that a sentence can explain
+
+
+def _load() -> Any:
+    spec = importlib.util.spec_from_file_location("make_reference", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+reference = _load()
+
+
+def _entries() -> Iterator[tuple[str, Any, str]]:
+    """Each public name and each of its members: where it is, what is called, what is said of it."""
+    for names in reference.public().values():
+        for name, value in names.items():
+            # A class without a docstring of its own would show that of its base.
+            yield name, value, (vars(value).get("__doc__") if inspect.isclass(value) else value.__doc__) or ""
+            for member, found in reference.members(value) if inspect.isclass(value) else ():
+                function = found.fget if isinstance(found, property) else getattr(found, "__func__", found)
+                yield f"{name}.{member}", function, inspect.getdoc(function) or ""
+
+
+def _listed(text: str, section: str) -> list[str]:
+    """The names that a section of a docstring explains."""
+    lines = iter(inspect.cleandoc(text).splitlines())
+    names: list[str] = []
+    for line in lines:
+        if line == f"{section}:":
+            for entry in lines:
+                if not entry.startswith("    "):
+                    break
+                if found := reference.ENTRY.fullmatch(entry):
+                    names += [name.strip(" *") for name in found[1].split(",")]
+    return names
+
+
+def _arguments(value: Any) -> list[str]:
+    if inspect.isclass(value) and not reference.has_constructor(value):
+        return []
+    return [name for name in inspect.signature(value).parameters if name not in {"self", "cls"}]
+
+
+ENTRIES = list(_entries())
+IDS = [where for where, _, _ in ENTRIES]
+
+
+def test_the_reference_has_the_public_face() -> None:
+    assert {"Datalayer.apply", "TorchTrainer", "Query.sort", "CodecError", "CodecSuite"} <= set(IDS)
+
+
+@pytest.mark.parametrize(("where", "value", "text"), ENTRIES, ids=IDS)
+def test_a_public_name_is_explained(where: str, value: Any, text: str) -> None:
+    first = inspect.cleandoc(text).partition("\n")[0]
+    assert first, f"{where} has no docstring"
+    assert not first.startswith(f"{where.rpartition('.')[2]}("), f"{where}: its docstring is a signature"
+
+
+@pytest.mark.parametrize(("where", "value", "text"), ENTRIES, ids=IDS)
+def test_the_arguments_that_are_explained_are_those_there_are(where: str, value: Any, text: str) -> None:
+    explained, arguments = _listed(text, "Args") or _listed(text, "Attributes"), _arguments(value)
+    if arguments and (explained or len(arguments) > MOST_WITHOUT_ARGS):
+        assert sorted(explained) == sorted(arguments)
+
+
+@pytest.mark.parametrize(("where", "value", "text"), ENTRIES, ids=IDS)
+def test_the_errors_that_are_named_exist(where: str, value: Any, text: str) -> None:
+    named = _listed(text, "Raises") + re.findall(r"\b[A-Z][A-Za-z]+Error\b", text)
+    assert [name for name in named if not hasattr(errors, name) and not hasattr(builtins, name)] == []
