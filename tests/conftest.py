@@ -13,6 +13,7 @@ from typing import Any
 import pymongo
 import pytest
 
+from mongotorch.datalayer import Datalayer
 from mongotorch.settings import read_settings
 from mongotorch.store import Connection, open_address
 
@@ -64,3 +65,11 @@ def connection(uri: str) -> Iterator[Connection]:
 def database(connection: Connection) -> Any:
     """The driver's fresh database."""
     return connection.database
+
+
+@pytest.fixture
+def db(uri: str, tmp_path: Path) -> Iterator[Datalayer]:
+    """A datalayer over the fresh database; a fifth of what is inserted goes to the `valid` fold."""
+    settings = {"valid_fraction": 0.2, "cache_dir": tmp_path / "cache", "progress": False}
+    with Datalayer.connect(uri, **settings) as datalayer:
+        yield datalayer

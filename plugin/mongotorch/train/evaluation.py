@@ -14,6 +14,7 @@ import torch
 
 from mongotorch.errors import EmptyFoldError, NonFiniteLossError
 from mongotorch.train.devices import to_device
+from mongotorch.train.mapping import scalar
 from mongotorch.train.metrics import OBJECTIVE, Gauge, Metric
 from mongotorch.train.model import TorchModel, evaluating
 from mongotorch.train.stacking import rows_of
@@ -66,7 +67,8 @@ def _one_set(
         batch = to_device(batch, device)
         count = rows_of(batch)
         passed = trainer.forward(model, batch)
-        total += trainer.compute_validation_objective(model, passed).detach().double().cpu() * count
+        loss = scalar(trainer.compute_validation_objective(model, passed))
+        total += loss.detach().double().cpu().reshape(()) * count
         args, kwargs = passed.for_metrics()
         for gauge in gauges:
             gauge.update(args, kwargs, count)

@@ -15,10 +15,11 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor
 
-from mongotorch.errors import NonFiniteLossError, ParameterError
+from mongotorch.errors import EmptySelectError, NonFiniteLossError
 from mongotorch.train import randomness
 from mongotorch.train.devices import pick_device, required_device, to_device
 from mongotorch.train.evaluation import evaluate
+from mongotorch.train.mapping import scalar
 from mongotorch.train.metrics import OBJECTIVE
 from mongotorch.train.model import TorchModel, copied_state
 from mongotorch.train.optimizers import copied, load_state, state_of
@@ -100,7 +101,8 @@ class Fit:
         self._best = Best(higher_is_better=higher)
         self._values = {name: list(v) for name, v in (trainer.metric_values or {}).items()}
         self._waiting: list[Tensor] = []
-        self.step = 0
+        self.step, self._validated = 0, 0
+        self._idle = 0  # epochs begun since the last step
 
     def run(self) -> Generator[Event]:
         """Train; each step and validation is yielded when it is done.
@@ -141,6 +143,7 @@ class Fit:
         now = self._best.state if self._best.step == self.step else None  # it was copied a moment ago
         return {
             "step": self.step,
+            "validated": self._validated,
             "model": now["model"] if now else copied_state(self._model.object),
             "optimizer": now["optimizer"] if now else state_of(self._optimizers),
             "random": randomness.capture(),
@@ -150,7 +153,7 @@ class Fit:
         }
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        self.step = state["step"]
+        self.step, self._validated = state["step"], state["validated"]
         self._model.object.load_state_dict(state["model"])
         load_state(self._optimizers, state["optimizer"])
         self._batches.load_state_dict(state["batches"])
@@ -159,20 +162,34 @@ class Fit:
         randomness.restore(state["random"])
 
     def _steps(self) -> Iterator[Event]:
-        trainer, interval = self._trainer, self._trainer.validation_interval
+        trainer = self._trainer
+        if self._owes_validation():  # the run that was captured ended between a step and its validation
+            yield self._validate()
         while not self.is_over:
+            self._begin_epoch()
             for batch in self._batches:
                 loss = trainer.take_step(self._model, to_device(batch, self.device), self._optimizers)
-                self.step += 1
-                self._waiting.append(_scalar(loss))
+                self.step, self._idle = self.step + 1, 0
+                self._waiting.append(loss := scalar(loss).detach())
                 if self.device.type == "cpu" or len(self._waiting) >= _UNCHECKED:
                     self._check_losses()
-                yield Stepped(step=self.step, loss=loss.detach(), rows=rows_of(batch))
-                last = self.step >= trainer.max_iterations
-                if interval is not None and (last or self.step % interval == 0):
+                yield Stepped(step=self.step, loss=loss, rows=rows_of(batch))
+                if self._owes_validation():
                     yield self._validate()
                 if self.is_over:
                     return
+
+    def _owes_validation(self) -> bool:
+        interval = self._trainer.validation_interval
+        if interval is None or self.step <= self._validated:
+            return False
+        return self.step >= self._trainer.max_iterations or self.step % interval == 0
+
+    def _begin_epoch(self) -> None:
+        """The rest of a resumed epoch may be empty; a whole epoch may not, or the run would never end."""
+        self._idle += 1
+        if self._idle > 2:
+            raise EmptySelectError("the training batches are empty: an epoch has no batch")
 
     @property
     def is_over(self) -> bool:
@@ -182,6 +199,7 @@ class Fit:
 
     def _validate(self) -> Validated:
         self._check_losses()
+        self._validated = self.step
         values = evaluate(self._trainer, self._model, self._sets, self._metrics, self.device)
         for name, value in values.items():
             self._values.setdefault(name, []).append(value)
@@ -216,13 +234,6 @@ class Fit:
                     "Try a lower learning rate",
                     field=name,
                 )
-
-
-def _scalar(loss: Any) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ParameterError(f"objective gave {what}; it must give a scalar tensor", field="objective")
-    return loss.detach()
 
 
 def _on_cpu(state: Any) -> Any:

@@ -11,7 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
-from mongotorch.errors import SignatureError
+import torch
+from torch import Tensor
+
+from mongotorch.errors import ParameterError, SignatureError
 from mongotorch.key import Key
 from mongotorch.train.model import TorchModel
 
@@ -120,7 +123,7 @@ class BatchMapping:
         names, takes_any = _names(getattr(model.object, "forward", model.object))
         mine = {name for name in kwargs if name in names}
         if takes_any:  # **kwargs in forward takes what the objective does not ask for
-            mine |= set(kwargs) - _names(self.objective)[0]
+            mine |= set(kwargs) - _names(getattr(self.objective, "forward", self.objective))[0]
         return (
             {name: value for name, value in kwargs.items() if name in mine},
             {name: value for name, value in kwargs.items() if name not in mine},
@@ -144,6 +147,20 @@ def check_key(key: Key, signature: str, *, takes_batch: bool) -> None:
             "add the target, or use signature='singleton'",
             field="signature",
         )
+
+
+def scalar(loss: Any) -> Tensor:
+    """What an objective gave, as a tensor of one element.
+
+    Raises:
+        ParameterError: It is none, nor a number.
+    """
+    if isinstance(loss, int | float):
+        return torch.tensor(float(loss))
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise ParameterError(f"objective gave {what}; it must give a scalar tensor", field="objective")
+    return loss
 
 
 def _unpacked(returned: Any, *, whole: bool) -> Passed:

@@ -147,15 +147,24 @@ class Gauge:
                 self._stateful = self._stateful.to(device)
 
     def update(self, args: Sequence[Any], kwargs: dict[str, Any], rows: int) -> None:
-        """Take one batch in: what the objective gets, and how many samples it is of."""
+        """Take one batch in: what the objective gets, and how many samples it is of. Raises: ParameterError."""
         if self._stateful is not None:
             self._stateful.update(*args, **kwargs)
             return
-        self._sum += float(self._function(*args, **kwargs)) * rows
+        self._sum += self._number(self._function(*args, **kwargs)) * rows
         self._rows += rows
 
     def value(self) -> float:
-        """The metric over all batches; NaN without any."""
+        """The metric over all batches; NaN without any. Raises: ParameterError when it is no number."""
         if self._stateful is not None:
-            return float(self._stateful.compute())
+            return self._number(self._stateful.compute())
         return self._sum / self._rows if self._rows else float("nan")
+
+    def _number(self, value: Any) -> float:
+        try:
+            return float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ParameterError(
+                f"metric {self.name!r} gave a {type(value).__name__} that is no single number; let it give one",
+                field=self.name,
+            ) from error

@@ -110,7 +110,13 @@ class TorchModel(Component):
         Args:
             items: Each as in `predict`.
             batch_size: Items that go through the module at once.
+
+        Raises:
+            ShapeError: Items that cannot be stacked, or an output without a batch dimension.
+            ParameterError: The batch size is below 1.
         """
+        if batch_size < 1:
+            raise ParameterError(f"batch_size={batch_size!r}: it must be 1 or more", field="batch_size")
         device = pick_device(self.preferred_devices)
         self.object.to(device)
         found: list[Any] = []

@@ -16,6 +16,12 @@ from torch import Tensor, nn
 from mongotorch.codecs import resolve
 from mongotorch.errors import CodecError, OptimizerError
 
+# What the optimizers of torch keep in the shape of the parameter.
+_ALIKE = frozenset(
+    {"acc_delta", "ax", "exp_avg", "exp_avg_sq", "exp_inf", "grad_avg", "max_exp_avg_sq", "momentum_buffer"}
+    | {"prev", "square_avg", "sum"}
+)
+
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     """The class of a name.
@@ -56,7 +62,7 @@ def make_optimizer(
 
 def check_optimizer(name: str, options: Mapping[str, Any]) -> None:
     """Refuse an optimizer that does not exist or does not take these options. Raises: OptimizerError."""
-    make_optimizer(name, [nn.Parameter(torch.zeros(1))], options)
+    make_optimizer(name, [nn.Parameter(torch.zeros(1, 1))], options)  # a matrix: Muon takes nothing else
 
 
 def state_of(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
@@ -80,11 +86,21 @@ def load_state(optimizers: Sequence[torch.optim.Optimizer], state: Mapping[str, 
     for optimizer, one in zip(optimizers, states, strict=True):
         try:
             optimizer.load_state_dict(copy.deepcopy(dict(one)))
+            _check_shapes(optimizer)
         except (KeyError, TypeError, ValueError) as error:
             raise OptimizerError(
                 f"optimizer_state does not fit the model's parameters ({error}); leave it out to start anew",
                 field="optimizer_state",
             ) from error
+
+
+def _check_shapes(optimizer: torch.optim.Optimizer) -> None:
+    """torch counts parameters only, and would fail in the first step. Raises: ValueError."""
+    for parameter, kept in optimizer.state.items():
+        for name in _ALIKE & set(kept):
+            if isinstance(kept[name], Tensor) and kept[name].shape != parameter.shape:
+                shapes = f"{tuple(kept[name].shape)} for a parameter of shape {tuple(parameter.shape)}"
+                raise ValueError(f"{name!r} has shape {shapes}")
 
 
 def copied(value: Any) -> Any:

@@ -25,8 +25,12 @@ LOADER_OPTIONS = frozenset(inspect.signature(DataLoader.__init__).parameters) - 
 COMPUTE_OPTIONS = frozenset({"device", "num_workers"})
 
 
-def check_loader(options: Mapping[str, Any]) -> None:
+def check_loader(options: Mapping[str, Any], *, workers: int | None = None) -> None:
     """Refuse options that a DataLoader does not have or refuses.
+
+    Args:
+        options: `loader_kwargs`.
+        workers: `num_workers` from elsewhere, for options that need some.
 
     Raises:
         LoaderOptionError: `field` names the option, where it is one alone.
@@ -41,7 +45,7 @@ def check_loader(options: Mapping[str, Any]) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's advice on the number of workers is for when they run
-            DataLoader(TensorDataset(torch.zeros(1)), **options)
+            DataLoader(TensorDataset(torch.zeros(1)), **{"num_workers": workers or 0, **options})
     except (TypeError, ValueError, AssertionError) as error:
         raise LoaderOptionError(f"loader_kwargs: {error}", field="loader_kwargs") from error
 

@@ -18,7 +18,7 @@ from mongotorch.component import Component
 from mongotorch.errors import OptimizerError, ParameterError
 from mongotorch.key import Key, check_signature
 from mongotorch.query import Query
-from mongotorch.train.mapping import BatchMapping, Passed, check_key
+from mongotorch.train.mapping import BatchMapping, Passed, check_key, scalar
 from mongotorch.train.metrics import OBJECTIVE
 from mongotorch.train.model import TorchModel
 from mongotorch.train.optimizers import check_optimizer, make_optimizer
@@ -97,8 +97,8 @@ class TorchTrainer(Component):
         check_signature(self.signature)
         self._check_types()
         self._check_numbers()
-        check_loader(self.loader_kwargs or {})
         check_compute(self.compute_kwargs or {})
+        check_loader(self.loader_kwargs or {}, workers=(self.compute_kwargs or {}).get("num_workers"))
         check_optimizer(self.optimizer_cls, self.optimizer_kwargs or {})
         if self.optimizer_cls == "LBFGS" and type(self).take_step is TorchTrainer.take_step:
             raise OptimizerError(
@@ -136,8 +136,19 @@ class TorchTrainer(Component):
         return self.mapping(model, batch)
 
     def compute_objective(self, model: TorchModel, batch: Any) -> Tensor:
-        """The objective of a batch, a scalar tensor with its graph. Raises: SignatureError."""
-        loss: Tensor = self.forward(model, batch).into(self.objective)
+        """The objective of a batch, a scalar tensor with its graph.
+
+        Raises:
+            SignatureError: The batch does not have the structure that the signature needs.
+            ParameterError: The objective gave no scalar, or one without a graph.
+        """
+        loss = scalar(self.forward(model, batch).into(self.objective))
+        if not loss.requires_grad:
+            raise ParameterError(
+                "objective gave a number that depends on no weight; do not detach what it is computed from, "
+                "and leave some parameter of the model with requires_grad=True",
+                field="objective",
+            )
         return loss
 
     def get_optimizers(self, model: TorchModel) -> Sequence[torch.optim.Optimizer]:
