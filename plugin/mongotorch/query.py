@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Self, final
 
 import bson
@@ -27,6 +27,12 @@ _JSON = json_util.JSONOptions(
     json_mode=json_util.JSONMode.CANONICAL,
     uuid_representation=UuidRepresentation.STANDARD,
     tz_aware=False,
+)
+# What extended JSON would take for a value; of these, `$regex` is an operator too.
+_VALUES = frozenset(
+    {"$binary", "$code", "$date", "$dbPointer", "$maxKey", "$minKey", "$oid", "$ref", "$regex", "$symbol"}
+    | {"$numberDecimal", "$numberDouble", "$numberInt", "$numberLong", "$regularExpression", "$timestamp"}
+    | {"$undefined", "$uuid"}
 )
 
 
@@ -168,7 +174,7 @@ class Query:
 
     def to_document(self) -> dict[str, Any]:
         """Plain BSON that says the same: operators inside are canonical extended JSON text."""
-        body = {key: json_util.dumps(value, json_options=_JSON) for key, value in self._unpacked.items()}
+        body = {key: json_util.dumps(_kept(value), json_options=_JSON) for key, value in self._unpacked.items()}
         return {
             "collection": self.collection,
             **body,
@@ -183,7 +189,10 @@ class Query:
         """The query that `to_document` described. Raises: QueryError when it is not such a document."""
         try:
             body = {
-                key: json_util.loads(document[key], json_options=_JSON)
+                key: _renamed(
+                    json_util.loads(document[key], json_options=_JSON),
+                    lambda name: name[1:] if name.startswith("$$") else name,
+                )
                 for key in ("filter", "projection", "pipeline")
                 if key in document
             }
@@ -209,6 +218,16 @@ class Query:
     def _no_pipeline(self, what: str) -> None:
         if self.is_pipeline:
             raise QueryError(f"{what} a pipeline by a ${what} stage of its own", field=what)
+
+
+def _kept(value: Any) -> Any:
+    return _renamed(value, lambda key: "$" + key if key in _VALUES or key.startswith("$$") else key)
+
+
+def _renamed(value: Any, rename: Callable[[str], str]) -> Any:
+    if type(value) is dict:
+        return {rename(key): _renamed(part, rename) for key, part in value.items()}
+    return [_renamed(part, rename) for part in value] if isinstance(value, list) else value
 
 
 def _pack(body: Mapping[str, Any]) -> bytes:
