@@ -127,14 +127,15 @@ def _layout(tensors: Sequence[Tensor], names: Mapping[int, str]) -> tuple[list[d
     records = []
     for tensor in tensors:
         pointer = tensor.untyped_storage().data_ptr()
-        if tensor.numel() and users[pointer] > 1:
+        lazy = tensor.is_conj() or tensor.is_neg()  # what it shows is not what is in its memory
+        if tensor.numel() and users[pointer] > 1 and not lazy:
             if pointer not in shared:
                 shared[pointer] = len(storages)
                 whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
                 storages.append(_bytes(whole))
             index, stride, offset = shared[pointer], list(tensor.stride()), tensor.storage_offset()
         else:
-            alone = tensor.detach()
+            alone = tensor.detach().resolve_conj().resolve_neg()
             alone = alone if _is_dense(alone) else alone.contiguous()
             index, stride, offset = len(storages), list(alone.stride()), 0
             storages.append(_dense_bytes(alone))
@@ -162,7 +163,9 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _dense_bytes(tensor: Tensor) -> memoryview:
-    return _bytes(tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8) if tensor.numel() else tensor)
+    if not tensor.numel():
+        return memoryview(b"")
+    return _bytes(tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8))
 
 
 def _bytes(tensor: Tensor) -> memoryview:
