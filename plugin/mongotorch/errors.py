@@ -26,7 +26,8 @@
     │   ├── NotFoundError
     │   ├── ConflictError           a uuid or version that is taken
     │   ├── InUseError              something else needs what should be removed
-    │   └── IntegrityError          bytes that are not what was stored
+    │   ├── IntegrityError          bytes that are not what was stored
+    │   └── TrustError              a document that nobody trusted has signed, or that was changed
     └── JobError                    a run that did not end in success
         ├── JobFailedError          found from elsewhere: the run raised
         ├── JobCancelledError
@@ -179,6 +180,10 @@ class InUseError(StoreError):
 
 class IntegrityError(StoreError):
     """Stored bytes that are not what was stored."""
+
+
+class TrustError(StoreError):
+    """A document that no accepted key has signed, or that is not what was signed."""
 
 
 class JobError(MongotorchError):

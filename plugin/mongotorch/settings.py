@@ -1,15 +1,15 @@
 """What can be set from outside, read from the environment when asked and never at import.
 
 Always: `Settings()` is a frozen value; each field is `MONGOTORCH_` + its name in capitals; what is given in
-code wins over the environment; the URI never shows its password in `repr`.
+code wins over the environment; neither the password of the URI nor a key shows in `repr`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from mongotorch.errors import SettingError
@@ -29,6 +29,9 @@ class Settings(BaseSettings):
         read_deadline_s: How long a broken read is tried again before giving up, in seconds.
         lease_s: How long a run may be silent before another worker takes it over, in seconds.
         checkpoint_seconds: How often a run writes a checkpoint, besides at each validation, in seconds.
+        signing_key: Keys for signatures, `[hmac:]SECRET` or `ed25519:…`; the first signs, all are accepted.
+        signing_key_file: A file of such keys, one a line.
+        trust: `signed` refuses components that no accepted key has signed; `any` takes them.
         progress: Show progress bars; None shows them on a terminal only.
     """
 
@@ -44,6 +47,9 @@ class Settings(BaseSettings):
     read_deadline_s: float = Field(default=60.0, gt=0)
     lease_s: float = Field(default=30.0, gt=0)
     checkpoint_seconds: float = Field(default=60.0, ge=0)
+    signing_key: SecretStr | None = None
+    signing_key_file: Path | None = None
+    trust: Literal["any", "signed"] = "any"
     progress: bool | None = None
 
 

@@ -12,11 +12,12 @@ from typing import Any, Final, final
 
 from mongotorch.errors import IntegrityError
 from mongotorch.store.artifacts import Artifacts
-from mongotorch.store.clock import Later, clock_of
 from mongotorch.store.failures import driver_errors
 from mongotorch.store.jobs import COLLECTION as JOBS
+from mongotorch.store.trust import Trust
 
 COLLECTION: Final = "mt.checkpoints"
+KIND: Final = "checkpoint"
 KEPT: Final = 2
 _NEWEST: Final = [("attempt", -1), ("step", -1)]
 
@@ -27,13 +28,14 @@ class Checkpoints:
 
     Args:
         database: The driver's database.
+        trust: Signs and checks them, since a state may hold pickles; None does neither.
     """
 
-    def __init__(self, database: Any) -> None:
+    def __init__(self, database: Any, trust: Trust | None = None) -> None:
         self._documents = database[COLLECTION]
         self._jobs = database[JOBS]
         self._artifacts = Artifacts(database)
-        self._clock = clock_of(database)
+        self._trust = trust or Trust()
 
     @driver_errors("preparing the checkpoints")
     def ensure_indexes(self) -> None:
@@ -66,17 +68,18 @@ class Checkpoints:
                 f"the checkpoint of job {job} at step {step} names blobs that are gone: {missing}"
             )
         key = {"job": job, "attempt": attempt, "step": int(step)}
-        said = {**key, "body": dict(body), "blobs": names, "created": Later()}
-        with self._clock.alone():
-            self._documents.update_one({"_id": f"{job}:{attempt}:{step}"}, self._clock.update(said), upsert=True)
+        said = {"_id": f"{job}:{attempt}:{step}", **key, "body": dict(body), "blobs": names}
+        self._documents.replace_one({"_id": said["_id"]}, self._trust.sign(said, kind=KIND), upsert=True)
         older = self._documents.find({"job": job}, {"_id": 1}).sort(_NEWEST).skip(KEPT)
         self._documents.delete_many({"_id": {"$in": [checkpoint["_id"] for checkpoint in older]}})
         return True
 
     @driver_errors("reading a checkpoint")
     def newest(self, job: str) -> dict[str, Any] | None:
-        """The document to go on from; None where there is none."""
+        """The document to go on from; None where there is none. Raises: TrustError."""
         found: dict[str, Any] | None = self._documents.find_one({"job": job}, sort=_NEWEST)
+        if found is not None:
+            self._trust.check(found, kind=KIND)
         return found
 
     @driver_errors("dropping checkpoints")

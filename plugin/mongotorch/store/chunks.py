@@ -1,4 +1,4 @@
-"""The bytes of one file of GridFS: written and read several chunks at a time, by a few threads.
+"""The bytes of one file of GridFS: several chunks a message, some of them under way while others are used.
 
 A copy goes through a few messages of `SEGMENT_BYTES`, so that a large file costs little memory beside itself.
 Larger chunks than GridFS's usual 255 KiB mean fewer documents; the size is a property of each file, so any GridFS
@@ -9,8 +9,10 @@ Always: what is read has exactly the length that the file says, chunk by chunk, 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
@@ -20,7 +22,7 @@ from mongotorch.errors import IntegrityError
 from mongotorch.store.clock import is_mock
 
 CHUNK_BYTES: Final = 2**20
-SEGMENT_BYTES: Final = 4 * 2**20
+SEGMENT_BYTES: Final = 4 * CHUNK_BYTES
 _THREADS: Final = 2  # one waits for the server while the other copies; more only cost memory
 
 Segment = tuple[int, int]
@@ -44,8 +46,18 @@ def write_chunks(chunks: Any, file_id: Any, view: memoryview) -> None:
         ]
         chunks.insert_many(documents)
 
-    for _ in _spread(write, _segments(view.nbytes, SEGMENT_BYTES), chunks):
-        pass
+    segments = _segments(view.nbytes, SEGMENT_BYTES)
+    if len(segments) < 2 or is_mock(chunks):
+        for segment in segments:
+            write(segment)
+        return
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="mongotorch-chunks") as pool:
+        written = [pool.submit(write, segment) for segment in segments]
+        try:
+            for each in written:
+                each.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error: nothing more is begun
 
 
 def read_chunks(chunks: Any, file: Mapping[str, Any]) -> tuple[bytearray, str]:
@@ -60,54 +72,45 @@ def read_chunks(chunks: Any, file: Mapping[str, Any]) -> tuple[bytearray, str]:
     """
     try:
         length, size = int(file["length"]), int(file["chunkSize"])
+        count, a_batch = -(-length // size), max(SEGMENT_BYTES // size, 2)
         data = bytearray(length)
-        segments = _segments(length, max(SEGMENT_BYTES // size, 1) * size)
     except (LookupError, TypeError, ValueError, ArithmeticError, MemoryError) as error:
         raise _broken(file, f"its document is not readable ({error})") from error
-    view = memoryview(data)
     digest = hashlib.sha256()
-
-    def read(segment: Segment) -> Segment:
-        _read_segment(chunks, file, view, segment, size)
-        return segment
-
-    for start, end in _spread(read, segments, chunks):
-        digest.update(view[start:end])  # while the next segments arrive
-    view.release()
+    found = chunks.find({"files_id": file["_id"]}, {"_id": 0, "n": 1, "data": 1}).sort("n", 1)
+    n = 0
+    with memoryview(data) as view, contextlib.closing(found.batch_size(a_batch)) as cursor:
+        for batch in _ahead(cursor, a_batch) if count > a_batch else [cursor]:
+            for chunk in batch:
+                start, part = n * size, chunk["data"]
+                if chunk["n"] != n or not isinstance(part, bytes) or len(part) != min(size, length - start):
+                    raise _broken(file, f"chunk {n} is missing, or is not whole")
+                view[start : start + len(part)] = part
+                digest.update(part)  # at once: it is still in the processor's cache
+                n += 1
+    if n != count:
+        raise _broken(file, f"it ends after {n} of {count} chunks")
     return data, digest.hexdigest()
 
 
-def _read_segment(chunks: Any, file: Mapping[str, Any], view: memoryview, segment: Segment, size: int) -> None:
-    start, end = segment
-    first, last = start // size, -(-end // size)
-    wanted = {"files_id": file["_id"], "n": {"$gte": first, "$lt": last}}
-    expected = first
-    for chunk in chunks.find(wanted, {"_id": 0, "n": 1, "data": 1}).sort("n", 1).batch_size(last - first + 1):
-        at, part = expected * size, chunk["data"]
-        if chunk["n"] != expected or not isinstance(part, bytes) or len(part) != min(size, len(view) - at):
-            break
-        view[at : at + len(part)] = part
-        expected += 1
-    if expected != last:
-        raise _broken(file, f"chunk {expected} is missing, or is not whole")
+def _ahead(cursor: Any, a_batch: int) -> Iterator[list[Any]]:
+    """The batches of a cursor, each fetched while the one before it is used."""
+    if is_mock(cursor):
+        yield list(cursor)
+        return
+
+    def take() -> list[Any]:
+        return list(itertools.islice(cursor, a_batch))
+
+    with ThreadPoolExecutor(1, thread_name_prefix="mongotorch-chunks") as pool:
+        coming = pool.submit(take)
+        while batch := coming.result():
+            coming = pool.submit(take)
+            yield batch
 
 
 def _segments(length: int, size: int) -> list[Segment]:
     return [(start, min(start + size, length)) for start in range(0, length, size)]
-
-
-def _spread(do: Callable[[Segment], Any], segments: list[Segment], collection: Any) -> Iterator[Any]:
-    """Do something for each segment, several at a time, and yield what it gave, in order."""
-    if len(segments) < 2 or is_mock(collection):
-        yield from map(do, segments)
-        return
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="mongotorch-chunks") as pool:
-        done = [pool.submit(do, segment) for segment in segments]
-        try:
-            for future in done:
-                yield future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)  # after an error: nothing more is begun
 
 
 def _broken(file: Mapping[str, Any], why: str) -> IntegrityError:

@@ -73,7 +73,9 @@ class TorchCodec(Codec):
             if index not in storages:
                 kept = record["storages"][index]
                 data = get(kept["blob"]) if "blob" in kept else small[kept["at"] : kept["at"] + kept["nbytes"]]
-                storages[index] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+                # The store gives a buffer of the reader's own: the tensor lives in it, without a copy.
+                own = data if isinstance(data, bytearray) else bytearray(data)
+                storages[index] = torch.frombuffer(own, dtype=torch.uint8)
             return storages[index]
 
         def external(index: int) -> Tensor:
