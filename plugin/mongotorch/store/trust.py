@@ -1,0 +1,196 @@
+"""Who wrote a document: a signature over all of it, checked before anything in it is decoded or unpickled.
+
+The blobs are covered by their names: a document lists the SHA-256 of each, and every read checks it. What a
+signature cannot say is that a document is missing, or which of two genuine versions somebody means.
+
+Always: what is signed is the whole document but the signature, in the one form that BSON gives it, so that a
+change of any byte that means something is noticed; no key is in a `repr`, an error or a document.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import hmac
+from collections.abc import Mapping
+from typing import Any, Final, Protocol, Self, final
+
+import bson
+from bson.binary import UuidRepresentation
+from bson.codec_options import CodecOptions
+
+from mongotorch.errors import CodecError, TrustError
+
+FIELD: Final = "signature"
+LEAST_SECRET: Final = 16  # bytes
+_OPTIONS: Final[CodecOptions[dict[str, Any]]] = CodecOptions(uuid_representation=UuidRepresentation.STANDARD)
+
+
+class Key(Protocol):
+    """One key: it recognises its own signatures, and may be able to make them."""
+
+    @property
+    def key_id(self) -> str:
+        """Names the key in a document, and says nothing about it."""
+
+    @property
+    def algorithm(self) -> str:
+        """`hmac-sha256` or `ed25519`."""
+
+    @property
+    def can_sign(self) -> bool:
+        """Whether it can make signatures; a public key cannot."""
+
+    def sign(self, data: bytes) -> bytes:
+        """The signature of some bytes."""
+
+    def fits(self, data: bytes, signature: bytes) -> bool:
+        """Whether it made the signature; takes the same time for every wrong one."""
+
+
+@final
+class HmacKey:
+    """A secret that all who sign and all who verify share.
+
+    Args:
+        secret: At least 16 bytes, from a generator of random ones.
+    """
+
+    algorithm: Final = "hmac-sha256"
+    can_sign: Final = True
+
+    def __init__(self, secret: bytes) -> None:
+        self._secret = secret
+        self.key_id = key_id_of(b"hmac", secret)
+
+    def __repr__(self) -> str:
+        return f"HmacKey({self.key_id})"
+
+    def sign(self, data: bytes) -> bytes:
+        """See `Key.sign`."""
+        return hmac.digest(self._secret, data, "sha256")
+
+    def fits(self, data: bytes, signature: bytes) -> bool:
+        """See `Key.fits`."""
+        return hmac.compare_digest(self.sign(data), signature)
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Signer:
+    """Signs documents with one key."""
+
+    key: Key
+
+    def signed(self, document: Mapping[str, Any], *, kind: str) -> dict[str, Any]:
+        """The document with its signature.
+
+        Args:
+            document: All of it, in the form in which it will be stored.
+            kind: What it is (`component`, `checkpoint`), so that none passes for another.
+
+        Raises:
+            CodecError: BSON cannot hold it.
+        """
+        value = self.key.sign(canonical(document, kind=kind))
+        said = {"key": self.key.key_id, "algorithm": self.key.algorithm, "value": value}
+        return {**document, FIELD: said}
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Verifier:
+    """Checks documents against the accepted keys.
+
+    Args:
+        keys: By their id.
+        required: Refuse what is not signed, or signed with another key.
+    """
+
+    keys: Mapping[str, Key]
+    required: bool
+
+    @classmethod
+    def of(cls, *keys: Key, required: bool = True) -> Self:
+        """One that accepts these keys."""
+        return cls({key.key_id: key for key in keys}, required)
+
+    def check(self, document: Mapping[str, Any], *, kind: str) -> None:
+        """Return if the document is what its signer wrote.
+
+        Raises:
+            TrustError: It is not, or nobody trusted signed it; nothing of it was decoded.
+        """
+        signature = document.get(FIELD)
+        if signature is None:
+            self._refuse_if_required(document, kind, "is not signed, and trust='signed' was asked for")
+            return
+        if not isinstance(signature, Mapping):
+            raise _untrusted(document, kind, "has a signature that is none")
+        key = self.keys.get(str(signature.get("key")))
+        if key is None:
+            why = (
+                f"is signed with the key {str(signature.get('key'))[:40]!r}, which is not among the accepted ones"
+            )
+            self._refuse_if_required(document, kind, why)
+            return
+        value = signature.get("value")
+        whole = set(signature) == {"key", "algorithm", "value"} and signature["algorithm"] == key.algorithm
+        if not whole or not isinstance(value, bytes) or not _fits(key, document, kind, value):
+            raise _untrusted(document, kind, "is not what was signed: somebody changed it")
+
+    def _refuse_if_required(self, document: Mapping[str, Any], kind: str, why: str) -> None:
+        if self.required:
+            raise _untrusted(document, kind, why)
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Trust:
+    """How one datalayer signs and checks; without either, every document is taken as it is."""
+
+    signer: Signer | None = None
+    verifier: Verifier | None = None
+
+    def sign(self, document: Mapping[str, Any], *, kind: str) -> dict[str, Any]:
+        """The document, signed where there is a signer. Raises: CodecError."""
+        return dict(document) if self.signer is None else self.signer.signed(document, kind=kind)
+
+    def check(self, document: Mapping[str, Any], *, kind: str) -> None:
+        """Check a document where there is a verifier. Raises: TrustError."""
+        if self.verifier is not None:
+            self.verifier.check(document, kind=kind)
+
+
+def canonical(document: Mapping[str, Any], *, kind: str) -> bytes:
+    """The bytes that are signed: the document as BSON, its fields by name, those inside in their order.
+
+    The server moves `_id` to the front and nothing else; the order inside a field may mean something (a sort).
+
+    Raises:
+        CodecError: BSON cannot hold it.
+    """
+    ordered = {name: document[name] for name in sorted(document) if name != FIELD}
+    try:
+        return f"mongotorch {kind} 1\0".encode() + bson.encode(ordered, codec_options=_OPTIONS)
+    except (bson.errors.BSONError, OverflowError, TypeError, ValueError) as error:
+        raise CodecError(f"{kind} {document.get('_id')} cannot be stored: {error}") from error
+
+
+def key_id_of(kind: bytes, material: bytes) -> str:
+    """A name for a key that follows from it, one way."""
+    return hashlib.sha256(b"mongotorch key\0" + kind + b"\0" + material).hexdigest()[:16]
+
+
+def _fits(key: Key, document: Mapping[str, Any], kind: str, value: bytes) -> bool:
+    try:
+        return key.fits(canonical(document, kind=kind), value)
+    except CodecError:
+        return False
+
+
+def _untrusted(document: Mapping[str, Any], kind: str, why: str) -> TrustError:
+    name = f"{document.get('type_id', kind)} {document.get('identifier', document.get('job', ''))!r}"
+    return TrustError(
+        f"{name} ({document.get('_id')}) {why}; nothing of it was loaded", document_id=document.get("_id")
+    )
