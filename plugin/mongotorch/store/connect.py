@@ -124,9 +124,13 @@ def open_address(uri: str, settings: Settings) -> Connection:
     )
     try:
         connection = Connection(address, opener, server)
-        connection.ping()
     except BaseException:
         if server is not None:
             server.close()
+        raise
+    try:
+        connection.ping()
+    except BaseException:
+        connection.close()
         raise
     return connection

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 
-_USERINFO = re.compile(r"(mongodb(?:\+srv)?://)([^\s:@/]*):[^\s]*@", re.IGNORECASE)
+# Any scheme: a mistyped one comes with the password too.
+_USERINFO = re.compile(r"([a-z][a-z0-9+.-]*://)([^\s:@/]*):[^\s]*@", re.IGNORECASE)
 _SECRET_OPTIONS = re.compile(
     r"((?:tlsCertificateKeyFilePassword|proxyPassword|authMechanismProperties)=)[^&\s'\"]*", re.IGNORECASE
 )

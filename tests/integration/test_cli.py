@@ -1,0 +1,177 @@
+"""The command `mongotorch`: the demo, what there is, what became of the runs; an error is one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from mongotorch import Datalayer, Job, TorchModel, TorchTrainer, __version__
+from mongotorch.cli import app
+from mongotorch.demo import run_demo
+
+Call = Callable[..., Any]
+NOWHERE = "mongodb://me:hunter2@127.0.0.1:1/shop?serverSelectionTimeoutMS=100&authSource=admin"
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, uri: str) -> Call:
+    """Run the command on the test's database."""
+    monkeypatch.setenv("MONGOTORCH_URI", uri)
+    monkeypatch.setenv("MONGOTORCH_PROGRESS", "false")
+    monkeypatch.setenv("COLUMNS", "200")
+    return lambda *arguments: CliRunner().invoke(app, list(arguments))
+
+
+def explode(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return (output.sum() + target.sum()) * float("nan")
+
+
+def apply(db: Datalayer, **given: Any) -> Job[Any]:
+    db["points"].insert_many({"_id": n, "x": [float(n % 3), 1.0], "y": n % 2} for n in range(40))
+    said = {
+        "key": ("x", "y"),
+        "select": db["points"].find(),
+        "objective": torch.nn.functional.cross_entropy,
+        "loader_kwargs": {"batch_size": 10},
+        "max_iterations": 3,
+        "model": TorchModel("points", object=torch.nn.Linear(2, 2)),
+    }
+    return db.apply(TorchTrainer("points-trainer", **{**said, **given}))
+
+
+def test_the_demo_trains_and_says_where(call: Call, db: Datalayer, uri: str) -> None:
+    done = call("demo", "--steps", "3")
+
+    assert done.exit_code == 0, done.output
+    first, *table = done.stdout.splitlines()
+    assert first.startswith("database: ")
+    assert uri.partition("?")[0] in first
+    said = "\n".join(table)
+    for wanted in ("1797", "samples per second", "validation accuracy", db.load("model", "demo-digits").uuid):
+        assert wanted in said
+    assert ("loaded by uuid" in said) == uri.startswith("mongodb:")
+
+
+def test_the_demo_run_again_trains_again_and_inserts_nothing(db: Datalayer) -> None:
+    first = run_demo(db, steps=1)
+
+    again = run_demo(db, steps=1)
+
+    assert again.version > first.version
+    assert db["demo_digits"].count() == again.documents == 1797
+
+
+def test_show_goes_from_kinds_to_one_version(call: Call, db: Datalayer) -> None:
+    apply(db).result()
+
+    assert call("show").stdout.split() == ["model", "trainer"]
+    assert call("show", "model").stdout.split() == ["points"]
+    assert call("show", "model", "points").stdout.split() == ["0", "1"]
+    document = json.loads(call("show", "model", "points", "1").stdout)
+    assert (document["_id"], document["version"]) == (db.load("model", "points").uuid, 1)
+
+
+def test_what_show_prints_as_json_is_json(call: Call, db: Datalayer) -> None:
+    apply(db).result()
+
+    assert json.loads(call("show", "--json").stdout) == ["model", "trainer"]
+    assert json.loads(call("show", "model", "points", "--json").stdout) == [0, 1]
+    trainer = json.loads(call("show", "trainer", "points-trainer", "0", "--json").stdout)
+    assert trainer["fields"]["max_iterations"] == 3
+
+
+def test_jobs_lists_the_runs_the_newest_first(call: Call, db: Datalayer) -> None:
+    good = apply(db)
+    bad = db.apply(good.component.replace(objective=explode, identifier="bad"))
+
+    table = call("jobs").stdout
+    records = json.loads(call("jobs", "--json").stdout)
+
+    assert table.index(bad.uuid) < table.index(good.uuid)
+    assert "NonFiniteLossError" in table
+    assert [(r["_id"], r["status"]) for r in records] == [(bad.uuid, "failed"), (good.uuid, "succeeded")]
+    failed = json.loads(call("jobs", "--status", "failed", "--json").stdout)
+    assert [record["_id"] for record in failed] == [bad.uuid]
+    assert len(json.loads(call("jobs", "--limit", "1", "--json").stdout)) == 1
+
+
+def test_job_shows_one_run_and_the_traceback_of_its_error(call: Call, db: Datalayer) -> None:
+    job = apply(db, objective=explode)
+
+    said = call("job", job.uuid)
+    record = json.loads(call("job", job.uuid, "--json").stdout)
+
+    assert said.exit_code == 0
+    assert "points-trainer" in said.stdout
+    assert "Traceback (most recent call last)" in said.stdout
+    assert (record["status"], record["error"]["type"]) == ("failed", "NonFiniteLossError")
+
+
+def test_a_worker_performs_what_waits(call: Call, db: Datalayer, uri: str) -> None:
+    with Datalayer.connect(uri, compute="queue") as queue:
+        job = apply(queue)
+        assert job.status == "queued"
+
+        done = call("worker", "--until-idle")
+
+        assert done.exit_code == 0, done.output
+        assert done.stdout.splitlines()[-1].startswith("1 job")
+        assert job.result(timeout=1).version == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("show", "model", "nothing", "3"), "NotFoundError"),
+        (("job", "no-such-job"), "NotFoundError"),
+        (("show", "--uri", "ftp://me:hunter2@host/x"), "SettingError"),
+        (("show", "--uri", NOWHERE), "ServerUnavailableError"),
+        (("jobs", "--uri", NOWHERE), "ServerUnavailableError"),
+        (("demo", "--uri", NOWHERE), "ServerUnavailableError"),
+        (("worker", "--once", "--uri", NOWHERE), "ServerUnavailableError"),
+    ],
+)
+def test_an_error_is_one_line_without_a_traceback_or_a_password(
+    call: Call, arguments: tuple[str, ...], said: str
+) -> None:
+    done = call(*arguments)
+
+    assert done.exit_code == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"{said}: ")
+    assert "Traceback" not in done.output
+    assert "hunter2" not in done.output
+
+
+def test_the_database_is_told_without_its_password(monkeypatch: pytest.MonkeyPatch, mongod: str) -> None:
+    monkeypatch.setenv("MONGOTORCH_SERVER_TIMEOUT_S", "5")
+
+    done = CliRunner().invoke(app, ["demo", "--steps", "1", "--uri", f"mongodb://me:hunter2@{mongod}/cli"])
+
+    assert done.exit_code == 1  # the server knows no such user
+    assert "hunter2" not in done.output
+
+
+def test_the_command_runs_as_a_program(mongod: str) -> None:
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "mongotorch", *arguments]
+        return subprocess.run(
+            command, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+        )
+
+    assert run("--version").stdout.strip() == __version__
+    listed = run("jobs", "--json", MONGOTORCH_URI=f"mongodb://{mongod}/cli_nothing?replicaSet=rs0")
+    assert (listed.returncode, json.loads(listed.stdout), listed.stderr) == (0, [], "")
+    failed = run("show", MONGOTORCH_URI=NOWHERE)
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert failed.stderr.startswith("ServerUnavailableError: ")
+    assert len(failed.stderr.splitlines()) == 1
+    assert "hunter2" not in failed.stderr
