@@ -8,20 +8,30 @@ from mongotorch.store.components import Components
 from mongotorch.store.connect import Connection, Opener, open_address
 from mongotorch.store.embedded import EmbeddedServer
 from mongotorch.store.failures import driver_errors
+from mongotorch.store.garbage import Collected, Garbage
 from mongotorch.store.jobs import Jobs
+from mongotorch.store.keys import trust_of
 from mongotorch.store.points import Points
 from mongotorch.store.redaction import redact
+from mongotorch.store.trust import Trust
+from mongotorch.store.verifying import Checker, Verified
 
 __all__ = [
     "Artifacts",
+    "Checker",
     "Checkpoints",
+    "Collected",
     "Components",
     "Connection",
     "EmbeddedServer",
+    "Garbage",
     "Jobs",
     "Opener",
     "Points",
+    "Trust",
+    "Verified",
     "driver_errors",
     "open_address",
     "redact",
+    "trust_of",
 ]

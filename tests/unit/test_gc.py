@@ -1,0 +1,251 @@
+"""What nothing reaches is collected after the grace, and what anything reaches, or may soon, never. On both."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from mongotorch.errors import ConflictError, IntegrityError
+from mongotorch.store import Artifacts, Checkpoints, Components, Garbage, Jobs
+from mongotorch.store.clock import utc_now
+from mongotorch.store.garbage import GRACE_S, Collected
+
+
+class Later:
+    """A clock that is so many seconds ahead of the store's."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def __call__(self) -> Any:
+        return utc_now() + timedelta(seconds=self.seconds)
+
+
+class House:
+    def __init__(self, database: Any) -> None:
+        self.database = database
+        self.artifacts, self.components = Artifacts(database), Components(database)
+        self.checkpoints, self.jobs = Checkpoints(database), Jobs(database)
+        for room in (self.artifacts, self.components, self.checkpoints, self.jobs):
+            room.ensure_indexes()
+
+    def publish(self, uuid: str, *blobs: str, **more: Any) -> None:
+        names = {"type_id": "model", "identifier": uuid, "digest": "d", "refs": []}
+        self.components.publish({"_id": uuid, **names, "blobs": list(blobs), **more})
+
+    def run(self, component: str = "c") -> tuple[str, int]:
+        job, _ = self.jobs.add(component=component, type_id="trainer", identifier="t")
+        claimed = self.jobs.claim(worker="w", lease_s=60, job_id=job)
+        assert claimed is not None
+        return job, claimed["attempt"]
+
+    def collect(self, after_s: float = 2 * GRACE_S, **more: Any) -> Collected:
+        return Garbage(self.database, now=Later(after_s)).collect(**more)
+
+    def chunks(self) -> int:
+        return int(self.database["mt.artifacts.chunks"].count_documents({}))
+
+
+@pytest.fixture
+def house(database: Any) -> House:
+    return House(database)
+
+
+def test_a_blob_that_nothing_reaches_goes_after_the_grace_and_not_before(house: House) -> None:
+    used, unused = house.artifacts.put(b"used"), house.artifacts.put(b"unused!")
+    house.publish("a", used)
+
+    early = house.collect(after_s=GRACE_S / 2)
+    assert (early.blobs, early.waiting) == ((), 1)
+    assert house.artifacts.has(unused)
+
+    late = house.collect()
+    assert (late.blobs, late.nbytes, late.waiting) == ((unused,), len(b"unused!"), 0)
+    assert not house.artifacts.has(unused)
+    assert house.artifacts.get(used) == b"used"
+    assert house.chunks() == 1
+    assert house.collect() == Collected()
+
+
+def test_a_dry_run_says_the_same_and_writes_nothing(house: House) -> None:
+    unused = house.artifacts.put(b"unused")
+    names = set(house.database.list_collection_names())
+
+    assert house.collect(dry_run=True).blobs == (unused,)
+
+    assert house.artifacts.get(unused) == b"unused"
+    assert set(house.database.list_collection_names()) == names
+
+
+def test_a_blob_of_a_removed_version_that_another_shares_stays(house: House) -> None:
+    shared, alone = house.artifacts.put(b"shared"), house.artifacts.put(b"alone")
+    house.publish("a", shared, alone)
+    house.publish("b", shared)
+    house.components.remove("a")
+
+    assert house.collect().blobs == (alone,)
+
+
+def test_a_blob_that_is_put_again_starts_its_grace_anew(database: Any) -> None:
+    house = House(database)
+    name = house.artifacts.put(b"old")
+    ancient = utc_now() - timedelta(days=30)
+    database["mt.artifacts.files"].update_one({}, {"$set": {"touched": ancient, "uploadDate": ancient}})
+
+    assert house.artifacts.put(b"old") == name  # by a publication that is now in flight
+    assert Garbage(database).collect().blobs == ()
+    house.publish("a", name)
+
+    assert house.collect().blobs == ()
+
+
+def test_a_blob_that_is_touched_between_the_decision_and_the_delete_stays(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = house.artifacts.put(b"old")
+    ancient = utc_now() - timedelta(days=30)
+    house.database["mt.artifacts.files"].update_one({}, {"$set": {"touched": ancient}})
+    garbage = Garbage(house.database)
+    reached = garbage._reached
+
+    def slow(*args: Any) -> set[str]:
+        names = reached(*args)
+        house.artifacts.put(b"old")
+        house.publish("a", name)
+        return names
+
+    monkeypatch.setattr(garbage, "_reached", slow)
+
+    assert garbage.collect().blobs == ()
+    assert house.artifacts.get(name) == b"old"
+
+
+def test_nothing_is_published_whose_blob_was_collected(house: House) -> None:
+    name = house.artifacts.put(b"old")
+    house.collect()
+
+    with pytest.raises(IntegrityError, match=name):
+        house.publish("a", name)
+
+    assert house.components.peek("a") is None
+
+
+def test_chunks_of_an_upload_that_died_go_when_they_were_seen_a_grace_ago(house: House) -> None:
+    house.publish("a", house.artifacts.put(b"whole"))
+    house.database["mt.artifacts.chunks"].insert_many([{"files_id": 7, "n": n, "data": b"x"} for n in (0, 1)])
+
+    assert house.collect(after_s=0).waiting == 1
+    assert house.collect(after_s=GRACE_S / 2).uploads == ()
+    assert house.chunks() == 3
+
+    assert house.collect().uploads == ("7",)
+    assert house.chunks() == 1
+    assert house.database["mt.garbage"].count_documents({}) == 0
+
+
+def test_an_upload_that_ends_after_it_was_seen_is_let_be(house: House) -> None:
+    house.database["mt.artifacts.chunks"].insert_one({"files_id": 7, "n": 0, "data": b"x"})
+    house.collect(after_s=0)
+    house.database["mt.artifacts.files"].insert_one({"_id": 7, "filename": "f", "length": 1, "touched": utc_now()})
+
+    assert house.collect(after_s=GRACE_S / 2).uploads == ()
+    assert house.database["mt.garbage"].count_documents({}) == 0
+
+
+def test_half_a_publication_goes_with_its_blobs_once_its_job_has_ended(house: House) -> None:
+    job, attempt = house.run()
+    blob = house.artifacts.put(b"state")
+    house.publish("trainer", blob, anchor="model", job=job)
+
+    house.collect(after_s=0)
+    assert house.collect().components == ()  # the job runs, and may still publish the model
+
+    house.jobs.fail(job, attempt, error={"type": "E", "message": "no"})
+    house.collect(after_s=0)
+    collected = house.collect()
+    assert (collected.components, collected.blobs) == (("trainer",), (blob,))
+    assert house.database["mt.components"].count_documents({}) == 0
+
+
+def test_both_halves_of_a_publication_stay(house: House) -> None:
+    job, attempt = house.run()
+    house.publish("trainer", anchor="model", job=job)
+    house.publish("model", house.artifacts.put(b"w"), job=job, refs=["trainer"])
+    house.jobs.succeed(job, attempt, result="model")
+
+    house.collect(after_s=0)
+
+    assert house.collect() == Collected()
+    assert house.components.get("trainer")["_id"] == "trainer"
+
+
+def test_what_an_earlier_try_left_goes_though_its_anchor_was_published(house: House) -> None:
+    job, attempt = house.run()
+    house.publish("first", anchor="model", job=job)
+    house.publish("second", anchor="model2", job=job)
+    house.publish("model2", job=job, refs=["second"])
+    house.jobs.succeed(job, attempt, result="model2")
+
+    house.collect(after_s=0)
+
+    assert house.collect().components == ("first",)
+    assert house.components.get("second")
+
+
+def test_checkpoints_are_kept_while_the_job_runs_and_collected_after_it(house: House) -> None:
+    job, attempt = house.run()
+    blob = house.artifacts.put(b"state")
+    house.checkpoints.put(job, attempt, 1, {}, [blob])
+    assert house.collect() == Collected()
+
+    house.jobs.succeed(job, attempt, result="m")
+
+    assert house.collect(after_s=GRACE_S / 2).checkpoints == ()
+    collected = house.collect()
+    assert (len(collected.checkpoints), collected.blobs) == (1, (blob,))
+    assert house.checkpoints.newest(job) is None
+
+
+def test_with_no_grace_everything_goes_at_once(house: House) -> None:
+    job, attempt = house.run()
+    house.checkpoints.put(job, attempt, 1, {}, [house.artifacts.put(b"state")])
+    house.publish("half", house.artifacts.put(b"half"), anchor="nothing")
+    house.database["mt.artifacts.chunks"].insert_one({"files_id": 7, "n": 0, "data": b"x"})
+    house.jobs.cancel(job)
+    garbage = Garbage(house.database, grace_s=0)
+
+    said = garbage.collect(dry_run=True)
+    assert garbage.collect() == said
+
+    assert (len(said.blobs), len(said.uploads), len(said.components), len(said.checkpoints)) == (2, 1, 1, 1)
+    for name in ("mt.artifacts.files", "mt.artifacts.chunks", "mt.components", "mt.checkpoints", "mt.garbage"):
+        assert house.database[name].count_documents({}) == 0
+
+
+def test_who_slept_through_the_grace_publishes_nothing(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    blob = house.artifacts.put(b"w")
+    insert = house.components._insert
+
+    def slept(document: Any) -> int:
+        house.artifacts.remove(blob)  # a collection, an hour later
+        monkeypatch.setattr("mongotorch.store.components.SLOW_S", -1.0)
+        return insert(document)
+
+    monkeypatch.setattr(house.components, "_insert", slept)
+    with pytest.raises(IntegrityError, match=blob):
+        house.publish("a", blob)
+
+    assert house.database["mt.components"].count_documents({}) == 0
+
+
+def test_a_job_publishes_once(house: House) -> None:
+    house.publish("t1", anchor="a", job="j")  # an attempt that died here
+    house.publish("t2", anchor="b", job="j")
+    house.publish("b", job="j")
+
+    with pytest.raises(ConflictError, match="job j"):
+        house.publish("a", job="j")
+    with pytest.raises(ConflictError, match="gone"):
+        house.components.publish({"_id": "z", "type_id": "m", "identifier": "i", "blobs": []}, needs=["t9"])
