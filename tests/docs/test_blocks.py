@@ -96,3 +96,12 @@ def test_every_page_can_be_reached_from_the_index() -> None:
         links = LINK.finditer(page.read_text(encoding="utf-8"))
         ahead += [p for p in ((page.parent / link["target"]).resolve() for link in links) if p.suffix == ".md"]
     assert {page for page in PAGES if page.is_relative_to(index.parent)} <= reached
+
+
+def test_the_index_of_the_decisions_has_each_of_them_under_its_title() -> None:
+    folder = ROOT / "docs" / "decisions"
+    rows = re.findall(
+        r"^\| (\d+) \| \[(.+)\]\((.+)\) \|$", (folder / "README.md").read_text("utf-8"), re.MULTILINE
+    )
+    titles = {path.name: path.read_text("utf-8").splitlines()[0] for path in sorted(folder.glob("0*.md"))}
+    assert [(name, f"# {number}. {title}") for number, title, name in rows] == list(titles.items())
