@@ -14,6 +14,7 @@ from bson.binary import UuidRepresentation
 from bson.codec_options import CodecOptions
 from pymongo import MongoClient
 from pymongo.errors import PyMongoError
+from pymongo.uri_parser import parse_uri as validate_uri
 
 from mongotorch.errors import SettingError
 from mongotorch.settings import Settings
@@ -45,6 +46,9 @@ class Opener:
         if "serverselectiontimeoutms" in self.options:
             timeout = {}  # the address says it itself
         try:
+            if self.uri.startswith("mongodb://"):
+                # The client only warns of an option that it does not know, and goes on without it.
+                validate_uri(self.uri, warn=False)
             client: MongoClient[dict[str, Any]] = MongoClient(self.uri, appname="mongotorch", **timeout)
         except (PyMongoError, ValueError) as error:
             said = redact(str(error))

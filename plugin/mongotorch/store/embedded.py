@@ -56,7 +56,7 @@ class EmbeddedServer:
     def __init__(self, path: Path, port: int, users: int) -> None:
         self.path = path
         self.port = port
-        self._release = weakref.finalize(self, os.close, users)
+        self._release = weakref.finalize(self, _let_go, users, os.getpid())
         self._release.atexit = False  # the kernel does it
 
     @classmethod
@@ -104,6 +104,14 @@ class EmbeddedServer:
             self._release()
             if not _is_used(self.path):
                 wait_for(self.path / "keeper.lock")
+
+
+def _let_go(users: int, owner: int) -> None:
+    # A process that was forked meanwhile has a copy of the descriptor, which would keep the lock; and such a
+    # child, when it lets go of its copy, must not take the lock from its parent.
+    if os.getpid() == owner:
+        fcntl.flock(users, fcntl.LOCK_UN)
+    os.close(users)
 
 
 def _is_used(folder: Path) -> bool:
