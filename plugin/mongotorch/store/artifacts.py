@@ -20,6 +20,7 @@ from mongotorch.errors import IntegrityError, NotFoundError, StoreError
 from mongotorch.store.chunks import CHUNK_BYTES, read_chunks, write_chunks
 from mongotorch.store.clock import Later, clock_of
 from mongotorch.store.failures import driver_errors
+from mongotorch.store.indexes import ensure_index
 
 BUCKET: Final = "mt.artifacts"
 UPLOAD_DEADLINE_S: Final = 1800.0
@@ -43,8 +44,8 @@ class Artifacts:
     @driver_errors("preparing the blobs")
     def ensure_indexes(self) -> None:
         """Make the indexes that the promises rest on; does nothing where they are there."""
-        self._files.create_index("filename", unique=True)
-        self._chunks.create_index([("files_id", 1), ("n", 1)], unique=True)
+        ensure_index(self._files, "filename", unique=True)
+        ensure_index(self._chunks, [("files_id", 1), ("n", 1)], unique=True)
 
     @driver_errors("storing a blob")
     def put(self, data: bytes | bytearray | memoryview) -> str:

@@ -13,6 +13,7 @@ from typing import Any, Final, final
 from mongotorch.errors import IntegrityError
 from mongotorch.store.artifacts import Artifacts
 from mongotorch.store.failures import driver_errors
+from mongotorch.store.indexes import ensure_index
 from mongotorch.store.jobs import COLLECTION as JOBS
 from mongotorch.store.trust import Trust
 
@@ -40,7 +41,7 @@ class Checkpoints:
     @driver_errors("preparing the checkpoints")
     def ensure_indexes(self) -> None:
         """Make the indexes that the promises rest on; does nothing where they are there."""
-        self._documents.create_index([("job", 1), *_NEWEST])
+        ensure_index(self._documents, [("job", 1), *_NEWEST])
 
     @driver_errors("writing a checkpoint")
     def put(self, job: str, attempt: int, step: int, body: Mapping[str, Any], blobs: Iterable[str]) -> bool:

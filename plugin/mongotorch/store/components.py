@@ -17,6 +17,7 @@ from pymongo.errors import DuplicateKeyError
 from mongotorch.errors import ConflictError, IntegrityError, NotFoundError
 from mongotorch.store.artifacts import Artifacts
 from mongotorch.store.failures import driver_errors
+from mongotorch.store.indexes import ensure_index
 from mongotorch.store.trust import Trust
 
 COLLECTION: Final = "mt.components"
@@ -42,12 +43,12 @@ class Components:
     @driver_errors("preparing the components")
     def ensure_indexes(self) -> None:
         """Make the indexes that the promises rest on; does nothing where they are there."""
-        self._documents.create_index([("type_id", 1), ("identifier", 1), ("version", 1)], unique=True)
+        ensure_index(self._documents, [("type_id", 1), ("identifier", 1), ("version", 1)], unique=True)
         # A job publishes one document without an anchor, and one for each anchor that it ever tried.
         of_job = {"job": {"$type": "string"}}
-        self._documents.create_index([("job", 1), ("anchor", 1)], unique=True, partialFilterExpression=of_job)
-        self._documents.create_index("blobs")
-        self._documents.create_index("refs")
+        ensure_index(self._documents, [("job", 1), ("anchor", 1)], unique=True, partialFilterExpression=of_job)
+        ensure_index(self._documents, "blobs")
+        ensure_index(self._documents, "refs")
 
     @driver_errors("publishing a component")
     def publish(self, document: Mapping[str, Any], *, needs: Iterable[str] = ()) -> int:

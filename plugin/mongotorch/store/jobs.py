@@ -15,6 +15,7 @@ from pymongo.errors import DuplicateKeyError
 from mongotorch.errors import NotFoundError
 from mongotorch.store.clock import Later
 from mongotorch.store.failures import driver_errors
+from mongotorch.store.indexes import ensure_index
 from mongotorch.store.leases import COLLECTION, QUEUED, Leases
 from mongotorch.store.plain import plain
 from mongotorch.store.waiting import wait_until
@@ -37,11 +38,11 @@ class Jobs(Leases):
     @driver_errors("preparing the jobs")
     def ensure_indexes(self) -> None:
         """Make the indexes that the promises rest on; does nothing where they are there."""
-        self._documents.create_index([("component", 1), ("method", 1)], unique=True)
+        ensure_index(self._documents, [("component", 1), ("method", 1)], unique=True)
         given = {"key": {"$type": "string"}}
-        self._documents.create_index("key", unique=True, partialFilterExpression=given)
-        self._documents.create_index([("status", 1), ("priority", -1), ("created", 1)])
-        self._documents.create_index([("identifier", 1), ("created", -1)])
+        ensure_index(self._documents, "key", unique=True, partialFilterExpression=given)
+        ensure_index(self._documents, [("status", 1), ("priority", -1), ("created", 1)])
+        ensure_index(self._documents, [("identifier", 1), ("created", -1)])
 
     @driver_errors("adding a job")
     def add(

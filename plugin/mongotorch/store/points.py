@@ -10,6 +10,7 @@ from typing import Any, final
 
 from mongotorch.store.clock import Later, clock_of
 from mongotorch.store.failures import driver_errors
+from mongotorch.store.indexes import ensure_index
 from mongotorch.store.plain import plain_key
 
 COLLECTION = "mt.metrics"
@@ -30,8 +31,8 @@ class Points:
     @driver_errors("preparing the metrics")
     def ensure_indexes(self) -> None:
         """Make the indexes that the promises rest on; does nothing where they are there."""
-        self._documents.create_index([("job", 1), ("step", 1), ("kind", 1)], unique=True)
-        self._documents.create_index([("component", 1), ("step", 1)])
+        ensure_index(self._documents, [("job", 1), ("step", 1), ("kind", 1)], unique=True)
+        ensure_index(self._documents, [("component", 1), ("step", 1)])
 
     @driver_errors("writing a metric")
     def add(self, *, job: str, component: str, step: int, kind: str, values: Mapping[str, float]) -> None:

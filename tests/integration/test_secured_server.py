@@ -1,0 +1,269 @@
+"""A server with authentication and TLS: who may not, is told so clearly, and nothing is written. The roles too."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pymongo
+import pytest
+import torch
+from pymongo.errors import PyMongoError
+
+from mongotorch.codecs import Codecs
+from mongotorch.component import Component
+from mongotorch.errors import MongotorchError, ServerUnavailableError, SettingError
+from mongotorch.settings import read_settings
+from mongotorch.store import (
+    Artifacts,
+    Checkpoints,
+    Components,
+    Connection,
+    Garbage,
+    Jobs,
+    Points,
+    open_address,
+)
+from mongotorch.store.roles import ROLES, role_document
+from mongotorch.train.codec import TorchCodec
+from mongotorch.wiring.load import Loader
+from mongotorch.wiring.publish import Publisher
+
+PASSWORD = "s3cret-of-the-test"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Thing(Component):
+    type_id = "thing"
+
+    value: Any = None
+
+
+class Certificates:
+    """A CA with a certificate of the server, and another CA that has nothing to do with it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for ca in ("ca", "other"):
+            self._openssl(
+                *("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={ca}"),
+                *("-keyout", f"{ca}.key", "-out", f"{ca}.pem"),
+            )
+        self._openssl(
+            *("req", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"),
+            *("-keyout", "server.key", "-out", "server.csr"),
+        )
+        (folder / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
+        self._openssl(
+            *("x509", "-req", "-in", "server.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial"),
+            *("-days", "2", "-extfile", "names", "-out", "server.crt"),
+        )
+        both = (folder / "server.key").read_text() + (folder / "server.crt").read_text()
+        (folder / "server.pem").write_text(both)
+
+    def _openssl(self, *arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], cwd=self.folder, check=True, capture_output=True)
+
+
+@dataclasses.dataclass
+class Secured:
+    port: int
+    folder: Path
+
+    def uri(self, user: str = "", *, ca: str = "ca", tls: bool = True, password: str = PASSWORD) -> str:
+        who = f"{user}:{password}@" if user else ""
+        options = "replicaSet=rs0&authSource=admin" if user else "replicaSet=rs0"
+        trust = f"&tls=true&tlsCAFile={self.folder / ca}.pem" if tls else ""
+        return f"mongodb://{who}localhost:{self.port}/shop?{options}{trust}"
+
+    def open(self, user: str = "", **more: Any) -> Connection:
+        return open_address(self.uri(user, **more), read_settings(server_timeout_s=3))
+
+
+@pytest.fixture(scope="module")
+def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
+    found = importlib.util.find_spec("fiftyone")
+    assert found is not None
+    assert found.submodule_search_locations
+    binary = Path(next(iter(found.submodule_search_locations))) / "db" / "bin" / "mongod"
+    folder = tmp_path_factory.mktemp("secured")
+    Certificates(folder)
+    (folder / "keyfile").write_text("k" * 64)
+    (folder / "keyfile").chmod(0o600)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (folder / "data").mkdir()
+    command = [str(binary), "--dbpath", str(folder / "data"), "--port", str(port), "--bind_ip", "127.0.0.1"]
+    command += ["--replSet", "rs0", "--wiredTigerCacheSizeGB", "0.25", "--auth", "--nounixsocket"]
+    command += ["--keyFile", str(folder / "keyfile"), "--tlsMode", "requireTLS"]
+    command += ["--tlsCertificateKeyFile", str(folder / "server.pem"), "--tlsCAFile", str(folder / "ca.pem")]
+    command += ["--tlsAllowConnectionsWithoutCertificates"]
+    with (folder / "log").open("w") as log, subprocess.Popen(command, stdout=log) as process:
+        secured = Secured(port, folder)
+        try:
+            _set_up(secured)
+            yield secured
+        finally:
+            process.terminate()
+
+
+def _set_up(secured: Secured) -> None:
+    tls: dict[str, Any] = {"tls": True, "tlsCAFile": str(secured.folder / "ca.pem")}
+    with pymongo.MongoClient[dict[str, Any]]("localhost", secured.port, directConnection=True, **tls) as client:
+        members = [{"_id": 0, "host": f"localhost:{secured.port}"}]
+        client.admin.command("replSetInitiate", {"_id": "rs0", "members": members})
+    with pymongo.MongoClient[dict[str, Any]](secured.uri()) as client:  # from this host, until there is a user
+        client.admin.command("createUser", "root", pwd=PASSWORD, roles=["root"])
+    with pymongo.MongoClient[dict[str, Any]](secured.uri("root")) as client:
+        for role in ROLES:
+            client.admin.command(role_document(role, "shop"))
+            client.admin.command("createUser", role, pwd=PASSWORD, roles=[f"mongotorch-{role}-shop"])
+        client.admin.command("createUser", "onlooker", pwd=PASSWORD, roles=[{"role": "read", "db": "shop"}])
+
+
+class House:
+    def __init__(self, connection: Connection) -> None:
+        database = self.database = connection.database
+        self.artifacts, self.components = Artifacts(database), Components(database)
+        self.jobs, self.points, self.checkpoints = Jobs(database), Points(database), Checkpoints(database)
+        codecs = Codecs.builtin(TorchCodec())
+        self.publisher = Publisher(self.components, self.artifacts, codecs)
+        self.loader = Loader(self.components, self.artifacts, codecs)
+
+    def ensure_indexes(self) -> None:
+        for room in (self.artifacts, self.components, self.jobs, self.points, self.checkpoints):
+            room.ensure_indexes()
+
+
+@pytest.fixture
+def everything(secured: Secured) -> Iterator[dict[str, int]]:
+    """How many documents each collection has; what a test refuses must leave it as it was."""
+
+    def count() -> dict[str, int]:
+        with secured.open("root") as root:
+            names = root.database.list_collection_names()
+            return {name: root.database[name].count_documents({}) for name in names}
+
+    before = count()
+    yield before
+    assert count() == before
+
+
+@pytest.mark.usefixtures("everything")
+@pytest.mark.parametrize(
+    ("options", "kind", "says"),
+    [
+        ({"user": "root", "password": "wrong"}, SettingError, "user name or password"),
+        ({"user": "nobody"}, SettingError, "user name or password"),
+        ({"user": "root", "ca": "other"}, ServerUnavailableError, "certificate verify failed"),
+        ({"user": "root", "tls": False}, ServerUnavailableError, "cannot be reached"),
+    ],
+)
+def test_who_may_not_come_in_is_told_why(
+    secured: Secured, options: dict[str, Any], kind: type[MongotorchError], says: str
+) -> None:
+    with pytest.raises(kind, match=says) as caught:
+        secured.open(**options)
+
+    assert PASSWORD not in str(caught.value)
+    assert "wrong" not in str(caught.value)
+    assert isinstance(caught.value.__cause__, PyMongoError)
+
+
+@pytest.mark.usefixtures("everything")
+def test_who_says_no_name_is_refused_at_the_first_read_and_write(secured: Secured) -> None:
+    with secured.open() as connection:
+        house = House(connection)
+        for act in (
+            house.ensure_indexes,
+            lambda: house.publisher.store(Thing("a", value=torch.ones(3))),
+            lambda: house.artifacts.put(b"abc"),
+            lambda: house.jobs.add(component="c", type_id="t", identifier="i"),
+            lambda: house.jobs.claim(worker="w", lease_s=1),
+            lambda: house.components.find("thing", "a"),
+            lambda: Garbage(house.database).collect(),
+        ):
+            with pytest.raises(SettingError, match="does not allow it"):
+                act()
+
+
+@pytest.mark.usefixtures("everything")
+@pytest.mark.parametrize("user", ["onlooker", "reader"])
+def test_who_may_only_read_writes_nothing(secured: Secured, user: str) -> None:
+    with secured.open(user) as connection:
+        house = House(connection)
+        for act in (
+            lambda: house.publisher.store(Thing("a", value=torch.ones(3))),
+            lambda: house.artifacts.put(b"abc"),
+            lambda: house.artifacts.remove("abc"),
+            lambda: house.components.remove("abc"),
+            lambda: house.jobs.add(component="c", type_id="t", identifier="i"),
+            lambda: house.jobs.claim(worker="w", lease_s=1),
+            lambda: house.points.add(job="j", component="c", step=1, kind="valid", values={}),
+            lambda: Garbage(house.database).collect(),
+        ):
+            with pytest.raises(SettingError, match="does not allow it"):
+                act()
+
+
+def test_a_trainer_publishes_and_a_reader_loads(secured: Secured) -> None:
+    with secured.open("trainer") as connection:
+        house = House(connection)
+        house.ensure_indexes()
+        connection.database["digits"].insert_one({"x": 1})
+        uuid = house.publisher.store(Thing("a", value=torch.arange(3.0))).uuid
+        job, _ = house.jobs.add(component=uuid, type_id="thing", identifier="a")
+        claimed = house.jobs.claim(worker="w", lease_s=60, job_id=job)
+        assert claimed is not None
+        house.points.add(job=job, component=uuid, step=1, kind="valid", values={"objective": 1.0})
+        assert house.checkpoints.put(job, claimed["attempt"], 1, {}, [])
+        assert house.jobs.succeed(job, claimed["attempt"], result=uuid)
+        assert house.jobs.wait(job, 10)["status"] == "succeeded"
+
+    with secured.open("reader") as connection:
+        House(connection).ensure_indexes()  # they are there: nothing to be refused
+        loaded = House(connection).loader.by_name("thing", "a")
+        assert isinstance(loaded, Thing)
+        assert torch.equal(loaded.value, torch.arange(3.0))
+        assert House(connection).jobs.wait(job, 10)["result"] == uuid
+        assert connection.database["digits"].find_one({}) is not None
+
+
+def test_a_worker_runs_jobs_and_changes_no_data_and_no_published_version(secured: Secured) -> None:
+    with secured.open("trainer") as connection:
+        trainer = House(connection)
+        trainer.ensure_indexes()
+        connection.database["letters"].insert_one({"x": 1})
+        uuid = trainer.publisher.store(Thing("w", value=[1])).uuid
+        job, _ = trainer.jobs.add(component=uuid, type_id="thing", identifier="w")
+
+    with secured.open("worker") as connection:
+        house = House(connection)
+        house.ensure_indexes()
+        claimed = house.jobs.claim(worker="w", lease_s=60, job_id=job)
+        assert claimed is not None
+        assert connection.database["letters"].find_one({}) is not None
+        assert house.checkpoints.put(job, claimed["attempt"], 1, {}, [house.artifacts.put(b"state")])
+        result = house.publisher.store(Thing("w", value=[2])).uuid
+        house.checkpoints.drop(job)
+        assert house.jobs.succeed(job, claimed["attempt"], result=result)
+        for act in (
+            lambda: house.components.remove(uuid),
+            lambda: house.jobs.add(component="other", type_id="thing", identifier="w"),
+        ):
+            with pytest.raises(SettingError, match="does not allow it"):
+                act()
+        for raw in ("letters", "mt.components"):
+            with pytest.raises(PyMongoError, match="not authorized"):
+                connection.database[raw].update_many({}, {"$set": {"x": 2}})
+
+
+def test_a_trainer_sees_no_other_database(secured: Secured) -> None:
+    with secured.open("trainer") as connection, pytest.raises(PyMongoError, match="not authorized"):
+        connection.client["other"]["notes"].find_one({})
