@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType
 from typing import Any, NamedTuple, final
 
 import dill
+from dill._dill import _setitems
 
 from mongotorch.codecs.base import Codec, Get, Put
 from mongotorch.codecs.guard import is_unsafe, path_to_unsafe
@@ -117,10 +118,28 @@ class DillCodec(Codec):
         return loads(get(record["blob"]), python=record["python"])
 
 
+def _are_texts(values: Iterable[Any]) -> bool:
+    return all(type(value) is str for value in values)
+
+
 class _UnsafeObjectError(Exception):
     def __init__(self, kind: str) -> None:
         super().__init__(kind)
         self.kind = kind
+
+
+class _Postponed(dict[int, list[Any]]):
+    """What dill does after an object is pickled: among it, filling the globals of functions, here in order."""
+
+    def pop(self, key: int) -> list[Any]:  # type: ignore[override]
+        """The calls for one object, as (function, arguments)."""
+        return [(function, _ordered(function, args)) for function, args in super().pop(key)]
+
+
+def _ordered(function: Any, args: Any) -> Any:
+    if function is not _setitems or not _are_texts(args[1]):
+        return args
+    return args[0], dict(sorted(args[1].items()))
 
 
 class _Pickler(dill.Pickler):  # type: ignore[misc]
@@ -128,6 +147,20 @@ class _Pickler(dill.Pickler):  # type: ignore[misc]
         # The protocol is fixed: its default follows the Python version, and the digest of a value must not.
         super().__init__(file, protocol=4, recurse=True, byref=False, fmode=0)
         self._external = external
+        self._texts: dict[str, str] = {}
+        self._postproc = _Postponed()
+
+    # The same content gives the same bytes, in any process and after any way through a pickle. Three things
+    # would differ: which equal texts are one object, the order of a set, and that of globals, dill's own set.
+
+    def save(self, value: Any, save_persistent_id: bool = True) -> None:
+        """Called for every object: equal texts become one, sets of texts get an order."""
+        if type(value) is str:
+            value = self._texts.setdefault(value, value)
+        elif type(value) in (set, frozenset) and id(value) not in self.memo and _are_texts(value):
+            self.save_reduce(type(value), (sorted(value),), obj=value)
+            return
+        super().save(value, save_persistent_id)
 
     def persistent_id(self, value: Any) -> Any:
         """Called for every object before it is pickled: the place to refuse one, or to keep it outside."""

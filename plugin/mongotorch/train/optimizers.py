@@ -95,7 +95,7 @@ def load_state(optimizers: Sequence[torch.optim.Optimizer], state: Mapping[str, 
 
 
 def _check_shapes(optimizer: torch.optim.Optimizer) -> None:
-    """torch counts parameters only, and would fail in the first step. Raises: ValueError."""
+    """Torch counts parameters only, and would fail in the first step. Raises: ValueError."""
     for parameter, kept in optimizer.state.items():
         for name in _ALIKE & set(kept):
             if isinstance(kept[name], Tensor) and kept[name].shape != parameter.shape:

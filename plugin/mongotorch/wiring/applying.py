@@ -6,11 +6,13 @@ recognised, and neither stored nor trained again unless that is forced; a job th
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any, final
 
 from mongotorch.component import Component
-from mongotorch.run import Engine, Job
+from mongotorch.errors import NotFoundError
+from mongotorch.run import FINAL_STATUSES, Engine, Job
 from mongotorch.store import Components, Jobs
 from mongotorch.train import TorchModel, TorchTrainer
 from mongotorch.wiring.load import Loader
@@ -72,6 +74,7 @@ class Applier:
             return self._done(uuid)
         stored = self._components.get(uuid)
         if not force and "job" in stored:
+            self._settle(stored["job"])
             return self._done(uuid)
         return self._start(stored, force=force, priority=priority)
 
@@ -83,8 +86,8 @@ class Applier:
         uuid = stored["_id"]
         before = self._jobs.find(component=uuid)
         status = before[0]["status"] if before else None
-        if status == "succeeded" and not force:
-            return self.job(before[0]["_id"])
+        if status == "succeeded" and not force and self._components.peek(before[0]["result"]) is not None:
+            return self.job(before[0]["_id"])  # what it published is still there
         if status is None or status == "succeeded":
             # A second run of one version is a method of its own: (component, method) is unique.
             job_id, _ = self._jobs.add(
@@ -102,6 +105,12 @@ class Applier:
             self._jobs.requeue(job_id)
         error = self._engine.submit(job_id, self._perform)
         return self._future(job_id, uuid, error)
+
+    def _settle(self, job_id: str) -> None:
+        """Record the end of a run whose process died between publishing and saying so."""
+        with contextlib.suppress(NotFoundError):
+            if self._jobs.get(job_id)["status"] not in FINAL_STATUSES:
+                self._engine.submit(job_id, self._perform)
 
     def _future(self, job_id: str, uuid: str, error: BaseException | None = None) -> Job[Any]:
         return Job(
