@@ -134,9 +134,11 @@ class Verifier:
             )
             self._refuse_if_required(document, kind, why)
             return
-        value = signature.get("value")
-        whole = set(signature) == {"key", "algorithm", "value"} and signature["algorithm"] == key.algorithm
-        if not whole or not isinstance(value, bytes) or not _fits(key, document, kind, value):
+        value: bytes = signature.get("value", b"")
+        # Exact types: a signature has one form, and a binary of another subtype is another one.
+        forms = {name: type(part) for name, part in signature.items()}
+        whole = forms == {"key": str, "algorithm": str, "value": bytes} and signature["algorithm"] == key.algorithm
+        if not whole or not _fits(key, document, kind, value):
             raise _untrusted(document, kind, "is not what was signed: somebody changed it")
 
     def _refuse_if_required(self, document: Mapping[str, Any], kind: str, why: str) -> None:
