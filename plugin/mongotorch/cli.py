@@ -22,6 +22,7 @@ from mongotorch.datalayer import Datalayer
 from mongotorch.errors import EmbeddedServerError, MongotorchError
 from mongotorch.run import Worker, run_pool
 from mongotorch.settings import read_settings
+from mongotorch.store import redact
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 Uri = Annotated[str | None, typer.Option(help="The database; else MONGOTORCH_URI, else the embedded server.")]
@@ -146,7 +147,7 @@ def worker(
             )
         )
     with _errors(), Datalayer.connect(uri) as db:
-        typer.echo(f"working on {db!r}")
+        typer.echo(f"working on {_said(db)}")
         done = int(Worker(db).once()) if once else Worker(db).run(until_idle=until_idle)
     typer.echo(f"{done} job(s) performed")
 
@@ -171,8 +172,14 @@ def _open_anything(uri: str | None, console: Console) -> Iterator[Datalayer]:
         console.print(f"[yellow]{error.message}[/]", highlight=False)
         db = Datalayer.connect("mongomock://demo")
     with db:
-        console.print(f"database: {db!r}", highlight=False)
+        typer.echo(f"database: {_said(db)}")
         yield db
+
+
+def _said(db: Datalayer) -> str:
+    """Which database it is, for people: without a password."""
+    kinds = {"mongomock": "in the memory of this process", "embedded": "the embedded MongoDB server"}
+    return f"{redact(db.uri)} ({kinds.get(db.uri.partition(':')[0], 'a MongoDB server')})"
 
 
 def _print_pairs(console: Console, title: str, rows: list[tuple[str, Any]]) -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from typer.testing import CliRunner
 from mongotorch import Datalayer, Job, TorchModel, TorchTrainer, __version__
 from mongotorch.cli import app
 from mongotorch.demo import run_demo
+from mongotorch.errors import EmbeddedServerError
+from mongotorch.store import EmbeddedServer
 
 Call = Callable[..., Any]
 NOWHERE = "mongodb://me:hunter2@127.0.0.1:1/shop?serverSelectionTimeoutMS=100&authSource=admin"
@@ -52,12 +55,42 @@ def test_the_demo_trains_and_says_where(call: Call, db: Datalayer, uri: str) -> 
 
     assert done.exit_code == 0, done.output
     first, *table = done.stdout.splitlines()
-    assert first.startswith("database: ")
-    assert uri.partition("?")[0] in first
+    kind = "a MongoDB server" if uri.startswith("mongodb:") else "in the memory of this process"
+    assert first == f"database: {uri} ({kind})"
     said = "\n".join(table)
     for wanted in ("1797", "samples per second", "validation accuracy", db.load("model", "demo-digits").uuid):
         assert wanted in said
     assert ("loaded by uuid" in said) == uri.startswith("mongodb:")
+
+
+def test_the_demo_takes_the_embedded_server_where_no_database_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("MONGOTORCH_URI", raising=False)
+    monkeypatch.setenv("MONGOTORCH_EMBEDDED_PATH", str(tmp_path / "db"))
+    monkeypatch.setenv("MONGOTORCH_PROGRESS", "false")
+
+    done = CliRunner().invoke(app, ["demo", "--steps", "1"])
+
+    assert done.exit_code == 0, done.output
+    first = f"database: embedded:{tmp_path / 'db'}?db=mongotorch (the embedded MongoDB server)"
+    assert done.stdout.splitlines()[0] == first
+    assert "loaded by uuid" in done.stdout
+
+
+def test_the_demo_takes_the_memory_where_there_is_no_server_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(path: Path) -> None:
+        raise EmbeddedServerError("no embedded mongod: the extra is not installed")
+
+    monkeypatch.delenv("MONGOTORCH_URI", raising=False)
+    monkeypatch.setattr(EmbeddedServer, "open", missing)
+    monkeypatch.setenv("MONGOTORCH_PROGRESS", "false")
+
+    done = CliRunner().invoke(app, ["demo", "--steps", "1"])
+
+    assert done.exit_code == 0, done.output
+    assert "the extra is not installed" in done.stdout
+    assert "database: mongomock://demo (in the memory of this process)" in done.stdout
 
 
 def test_the_demo_run_again_trains_again_and_inserts_nothing(db: Datalayer) -> None:
