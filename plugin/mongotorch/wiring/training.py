@@ -1,7 +1,7 @@
 """One run: a trainer and a model out of the database, trained, and published by one insert.
 
-Always: the uuid of what a job publishes is a function of the job, so that a job publishes once, however often
-it is tried; a run whose lease is gone publishes nothing; a failure leaves what was there before.
+Always: a job publishes once, however often it is tried: the index on the job decides between two attempts; a
+run that knows its lease to be gone publishes nothing; a failure leaves what was there before.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, final
 
 from mongotorch.component import Component
-from mongotorch.errors import JobCancelledError, JobReleasedError, ParameterError
+from mongotorch.errors import ConflictError, JobCancelledError, JobReleasedError, ParameterError
 from mongotorch.run import ProgressBar
 from mongotorch.settings import Settings
 from mongotorch.store import Components, Connection, Jobs, Points
@@ -75,8 +75,8 @@ class Training:
             JobCancelledError: The job was cancelled, or another worker has it now; nothing was published.
             MongotorchError: What the run raised; nothing was published.
         """
-        published = job_uuid(job["_id"], "model")
-        if self._components.peek(published) is None:
+        published = self._components.of_job(job["_id"])
+        if published is None:  # else a try before this one got as far as publishing
             trainer, model = pair(self._loader.by_uuid(job["component"]))
             with Streams(trainer, model, self._connection, self._settings) as streams:
                 state = self._checkpointing.load(job["_id"])
@@ -86,9 +86,9 @@ class Training:
             heart.check()
             if not self._jobs.holds(job["_id"], job["attempt"]):
                 raise JobCancelledError(f"job {job['_id']} is no longer this attempt's; it publishes nothing")
-            self._publish(job, trainer, model, trained)
+            published = self._publish(job, trainer, model, trained)
         self._checkpointing.drop(job["_id"])
-        return published
+        return str(published["_id"])
 
     def _follow(self, fit: Fit, trainer: TorchTrainer, job: Mapping[str, Any], heart: Heart) -> None:
         """Train; say how far it is, keep what was measured, and write checkpoints."""
@@ -122,10 +122,13 @@ class Training:
             job=job["_id"], component=job["component"], step=event.step, kind="valid", values=event.values
         )
 
-    def _publish(self, job: Mapping[str, Any], trainer: TorchTrainer, model: TorchModel, trained: Trained) -> None:
-        new_model = model.replace(uuid=job_uuid(job["_id"], "model"), trainer=None)
+    def _publish(
+        self, job: Mapping[str, Any], trainer: TorchTrainer, model: TorchModel, trained: Trained
+    ) -> dict[str, Any]:
+        """Make the model visible, and the trainer with it; the model's document, whoever was first."""
+        new_model = model.replace(uuid=attempt_uuid(job, "model"), trainer=None)
         new_trainer = trainer.replace(
-            uuid=job_uuid(job["_id"], f"trainer-{job['attempt']}"),
+            uuid=attempt_uuid(job, "trainer"),
             optimizer_state=trained.optimizer_state,
             metric_values=trained.metric_values,
             model=new_model,
@@ -142,12 +145,20 @@ class Training:
             }
             for new, old in ((new_model, model), (new_trainer, trainer))
         }
-        self._publisher.publish(new_model, with_=new_trainer, facts=facts)
+        try:
+            self._publisher.publish(new_model, with_=new_trainer, facts=facts)
+        except ConflictError:
+            # An attempt that had lost its lease was faster; a job publishes once, and this is what it published.
+            first = self._components.of_job(job["_id"])
+            if first is None:
+                raise
+            return first
+        return self._components.get(new_model.uuid)
 
 
-def job_uuid(job_id: str, what: str) -> str:
-    """The uuid of what a job publishes."""
-    return str(uuids.uuid5(_NAMESPACE, f"{job_id}:{what}"))
+def attempt_uuid(job: Mapping[str, Any], what: str) -> str:
+    """The uuid of what an attempt of a job publishes: the same whenever that attempt publishes it."""
+    return str(uuids.uuid5(_NAMESPACE, f"{job['_id']}:{job['attempt']}:{what}"))
 
 
 def pair(component: Component) -> tuple[TorchTrainer, TorchModel]:

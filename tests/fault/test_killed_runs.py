@@ -1,0 +1,70 @@
+"""Runs that are killed at random moments, again and again, end with the bits of a run that was left alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from uuid import uuid4
+
+import pymongo
+import pytest
+from tests.fault import runs
+
+from mongotorch import Datalayer
+
+
+@pytest.fixture
+def server_uri(mongod: str) -> Iterator[str]:
+    """A fresh database on the real server."""
+    name = "k" + uuid4().hex[:12]
+    yield f"mongodb://{mongod}/{name}?replicaSet=rs0"
+    with pymongo.MongoClient[dict[str, object]](mongod, replicaSet="rs0") as client:
+        client.drop_database(name)
+
+
+def kill_until_done(uri: str, db: Datalayer, *, seed: int, workers: int = 2) -> int:
+    """Start workers and kill them at random moments, until no job is left; how many were killed."""
+    moments = random.Random(seed)
+    killed = 0
+    processes = [runs.start(runs.work, uri) for _ in range(workers)]
+    while db.jobs(status="queued", limit=1) or db.jobs(status="running", limit=1):
+        victim = processes.pop(0)
+        victim.join(moments.uniform(0.25, 1.0))
+        if victim.is_alive():
+            victim.kill()
+            killed += 1
+        victim.join()
+        processes.append(runs.start(runs.work, uri))
+    for process in processes:
+        process.kill()
+        process.join()
+    return killed
+
+
+def run_killed(uri: str, count: int, seed: int) -> None:
+    with Datalayer.connect(uri, **runs.SETTINGS) as db:
+        runs.fill(db)
+        names = [f"run-{n}" for n in range(count)]
+        jobs = [db.apply(runs.trainer(db, name, in_memory=n % 2 == 0)) for n, name in enumerate(names)]
+        alone = [db.apply(runs.trainer(db, f"alone-{n}", in_memory=n == 0), priority=9) for n in (0, 1)]
+        runs.work_alone(uri, 2)
+        expected = [runs.weights(job.result(timeout=30)) for job in alone]
+        assert runs.same(*expected), "streamed or in memory is the same run"
+        killed = kill_until_done(uri, db, seed=seed)
+        tried = [job.record["attempt"] for job in jobs]
+        assert killed >= count, "the test kills"
+        assert sum(attempt > 1 for attempt in tried) >= count // 2, tried
+        for n, (name, job) in enumerate(zip(names, jobs, strict=True)):
+            assert runs.same(runs.weights(job.result(timeout=30)), expected[n % 2]), name
+            assert db.show("model", name) == [0, 1]
+            assert db.load("model", name).uuid == job.result().uuid
+        assert db["mt.checkpoints"].count() == 0
+
+
+def test_fifty_runs_killed_at_random_end_with_the_bits_of_one_that_was_left_alone(server_uri: str) -> None:
+    run_killed(server_uri, count=50, seed=0)
+
+
+@pytest.mark.soak
+def test_two_hundred_runs_killed_at_random(server_uri: str) -> None:
+    run_killed(server_uri, count=200, seed=1)
