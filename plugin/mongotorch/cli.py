@@ -6,6 +6,7 @@ Always: tables where people read, `--json` where machines do; an error of ours i
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -127,6 +128,27 @@ def job(uuid: str, uri: Uri = None, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def gc(
+    dry_run: Annotated[bool, typer.Option(help="Only say what would be collected.")] = False,
+    grace_s: Annotated[float, typer.Option(help="For how long it was unreached, in seconds.")] = 3600.0,
+    uri: Uri = None,
+    as_json: AsJson = False,
+) -> None:
+    """Collect what no component, checkpoint or running job reaches."""
+    with _errors(), Datalayer.connect(uri) as db:
+        _print_value(db.gc(dry_run, grace_s=grace_s), as_json=as_json)
+
+
+@app.command()
+def verify(uri: Uri = None, as_json: AsJson = False) -> None:
+    """Hash every blob and check every signature; exit code 1 where something is broken."""
+    with _errors(), Datalayer.connect(uri) as db:
+        found = db.verify()
+    _print_value(found, as_json=as_json)
+    raise typer.Exit(1 if found.problems else 0)
+
+
+@app.command()
 def worker(
     once: Annotated[bool, typer.Option(help="Perform one job, if there is one, and end.")] = False,
     until_idle: Annotated[bool, typer.Option(help="End when no job waits.")] = False,
@@ -187,6 +209,15 @@ def _print_pairs(console: Console, title: str, rows: list[tuple[str, Any]]) -> N
     for name, value in rows:
         table.add_row(name, str(value))
     console.print(table)
+
+
+def _print_value(value: Any, *, as_json: bool) -> None:
+    said = dataclasses.asdict(value)
+    if as_json:
+        _print_json(said)
+        return
+    rows = [(name, "\n".join(map(str, part)) if isinstance(part, tuple) else part) for name, part in said.items()]
+    _print_pairs(Console(), type(value).__name__.lower(), rows)
 
 
 def _print_json(value: Any) -> None:

@@ -17,7 +17,7 @@ from mongotorch.errors import ParameterError
 from mongotorch.query import Query
 from mongotorch.run import Job, Shift
 from mongotorch.settings import Settings, read_settings
-from mongotorch.store import Connection, open_address
+from mongotorch.store import Collected, Connection, Garbage, Verified, open_address
 from mongotorch.wiring.collection import Collection, read_documents
 from mongotorch.wiring.parts import Parts
 from mongotorch.wiring.streams import stream_spec
@@ -182,6 +182,7 @@ class Datalayer:
         version: int | None = None,
         *,
         uuid: str | None = None,
+        code: Any = None,
     ) -> Any:
         """A stored component, alone and unchanged.
 
@@ -190,6 +191,8 @@ class Datalayer:
             identifier: Its name.
             version: Its version; None is the newest.
             uuid: Instead of all these: exactly that version.
+            code: A module of the stored structure: its weights are filled in, and nothing that the database
+                holds is unpickled, imported or executed.
 
         Raises:
             NotFoundError: There is none.
@@ -197,11 +200,8 @@ class Datalayer:
             PythonVersionError: It holds bytecode of another Python minor version; nothing was unpickled.
             IntegrityError: A blob is not what was stored.
         """
-        if uuid is not None:
-            return self._parts.loader.by_uuid(uuid)
-        if type_id is None or identifier is None:
-            raise ParameterError("give a kind and an identifier, or a uuid", field="identifier")
-        return self._parts.loader.by_name(type_id, identifier, version)
+        found = self._parts.loader.find(type_id, identifier, version, uuid=uuid)
+        return self._parts.loader.load(found) if code is None else self._parts.loader.with_code(found, code)
 
     def show(self, type_id: str | None = None, identifier: str | None = None, version: int | None = None) -> Any:
         """What there is: kinds, identifiers of a kind, versions of a name, or one version's whole document.
@@ -231,3 +231,16 @@ class Datalayer:
             InUseError: Another component refers to it; nothing was removed.
         """
         return self._parts.remover.remove(type_id, identifier, version, force=force)
+
+    def gc(self, dry_run: bool = False, *, grace_s: float = 3600.0) -> Collected:
+        """Collect what no component, checkpoint or publication under way reaches.
+
+        Args:
+            dry_run: Only say what would be collected.
+            grace_s: For how long something must have been unreached, in seconds; 0 only where nobody writes.
+        """
+        return Garbage(self._connection.database, grace_s=grace_s).collect(dry_run=dry_run)
+
+    def verify(self) -> Verified:
+        """Read and hash every blob, and check every component's signature; problems are reported, not raised."""
+        return self._parts.checker.verify()

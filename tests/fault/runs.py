@@ -151,3 +151,15 @@ def finish(db: Datalayer, job: str) -> None:
     with one_thread():
         while not db.job(job).done():
             Worker(db).run(until_idle=True)
+
+
+def unreached(db: Datalayer) -> list[str]:
+    """What `gc` should have left nothing of: blobs that no document names, documents that are not visible."""
+    documents = list(db["mt.components"].raw.find())
+    named = {blob for document in documents for blob in document["blobs"]}
+    blobs = [file["filename"] for file in db["mt.artifacts.files"].raw.find() if file["filename"] not in named]
+    files = set(db["mt.artifacts.files"].raw.distinct("_id"))
+    chunks = [str(found) for found in db["mt.artifacts.chunks"].raw.distinct("files_id") if found not in files]
+    there = {document["_id"] for document in documents}
+    hidden = [document["_id"] for document in documents if document.get("anchor", document["_id"]) not in there]
+    return blobs + chunks + hidden

@@ -67,3 +67,5 @@ def test_a_worker_that_dies_at_any_write_leaves_a_run_that_ends_with_the_same_bi
             deaths += 1
         assert deaths >= 10, "a run has at least so many writes"
         assert db["mt.checkpoints"].count() == 0
+        db.gc(grace_s=0)
+        assert runs.unreached(db) == []

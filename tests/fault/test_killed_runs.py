@@ -58,7 +58,9 @@ def run_killed(uri: str, count: int, seed: int) -> None:
             assert runs.same(runs.weights(job.result(timeout=30)), expected[n % 2]), name
             assert db.show("model", name) == [0, 1]
             assert db.load("model", name).uuid == job.result().uuid
+        db.gc(grace_s=0)
         assert db["mt.checkpoints"].count() == 0
+        assert runs.unreached(db) == []
 
 
 def test_fifty_runs_killed_at_random_end_with_the_bits_of_one_that_was_left_alone(server_uri: str) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from mongotorch.codecs import Codecs
-from mongotorch.train.codec import TorchCodec
+from mongotorch.errors import CodecError
+from mongotorch.train.codec import TorchCodec, fill_module
 
 
 class Blobs(dict[str, bytes]):
@@ -113,3 +114,14 @@ def test_the_state_of_an_optimizer_comes_back() -> None:
     assert again["param_groups"] == optimizer.state_dict()["param_groups"]
     assert torch.equal(again["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
     assert float(again["state"][0]["step"]) == 1.0
+
+
+def test_a_module_given_as_code_gets_the_weights_and_nothing_is_unpickled() -> None:
+    net = nn.Sequential(nn.Linear(40, 40), nn.BatchNorm1d(40))
+    _, record, blobs = through(net)
+    del blobs[record["skeleton"]]  # so that reading the pickle would fail
+    other = nn.Sequential(nn.Linear(40, 40), nn.BatchNorm1d(40))
+    fill_module(other, record, blobs.blob)
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in other.state_dict().items())
+    with pytest.raises(CodecError, match=r"0\.weight"):
+        fill_module(nn.Sequential(nn.Linear(40, 41), nn.BatchNorm1d(41)), record, blobs.blob)

@@ -5,6 +5,7 @@ Always: nothing here knows a database; batches come in, and what happened comes 
 
 from __future__ import annotations
 
+from mongotorch.train.codec import fill_module
 from mongotorch.train.evaluation import evaluate
 from mongotorch.train.loop import Batches, Event, Fit, Trained
 from mongotorch.train.metrics import Dataset, Metric, Validation
@@ -25,4 +26,5 @@ __all__ = [
     "Validated",
     "Validation",
     "evaluate",
+    "fill_module",
 ]

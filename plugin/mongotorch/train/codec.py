@@ -65,25 +65,69 @@ class TorchCodec(Codec):
     def decode(self, record: Mapping[str, Any], get: Get) -> Any:
         """The value, on the CPU. Raises: PythonVersionError before reading, CodecError."""
         check_python(record["python"])
-        storages: dict[int, Tensor] = {}
-        made: dict[int, Tensor] = {}
-        small = get(record["small"]) if record.get("small") else b""
+        return loads(get(record["skeleton"]), python=record["python"], external=Tensors(record, get))
 
-        def storage(index: int) -> Tensor:
-            if index not in storages:
-                kept = record["storages"][index]
-                data = get(kept["blob"]) if "blob" in kept else small[kept["at"] : kept["at"] + kept["nbytes"]]
-                # The store gives a buffer of the reader's own: the tensor lives in it, without a copy.
-                own = data if isinstance(data, bytearray) else bytearray(data)
-                storages[index] = torch.frombuffer(own, dtype=torch.uint8)
-            return storages[index]
 
-        def external(index: int) -> Tensor:
-            if index not in made:
-                made[index] = _rebuild(record["tensors"][index], storage)
-            return made[index]
+@final
+class Tensors:
+    """The tensors of a record, on the CPU, each made when it is asked for and then the same again.
 
-        return loads(get(record["skeleton"]), python=record["python"], external=external)
+    Args:
+        record: What `TorchCodec.encode` gave.
+        get: Gives blobs.
+    """
+
+    def __init__(self, record: Mapping[str, Any], get: Get) -> None:
+        self._record, self._get = record, get
+        self._storages: dict[int, Tensor] = {}
+        self._made: dict[int, Tensor] = {}
+        self._small = get(record["small"]) if record.get("small") else b""
+
+    def __call__(self, index: int) -> Tensor:
+        """The tensor of an index."""
+        if index not in self._made:
+            self._made[index] = _rebuild(self._record["tensors"][index], self._storage)
+        return self._made[index]
+
+    def _storage(self, index: int) -> Tensor:
+        if index not in self._storages:
+            kept = self._record["storages"][index]
+            at, small = kept.get("at", 0), self._small
+            data = self._get(kept["blob"]) if "blob" in kept else small[at : at + kept["nbytes"]]
+            # The store gives a buffer of the reader's own: the tensor lives in it, without a copy.
+            own = data if isinstance(data, bytearray) else bytearray(data)
+            self._storages[index] = torch.frombuffer(own, dtype=torch.uint8)
+        return self._storages[index]
+
+
+def fill_module(module: nn.Module, record: Mapping[str, Any], get: Get) -> None:
+    """Give a module the stored parameters and buffers of the same names; nothing is unpickled or imported.
+
+    Args:
+        module: Of the same structure as the stored one.
+        record: What `TorchCodec.encode` gave for that.
+        get: Gives blobs.
+
+    Raises:
+        CodecError: A name, shape or dtype differs; the module is unchanged.
+    """
+    parts = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    own, tensors = dict(parts), Tensors(record, get)
+    stored = {kept["name"]: tensors(n) for n, kept in enumerate(record["tensors"]) if "name" in kept}
+    covered = {id(own[name]) for name in stored if name in own}
+    differing = sorted(
+        {name for name, tensor in own.items() if id(tensor) not in covered}
+        | {name for name, tensor in stored.items() if name not in own or not _alike(own[name], tensor)}
+    )
+    if differing:
+        raise CodecError(f"the module given as code is not of the stored structure: {differing[:5]} differ")
+    with torch.no_grad():
+        for name, tensor in stored.items():
+            own[name].copy_(tensor)
+
+
+def _alike(left: Tensor, right: Tensor) -> bool:
+    return left.shape == right.shape and left.dtype == right.dtype
 
 
 def _put_storages(storages: Sequence[memoryview], put: Put) -> dict[str, Any]:

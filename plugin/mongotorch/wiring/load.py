@@ -11,7 +11,11 @@ from typing import Any, final
 
 from mongotorch.codecs import Codecs
 from mongotorch.component import Component, begin_component, fill_component
+from mongotorch.errors import CodecError, ParameterError
 from mongotorch.store import Artifacts, Components
+from mongotorch.train import TorchModel, fill_module
+
+_PLAIN = ("forward_method", "train_forward_method")
 
 
 @final
@@ -29,25 +33,58 @@ class Loader:
         self._artifacts = artifacts
         self._codecs = codecs
 
+    def find(
+        self, type_id: str | None, identifier: str | None, version: int | None, *, uuid: str | None
+    ) -> dict[str, Any]:
+        """The document of a uuid, else of a name, its newest version unless one is given.
+
+        Raises:
+            NotFoundError: There is none.
+            ParameterError: Neither a uuid, nor a kind and a name.
+            TrustError: Its signature does not hold.
+        """
+        if uuid is not None:
+            return self._components.get(uuid)
+        if type_id is None or identifier is None:
+            raise ParameterError("give a kind and an identifier, or a uuid", field="identifier")
+        return self._components.find(type_id, identifier, version)
+
     def by_uuid(self, uuid: str) -> Component:
-        """The component of a uuid.
+        """The component of a uuid. Raises: NotFoundError, and as `load`."""
+        return self.load(self._components.get(uuid))
+
+    def load(self, document: Mapping[str, Any]) -> Component:
+        """The component of a document.
 
         Raises:
-            NotFoundError: There is none.
             CodecError: A field cannot be read back; `field` names it.
             IntegrityError: A blob is not what was stored.
         """
-        return self._load(uuid, {})
+        return self._load_document(document, {})
 
-    def by_name(self, type_id: str, identifier: str, version: int | None = None) -> Component:
-        """The component of a name, its newest version unless one is given.
+    def with_code(self, document: Mapping[str, Any], module: Any) -> TorchModel:
+        """The model of a document with its weights in a given module; nothing of the database is executed.
+
+        Args:
+            document: A model's.
+            module: A `torch.nn.Module` of the stored structure, which is filled.
+
+        Returns:
+            The model without what would be code: trainer, validation, `preprocess`, `postprocess`.
 
         Raises:
-            NotFoundError: There is none.
-            CodecError: A field cannot be read back; `field` names it.
-            IntegrityError: A blob is not what was stored.
+            CodecError: The document is no model's, or the module is not of the stored structure.
         """
-        return self._load_document(self._components.find(type_id, identifier, version), {})
+        record = document["fields"].get("object") if document["type_id"] == TorchModel.type_id else None
+        if not isinstance(record, Mapping) or record.get("_codec") != "torch":
+            raise CodecError(f"{document['_id']} holds no torch module; `code` fills modules only", field="code")
+        fill_module(module, record, self._artifacts.get)
+        plain = {
+            name: document["fields"][name] for name in _PLAIN if isinstance(document["fields"].get(name), str)
+        }
+        model = TorchModel(document["identifier"], uuid=document["_id"], object=module, **plain)
+        object.__setattr__(model, "_version", document["version"])
+        return model
 
     def _load(self, uuid: str, met: dict[str, Component]) -> Component:
         return met[uuid] if uuid in met else self._load_document(self._components.get(uuid), met)

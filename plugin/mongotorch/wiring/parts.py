@@ -10,7 +10,7 @@ from typing import final
 from mongotorch.codecs import Codecs
 from mongotorch.run import engine_named
 from mongotorch.settings import Settings
-from mongotorch.store import Artifacts, Checkpoints, Components, Connection, Jobs, Points
+from mongotorch.store import Artifacts, Checker, Checkpoints, Components, Connection, Jobs, Points, trust_of
 from mongotorch.wiring.applying import Applier
 from mongotorch.wiring.checkpointing import Checkpointing
 from mongotorch.wiring.load import Loader
@@ -31,8 +31,12 @@ class Parts:
 
     def __init__(self, connection: Connection, settings: Settings) -> None:
         database, codecs = connection.database, Codecs.default()
-        self.components, self.artifacts = Components(database), Artifacts(database)
-        self.jobs, self.points, self.checkpoints = Jobs(database), Points(database), Checkpoints(database)
+        secret = settings.signing_key.get_secret_value() if settings.signing_key is not None else None
+        trust = trust_of(key=secret, key_file=settings.signing_key_file, policy=settings.trust)
+        self.components, self.artifacts = Components(database, trust), Artifacts(database)
+        self.jobs, self.points = Jobs(database), Points(database)
+        self.checkpoints = Checkpoints(database, trust)
+        self.checker = Checker(database, trust)
         for part in (self.components, self.artifacts, self.jobs, self.points, self.checkpoints):
             part.ensure_indexes()
         self.loader = Loader(self.components, self.artifacts, codecs)

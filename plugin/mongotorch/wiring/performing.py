@@ -95,7 +95,8 @@ class Performer:
                 self._jobs.cancel(job_id)
                 raise
             heart.beat()
-        self._jobs.succeed(job_id, attempt, result=result)
+        if not self._jobs.succeed(job_id, attempt, result=result):
+            raise JobCancelledError(f"job {job_id}: attempt {attempt} had lost its lease before it could say so")
 
 
 def is_passing(error: Exception) -> bool:

@@ -162,7 +162,9 @@ class Publisher:
         for data in draft.blobs.values():
             self._artifacts.put(data)
         for document in draft.documents.values():
-            self._components.publish(document)
+            # What refers back to what is published after it cannot ask for that to be there.
+            needs = set(document["refs"]) - {document.get("anchor")}
+            self._components.publish(document, needs=needs)
 
 
 def _collect(blobs: dict[str, bytes | memoryview], own: set[str]) -> Callable[[bytes | memoryview], str]:
