@@ -160,6 +160,33 @@ def test_a_worker_performs_what_waits(call: Call, db: Datalayer, uri: str) -> No
         assert job.result(timeout=1).version == 1
 
 
+def test_gc_says_what_it_would_collect_and_then_collects_it(call: Call, db: Datalayer) -> None:
+    apply(db).result()
+    db.remove("model", "points", 0, force=True)
+    stray = db["mt.artifacts.files"].raw
+    left = stray.count_documents({})
+
+    would = json.loads(call("gc", "--dry-run", "--grace-s", "0", "--json").stdout)
+    assert stray.count_documents({}) == left
+    does = json.loads(call("gc", "--grace-s", "0", "--json").stdout)
+
+    assert sorted(would["blobs"]) == sorted(does["blobs"])
+    assert stray.count_documents({}) == left - len(does["blobs"])
+    assert call("verify").exit_code == 0
+
+
+def test_verify_ends_with_an_error_where_a_blob_was_changed(call: Call, db: Datalayer) -> None:
+    apply(db).result()
+    assert json.loads(call("verify", "--json").stdout)["problems"] == []
+    chunk = db["mt.artifacts.chunks"].raw.find_one()
+    db["mt.artifacts.chunks"].raw.update_one({"_id": chunk["_id"]}, {"$set": {"data": b"x" * len(chunk["data"])}})
+
+    done = call("verify", "--json")
+
+    assert done.exit_code == 1
+    assert len(json.loads(done.stdout)["problems"]) >= 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
