@@ -228,7 +228,7 @@ def test_a_trainer_publishes_and_a_reader_loads(secured: Secured) -> None:
 
     with secured.open("reader") as connection:
         House(connection).ensure_indexes()  # they are there: nothing to be refused
-        loaded = (loader := House(connection).loader).load(loader.find("thing", "a", None, uuid=None))
+        loaded = (loader := House(connection).loader).load(loader.find("thing", "a"))
         assert isinstance(loaded, Thing)
         assert torch.equal(loaded.value, torch.arange(3.0))
         assert House(connection).jobs.wait(job, 10)["result"] == uuid

@@ -54,7 +54,7 @@ def test_what_is_stored_loads_by_uuid_and_by_name(house: House) -> None:
     stored = house.publisher.store(thing)
 
     assert stored.new
-    for loaded in (house.loader.by_uuid(thing.uuid), house.loader.by_name("thing", "a")):
+    for loaded in (house.loader.by_uuid(thing.uuid), house.loader.load(house.loader.find("thing", "a"))):
         assert isinstance(loaded, Thing)
         assert (loaded.uuid, loaded.version) == (thing.uuid, 0)
         assert torch.equal(loaded.value, thing.value)
@@ -73,7 +73,7 @@ def test_the_same_content_is_recognised_and_not_stored_again(house: House) -> No
 def test_other_content_is_the_next_version_and_the_first_stays(house: House) -> None:
     uuids = [house.publisher.store(Thing("a", value=value)).uuid for value in (1, 2, 1)]
 
-    versions = [house.loader.by_name("thing", "a", version) for version in (0, 1, 2)]
+    versions = [house.loader.load(house.loader.find("thing", "a", version)) for version in (0, 1, 2)]
 
     assert [v.value for v in versions if isinstance(v, Thing)] == [1, 2, 1]
     assert [v.uuid for v in versions] == uuids
@@ -104,7 +104,7 @@ def test_a_part_that_is_stored_already_is_shared(house: House) -> None:
 
     house.publisher.store(Thing("a", other=Thing("inner", value=1)))
 
-    loaded = house.loader.by_name("thing", "a")
+    loaded = house.loader.load(house.loader.find("thing", "a"))
     assert isinstance(loaded, Thing)
     assert loaded.other is not None
     assert loaded.other.uuid == inner.uuid
@@ -162,7 +162,7 @@ def test_a_death_at_any_write_of_a_publication_leaves_the_version_before(
         write += 1
 
     assert write >= 3
-    loaded = house.loader.by_name("thing", "model")
+    loaded = house.loader.load(house.loader.find("thing", "model"))
     assert isinstance(loaded, Thing)
     assert isinstance(loaded.other, Thing)
     assert loaded.other.other is loaded

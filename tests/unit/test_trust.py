@@ -86,7 +86,7 @@ def test_what_was_signed_loads_and_is_recognised(house: House) -> None:
     assert house.publisher.store(thing).new
     assert not house.publisher.store(thing).new
 
-    loaded = house.loader.load(house.loader.find("thing", "a", None, uuid=None))
+    loaded = house.loader.load(house.loader.find("thing", "a"))
     assert isinstance(loaded, Thing)
     assert torch.equal(loaded.value["weights"], torch.arange(3.0))
     assert house.documents.find_one({})["signature"]["key"] == KEY.key_id
@@ -107,7 +107,7 @@ def test_what_no_accepted_key_signed_is_refused(house: House, trust: Trust | Non
     with pytest.raises(TrustError, match=uuid):
         house.loader.by_uuid(uuid)
     with pytest.raises(TrustError, match="thing 'a'"):
-        house.loader.load(house.loader.find("thing", "a", None, uuid=None))
+        house.loader.load(house.loader.find("thing", "a"))
 
 
 def test_without_the_demand_an_unsigned_document_loads_but_a_changed_one_does_not(house: House) -> None:
@@ -158,7 +158,7 @@ def test_a_component_that_was_copied_under_another_name_or_uuid_is_refused(house
 
     house.documents.insert_one({**document, "_id": "copy", "identifier": "b"})
     with pytest.raises(TrustError):
-        house.loader.by_name("thing", "b")
+        house.loader.load(house.loader.find("thing", "b"))
     house.documents.delete_one({"_id": new})
     house.documents.insert_one({**document, "_id": new, "version": 1})  # the older one under this uuid
     with pytest.raises(TrustError):

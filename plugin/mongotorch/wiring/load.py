@@ -34,7 +34,12 @@ class Loader:
         self._codecs = codecs
 
     def find(
-        self, type_id: str | None, identifier: str | None, version: int | None, *, uuid: str | None
+        self,
+        type_id: str | None = None,
+        identifier: str | None = None,
+        version: int | None = None,
+        *,
+        uuid: str | None = None,
     ) -> dict[str, Any]:
         """The document of a uuid, else of a name, its newest version unless one is given.
 
