@@ -20,6 +20,7 @@ _DECIDED = {
     "sampler": "the order comes from shuffle and seed",
     "batch_sampler": "batches come from batch_size, shuffle and drop_last",
     "collate_fn": "it is a parameter of the trainer itself",
+    "generator": "the trainer's seed decides what is random",
 }
 LOADER_OPTIONS = frozenset(inspect.signature(DataLoader.__init__).parameters) - {"self", *_DECIDED}
 COMPUTE_OPTIONS = frozenset({"device", "num_workers"})
