@@ -184,6 +184,57 @@ def test_documents_deleted_in_between_do_not_move_the_others(documents: Any, mak
     assert labels(list(again)) == [label for label in before if label not in (5, 500, 900)]
 
 
+WAYS_OF_READING: dict[str, dict[str, Any]] = {"stream": {}, **{way: WAYS[way] for way in ("memory", "download")}}
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("way", WAYS_OF_READING)
+def test_resume_is_exact_after_deletions_and_insertions_around_the_position(
+    documents: Any, make: Make, way: str, shuffle: bool
+) -> None:
+    """Rows that lie before the position go, the very last one too, and others come: the tail stays the tail."""
+    stopped = make(shuffle=shuffle, **WAYS_OF_READING[way])
+    batches = iter(stopped)
+    before = labels([next(batches) for _ in range(6)])
+    state = json.loads(json.dumps(stopped.state_dict()))
+    after = labels(list(batches))
+    gone = {*before[-40:], *before[:3], after[0], after[-1]}
+    documents.delete_many({"y": {"$in": sorted(gone)}})
+    newer = [{**document(n), "_id": identity(n), "y": n} for n in (COUNT + 1, COUNT + 2)]
+    documents.insert_many([{**one, "_id": one["_id"]} for one in newer])
+    resumed = make(shuffle=shuffle, **WAYS_OF_READING[way])
+    resumed.load_state_dict(state)
+    tail = [label for label in labels(list(resumed)) if label < COUNT]
+    assert tail == [label for label in after if label not in gone]
+
+
+def test_documents_that_are_gone_or_late_are_counted(documents: Any, make: Make) -> None:
+    stream = make(shuffle=True)
+    list(stream)
+    assert (stream.report.rows, stream.report.gone, stream.report.late) == (COUNT, 0, 0)
+    documents.delete_many({"y": {"$in": [4, 5, 500, 900]}})
+    list(stream)
+    assert (stream.report.epoch, stream.report.rows, stream.report.gone) == (1, COUNT - 4, 4)
+    documents.insert_one(document(4))
+    list(stream)
+    assert (stream.report.rows, stream.report.gone) == (COUNT - 3, 3)
+
+
+def test_a_document_inside_the_bounds_that_comes_late_is_counted_and_comes_once_at_most(
+    documents: Any, make: Make
+) -> None:
+    stream = make(shuffle=True)
+    batches = iter(stream)
+    seen = labels([next(batches)])
+    late = [{**document(0), "_id": {"n": n + 0.5}, "y": COUNT + n} for n in range(200)]
+    documents.insert_many(late)
+    seen += labels(list(batches))
+    assert sorted(label for label in seen if label < COUNT) == list(range(COUNT))
+    assert len(seen) == len(set(seen))
+    assert stream.report.late == len(seen) - COUNT
+    assert len(labels(list(stream))) == COUNT + 200
+
+
 def test_a_later_document_belongs_to_the_next_run(documents: Any, make: Make) -> None:
     stream = make(shuffle=True)
     next(iter(stream))

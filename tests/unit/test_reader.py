@@ -109,7 +109,7 @@ def test_a_plan_cuts_without_gap_or_overlap() -> None:
     database = client["plans"]
     database.c.insert_many([{"_id": n if n % 2 else str(n), "x": 1.0} for n in range(95)])
     reader = open_reader(database, Query.find("c"), {"_id": 1, "x": 1}, Patience())
-    plan = make_plan(database, reader, Sizes(prefetch_size=10, prefetch_factor=3, prefetch_bytes=2**20))
+    plan = make_plan(database, reader, Sizes(prefetch_size=10, prefetch_factor=7, prefetch_bytes=2**20))
     found = [ids(reader.read(plan.span(index), 10)) for index in range(len(plan))]
     assert [len(part) for part in found] == [10] * 9 + [5]
     assert len({document_id for part in found for document_id in part}) == 95

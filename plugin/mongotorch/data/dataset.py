@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from types import TracebackType
 from typing import Any, Self, final
 
@@ -20,8 +20,10 @@ from mongotorch.data.access import Access
 from mongotorch.data.columns import Columns
 from mongotorch.data.feed import Feed
 from mongotorch.data.order import worker_seed
+from mongotorch.data.places import Place, Position, cut
 from mongotorch.data.prefetch import Workers, close_iterator
-from mongotorch.data.rows import Piece, Place, batch_of, columns_of, cut
+from mongotorch.data.report import Report
+from mongotorch.data.rows import Piece, batch_of, columns_of
 from mongotorch.data.samples import SampleBuilder, on_tensors, pinned
 from mongotorch.data.spec import StreamSpec
 from mongotorch.errors import DataError, EmptySelectError
@@ -30,20 +32,29 @@ _STATE_VERSION = 1
 
 
 @final
-@dataclass(frozen=True, kw_only=True)
-class Position:
-    """Where a stream is: in which epoch, and how far."""
-
-    epoch: int = 0
-    place: Place = field(default_factory=Place)
-
-
-@final
 class Stream(IterableDataset[Any]):
     """An `IterableDataset` of batches, one epoch an iteration.
 
     Under a `torch.utils.data.DataLoader` (with `batch_size=None`) its workers take turns in the same batches;
     a loader copies the stream to its workers, so call `set_epoch` before each of its epochs.
+
+    **Documents that come and go.** The first iteration fixes the plan: bounds on `_id` between the first and the
+    last one that the select had then. They hold for the life of the stream and for those that resume from its
+    state.
+
+    - A document with an `_id` outside of the bounds (with generated ObjectIds: any later one) belongs to the next
+      stream.
+    - One that comes with an `_id` inside of them is yielded once in this epoch where its window was not yet read,
+      else from the next epoch on; never twice, and nobody else moves.
+    - One that is deleted before its window is read is not yielded, and nobody else moves; `report` counts both.
+    - A resumed stream goes on behind the very row that was yielded last, also where rows before it, or it
+      itself, are gone. That is by the row's hash with `shuffle`, else by its `_id` (of up to 250 bytes; behind a
+      longer one rows are counted).
+    - Batches after a change hold the same rows in the same order, cut at other places.
+    - A query with a sort (without `shuffle`), a skip, a limit or a pipeline has no bounds: it is asked anew each
+      epoch, a resume counts rows, and a change in between shifts them.
+    - Shards read for themselves: they are disjoint as long as the documents do not change during an epoch.
+    - `memory` and `download` read once; what changes later is not noticed by the stream.
 
     Args:
         open_database: Opens the database, once in each process that reads; what it opens is closed by `close`.
@@ -95,6 +106,14 @@ class Stream(IterableDataset[Any]):
         self._running = self._epoch(self._position)
         return self._running
 
+    @property
+    def report(self) -> Report:
+        """How many documents this epoch has read here, and how many of the plan were gone or new.
+
+        Under a user's loader the workers count, each for itself, and this process has no numbers.
+        """
+        return self._feed.tally.report
+
     def set_epoch(self, epoch: int) -> None:
         """Let the next iteration be this epoch, from its start."""
         self._stop()
@@ -127,7 +146,7 @@ class Stream(IterableDataset[Any]):
             self._drop_source()
         self._resume = state["source"]
         self._seed = state["seed"]
-        place = Place(window=state["window"], offset=state["offset"], step=state["step"])
+        place = Place(**{name: state[name] for name in ("window", "offset", "step", "after")})
         self._position, self._pending = Position(epoch=state["epoch"], place=place), True
 
     def close(self) -> None:

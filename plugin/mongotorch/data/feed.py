@@ -8,19 +8,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, final
+from typing import Any, cast, final
 
 import numpy as np
 from torch.utils.data import get_worker_info
 
 from mongotorch.data.access import Access, RangeReader
 from mongotorch.data.columns import Columns
-from mongotorch.data.memory import Held, cache_name, download, hold, ordered
+from mongotorch.data.download import cache_name, download
+from mongotorch.data.marks import IdMarks, RankMarks
+from mongotorch.data.memory import Held, gathered, hold, ordered
 from mongotorch.data.order import Order, worker_seed
-from mongotorch.data.prefetch import Ahead, Workers, close_iterator, nbytes
-from mongotorch.data.rows import Rows
+from mongotorch.data.prefetch import Ahead, Workers, close_iterator
+from mongotorch.data.report import Tally
+from mongotorch.data.rows import NO_ROWS, Rows
 from mongotorch.data.source import PlannedSource, Source, open_source
 from mongotorch.data.spec import StreamSpec
+
+_RAWS = 4  # ranges that are read but not decoded yet, at most
+_Window = tuple[int, Rows, list[tuple[int, int]]]
 
 
 @final
@@ -38,6 +44,7 @@ class Feed:
         self.source: Source | None = None
         self._held: Held | None = None
         self._workers: Workers | None = None
+        self.tally = Tally()
 
     def close(self) -> None:
         """End workers, let go of memory and files; it can be used again."""
@@ -58,44 +65,84 @@ class Feed:
         """
         source = self._open_source(digest)
         order = Order(seed=seed, epoch=epoch, shuffle=self.spec.shuffle, window=source.window)
+        self.tally.begin(epoch)
         if self.spec.mode == "stream":
             yield from self._read(source, order, start)
             return
-        if self._held is None:
-            self._held = self._hold(source)
-        held = self._held
+        held = self._held = self._held or self._hold(source)
         for window, indices in enumerate(_schedule(source, order, held.count, start), start):
-            keys = held.keys(indices) if self.spec.shuffle else None
-            yield window, held.rows(indices, None if keys is None else order.rows(keys))
+            keys = held.keys(indices)
+            for index in indices:
+                self.tally.add(int(index), len(held.keys([index])))
+            permutation, ranks = order.rows(keys) if order.shuffle else (None, None)
+            rows = held.rows(indices, permutation)
+            if ranks is not None:
+                rows.marks = RankMarks(ranks)
+            elif source.by_id:
+                rows.marks = IdMarks(held.ids(int(indices[0])))
+            yield window, rows
 
     def _read(self, source: Source, order: Order, start: int) -> Iterator[tuple[int, Rows]]:
+        windows = self._windows(source, order, start)
+        if self._ahead:
+            # A shuffled window is half of what may be ready: one is, and the next is put together.
+            most = 1 if order.shuffle else self.spec.prefetch_factor
+            windows = Ahead(windows, most=most, most_bytes=self.spec.prefetch_bytes, weigh=_weight)
+        try:
+            for window, rows, lengths in windows:
+                for index, length in lengths:
+                    self.tally.add(index, length)
+                if len(rows):
+                    yield window, rows
+        finally:
+            close_iterator(windows)
+
+    def _windows(self, source: Source, order: Order, start: int) -> Iterator[_Window]:
+        """The windows that are read, each with the rows of its ranges; in the thread that reads ahead."""
         flat = (int(i) for indices in _schedule(source, order, source.count, start) for i in indices)
         blocks = self._fetch(source, flat, order)
         try:
             for window, indices in enumerate(_schedule(source, order, source.count, start), start):
                 found = list(islice(blocks, len(indices)))
-                pairs = [(int(i), b) for i, b in zip(indices, found, strict=False) if len(b)]
-                if pairs:
-                    parts = [block for _, block in pairs]
-                    keys = np.concatenate([source.keys(*p) for p in pairs]) if order.shuffle else None
-                    yield window, ordered(parts, None if keys is None else order.rows(keys), owned=True)
+                pairs = [(int(i), block) for i, block in zip(indices, found, strict=False)]
+                lengths = [(index, len(block)) for index, block in pairs]
+                yield window, self._ordered(source, order, [pair for pair in pairs if len(pair[1])]), lengths
                 if len(found) < len(indices):
                     return
         finally:
             close_iterator(blocks)
 
+    def _ordered(self, source: Source, order: Order, pairs: list[tuple[int, Columns]]) -> Rows:
+        """The rows of some blocks in the order of the epoch."""
+        parts = [block for _, block in pairs]
+        if not parts:
+            return NO_ROWS
+        permutation, marks = None, None
+        if order.shuffle:
+            permutation, ranks = order.rows(np.concatenate([source.keys(*pair) for pair in pairs]))
+            marks = RankMarks(ranks)
+        samples = self.spec.builds_samples
+        rows = ordered(parts, permutation, owned=True) if samples else gathered(parts, permutation)
+        rows.marks = marks or (IdMarks(parts[0].ids) if source.by_id else None)
+        return rows
+
+    @property
+    def _ahead(self) -> bool:
+        return self.spec.data_prefetch and get_worker_info() is None
+
     def _fetch(self, source: Source, indices: Iterator[int], order: Order) -> Iterator[Columns]:
         """Blocks in order: from workers, from a thread ahead, or read when they are asked for."""
         spec = self.spec
-        if get_worker_info() is None:
-            if spec.workers and isinstance(source, PlannedSource) and not spec.builds_samples:
-                if self._workers is None:
-                    self._workers = Workers(RangeReader(self._access, source), _without_pinning(spec.loader))
-                return self._workers.map(indices, worker_seed(order.seed, order.epoch))
-            if spec.data_prefetch:
-                blocks = source.blocks(indices)
-                return Ahead(blocks, most=spec.prefetch_factor, most_bytes=spec.prefetch_bytes, weigh=nbytes)
-        return source.blocks(indices)
+        if get_worker_info() is None and spec.workers and source.by_id and not spec.builds_samples:
+            if self._workers is None:
+                reader = RangeReader(self._access, cast("PlannedSource", source))
+                self._workers = Workers(reader, _without_pinning(spec.loader))
+            return self._workers.map(indices, worker_seed(order.seed, order.epoch))
+        if not self._ahead:
+            return source.blocks(indices)
+        # The server reads the next range while this one is decoded.
+        raws = Ahead(source.raws(indices), most=_RAWS, most_bytes=spec.prefetch_bytes // 8, weigh=_raw_bytes)
+        return _decoded(source, raws)
 
     def _open_source(self, digest: str | None) -> Source:
         if self.source is None:
@@ -108,6 +155,7 @@ class Feed:
                 shuffle=self.spec.shuffle,
                 digest=digest,
             )
+            self.tally = Tally(self.source.plan if isinstance(self.source, PlannedSource) else None)
         return self.source
 
     def _hold(self, source: Source) -> Held:
@@ -125,6 +173,21 @@ def _schedule(source: Source, order: Order, count: int | None, start: int) -> It
     if isinstance(source, PlannedSource):
         return order.windows(len(source.plan), start)
     return order.pieces(count, start)
+
+
+def _decoded(source: Source, raws: Ahead[list[bytes]]) -> Iterator[Columns]:
+    try:
+        yield from (source.decode(raw) for raw in raws)
+    finally:
+        raws.close()
+
+
+def _raw_bytes(raws: list[bytes]) -> int:
+    return sum(map(len, raws))
+
+
+def _weight(window: _Window) -> int:
+    return window[1].nbytes
 
 
 def _without_pinning(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import numpy as np
 import numpy.typing as npt
@@ -69,7 +69,7 @@ class Order:
     def windows(self, ranges: int, start: int = 0) -> Iterator[npt.NDArray[np.int64]]:
         """The ranges of each window from window `start` on; inside a window they ascend.
 
-        They ascend so that equal row hashes are decided by `_id`, by the stable sort of `rows`.
+        They ascend so that equal row hashes are decided by `_id`, see `rows`.
         """
         if not self.shuffle:
             yield from (np.array([index], dtype=np.int64) for index in range(start, ranges))
@@ -79,11 +79,17 @@ class Order:
         for first in range(start * self.window, ranges, self.window):
             yield np.sort(permuted[first : first + self.window])
 
-    def rows(self, keys: U64) -> npt.NDArray[Any] | None:
-        """The permutation of a window's rows by the keys of the rows; None is the order that they have.
+    def rows(self, keys: U64) -> tuple[npt.NDArray[np.int64], U64]:
+        """The permutation of a shuffled window's rows by their keys, and what the rows are then sorted by.
 
         A row's place depends on its own key only, so a row that is gone does not move the others.
+
+        Args:
+            keys: uint64 of shape (rows,).
         """
-        if not self.shuffle:
-            return None
-        return np.argsort(mix(keys ^ salt(_ROWS, self.seed, self.epoch)), kind="stable")
+        ranks = mix(keys ^ salt(_ROWS, self.seed, self.epoch))
+        order = np.argsort(ranks)
+        placed = ranks[order]
+        if (placed[1:] == placed[:-1]).any():  # the faster sort leaves open which of two equals is first
+            order = np.argsort(ranks, kind="stable")
+        return order.astype(np.int64, copy=False), placed

@@ -42,6 +42,7 @@ class Plan:
         last: The last `_id` of the last range.
         rows: About how many documents a range has.
         window: How many ranges are shuffled together.
+        exact: Whether each range, but for the last, had exactly `rows` documents when the plan was made.
     """
 
     digest: str
@@ -49,9 +50,14 @@ class Plan:
     last: Any
     rows: int
     window: int
+    exact: bool = False
 
     def __len__(self) -> int:
         return len(self.starts)
+
+    def counted(self, index: int) -> int | None:
+        """How many documents a range had when the plan was made; None where they were not counted."""
+        return self.rows if self.exact and index < len(self.starts) - 1 else None
 
     def span(self, index: int) -> Span:
         """The bounds of a range."""
@@ -76,11 +82,11 @@ class Sizes:
     def cut(self, row_bytes: float) -> tuple[int, int]:
         """Documents a range and ranges a window, for documents of so many bytes.
 
-        One window is consumed while the next is read, so each may have half of the bytes.
+        One window is ready while the next is put together, so each may have half of the bounds.
         """
         most = max(int(self.prefetch_bytes / 2 / max(row_bytes, 1.0)), 1)
         rows = max(min(self.prefetch_size, most // 2), 1)
-        return rows, max(min(WINDOW, self.prefetch_factor, most // rows), 1)
+        return rows, max(min(WINDOW, self.prefetch_factor // 2, most // rows), 1)
 
 
 def make_plan(database: Any, reader: Reader, sizes: Sizes) -> Plan:
@@ -102,12 +108,16 @@ def make_plan(database: Any, reader: Reader, sizes: Sizes) -> Plan:
         request = _digest(reader.query, [*ends, size, rows, window])
         if (kept := load_plan(database, request)) is not None:
             return kept
-        if (starts := _sampled(reader, whole, rows, size)) is not None:
-            plan = Plan(digest=request, starts=starts, last=ends[1], rows=rows, window=window)
+        if (found := _sampled(reader, whole, rows, size)) is not None:
+            plan = Plan(digest=request, starts=found, last=ends[1], rows=rows, window=window)
             return _store(database, plan)
-    starts = _walked(reader, whole, rows)
+    walked = (whole.lower, *reader.walk(whole, rows))
+    # More ranges than a document can hold become fewer, larger ones.
+    step = -(-len(walked) // _RANGES)
+    starts, rows = walked[::step], rows * step
     digest = _digest(reader.query, [*starts, ends[1], rows, window])
-    return _store(database, Plan(digest=digest, starts=starts, last=ends[1], rows=rows, window=window))
+    plan = Plan(digest=digest, starts=starts, last=ends[1], rows=rows, window=window, exact=True)
+    return _store(database, plan)
 
 
 def load_plan(database: Any, digest: str) -> Plan | None:
@@ -121,6 +131,7 @@ def load_plan(database: Any, digest: str) -> Plan | None:
         last=found["last"],
         rows=found["rows"],
         window=found["window"],
+        exact=found.get("exact", False),
     )
 
 
@@ -137,13 +148,6 @@ def resume_plan(database: Any, reader: Reader, sizes: Sizes, digest: str) -> Pla
             "the prefetch settings have changed since; start a new epoch, or use the query that it stopped in"
         )
     return plan
-
-
-def _walked(reader: Reader, whole: Span, rows: int) -> tuple[Any, ...]:
-    starts = [whole.lower, *reader.walk(whole, rows)]
-    # More ranges than a document can hold become fewer, larger ones.
-    step = -(-len(starts) // _RANGES)
-    return tuple(starts[::step])
 
 
 def _sampled(reader: Reader, whole: Span, rows: int, size: int) -> tuple[Any, ...] | None:
@@ -164,6 +168,7 @@ def _store(database: Any, plan: Plan) -> Plan:
         "last": plan.last,
         "rows": plan.rows,
         "window": plan.window,
+        "exact": plan.exact,
     }
     try:
         database[COLLECTION].insert_one(document)

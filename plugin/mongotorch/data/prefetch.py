@@ -14,7 +14,6 @@ from typing import Any, Generic, TypeVar, final
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mongotorch.data.columns import Columns
 from mongotorch.errors import MongotorchError
 
 T = TypeVar("T")
@@ -184,8 +183,3 @@ class Workers:
 
 def _same(item: Any) -> Any:
     return item
-
-
-def nbytes(columns: Columns) -> int:
-    """Bytes of columns, for the bound of `Ahead`."""
-    return columns.nbytes

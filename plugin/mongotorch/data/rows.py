@@ -1,4 +1,4 @@
-"""Rows in the order of the epoch, and batches cut from them.
+"""Rows in the order of the epoch, and the batches that are made of them.
 
 Always: rows are ordered once a window and then only sliced; a batch is made from whole tensors where every
 value of a field is alike, and value by value only where they are not; nothing here knows where rows come
@@ -8,8 +8,7 @@ from.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, final
 
 import numpy as np
@@ -17,13 +16,21 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mongotorch.data.column import Column, build
 from mongotorch.data.columns import Columns
+from mongotorch.data.marks import Marks
 from mongotorch.data.tensors import column_tensor, join, stack
 from mongotorch.key import Key
 
 
 class Rows(abc.ABC):
-    """The rows of one window, in order."""
+    """The rows of one window, in order.
+
+    Attributes:
+        marks: What is remembered of a row to find the place behind it again; None counts rows instead.
+    """
+
+    marks: Marks | None = None
 
     @abc.abstractmethod
     def __len__(self) -> int: ...
@@ -35,6 +42,15 @@ class Rows(abc.ABC):
     @abc.abstractmethod
     def columns(self, start: int, stop: int) -> Columns:
         """The columns of some rows."""
+
+    def ids(self, start: int, stop: int) -> list[Any]:
+        """The `_id`s of some rows."""
+        return self.columns(start, stop).ids.values()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return 0
 
 
 @final
@@ -62,6 +78,51 @@ class ColumnRows(Rows):
         """See `Rows.columns`."""
         return self._columns.slice(start, stop)
 
+    @property
+    def nbytes(self) -> int:
+        """See `Rows.nbytes`."""
+        return self._columns.nbytes
+
+
+@final
+class TensorRows(Rows):
+    """Rows whose fields are tensors already, in their order: batches are views of them.
+
+    Args:
+        tensors: Of each path, shape (rows, ...).
+        ids: The `_id`s, in the order of reading.
+        order: The place of each row in `ids`; None is that very order.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], ids: Column, order: npt.NDArray[np.int64] | None) -> None:
+        self._tensors = tensors
+        self._ids, self._order = ids, order
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def tensor(self, path: str, start: int, stop: int) -> Tensor | None:
+        """See `Rows.tensor`."""
+        return self._tensors[path][start:stop]
+
+    def columns(self, start: int, stop: int) -> Columns:
+        """Never asked for: every field is a tensor, and no samples are built."""
+        raise NotImplementedError(f"tensors have no columns ({start}:{stop})")
+
+    def ids(self, start: int, stop: int) -> list[Any]:
+        """See `Rows.ids`."""
+        if self._order is None:
+            return self._ids.slice(start, stop, identity=True).values()
+        return self._ids.take(self._order[start:stop], identity=True).values()
+
+    @property
+    def nbytes(self) -> int:
+        """See `Rows.nbytes`."""
+        return self._ids.nbytes + sum(tensor.nbytes for tensor in self._tensors.values())
+
+
+NO_ROWS = TensorRows({}, build([]), None)
+
 
 @final
 class TableRows(Rows):
@@ -83,77 +144,7 @@ class TableRows(Rows):
         raise NotImplementedError(f"a table has no columns ({start}:{stop})")
 
 
-@final
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """A place between two rows of an epoch.
-
-    Attributes:
-        window: The window.
-        offset: Rows of it that lie before.
-        step: Batches (of all shards together: rounds) that lie before.
-    """
-
-    window: int = 0
-    offset: int = 0
-    step: int = 0
-
-
 Piece = tuple[Rows, int, int]
-
-
-def cut(
-    windows: Iterator[tuple[int, Rows]],
-    start: Place,
-    *,
-    batch_size: int,
-    drop_last: bool,
-    shard: tuple[int, int],
-) -> Iterator[tuple[list[Piece], Place]]:
-    """The pieces of one batch after the other, for one shard, each with the place behind it.
-
-    `world` batches make a round, one for each rank; a round that the rows do not fill is dealt out evenly, so
-    that all ranks take the same number of steps. Up to `world - 1` rows of an epoch are left over that way.
-
-    Args:
-        windows: The rows from `start.window` on.
-        start: Where to start.
-        batch_size: Rows of a batch.
-        drop_last: Leave out a last round that is not full.
-        shard: (rank, world).
-    """
-    rank, world = shard
-    size = batch_size * world
-    held: list[Piece] = []
-    have, step = 0, start.step
-    for window, rows in windows:
-        at = start.offset if window == start.window else 0
-        while have + len(rows) - at >= size:
-            end = at + size - have
-            step += 1
-            yield (
-                _share([*held, (rows, at, end)], rank * batch_size, (rank + 1) * batch_size),
-                Place(window=window, offset=end, step=step),
-            )
-            held, have, at = [], 0, end
-        if at < len(rows):
-            held.append((rows, at, len(rows)))
-            have += len(rows) - at
-    each = have // world
-    if each and not drop_last:
-        yield _share(held, rank * each, (rank + 1) * each), Place(window=-1, offset=0, step=step + 1)
-
-
-def _share(pieces: list[Piece], start: int, stop: int) -> list[Piece]:
-    """Rows `start` to `stop` of the pieces taken together."""
-    chosen: list[Piece] = []
-    seen = 0
-    for rows, first, last in pieces:
-        low, high = max(start - seen, 0), min(stop - seen, last - first)
-        if low < high:
-            chosen.append((rows, first + low, first + high))
-        seen += last - first
-    return chosen
 
 
 def columns_of(pieces: list[Piece]) -> Columns:
@@ -185,7 +176,6 @@ def _field(pieces: list[Piece], path: str) -> Tensor:
     values: list[Any] = []
     ids: list[Any] = []
     for tensor, (rows, start, stop) in zip(tensors, pieces, strict=True):
-        columns = rows.columns(start, stop)
-        values.extend(columns[path].values() if tensor is None else tensor.unbind())
-        ids.extend(columns.ids.values())
+        values.extend(rows.columns(start, stop)[path].values() if tensor is None else tensor.unbind())
+        ids.extend(rows.ids(start, stop))
     return stack(values, field=path, ids=ids)

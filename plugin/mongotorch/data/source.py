@@ -29,12 +29,13 @@ class Source(abc.ABC):
         digest: Names the sequence, for a resumed run.
         window: Blocks that are shuffled together.
         count: Blocks there are; None is not known before the end.
+        by_id: Whether rows come in the order of their `_id`s.
     """
 
     digest: str
     window: int
     count: int | None
-    concurrent: bool  # whether several processes can read blocks of their own
+    by_id: bool
 
     def __init__(self, paths: tuple[str, ...]) -> None:
         self.paths = paths
@@ -65,7 +66,7 @@ class Source(abc.ABC):
 class PlannedSource(Source):
     """Ranges of `_id`, in any order."""
 
-    concurrent = True
+    by_id = True
 
     def __init__(self, open_reader: Callable[[], Reader], plan: Plan, paths: tuple[str, ...]) -> None:
         super().__init__(paths)
@@ -87,7 +88,7 @@ class PlannedSource(Source):
 class OwnOrderSource(Source):
     """Pieces of a query with a sort, skip, limit or pipeline; found again by skipping."""
 
-    concurrent = False
+    by_id = False
 
     def __init__(
         self, open_reader: Callable[[], Reader], query: Query, rows: int, window: int, paths: tuple[str, ...]
@@ -144,7 +145,7 @@ def open_source(
             else resume_plan(database(), reader, sizes, digest)
         )
         return PlannedSource(open_reader, plan, paths)
-    rows, window = sizes.prefetch_size, min(WINDOW, sizes.prefetch_factor)
+    rows, window = sizes.prefetch_size, max(min(WINDOW, sizes.prefetch_factor // 2), 1)
     if digest is not None:
         rows, window = _sizes_of(digest)
     source = OwnOrderSource(open_reader, query, rows, window, paths)
