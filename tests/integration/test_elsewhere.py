@@ -174,8 +174,13 @@ def hooked(held: Any) -> Any:
     return module
 
 
-@pytest.mark.parametrize("what", ["client", "database", "mock", "datalayer", "collection"])
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    ("place", "what"),
+    [
+        *((place, "client") for place in PLACES),
+        *(("objective", what) for what in ("database", "mock", "datalayer", "collection")),
+    ],
+)
 def test_a_client_in_a_component_is_refused_with_its_path_and_nothing_is_written(
     db: Datalayer, place: str, what: str
 ) -> None:
