@@ -10,6 +10,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from multiprocessing.context import ForkServerProcess
 from typing import Any
@@ -144,6 +145,21 @@ def work_alone(uri: str, jobs: int) -> None:
     with one_thread(), Datalayer.connect(uri, **SETTINGS) as db:
         for _ in range(jobs):
             assert Worker(db).once()
+
+
+def apply_and_die(uri: str, step: int) -> None:
+    """Train here, as `apply` does without a queue, and be killed after a step that a checkpoint covers."""
+    torch.set_num_threads(1)
+    with Datalayer.connect(uri, **{**SETTINGS, "compute": "local"}) as db:
+        threading.Thread(target=_die_after, args=(uri, step), daemon=True).start()
+        db.apply(trainer(db, "again", in_memory=True, steps=60))
+
+
+def _die_after(uri: str, step: int) -> None:
+    with Datalayer.connect(uri) as db:
+        while not db["mt.checkpoints"].raw.find_one({"step": {"$gte": step}}):
+            pass
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def finish(db: Datalayer, job: str) -> None:

@@ -71,3 +71,19 @@ def test_fifty_runs_killed_at_random_end_with_the_bits_of_one_that_was_left_alon
 @pytest.mark.soak
 def test_two_hundred_runs_killed_at_random(server_uri: str) -> None:
     run_killed(server_uri, count=200, seed=1)
+
+
+def test_who_applies_again_after_a_kill_waits_for_the_dead_lease_and_goes_on(server_uri: str) -> None:
+    settings = {**runs.SETTINGS, "compute": "local"}
+    with Datalayer.connect(server_uri, **settings) as db, runs.one_thread():
+        runs.fill(db, 100)
+        victim = runs.start(runs.apply_and_die, server_uri, 30)
+        victim.join(60)
+        assert victim.exitcode == -9
+        (left,) = db.jobs(status="running")
+        job = db.apply(runs.trainer(db, "again", in_memory=True, steps=60))
+        assert job.uuid == left.uuid
+        model = job.result(timeout=60)
+        alone = db.apply(runs.trainer(db, "alone", in_memory=True, steps=60)).result()
+        assert runs.same(runs.weights(model), runs.weights(alone))
+        assert job.record["attempt"] == 2

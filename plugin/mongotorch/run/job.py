@@ -7,12 +7,16 @@ raises. A job without a run (nothing was left to do) is done from the start.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, Protocol, TypeVar, final
 
-from mongotorch.errors import JobCancelledError, JobFailedError
+from mongotorch.errors import JobCancelledError, JobFailedError, JobTimeoutError
 
 FINAL_STATUSES = frozenset({"succeeded", "failed", "cancelled"})
+
+_SLICE_S = 2.0
+"""So often somebody who waits looks whether the run still has somebody who runs it."""
 
 T = TypeVar("T")
 
@@ -40,6 +44,8 @@ class Job(Generic[T]):
         records: Where the job's document is; None for a job that had nothing to run.
         load: From the uuid of what the run published to the component.
         error: What the run raised, when this process ran it.
+        resume: Has the job executed again where nobody holds it any more; asked while somebody waits. None: that
+            is for others to do.
         result: What `result()` gives, where it is known already.
     """
 
@@ -52,7 +58,9 @@ class Job(Generic[T]):
         records: JobRecords | None = None,
         error: BaseException | None = None,
         result: T | None = None,
+        resume: Callable[[], BaseException | None] | None = None,
     ) -> None:
+        self._resume = resume
         self.uuid = uuid
         self._component = component
         self._known: T | None = None
@@ -107,7 +115,7 @@ class Job(Generic[T]):
         Raises:
             JobTimeoutError: The run has not ended by then.
         """
-        status = "succeeded" if self._records is None else self._records.wait(self.uuid, timeout)["status"]
+        status = self._wait(timeout)
         if status == "succeeded":
             return None
         if self._error is not None:
@@ -139,3 +147,18 @@ class Job(Generic[T]):
         if self._result is None:
             self._result = self._load(self.record["result"])
         return self._result
+
+    def _wait(self, timeout: float | None) -> str:
+        """The final status; a run whose process died is gone on with here, if that is this job's to do."""
+        if self._records is None:
+            return "succeeded"
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = _SLICE_S if deadline is None else deadline - time.monotonic()
+            try:
+                return str(self._records.wait(self.uuid, max(min(left, _SLICE_S), 0.0))["status"])
+            except JobTimeoutError:
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise
+            if self._resume is not None:
+                self._error = self._resume() or self._error

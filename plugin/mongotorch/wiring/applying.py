@@ -104,7 +104,7 @@ class Applier:
                 self._forget(job_id)  # what led to the failure is not gone on with
             self._jobs.requeue(job_id)
         error = self._engine.submit(job_id, self._perform)
-        return self._future(job_id, uuid, error)
+        return self._future(job_id, uuid, error, lambda: self._engine.submit(job_id, self._perform))
 
     def _settle(self, job_id: str) -> None:
         """Record the end of a run whose process died between publishing and saying so."""
@@ -112,13 +112,20 @@ class Applier:
             if self._jobs.get(job_id)["status"] not in FINAL_STATUSES:
                 self._engine.submit(job_id, self._perform)
 
-    def _future(self, job_id: str, uuid: str, error: BaseException | None = None) -> Job[Any]:
+    def _future(
+        self,
+        job_id: str,
+        uuid: str,
+        error: BaseException | None = None,
+        resume: Callable[[], BaseException | None] | None = None,
+    ) -> Job[Any]:
         return Job(
             job_id,
             component=lambda: self._loader.by_uuid(uuid),
             load=self._model,
             records=self._jobs,
             error=error,
+            resume=resume,
         )
 
     def _done(self, uuid: str) -> Job[Any]:
