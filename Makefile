@@ -15,7 +15,7 @@ TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test soak lint format docs clean
+.PHONY: help install demo test soak bench lint format docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -30,6 +30,9 @@ test: $(VENV)/.stamp-dev ## all tests, on mongomock and on a real mongod (more o
 
 soak: $(VENV)/.stamp-dev ## the long runs that `make test` leaves out
 	@$(BIN)/python -m pytest $(ARGS) -m soak
+
+bench: $(VENV)/.stamp-bench ## the stream against its rivals: a table, docs/benchmarks.json and .png (ARGS='--docs 1000000')
+	@$(VENV)/bench/bin/python -W ignore -m tests.benchmarks.bench_stream $(ARGS)
 
 lint: $(VENV)/.stamp-dev ## ruff, mypy --strict, the layer law
 	@$(BIN)/ruff check .
@@ -73,3 +76,13 @@ $(VENV)/.stamp-dev: pyproject.toml constraints.txt $(VENV)/.stamp-torch
 	@echo 'installing mongotorch[server,demo,dev] into $(VENV)'
 	@$(PIP) install --quiet -e '.[server,demo,dev]' -c constraints.txt
 	@touch $@ $(VENV)/.stamp-demo
+
+# The rivals bring some eighty packages: they live in an environment of their own that sees the other one.
+$(VENV)/.stamp-bench: $(VENV)/.stamp-dev
+	@echo 'installing pymongoarrow, mosaicml-streaming and matplotlib into $(VENV)/bench'
+	@$(BIN)/python -m venv $(VENV)/bench
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > $$($(VENV)/bench/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth
+	@$(VENV)/bench/bin/pip install --quiet -c constraints.txt '$(TORCH)' pymongoarrow mosaicml-streaming matplotlib \
+	  || echo 'some rivals could not be installed: the table leaves them out'
+	@touch $@

@@ -81,7 +81,7 @@ def make(uri: str, database: Any, tmp_path: Path) -> Iterator[Make]:
     yield stream
     for made in streams:
         made.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "mongotorch-prefetch"]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("mongotorch")]
 
 
 def same(first: Any, second: Any) -> bool:

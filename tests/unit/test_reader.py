@@ -1,48 +1,53 @@
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import bson
 import mongomock
 import pytest
+from bson import Int64
+from bson.codec_options import CodecOptions
+from bson.raw_bson import RawBSONDocument
 from pymongo.errors import AutoReconnect, CursorNotFound, OperationFailure
+from pymongo.read_concern import ReadConcern
 
 from mongotorch.data.mockreader import open_reader
 from mongotorch.data.patience import Patience, is_passing
 from mongotorch.data.plan import Sizes, make_plan
-from mongotorch.data.reader import ServerReader, Span, last_id, offsets
-from mongotorch.errors import EmptySelectError, QueryError, ServerUnavailableError
+from mongotorch.data.prefetch import in_order
+from mongotorch.data.reader import Span, last_id, offsets
+from mongotorch.data.replies import found
+from mongotorch.data.serverreader import ServerReader
+from mongotorch.errors import DataError, EmptySelectError, QueryError, ServerUnavailableError
 from mongotorch.query import Query
 
 ALL = Span(lower=0, upper=99, closed=True, uniform=True)
 
 
-class Cursor:
-    """Ten documents a batch, and what a broken connection does after some of them."""
-
-    def __init__(self, ids: list[int], breaks: BaseException | None) -> None:
-        self._ids, self._breaks = ids, breaks
-
-    def __iter__(self) -> Iterator[bytes]:
-        if self._breaks is not None:
-            yield b"".join(bson.encode({"_id": n}) for n in self._ids[:10])
-            raise self._breaks
-        for first in range(0, len(self._ids), 10):
-            yield b"".join(bson.encode({"_id": n}) for n in self._ids[first : first + 10])
-
-    def close(self) -> None:
-        pass
-
-
 class Collection:
+    """Documents 0 to 99, ten in a reply, and what breaks instead of the second reply of a question."""
+
+    name, codec_options, read_preference = "c", CodecOptions[Any](), None
+    read_concern = ReadConcern()
+
     def __init__(self, *breaks: BaseException) -> None:
         self._breaks = list(breaks)
         self.asked: list[dict[str, Any]] = []
+        self.killed: list[int] = []
+        self.database = self
 
-    def find_raw_batches(self, where: dict[str, Any], *_: Any, **__: Any) -> Cursor:
-        bounds = where["_id"]
+    def command(self, command: Any, *_: Any, **options: Any) -> Any:
+        if command == "killCursors":
+            self.killed += options["cursors"]
+            return {}
+        bounds = command["filter"]["_id"]
+        if "$gt" in bounds and self._breaks:
+            raise self._breaks.pop(0)
         self.asked.append(bounds)
         start = bounds["$gte"] if "$gte" in bounds else bounds["$gt"] + 1
-        return Cursor(list(range(start, 100)), self._breaks.pop(0) if self._breaks else None)
+        batch = [{"_id": n} for n in range(start, min(start + 10, 100))]
+        cursor = {"firstBatch": batch, "id": Int64(start + 1 if start < 90 else 0), "ns": "d.c"}
+        return RawBSONDocument(bson.encode({"cursor": cursor, "ok": 1.0}))
 
 
 class Clock:
@@ -67,16 +72,18 @@ def ids(chunks: list[bytes]) -> list[Any]:
 @pytest.mark.parametrize(
     "error", [AutoReconnect("gone"), CursorNotFound("gone", 43), OperationFailure("stepping down", 189)]
 )
-def test_a_broken_cursor_is_replaced_behind_the_last_id(error: BaseException) -> None:
+def test_what_is_left_is_asked_for_behind_the_last_id(error: BaseException) -> None:
     collection = Collection(error, error)
     assert ids(server_reader(collection, Clock()).read(ALL, 100)) == list(range(100))
-    assert collection.asked[1] == {"$gt": 9, "$lte": 99}
-    assert collection.asked[2] == {"$gt": 19, "$lte": 99}
+    assert collection.asked[0] == {"$gte": 0, "$lte": 99}
+    assert collection.asked[1:3] == [{"$gt": 9, "$lte": 99}, {"$gt": 19, "$lte": 99}]
+    assert len(collection.asked) == 10
+    assert len(collection.killed) == 9
 
 
 def test_a_server_that_stays_away_ends_in_a_typed_error_after_the_deadline() -> None:
     class Dead(Collection):
-        def find_raw_batches(self, where: dict[str, Any], *_: Any, **__: Any) -> Cursor:
+        def command(self, command: Any, *_: Any, **options: Any) -> Any:
             raise AutoReconnect("connection refused")
 
     clock = Clock()
@@ -89,9 +96,11 @@ def test_a_server_that_stays_away_ends_in_a_typed_error_after_the_deadline() -> 
 
 def test_a_question_that_is_refused_is_not_asked_again() -> None:
     clock = Clock()
+    collection = Collection(OperationFailure("unknown operator", 2))
     with pytest.raises(QueryError):
-        server_reader(Collection(OperationFailure("unknown operator", 2)), clock).read(ALL, 100)
+        server_reader(collection, clock).read(ALL, 100)
     assert clock.now == 0.0
+    assert len(collection.asked) == 1
 
 
 def test_only_lost_connections_cursors_and_primaries_pass() -> None:
@@ -127,3 +136,55 @@ def test_an_empty_select_has_no_plan() -> None:
     reader = open_reader(client["empty"], Query.find("c"), {"_id": 1}, Patience())
     with pytest.raises(EmptySelectError):
         make_plan(client["empty"], reader, Sizes(prefetch_size=10, prefetch_factor=3, prefetch_bytes=2**20))
+
+
+@pytest.mark.parametrize("count", [0, 1, 9, 10, 11, 99, 100, 101, 1000, 11_111])
+@pytest.mark.parametrize("alike", [True, False])
+def test_the_documents_of_a_reply_come_out_byte_for_byte(count: int, alike: bool) -> None:
+    documents = [{"_id": n, "x": "text" if alike else "text" * (n * 7 % 5)} for n in range(count)]
+    cursor = {"ns": "d.c", "firstBatch": documents, "id": Int64(2**40)}
+    reply = {"ok": 1.0, "$clusterTime": {"at": 1}, "cursor": cursor, "operationTime": Int64(3)}
+    part = found(bson.encode(reply))
+    assert part.documents == b"".join(map(bson.encode, documents))
+    assert part.cursor == 2**40
+
+
+@pytest.mark.parametrize("reply", [{"ok": 1.0}, {"cursor": {"id": Int64(0)}}, {"cursor": {"firstBatch": []}}])
+def test_a_reply_that_is_none_of_a_find_is_refused(reply: dict[str, Any]) -> None:
+    with pytest.raises(DataError):
+        found(bson.encode(reply))
+
+
+def test_results_come_in_order_from_several_threads_and_never_too_many() -> None:
+    under_way: list[int] = []
+    barrier = threading.Barrier(2, timeout=30)
+
+    def work(n: int) -> int:
+        if n < 2:
+            barrier.wait()  # the first two have to be under way together
+        return n
+
+    def items() -> Iterator[int]:
+        for n in range(50):
+            under_way.append(n)
+            yield n
+
+    seen = []
+    for n in in_order(work, items(), threads=2, most=4, most_bytes=10**9, weigh=lambda _: 1):
+        seen.append(n)
+        assert len(under_way) - len(seen) <= 4
+    assert seen == list(range(50))
+    heavy = in_order(work, iter(range(4, 9)), threads=2, most=4, most_bytes=10, weigh=lambda _: 10)
+    assert list(heavy) == [4, 5, 6, 7, 8]
+
+
+def test_an_error_in_a_thread_comes_out_in_its_place() -> None:
+    def work(n: int) -> int:
+        if n == 3:
+            raise EmptySelectError("three")
+        return n
+
+    results = in_order(work, iter(range(9)), threads=2, most=4, most_bytes=10, weigh=lambda _: 1)
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(EmptySelectError):
+        next(results)

@@ -120,7 +120,10 @@ def decode(
         FieldMissingError: A document lacks a path; names the first such document and path.
         DataError: The bytes are not BSON documents.
     """
-    content = raw if isinstance(raw, bytes | memoryview) else b"".join(raw)
+    if isinstance(raw, bytes | memoryview):
+        content: bytes | memoryview = raw
+    else:
+        content = raw[0] if len(raw) == 1 else b"".join(raw)
     work = _Work(tuple(dict.fromkeys(paths)))
     try:
         groups, rest = by_length(content, smallest_group, most_layouts)

@@ -26,13 +26,14 @@ import torch
 from mongotorch.data.columns import Columns, decode
 from mongotorch.data.marks import pack_ids
 from mongotorch.data.memory import Blocks, Held, Table, every, layout
+from mongotorch.data.prefetch import close_iterator
 from mongotorch.data.source import Source
 from mongotorch.data.tensors import column_tensor
 
 _FORMAT = 2
 
 
-def download(source: Source, folder: Path, name: str, *, samples: bool) -> Held:
+def download(source: Source, folder: Path, name: str, *, samples: bool, most_bytes: int) -> Held:
     """Read a source into memory-mapped files, or find them from an earlier run.
 
     Args:
@@ -40,13 +41,14 @@ def download(source: Source, folder: Path, name: str, *, samples: bool) -> Held:
         folder: The cache's folder; made if it is missing.
         name: What the content depends on; see `cache_name`.
         samples: Whether samples are built from it, which needs the values and not just tensors.
+        most_bytes: Bytes that may be under way from the server.
     """
     target = folder / name
     if not (target / "meta.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(prefix=f".{name[:16]}-", dir=folder))
         try:
-            _build(source, building, samples=samples)
+            _build(source, building, samples=samples, most_bytes=most_bytes)
             _rename(building, target)
         finally:
             shutil.rmtree(building, ignore_errors=True)
@@ -79,9 +81,9 @@ class _MappedBlocks:
             self._map.close()
 
 
-def _build(source: Source, folder: Path, *, samples: bool) -> None:
+def _build(source: Source, folder: Path, *, samples: bool, most_bytes: int) -> None:
     """Write plain numbers, or, as soon as one block is not like the others, all of it again as BSON."""
-    meta = None if samples else _build_table(source, folder)
+    meta = None if samples else _build_table(source, folder, most_bytes)
     if meta is None:
         for path in folder.iterdir():
             path.unlink()
@@ -89,13 +91,14 @@ def _build(source: Source, folder: Path, *, samples: bool) -> None:
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def _build_table(source: Source, folder: Path) -> dict[str, Any] | None:
+def _build_table(source: Source, folder: Path, most_bytes: int) -> dict[str, Any] | None:
     lengths: list[int] = []
     ends: list[int] = []
     layouts: set[Any] = set()
     fields: list[dict[str, Any]] = []
+    blocks = source.ahead(every(source), most_bytes)
     with (folder / "ids.bson").open("wb") as id_file, (folder / "keys").open("wb") as key_file:
-        for n, block in enumerate(source.blocks(every(source))):
+        for n, block in enumerate(blocks):
             source.keys(n, block).tofile(key_file)
             lengths.append(len(block))
             if source.by_id:
@@ -105,6 +108,7 @@ def _build_table(source: Source, folder: Path) -> dict[str, Any] | None:
                 continue
             layouts.add(layout(block))
             if len(layouts) > 1 or None in layouts:
+                close_iterator(blocks)
                 return None
             fields = _append(folder, source.paths, block)
     return {"lengths": lengths, "ends": ends, "fields": fields}

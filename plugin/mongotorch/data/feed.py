@@ -25,7 +25,6 @@ from mongotorch.data.rows import NO_ROWS, Rows
 from mongotorch.data.source import PlannedSource, Source, open_source
 from mongotorch.data.spec import StreamSpec
 
-_RAWS = 4  # ranges that are read but not decoded yet, at most
 _Window = tuple[int, Rows, list[tuple[int, int]]]
 
 
@@ -140,9 +139,7 @@ class Feed:
             return self._workers.map(indices, worker_seed(order.seed, order.epoch))
         if not self._ahead:
             return source.blocks(indices)
-        # The server reads the next range while this one is decoded.
-        raws = Ahead(source.raws(indices), most=_RAWS, most_bytes=spec.prefetch_bytes // 8, weigh=_raw_bytes)
-        return _decoded(source, raws)
+        return source.ahead(indices, spec.prefetch_bytes // 8)
 
     def _open_source(self, digest: str | None) -> Source:
         if self.source is None:
@@ -160,30 +157,21 @@ class Feed:
 
     def _hold(self, source: Source) -> Held:
         if self.spec.mode == "memory":
-            return hold(source, samples=self.spec.builds_samples)
+            return hold(source, samples=self.spec.builds_samples, most_bytes=self.spec.prefetch_bytes // 8)
         membership = self._access.reader().membership()
         name = cache_name(
             source.digest, membership, self.spec.key.paths, self.spec.query.digest(), self.spec.builds_samples
         )
         folder = self.spec.cache_dir or Path(".mongotorch/cache")
-        return download(source, folder, name, samples=self.spec.builds_samples)
+        return download(
+            source, folder, name, samples=self.spec.builds_samples, most_bytes=self.spec.prefetch_bytes // 8
+        )
 
 
 def _schedule(source: Source, order: Order, count: int | None, start: int) -> Iterator[Any]:
     if isinstance(source, PlannedSource):
         return order.windows(len(source.plan), start)
     return order.pieces(count, start)
-
-
-def _decoded(source: Source, raws: Ahead[list[bytes]]) -> Iterator[Columns]:
-    try:
-        yield from (source.decode(raw) for raw in raws)
-    finally:
-        raws.close()
-
-
-def _raw_bytes(raws: list[bytes]) -> int:
-    return sum(map(len, raws))
 
 
 def _weight(window: _Window) -> int:

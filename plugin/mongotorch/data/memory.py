@@ -18,6 +18,7 @@ from torch import Tensor
 from mongotorch.data.column import Column, merge
 from mongotorch.data.columns import Columns
 from mongotorch.data.order import U64
+from mongotorch.data.prefetch import close_iterator
 from mongotorch.data.rows import ColumnRows, Rows, TableRows, TensorRows
 from mongotorch.data.source import Source
 from mongotorch.data.tensors import column_tensor
@@ -120,33 +121,36 @@ def _tensor(block: Columns, path: str) -> Tensor:
     return tensor
 
 
-def hold(source: Source, *, samples: bool) -> Held:
+def hold(source: Source, *, samples: bool, most_bytes: int) -> Held:
     """Read a source into memory.
 
     Args:
         source: What to read, once.
         samples: Whether samples are built from it, which needs the values and not just tensors.
+        most_bytes: Bytes that may be under way from the server.
     """
-    table = None if samples else _table(source)
+    table = None if samples else _table(source, most_bytes)
     if table is not None:
         return table
-    blocks = list(source.blocks(every(source)))
+    blocks = list(source.ahead(every(source), most_bytes))
     return Blocks([source.keys(n, block) for n, block in enumerate(blocks)], blocks)
 
 
-def _table(source: Source) -> Table | None:
+def _table(source: Source, most_bytes: int) -> Table | None:
     """One tensor a field, or None as soon as one block is not like the others."""
     keys: list[U64] = []
     ids: list[Columns] = []
     parts: dict[str, list[Tensor]] = {path: [] for path in source.paths}
     layouts: set[Any] = set()
-    for n, block in enumerate(source.blocks(every(source))):
+    blocks = source.ahead(every(source), most_bytes)
+    for n, block in enumerate(blocks):
         keys.append(source.keys(n, block))
         ids.append(Columns(paths=(), ids=block.ids, fields={}))
         if not len(block):
             continue
         layouts.add(layout(block))
         if len(layouts) > 1 or None in layouts:
+            close_iterator(blocks)
             return None
         for path, tensors in parts.items():
             tensors.append(_tensor(block, path))

@@ -15,7 +15,8 @@ import bson
 
 from mongotorch.data.bsonorder import sort_key
 from mongotorch.data.patience import Patience
-from mongotorch.data.reader import Reader, ServerReader, Span, total_order
+from mongotorch.data.reader import Reader, Span, total_order
+from mongotorch.data.serverreader import ServerReader
 from mongotorch.query import Query
 
 

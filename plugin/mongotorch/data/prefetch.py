@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar, final
 
 import torch
@@ -16,7 +17,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mongotorch.errors import MongotorchError
 
+S = TypeVar("S")
 T = TypeVar("T")
+
+_THREAD = "mongotorch-prefetch"
 
 
 @final
@@ -38,7 +42,7 @@ class Ahead(Generic[T]):
         self._end: BaseException | None = None
         self._closed = False
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._read, name="mongotorch-prefetch", daemon=True)
+        self._thread = threading.Thread(target=self._read, name=_THREAD, daemon=True)
         self._thread.start()
 
     def __iter__(self) -> Iterator[T]:
@@ -92,6 +96,42 @@ class Ahead(Generic[T]):
 
     def _room(self, weight: int) -> bool:
         return not self._ready or (len(self._ready) < self._most and self._bytes + weight <= self._most_bytes)
+
+
+def in_order(
+    function: Callable[[S], T],
+    items: Iterator[S],
+    *,
+    threads: int,
+    most: int,
+    most_bytes: int,
+    weigh: Callable[[T], int],
+) -> Iterator[T]:
+    """The results of the items, in their order, some of them ahead in threads.
+
+    Args:
+        function: Done in the threads.
+        items: Taken when there is room.
+        threads: How many.
+        most: Items under way or ready, at most.
+        most_bytes: Bytes under way or ready, at most, judged by the largest result so far; one item is always
+            let through.
+        weigh: Bytes of a result.
+    """
+    pool = ThreadPoolExecutor(threads, thread_name_prefix=_THREAD)
+    pending: deque[Future[T]] = deque()
+    largest = 0
+    try:
+        for item in items:
+            while pending and (len(pending) >= most or (len(pending) + 1) * largest > most_bytes):
+                result = pending.popleft().result()
+                largest = max(largest, weigh(result))
+                yield result
+            pending.append(pool.submit(function, item))
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def close_iterator(iterator: Any) -> None:

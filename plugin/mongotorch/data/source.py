@@ -17,9 +17,12 @@ import numpy as np
 from mongotorch.data.columns import Columns, decode
 from mongotorch.data.order import U64, mix
 from mongotorch.data.plan import WINDOW, Plan, Sizes, make_plan, resume_plan
+from mongotorch.data.prefetch import Ahead, close_iterator, in_order
 from mongotorch.data.reader import Reader, offsets
 from mongotorch.errors import DataError
 from mongotorch.query import Query
+
+_UNDER_WAY = 4  # blocks that are read but not decoded yet, at most
 
 
 class Source(abc.ABC):
@@ -53,6 +56,22 @@ class Source(abc.ABC):
         """
         return (self.decode(raw) for raw in self.raws(indices))
 
+    def ahead(self, indices: Iterable[int], most_bytes: int) -> Iterator[Columns]:
+        """Like `blocks`, but the server reads the next ones while one is decoded.
+
+        Args:
+            indices: Which blocks.
+            most_bytes: Bytes that may be under way.
+        """
+        raws = Ahead(self.raws(indices), most=_UNDER_WAY, most_bytes=most_bytes, weigh=_weight)
+        return self._decoded(raws)
+
+    def _decoded(self, raws: Iterator[list[bytes]]) -> Iterator[Columns]:
+        try:
+            yield from map(self.decode, raws)
+        finally:
+            close_iterator(raws)
+
     def decode(self, raws: list[bytes]) -> Columns:
         """The columns of a block."""
         return decode(raws, self.paths)
@@ -78,6 +97,19 @@ class PlannedSource(Source):
         """See `Source.raws`."""
         reader = self._open_reader()
         return (reader.read(self.plan.span(int(index)), self.plan.rows) for index in indices)
+
+    def ahead(self, indices: Iterable[int], most_bytes: int) -> Iterator[Columns]:
+        """See `Source.ahead`: ranges are independent, so two can be asked for at a time."""
+        reader = self._open_reader()
+        raws = in_order(
+            lambda index: reader.read(self.plan.span(int(index)), self.plan.rows),
+            iter(indices),
+            threads=reader.threads,
+            most=_UNDER_WAY,
+            most_bytes=most_bytes,
+            weigh=_weight,
+        )
+        return self._decoded(raws)
 
     def keys(self, index: int, block: Columns) -> U64:  # noqa: ARG002 - of the interface
         """A hash of each `_id`."""
@@ -176,3 +208,7 @@ def _pieces(chunks: Iterator[bytes], rows: int) -> Iterator[list[bytes]]:
             piece.append(chunk[first:])
     if piece:
         yield piece
+
+
+def _weight(raws: list[bytes]) -> int:
+    return sum(map(len, raws))

@@ -1,0 +1,241 @@
+"""How fast documents become batches, against the raw cursor, tensors in memory, and what others offer.
+
+    make bench                       (or: python -m tests.benchmarks.bench_stream)
+    make bench ARGS='--docs 1000000 --rounds 7'
+
+It makes its own documents on a mongod of its own (or at --uri), measures every contender once a round, prints one
+table and writes docs/benchmarks.json and docs/benchmarks.png. Ratios are medians of the rounds; absolute numbers
+are those of the machine and of what else it did.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tests.benchmarks import stream_contenders as contenders
+from tests.benchmarks import stream_scale as scale
+from tests.benchmarks.stream_data import database, fill, tensors
+from tests.benchmarks.stream_plot import plot
+from tests.benchmarks.stream_rounds import Contender, Rounds, drained, slow_width, step_seconds, trained
+
+from mongotorch.data.columns import decode
+
+MB = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table; `value` None was not measured, and `note` says why."""
+
+    what: str
+    value: float | None
+    target: float | None = None
+    most: bool = False
+    unit: str = "x"
+    note: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the target is met; None where there is none."""
+        if self.value is None or self.target is None:
+            return None
+        return self.value <= self.target if self.most else self.value >= self.target
+
+
+def reading(base: Any, rounds: int, say: Callable[[str], object]) -> Rounds:
+    """Drains and loads of the same documents as vectors and as lists."""
+    raws = list(base["lists"].find_raw_batches({}, {"_id": 1, "x": 1, "y": 1}))
+    found: dict[str, Contender | None] = {"arrow decode": contenders.arrow_decoder(raws)}
+    found["decode"] = lambda: [decode(raw, ("x", "y")) for raw in raws]
+    found["arrow lists"] = contenders.arrow_reader(base["lists"])
+    for name in ("vectors", "lists"):
+        found[f"raw {name}"] = drained(lambda name=name: contenders.raw_drain(base[name]))  # type: ignore[misc]
+        found[f"stream {name}"] = drained(contenders.stream(base, name).__iter__)
+        found[f"load {name}"] = loading(base, name, mode="memory")
+    found["download vectors"] = loading(base, "vectors", mode="download")
+    return Rounds({name: one for name, one in found.items() if one is not None}).run(rounds, say)
+
+
+def loading(base: Any, name: str, *, mode: str) -> Contender:
+    """Read it all, up to the first batch."""
+
+    def run() -> object:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            contenders.stream(base, name, mode=mode, cache_dir=Path(folder)) as made,
+        ):
+            return next(iter(made))
+
+    return run
+
+
+def training(base: Any, count: int, rounds: int, folder: Path, say: Callable[[str], object]) -> Rounds:
+    """Epochs of a small net."""
+    x, y = tensors(count)
+    held = {
+        "stream vectors": contenders.stream(base, "vectors").__iter__,
+        "stream lists": contenders.stream(base, "lists").__iter__,
+        "in_memory": contenders.stream(base, "vectors", mode="memory").__iter__,
+        "download": contenders.stream(base, "vectors", mode="download", cache_dir=folder).__iter__,
+        "hand-sliced": lambda: contenders.hand_sliced(x, y),
+        "DataLoader": contenders.tensor_loader(x, y),
+        "naive cursor, vectors": contenders.naive_cursor(base["vectors"]),
+        "naive cursor, lists": contenders.naive_cursor(base["lists"]),
+        "MosaicML MDS": contenders.mosaic(count, folder / "mds"),
+    }
+    return Rounds({name: trained(one, 128) for name, one in held.items() if one is not None}).run(rounds, say)
+
+
+def slow_steps(base: Any, count: int, width: int, rounds: int, say: Callable[[str], object]) -> Rounds:
+    """Epochs of a net whose step takes a millisecond or more."""
+    x, y = tensors(count)
+    ours = trained(contenders.stream(base, "vectors").__iter__, width)
+    theirs = trained(lambda: contenders.hand_sliced(x, y), width)
+    return Rounds({"stream vectors": ours, "hand-sliced": theirs}).run(rounds, say)
+
+
+def ratio_rows(read: Rounds, train: Rounds, slow: Rounds, slow_step: float) -> Iterator[Row]:
+    """The rows that are ratios of one run."""
+    yield Row(
+        what="drain, vectors, over raw drain", value=read.speed("stream vectors", "raw vectors"), target=0.85
+    )
+    yield Row(what="drain, lists, over raw drain", value=read.speed("stream lists", "raw lists"), target=0.6)
+    missing = "" if "arrow lists" in read.seconds else "pymongoarrow is not installed"
+    yield Row(
+        what="list decode over PyMongoArrow's", value=read.speed("decode", "arrow decode"), target=3, note=missing
+    )
+    yield Row(
+        what="lists into columns over find_arrow_all", value=read.speed("load lists", "arrow lists"), note=missing
+    )
+    for name in ("vectors", "lists"):
+        ours = f"stream {name}"
+        aims = (1.4, 0.7) if name == "vectors" else (None, None)
+        yield Row(
+            what=f"MLP epoch, {name}, over DataLoader", value=train.speed(ours, "DataLoader"), target=aims[0]
+        )
+        yield Row(
+            what=f"MLP epoch, {name}, over hand-sliced", value=train.speed(ours, "hand-sliced"), target=aims[1]
+        )
+        yield Row(what=f"MLP epoch, {name}, over naive cursor", value=train.speed(ours, f"naive cursor, {name}"))
+    missing = "" if "MosaicML MDS" in train.seconds else "mosaicml-streaming is not installed"
+    yield Row(
+        what="MLP epoch, vectors, over MosaicML MDS",
+        value=train.speed("stream vectors", "MosaicML MDS"),
+        note=missing,
+    )
+    step = f"a step of {slow_step * 1e3:.1f} ms"
+    yield Row(
+        what="slow step, over hand-sliced",
+        value=slow.speed("stream vectors", "hand-sliced"),
+        target=0.95,
+        note=step,
+    )
+    for mode in ("in_memory", "download"):
+        yield Row(what=f"{mode} epoch over hand-sliced", value=train.speed(mode, "hand-sliced"), target=0.95)
+    yield Row(
+        what="in_memory load, vectors, over raw drain", value=read.speed("load vectors", "raw vectors"), target=0.8
+    )
+    yield Row(what="in_memory load, lists, over raw drain", value=read.speed("load lists", "raw lists"))
+    yield Row(what="download load over raw drain", value=read.speed("download vectors", "raw vectors"), target=0.8)
+
+
+def scale_rows(uri: str, base: Any, many: int, rounds: int, say: Callable[[str], object]) -> Iterator[Row]:
+    """The rows about what must not grow with the collection."""
+    few = max(many // 10, 1)
+    fill(base, "few", few, vectors=True)
+    fill(base, "many", many, vectors=True, by_label=True)
+    say(f"{many} documents are there")
+    peaks = [(scale.peak_bytes(uri, "few"), scale.peak_bytes(uri, "many")) for _ in range(3)]
+    more = sorted(large - small for small, large in peaks)[1] / MB
+    note = f"{many:,} against {few:,} documents, peak {peaks[0][1] / MB:.0f} MB"
+    yield Row(what="memory", value=more, target=32, most=True, unit="MB more", note=note)
+    say("memory")
+    first = scale.first_batch_seconds(base, "many", rounds)
+    yield Row(
+        what="first batch, shuffled, no plan yet", value=first, target=0.5, most=True, unit="s", note=f"{many:,}"
+    )
+    resumed, state = scale.resume_seconds(base, "many", many, rounds)
+    yield Row(
+        what="first batch after resume at 90 %", value=resumed, target=1, most=True, unit="s", note=f"{many:,}"
+    )
+    yield Row(what="state", value=state, target=1024, most=True, unit="bytes")
+    say("first batches")
+    mixed = scale.entropy_ratio(base, "many", many)
+    yield Row(
+        what="label entropy, inserted by label, over true shuffle", value=mixed, target=0.95, note=f"{many:,}"
+    )
+
+
+def show(rows: list[Row], rates: dict[str, float], console: Console) -> None:
+    """The table."""
+    table = Table(title="mongotorch stream")
+    for title in ("what", "measured", "target", "", "note"):
+        table.add_column(title, justify="right" if title in ("measured", "target") else "left")
+    for row in rows:
+        value = "-" if row.value is None else f"{row.value:.2f} {row.unit}"
+        target = "" if row.target is None else f"{'<=' if row.most else '>='} {row.target:g}"
+        met = {None: "", True: "[green]met[/]", False: "[red]below[/]"}[row.met]
+        table.add_row(row.what, value, target, met, row.note)
+    table.add_section()
+    for name, rate in rates.items():
+        table.add_row(name, f"{rate / 1000:,.0f} k/s", "", "", "samples a second, this machine, this run")
+    console.print(table)
+
+
+def main() -> None:
+    """Measure all of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--docs", type=int, default=200_000, help="documents of the throughput rows")
+    parser.add_argument(
+        "--many", type=int, default=1_000_000, help="documents of the scale rows; 0 leaves them out"
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--uri", help="a MongoDB with a database in its path; else one is started")
+    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of benchmarks.json and .png")
+    given = parser.parse_args()
+    console = Console()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder, database(given.uri) as (uri, base):
+        for name in ("vectors", "lists"):
+            fill(base, name, given.docs, vectors=name == "vectors")
+        width = slow_width(contenders.BATCH)
+        read = reading(base, given.rounds, lambda text: console.log(f"reading: {text}"))
+        train = training(
+            base, given.docs, given.rounds, Path(folder), lambda text: console.log(f"training: {text}")
+        )
+        slow = slow_steps(base, given.docs, width, given.rounds, lambda text: console.log(f"slow steps: {text}"))
+        rows = list(ratio_rows(read, train, slow, step_seconds(width, contenders.BATCH)))
+        if given.many:
+            rows += scale_rows(uri, base, given.many, given.rounds, lambda text: console.log(f"scale: {text}"))
+    rates = {f"read: {name}": rate for name, rate in read.rates(given.docs).items()}
+    rates |= {f"train: {name}": rate for name, rate in train.rates(given.docs).items()}
+    show(rows, rates, console)
+    machine = {"cores": os.cpu_count(), "load": os.getloadavg()[1], "platform": platform.platform()}
+    settings = {"docs": given.docs, "many": given.many, "rounds": given.rounds, "torch": torch.__version__}
+    content = {
+        "when": time.strftime("%Y-%m-%d"),
+        "machine": machine,
+        "settings": settings,
+        "rows": [{**asdict(row), "met": row.met} for row in rows],
+        "samples_per_second": rates,
+    }
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "benchmarks.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if not plot(rates, given.out / "benchmarks.png"):
+        console.print("no plot: matplotlib is not installed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Interleaved rounds: every contender once a round, so that what the machine does meanwhile hits them all alike.
+
+Always: the first round warms up and does not count; a ratio is the median of the ratios inside each round.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tests.benchmarks.stream_data import CLASSES, FEATURES
+from torch import nn
+
+Contender = Callable[[], object]
+
+
+@dataclass
+class Rounds:
+    """What was measured of a group of contenders, seconds by name, one each round."""
+
+    contenders: dict[str, Contender]
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def run(self, rounds: int, say: Callable[[str], object]) -> Rounds:
+        """Measure; the order inside a round is reversed every other time."""
+        names = list(self.contenders)
+        for number in range(rounds + 1):
+            for name in names if number % 2 else reversed(names):
+                start = time.perf_counter()
+                self.contenders[name]()
+                spent = time.perf_counter() - start
+                if number:
+                    self.seconds.setdefault(name, []).append(spent)
+            say(f"round {number} of {rounds}" if number else "warm")
+        return self
+
+    def speed(self, name: str, over: str) -> float | None:
+        """How many times as fast as another, the median of the rounds; None where one of them is missing."""
+        if name not in self.seconds or over not in self.seconds:
+            return None
+        pairs = zip(self.seconds[name], self.seconds[over], strict=True)
+        return statistics.median(other / own for own, other in pairs)
+
+    def rates(self, count: int) -> dict[str, float]:
+        """Samples a second, the medians."""
+        return {name: count / statistics.median(times) for name, times in self.seconds.items()}
+
+
+def drained(batches: Callable[[], Any]) -> Contender:
+    """Take every batch and do nothing with it."""
+
+    def run() -> int:
+        return sum(1 for _ in batches())
+
+    return run
+
+
+def trained(batches: Callable[[], Any], width: int) -> Contender:
+    """One epoch of a perceptron with one hidden layer of `width`, by SGD."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(FEATURES, width), nn.ReLU(), nn.Linear(width, CLASSES))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+
+    def run() -> int:
+        steps = 0
+        for batch in batches():
+            x, y = batch.values() if isinstance(batch, dict) else batch
+            optimizer.zero_grad(set_to_none=True)
+            nn.functional.cross_entropy(net(x), y).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            steps += 1
+        return steps
+
+    return run
+
+
+def step_seconds(width: int, rows: int) -> float:
+    """How long one step of such a net takes, the median of 50."""
+    batch = torch.randn(rows, FEATURES), torch.randint(0, CLASSES, (rows,))
+    run = trained(lambda: [batch], width)
+    times = []
+    for _ in range(50):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def slow_width(rows: int, least: float = 0.001) -> int:
+    """A width whose step takes at least so many seconds on this machine."""
+    width = 128
+    while step_seconds(width, rows) < 1.2 * least and width < 8192:
+        width *= 2
+    return width
