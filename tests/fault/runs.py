@@ -103,18 +103,24 @@ class Killer(monitoring.CommandListener):
     """Kills its own process at one write of the database: just before it is sent, or just after it is done."""
 
     def __init__(self, at: int, *, after: bool) -> None:
+        # Blobs are written from several threads: what has begun and what is done are counted apart.
         self._at, self._after = at, after
-        self._count = 0
+        self._counts = {False: 0, True: 0}
+        self._lock = threading.Lock()
 
     def started(self, event: monitoring.CommandStartedEvent) -> None:
-        if event.command_name in WRITES:
-            self._count += 1
-            if self._count == self._at and not self._after:
-                os.kill(os.getpid(), signal.SIGKILL)
+        self._count(event.command_name, done=False)
 
     def succeeded(self, event: monitoring.CommandSucceededEvent) -> None:
-        if event.command_name in WRITES and self._count == self._at and self._after:
-            os.kill(os.getpid(), signal.SIGKILL)
+        self._count(event.command_name, done=True)
+
+    def _count(self, command: str, *, done: bool) -> None:
+        if command not in WRITES:
+            return
+        with self._lock:
+            self._counts[done] += 1
+            if done == self._after and self._counts[done] == self._at:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     def failed(self, event: monitoring.CommandFailedEvent) -> None:
         """Nothing was written."""
