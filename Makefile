@@ -81,7 +81,7 @@ $(VENV)/.stamp-dev: pyproject.toml constraints.txt $(VENV)/.stamp-torch
 $(VENV)/.stamp-bench: $(VENV)/.stamp-dev
 	@echo 'installing pymongoarrow, mosaicml-streaming and matplotlib into $(VENV)/bench'
 	@$(BIN)/python -m venv $(VENV)/bench
-	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 	  > $$($(VENV)/bench/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth
 	@$(VENV)/bench/bin/pip install --quiet -c constraints.txt '$(TORCH)' pymongoarrow mosaicml-streaming matplotlib \
 	  || echo 'some rivals could not be installed: the table leaves them out'

@@ -244,14 +244,7 @@ def check(columns: Columns, batch: list[dict[str, Any]], paths: tuple[str, ...])
     assert alike(columns.ids.values(), [document.get("_id") for document in batch])
 
 
-@ANY_INPUT
-@given(
-    batches(),
-    st.sets(st.sampled_from(PATHS), min_size=1),
-    st.sampled_from([1, 2, 32]),
-    st.sampled_from([1, 3, 16]),
-)
-def test_any_documents_decode_to_what_bson_gives(
+def any_documents_decode_to_what_bson_gives(
     batch: list[dict[str, Any]], chosen: set[str], smallest: int, most: int
 ) -> None:
     paths = tuple(sorted(chosen))
@@ -265,6 +258,25 @@ def test_any_documents_decode_to_what_bson_gives(
         assert alike(caught.value.document_id, lacking[0])
         return
     check(decode(content, paths, smallest_group=smallest, most_layouts=most), plain, paths)
+
+
+any_documents = given(
+    batches(),
+    st.sets(st.sampled_from(PATHS), min_size=1),
+    st.sampled_from([1, 2, 32]),
+    st.sampled_from([1, 3, 16]),
+)
+test_any_documents_decode_to_what_bson_gives = ANY_INPUT(any_documents(any_documents_decode_to_what_bson_gives))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@settings(ANY_INPUT, max_examples=10_000)
+@any_documents
+def test_ten_thousand_batches_decode_to_what_bson_gives(
+    batch: list[dict[str, Any]], chosen: set[str], smallest: int, most: int
+) -> None:
+    any_documents_decode_to_what_bson_gives(batch, chosen, smallest, most)
 
 
 @ANY_INPUT

@@ -1,7 +1,8 @@
 """The training stream: documents of a query as batches of tensors, epoch after epoch.
 
-Always: the batches of an epoch are a function of (documents, query, seed, epoch, batch size, shard) and of
-nothing else: not of the mode, of prefetching, of workers, or of where the stream was stopped and resumed.
+Always: the batches of an epoch are a function of (documents, query, seed, epoch, batch size, shard) and of how
+large the ranges of the plan are (`prefetch_size`, `prefetch_factor`, `prefetch_bytes` where the run began): not of
+the mode, of reading ahead, of workers, or of where the stream was stopped and with what sizes it was resumed.
 Each document is yielded once an epoch. A position is a few numbers and resuming seeks to it.
 """
 
@@ -240,7 +241,7 @@ class Stream(IterableDataset[Any]):
                 drop_last=spec.drop_last,
                 shard=spec.shard,
             ):
-                if info is None or (behind.step - 1) % info.num_workers == info.id:
+                if info is None or (behind.step - 1 - place.step) % info.num_workers == info.id:
                     yield pieces, behind
         finally:
             close_iterator(windows)
