@@ -5,7 +5,9 @@ Always: this room knows MongoDB and torch, and nothing of components, training o
 
 from mongotorch.data.checks import check_select
 from mongotorch.data.dataset import Stream
+from mongotorch.data.explain import Explanation, explain
 from mongotorch.data.folds import FOLD_FIELD, FOLDS, assign_folds, fold_of
+from mongotorch.data.report import Report
 from mongotorch.data.spec import LOADER_OPTIONS, StreamSpec, check_loader_options
 from mongotorch.key import Key
 
@@ -13,11 +15,14 @@ __all__ = [
     "FOLDS",
     "FOLD_FIELD",
     "LOADER_OPTIONS",
+    "Explanation",
     "Key",
+    "Report",
     "Stream",
     "StreamSpec",
     "assign_folds",
     "check_loader_options",
     "check_select",
+    "explain",
     "fold_of",
 ]

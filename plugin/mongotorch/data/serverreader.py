@@ -38,7 +38,7 @@ class ServerReader(Reader):
         """See `Reader.walk`."""
 
         def following(lower: Any) -> list[Any]:
-            where, options = self._bounded(Span(lower=lower, upper=span.upper, closed=True, uniform=span.uniform))
+            where, options = self.bounded(Span(lower=lower, upper=span.upper, closed=True, uniform=span.uniform))
             command = find_command(self.collection, where, {"_id": 1}, 1, skip=step, limit=1, **options)
             return [document["_id"] for document in self._command(command, dict)["cursor"]["firstBatch"]]
 
@@ -75,7 +75,7 @@ class ServerReader(Reader):
         """What is left of a span, asked for with one question a reply: no cursor has to live on the server."""
         after = next((last_id(chunk) for chunk in reversed(seen) if chunk), None)
         while True:
-            where, options = self._bounded(span, after)
+            where, options = self.bounded(span, after)
             command = find_command(self.collection, where, self.projection, max(2 * expected, 101), **options)
             part = found(self._command(command, RawBSONDocument).raw)
             if part.documents:
@@ -91,7 +91,7 @@ class ServerReader(Reader):
         options = source.codec_options.with_options(document_class=document_class)
         return source.database.command(command, codec_options=options, read_preference=source.read_preference)
 
-    def _bounded(self, span: Span, after: tuple[Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    def bounded(self, span: Span, after: tuple[Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
         """The filter of a span, from behind `after`, and what else `find` needs."""
         if span.uniform:
             upper = "$lte" if span.closed else "$lt"
