@@ -17,41 +17,22 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from tests.benchmarks import stream_contenders as contenders
 from tests.benchmarks import stream_scale as scale
 from tests.benchmarks.stream_data import database, fill, tensors
-from tests.benchmarks.stream_plot import plot
 from tests.benchmarks.stream_rounds import Contender, Rounds, drained, slow_width, step_seconds, trained
+from tests.benchmarks.stream_show import Row, plot, show, write_page
 
 from mongotorch.data.columns import decode
 
 MB = 2**20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One line of the table; `value` None was not measured, and `note` says why."""
-
-    what: str
-    value: float | None
-    target: float | None = None
-    most: bool = False
-    unit: str = "x"
-    note: str = ""
-
-    @property
-    def met(self) -> bool | None:
-        """Whether the target is met; None where there is none."""
-        if self.value is None or self.target is None:
-            return None
-        return self.value <= self.target if self.most else self.value >= self.target
+_PART = 10  # MosaicML serves a tenth of the documents, or a round would be mostly its own
 
 
 def reading(base: Any, rounds: int, say: Callable[[str], object]) -> Rounds:
@@ -64,6 +45,7 @@ def reading(base: Any, rounds: int, say: Callable[[str], object]) -> Rounds:
         found[f"raw {name}"] = drained(lambda name=name: contenders.raw_drain(base[name]))  # type: ignore[misc]
         found[f"stream {name}"] = drained(contenders.stream(base, name).__iter__)
         found[f"load {name}"] = loading(base, name, mode="memory")
+    found["stream clustered"] = drained(contenders.stream(base, "clustered").__iter__)
     found["download vectors"] = loading(base, "vectors", mode="download")
     return Rounds({name: one for name, one in found.items() if one is not None}).run(rounds, say)
 
@@ -86,6 +68,8 @@ def training(base: Any, count: int, rounds: int, folder: Path, say: Callable[[st
     x, y = tensors(count)
     held = {
         "stream vectors": contenders.stream(base, "vectors").__iter__,
+        "stream vectors, 1 worker": contenders.stream(base, "vectors", loader=contenders.WORKER).__iter__,
+        "stream lists, 1 worker": contenders.stream(base, "lists", loader=contenders.WORKER).__iter__,
         "stream lists": contenders.stream(base, "lists").__iter__,
         "in_memory": contenders.stream(base, "vectors", mode="memory").__iter__,
         "download": contenders.stream(base, "vectors", mode="download", cache_dir=folder).__iter__,
@@ -93,17 +77,20 @@ def training(base: Any, count: int, rounds: int, folder: Path, say: Callable[[st
         "DataLoader": contenders.tensor_loader(x, y),
         "naive cursor, vectors": contenders.naive_cursor(base["vectors"]),
         "naive cursor, lists": contenders.naive_cursor(base["lists"]),
-        "MosaicML MDS": contenders.mosaic(count, folder / "mds"),
+        "MosaicML MDS": contenders.mosaic(count // _PART, folder / "mds"),
     }
-    return Rounds({name: trained(one, 128) for name, one in held.items() if one is not None}).run(rounds, say)
+    made = {name: trained(one, 128) for name, one in held.items() if one is not None}
+    return Rounds(made, larger={"MosaicML MDS": _PART}).run(rounds, say)
 
 
 def slow_steps(base: Any, count: int, width: int, rounds: int, say: Callable[[str], object]) -> Rounds:
     """Epochs of a net whose step takes a millisecond or more."""
     x, y = tensors(count)
     ours = trained(contenders.stream(base, "vectors").__iter__, width)
+    worker = trained(contenders.stream(base, "vectors", loader=contenders.WORKER).__iter__, width)
     theirs = trained(lambda: contenders.hand_sliced(x, y), width)
-    return Rounds({"stream vectors": ours, "hand-sliced": theirs}).run(rounds, say)
+    made = {"stream vectors": ours, "stream vectors, 1 worker": worker, "hand-sliced": theirs}
+    return Rounds(made).run(rounds, say)
 
 
 def ratio_rows(read: Rounds, train: Rounds, slow: Rounds, slow_step: float) -> Iterator[Row]:
@@ -112,6 +99,8 @@ def ratio_rows(read: Rounds, train: Rounds, slow: Rounds, slow_step: float) -> I
         what="drain, vectors, over raw drain", value=read.speed("stream vectors", "raw vectors"), target=0.85
     )
     yield Row(what="drain, lists, over raw drain", value=read.speed("stream lists", "raw lists"), target=0.6)
+    clustered = read.speed("stream clustered", "stream vectors")
+    yield Row(what="drain, vectors, clustered collection over plain", value=clustered)
     missing = "" if "arrow lists" in read.seconds else "pymongoarrow is not installed"
     yield Row(
         what="list decode over PyMongoArrow's", value=read.speed("decode", "arrow decode"), target=3, note=missing
@@ -119,29 +108,30 @@ def ratio_rows(read: Rounds, train: Rounds, slow: Rounds, slow_step: float) -> I
     yield Row(
         what="lists into columns over find_arrow_all", value=read.speed("load lists", "arrow lists"), note=missing
     )
-    for name in ("vectors", "lists"):
+    for name in ("vectors", "vectors, 1 worker", "lists", "lists, 1 worker"):
         ours = f"stream {name}"
-        aims = (1.4, 0.7) if name == "vectors" else (None, None)
+        loader, sliced = (1.4, 0.7) if name.startswith("vectors") else (None, None)
+        yield Row(what=f"MLP epoch, {name}, over DataLoader", value=train.speed(ours, "DataLoader"), target=loader)
         yield Row(
-            what=f"MLP epoch, {name}, over DataLoader", value=train.speed(ours, "DataLoader"), target=aims[0]
+            what=f"MLP epoch, {name}, over hand-sliced", value=train.speed(ours, "hand-sliced"), target=sliced
         )
-        yield Row(
-            what=f"MLP epoch, {name}, over hand-sliced", value=train.speed(ours, "hand-sliced"), target=aims[1]
-        )
-        yield Row(what=f"MLP epoch, {name}, over naive cursor", value=train.speed(ours, f"naive cursor, {name}"))
-    missing = "" if "MosaicML MDS" in train.seconds else "mosaicml-streaming is not installed"
+    for name in ("vectors", "lists"):
+        naive = train.speed(f"stream {name}", f"naive cursor, {name}")
+        yield Row(what=f"MLP epoch, {name}, over naive cursor", value=naive)
+    missing = (
+        f"a {_PART}th of the documents"
+        if "MosaicML MDS" in train.seconds
+        else "mosaicml-streaming is not installed"
+    )
     yield Row(
         what="MLP epoch, vectors, over MosaicML MDS",
         value=train.speed("stream vectors", "MosaicML MDS"),
         note=missing,
     )
     step = f"a step of {slow_step * 1e3:.1f} ms"
-    yield Row(
-        what="slow step, over hand-sliced",
-        value=slow.speed("stream vectors", "hand-sliced"),
-        target=0.95,
-        note=step,
-    )
+    for name in ("vectors", "vectors, 1 worker"):
+        value = slow.speed(f"stream {name}", "hand-sliced")
+        yield Row(what=f"slow step, {name}, over hand-sliced", value=value, target=0.95, note=step)
     for mode in ("in_memory", "download"):
         yield Row(what=f"{mode} epoch over hand-sliced", value=train.speed(mode, "hand-sliced"), target=0.95)
     yield Row(
@@ -178,22 +168,6 @@ def scale_rows(uri: str, base: Any, many: int, rounds: int, say: Callable[[str],
     )
 
 
-def show(rows: list[Row], rates: dict[str, float], console: Console) -> None:
-    """The table."""
-    table = Table(title="mongotorch stream")
-    for title in ("what", "measured", "target", "", "note"):
-        table.add_column(title, justify="right" if title in ("measured", "target") else "left")
-    for row in rows:
-        value = "-" if row.value is None else f"{row.value:.2f} {row.unit}"
-        target = "" if row.target is None else f"{'<=' if row.most else '>='} {row.target:g}"
-        met = {None: "", True: "[green]met[/]", False: "[red]below[/]"}[row.met]
-        table.add_row(row.what, value, target, met, row.note)
-    table.add_section()
-    for name, rate in rates.items():
-        table.add_row(name, f"{rate / 1000:,.0f} k/s", "", "", "samples a second, this machine, this run")
-    console.print(table)
-
-
 def main() -> None:
     """Measure all of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -210,6 +184,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, database(given.uri) as (uri, base):
         for name in ("vectors", "lists"):
             fill(base, name, given.docs, vectors=name == "vectors")
+        fill(base, "clustered", given.docs, vectors=True, clustered=True)
         width = slow_width(contenders.BATCH)
         read = reading(base, given.rounds, lambda text: console.log(f"reading: {text}"))
         train = training(
@@ -233,6 +208,7 @@ def main() -> None:
     }
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "benchmarks.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_page(given.out / "benchmarks.md", rows, content)
     if not plot(rates, given.out / "benchmarks.png"):
         console.print("no plot: matplotlib is not installed")
 

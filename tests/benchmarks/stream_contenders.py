@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pymongo import MongoClient
 from tests.benchmarks.stream_data import FEATURES, PROJECTION, arrays
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -24,6 +25,7 @@ from mongotorch.data import Stream, StreamSpec
 from mongotorch.query import Query
 
 BATCH = 256
+WORKER = {"num_workers": 1, "persistent_workers": True}
 Batches = Iterable[Any]
 Epoch = Callable[[], Batches]
 
@@ -34,9 +36,15 @@ def raw_drain(collection: Any) -> Iterator[bytes]:
 
 
 def stream(base: Any, name: str, **given: Any) -> Stream:
-    """The stream over a collection."""
+    """The stream over a collection, reading ahead in threads unless `loader` has workers."""
+    nodes, replica_set = sorted(base.client.nodes), base.client.options.replica_set_name
+
+    def opened() -> Any:
+        hosts = [f"{host}:{port}" for host, port in nodes]
+        return MongoClient[dict[str, Any]](hosts, replicaSet=replica_set)[base.name]
+
     options = {"batch_size": BATCH, "shuffle": True, "data_prefetch": True, **given}
-    return Stream(lambda: base, StreamSpec(query=Query.find(name), key=("x", "y"), **options), database=base)
+    return Stream(opened, StreamSpec(query=Query.find(name), key=("x", "y"), **options), database=base)
 
 
 def hand_sliced(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

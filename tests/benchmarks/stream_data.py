@@ -59,11 +59,15 @@ def tensors(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(features), torch.from_numpy(labels)
 
 
-def fill(base: Any, name: str, count: int, *, vectors: bool, by_label: bool = False) -> None:
+def fill(
+    base: Any, name: str, count: int, *, vectors: bool, by_label: bool = False, clustered: bool = False
+) -> None:
     """A collection of so many documents, unless it is there already."""
     if base[name].estimated_document_count() == count:
         return
     base.drop_collection(name)
+    if clustered:
+        base.create_collection(name, clusteredIndex={"key": {"_id": 1}, "unique": True})
     for features, labels in arrays(count, by_label=by_label):
         rows = _vectors(features) if vectors else features.astype(np.float64).tolist()
         base[name].insert_many(

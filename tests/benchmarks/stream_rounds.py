@@ -20,9 +20,13 @@ Contender = Callable[[], object]
 
 @dataclass
 class Rounds:
-    """What was measured of a group of contenders, seconds by name, one each round."""
+    """What was measured of a group of contenders, seconds by name, one each round.
+
+    `larger` says how many times as much the others serve, where one is so slow that it gets a part only.
+    """
 
     contenders: dict[str, Contender]
+    larger: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
     def run(self, rounds: int, say: Callable[[str], object]) -> Rounds:
@@ -34,7 +38,7 @@ class Rounds:
                 self.contenders[name]()
                 spent = time.perf_counter() - start
                 if number:
-                    self.seconds.setdefault(name, []).append(spent)
+                    self.seconds.setdefault(name, []).append(spent * self.larger.get(name, 1))
             say(f"round {number} of {rounds}" if number else "warm")
         return self
 

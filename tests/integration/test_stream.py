@@ -112,6 +112,23 @@ def test_every_way_yields_the_same_batches(documents: Any, make: Make, name: str
         assert len(set(labels(expected))) == len(labels(expected))
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_documents_of_several_layouts_are_the_same_in_every_way(
+    documents: Any, make: Make, way: str, shuffle: bool
+) -> None:
+    documents.update_many({"y": {"$gte": 400, "$lt": 420}}, {"$set": {"x": [1, 2]}})
+    documents.update_many({"y": 800}, {"$set": {"v": [0.5] * 4}})
+    expected = list(make(shuffle=shuffle))
+    other = make(shuffle=shuffle, **WAYS[way])
+    assert same(list(other), expected)
+    rows = {int(label): row.tolist() for x, y, _ in expected for row, label in zip(x, y, strict=True)}
+    assert rows[410] == [1.0, 2.0]
+    assert rows[500] == [500.0, 250.0]
+    batches = iter(make(shuffle=shuffle, **WAYS[way]))
+    assert same([next(batches) for _ in range(9)], expected[:9])
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_samples_come_in_the_same_order_in_every_way(documents: Any, make: Make, way: str) -> None:
     plain = list(make(shuffle=True, transform=add))

@@ -16,7 +16,7 @@ from mongotorch.data.patience import Patience, is_passing
 from mongotorch.data.plan import Sizes, make_plan
 from mongotorch.data.prefetch import in_order
 from mongotorch.data.reader import Span, last_id, offsets
-from mongotorch.data.replies import found
+from mongotorch.data.replies import Chunk, found
 from mongotorch.data.serverreader import ServerReader
 from mongotorch.errors import DataError, EmptySelectError, QueryError, ServerUnavailableError
 from mongotorch.query import Query
@@ -65,7 +65,7 @@ def server_reader(collection: Any, clock: Clock) -> ServerReader:
     return ServerReader({"c": collection}, Query.find("c"), {"_id": 1}, clock.patience())
 
 
-def ids(chunks: list[bytes]) -> list[Any]:
+def ids(chunks: list[Chunk]) -> list[Any]:
     return [bson.decode(raw[a:b])["_id"] for raw in chunks for a, b in offsets(raw)]
 
 

@@ -10,11 +10,9 @@ import os
 from collections.abc import Callable
 from typing import Any, final
 
-from mongotorch.data.columns import Columns
 from mongotorch.data.mockreader import open_reader
 from mongotorch.data.patience import Patience
 from mongotorch.data.reader import Reader
-from mongotorch.data.source import PlannedSource
 from mongotorch.data.spec import StreamSpec
 
 
@@ -56,17 +54,3 @@ class Access:
         if self._opened is not None and self._opened[0] == os.getpid():
             self._opened[1].client.close()
         self._opened = None
-
-
-@final
-class RangeReader:
-    """Reads ranges in a worker process, through a client of its own."""
-
-    def __init__(self, access: Access, source: PlannedSource) -> None:
-        self._access = access
-        self._plan, self._paths = source.plan, source.paths
-
-    def __call__(self, index: int) -> Columns:
-        """The block of a range."""
-        source = PlannedSource(self._access.reader, self._plan, self._paths)
-        return next(iter(source.blocks([index])))

@@ -22,6 +22,7 @@ from mongotorch.data.arrayvalues import restore
 from mongotorch.data.column import Array, Column, build, merge
 from mongotorch.data.idkeys import id_keys
 from mongotorch.data.layout import ID, Layout, LayoutError, Wanted
+from mongotorch.data.replies import Chunk
 from mongotorch.data.slots import Bytes
 from mongotorch.data.split import Group, Rows, by_length
 from mongotorch.errors import DataError, FieldMissingError
@@ -102,7 +103,7 @@ class Columns:
 
 
 def decode(
-    raw: bytes | memoryview | Sequence[bytes],
+    raw: bytes | memoryview | Sequence[Chunk],
     paths: Sequence[str],
     *,
     smallest_group: int = 32,

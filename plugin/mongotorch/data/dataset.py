@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, final
 
@@ -84,7 +84,9 @@ class Stream(IterableDataset[Any]):
         self._running: Iterator[Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh = {"_feed": Feed(self.spec, self._access), "_workers": None, "_running": None}
+        place = Place(**self._position.place.state())
+        position = Position(epoch=self._position.epoch, place=place)  # without the marks of a window
+        fresh = {"_feed": Feed(self.spec, self._access), "_workers": None, "_running": None, "_position": position}
         return {**self.__dict__, **fresh, "_resume": self._digest()}
 
     def __enter__(self) -> Self:
@@ -128,7 +130,7 @@ class Stream(IterableDataset[Any]):
             "seed": self._seed,
             "shuffle": self.spec.shuffle,
             "epoch": self._position.epoch,
-            **asdict(self._position.place),
+            **self._position.place.state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -27,6 +27,7 @@ from mongotorch.data.columns import Columns, decode
 from mongotorch.data.marks import pack_ids
 from mongotorch.data.memory import Blocks, Held, Table, every, layout
 from mongotorch.data.prefetch import close_iterator
+from mongotorch.data.replies import Chunk
 from mongotorch.data.source import Source
 from mongotorch.data.tensors import column_tensor
 
@@ -65,7 +66,7 @@ def cache_name(*parts: Any) -> str:
 class _MappedBlocks:
     """BSON in one mapped file, decoded block by block."""
 
-    def __init__(self, decode: Callable[[list[bytes]], Columns], path: Path, ends: list[int]) -> None:
+    def __init__(self, decode: Callable[[list[Chunk]], Columns], path: Path, ends: list[int]) -> None:
         self._decode = decode
         self._ends = [0, *ends]
         with path.open("rb") as file:  # an empty file cannot be mapped

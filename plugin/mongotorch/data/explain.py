@@ -160,9 +160,9 @@ def _buffer(spec: StreamSpec, source: Source, measured: Probe, documents: int) -
         return int(window * held)  # the rest is the system's page cache
     if not spec.data_prefetch:
         return int(window * held * 2)
-    ready = window if spec.shuffle else min(block * spec.prefetch_factor, spec.prefetch_bytes / max(held, 1))
+    ready = 0 if spec.shuffle else min(block * spec.prefetch_factor, spec.prefetch_bytes / max(held, 1))
     under_way = min(4 * block * raw, spec.prefetch_bytes / 8)
-    return int((window * 2 + min(ready, documents)) * held + under_way)
+    return int((window * 3 + min(ready, documents)) * held + under_way)
 
 
 def _hints(database: Any, spec: StreamSpec, measured: Probe, asked: Lookup | None, *, mock: bool) -> Iterator[str]:

@@ -5,27 +5,25 @@ Always: the windows are the same in every mode; what was opened for them is clos
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast, final
+from typing import Any, final
 
-import numpy as np
 from torch.utils.data import get_worker_info
 
-from mongotorch.data.access import Access, RangeReader
+from mongotorch.data.access import Access
 from mongotorch.data.columns import Columns
 from mongotorch.data.download import cache_name, download
 from mongotorch.data.marks import IdMarks, RankMarks
-from mongotorch.data.memory import Held, gathered, hold, ordered
+from mongotorch.data.memory import Held, hold
 from mongotorch.data.order import Order, worker_seed
 from mongotorch.data.prefetch import Ahead, Workers, close_iterator
 from mongotorch.data.report import Tally
-from mongotorch.data.rows import NO_ROWS, Rows
+from mongotorch.data.rows import Rows
 from mongotorch.data.source import PlannedSource, Source, open_source
 from mongotorch.data.spec import StreamSpec
-
-_Window = tuple[int, Rows, list[tuple[int, int]]]
+from mongotorch.data.windows import Window, WindowReader, put_together
 
 
 @final
@@ -83,63 +81,58 @@ class Feed:
 
     def _read(self, source: Source, order: Order, start: int) -> Iterator[tuple[int, Rows]]:
         windows = self._windows(source, order, start)
-        if self._ahead:
-            # A shuffled window is half of what may be ready: one is, and the next is put together.
-            most = 1 if order.shuffle else self.spec.prefetch_factor
-            windows = Ahead(windows, most=most, most_bytes=self.spec.prefetch_bytes, weigh=_weight)
         try:
-            for window, rows, lengths in windows:
-                for index, length in lengths:
+            for window in windows:
+                for index, length in window.lengths:
                     self.tally.add(index, length)
-                if len(rows):
-                    yield window, rows
+                if len(window.rows):
+                    yield window.number, window.rows
         finally:
             close_iterator(windows)
 
-    def _windows(self, source: Source, order: Order, start: int) -> Iterator[_Window]:
-        """The windows that are read, each with the rows of its ranges; in the thread that reads ahead."""
+    def _windows(self, source: Source, order: Order, start: int) -> Iterator[Window]:
+        """The windows that are read: by workers, by threads ahead, or when they are asked for."""
+        spec = self.spec
+        here = get_worker_info() is None
+        if here and spec.workers and isinstance(source, PlannedSource) and not spec.builds_samples:
+            schedule = enumerate(order.windows(len(source.plan), start), start)
+            tasks = ((order, number, [int(i) for i in indices]) for number, indices in schedule)
+            return self._reading_workers(source).map(tasks, worker_seed(order.seed, order.epoch))
+        windows = self._assembled(source, order, start, ahead=here and spec.data_prefetch)
+        if not (here and spec.data_prefetch):
+            return windows
+        # A shuffled window is half of the bounds: one is trained on while the next is put together, and no more.
+        most = 0 if order.shuffle else spec.prefetch_factor
+        return Ahead(windows, most=most, most_bytes=spec.prefetch_bytes, weigh=_weight)
+
+    def _assembled(self, source: Source, order: Order, start: int, *, ahead: bool) -> Iterator[Window]:
         flat = (int(i) for indices in _schedule(source, order, source.count, start) for i in indices)
-        blocks = self._fetch(source, flat, order)
+        blocks = source.ahead(flat, self.spec.prefetch_bytes // 8) if ahead else source.blocks(flat)
         try:
-            for window, indices in enumerate(_schedule(source, order, source.count, start), start):
-                found = list(islice(blocks, len(indices)))
-                pairs = [(int(i), block) for i, block in zip(indices, found, strict=False)]
-                lengths = [(index, len(block)) for index, block in pairs]
-                yield window, self._ordered(source, order, [pair for pair in pairs if len(pair[1])]), lengths
-                if len(found) < len(indices):
+            for number, indices in enumerate(_schedule(source, order, source.count, start), start):
+                # Nothing is named here: a name would keep the blocks, and the window, while the next one is read.
+                window = [self._put_together(source, order, number, indices, blocks)]
+                complete = len(window[0].lengths) == len(indices)
+                yield window.pop()
+                if not complete:
                     return
         finally:
             close_iterator(blocks)
 
-    def _ordered(self, source: Source, order: Order, pairs: list[tuple[int, Columns]]) -> Rows:
-        """The rows of some blocks in the order of the epoch."""
-        parts = [block for _, block in pairs]
-        if not parts:
-            return NO_ROWS
-        permutation, marks = None, None
-        if order.shuffle:
-            permutation, ranks = order.rows(np.concatenate([source.keys(*pair) for pair in pairs]))
-            marks = RankMarks(ranks)
-        samples = self.spec.builds_samples
-        rows = ordered(parts, permutation, owned=True) if samples else gathered(parts, permutation)
-        rows.marks = marks or (IdMarks(parts[0].ids) if source.by_id else None)
-        return rows
+    def _put_together(
+        self, source: Source, order: Order, number: int, indices: Any, blocks: Iterator[Columns]
+    ) -> Window:
+        found = list(islice(blocks, len(indices)))
+        return put_together(source, order, number, indices, found, samples=self.spec.builds_samples)
 
-    @property
-    def _ahead(self) -> bool:
-        return self.spec.data_prefetch and get_worker_info() is None
-
-    def _fetch(self, source: Source, indices: Iterator[int], order: Order) -> Iterator[Columns]:
-        """Blocks in order: from workers, from a thread ahead, or read when they are asked for."""
-        spec = self.spec
-        if get_worker_info() is None and spec.workers and source.by_id and not spec.builds_samples:
-            if self._workers is None:
-                reader = RangeReader(self._access, cast("PlannedSource", source))
-                self._workers = Workers(reader, _without_pinning(spec.loader))
-            return self._workers.map(indices, worker_seed(order.seed, order.epoch))
-        if not self._ahead:
-            return source.blocks(indices)
-        return source.ahead(indices, spec.prefetch_bytes // 8)
+    def _reading_workers(self, source: PlannedSource) -> Workers:
+        if self._workers is None:
+            # A window is as large as half of the bounds: not the loader's usual two for each worker.
+            ahead = 1 if self.spec.workers > 1 else 2
+            options = {n: v for n, v in self.spec.loader.items() if not n.startswith("pin_memory")}
+            reader = WindowReader(self._access, source, self.spec.prefetch_bytes // 8)
+            self._workers = Workers(reader, {**options, "prefetch_factor": ahead})
+        return self._workers
 
     def _open_source(self, digest: str | None) -> Source:
         if self.source is None:
@@ -174,9 +167,5 @@ def _schedule(source: Source, order: Order, count: int | None, start: int) -> It
     return order.pieces(count, start)
 
 
-def _weight(window: _Window) -> int:
-    return window[1].nbytes
-
-
-def _without_pinning(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if not name.startswith("pin_memory")}
+def _weight(window: Window) -> int:
+    return window.nbytes

@@ -35,6 +35,7 @@ _FIXED = {0x01: 8, 0x06: 0, 0x07: 12, 0x08: 1, 0x09: 8, 0x0A: 0, 0x10: 4, 0x11: 
 _FIXED |= {0x7F: 0, 0xFF: 0}
 _PREFIXED = {0x02: 4, 0x03: 0, 0x04: 0, 0x05: 5, 0x0C: 16, 0x0D: 4, 0x0E: 4, 0x0F: 0}
 _REFERENCE = b"$ref"
+_FEW = 16  # runs of structural bytes that are worth looking at one by one
 
 
 class LayoutError(ValueError):
@@ -87,9 +88,24 @@ class Layout:
 
     def matching(self, rows: Bytes) -> NDArray[np.bool_] | None:
         """Which rows (an (n, length) array) have this layout; None: all of them."""
-        differing = np.bitwise_xor(rows, self._first)
-        np.bitwise_and(differing, self._mask, out=differing)
-        return np.equal(differing.max(axis=1), 0) if differing.any() else None
+        runs = self._runs()
+        if len(runs) > _FEW:
+            differing = np.bitwise_xor(rows, self._first)
+            np.bitwise_and(differing, self._mask, out=differing)
+            return np.equal(differing.max(axis=1), 0) if differing.any() else None
+        # Few structural bytes between large values: only they are looked at.
+        equal = [rows[:, start:stop] == self._first[start:stop] for start, stop in runs]
+        if all(part.all() for part in equal):
+            return None
+        alike = np.ones(len(rows), np.bool_)
+        for part in equal:
+            alike &= part.all(axis=1)
+        return alike
+
+    def _runs(self) -> list[tuple[int, int]]:
+        """Where structural bytes start and stop; they are compared as a whole or not at all."""
+        edges = np.flatnonzero(np.diff(self._mask, prepend=0, append=0))
+        return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
     def column(self, path: str, rows: Bytes) -> Column:
         """The values of one path in rows that all have this layout."""

@@ -105,14 +105,22 @@ def gathered(blocks: list[Columns], order: npt.NDArray[np.int64] | None) -> Rows
     if len(layouts) > 1 or None in layouts:
         return ordered(blocks, order, owned=True)
     ids = merge([(None, block.ids) for block in blocks], identity=True)
-    index = None if order is None else torch.from_numpy(order)
-    tensors = {path: _gather([_tensor(block, path) for block in blocks], index) for path in blocks[0].paths}
+    if len(blocks) == 1 and order is None:
+        return TensorRows({path: _tensor(blocks[0], path) for path in blocks[0].paths}, ids, None)
+    # Each row goes to its place at once: joining blocks first would copy, and hold, all of them twice.
+    places = torch.empty(len(ids), dtype=torch.int64)
+    rows = torch.arange(len(ids)) if order is None else torch.from_numpy(order)
+    places[rows] = torch.arange(len(ids))
+    tensors = {path: _scattered(blocks, path, places) for path in blocks[0].paths}
     return TensorRows(tensors, ids, order)
 
 
-def _gather(parts: list[Tensor], index: Tensor | None) -> Tensor:
-    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return whole if index is None else whole.index_select(0, index)
+def _scattered(blocks: list[Columns], path: str, places: Tensor) -> Tensor:
+    first = _tensor(blocks[0], path)
+    whole = torch.empty((len(places), *first.shape[1:]), dtype=first.dtype)
+    for block, part in zip(blocks, torch.split(places, [len(block) for block in blocks]), strict=True):
+        whole.index_copy_(0, part, _tensor(block, path))
+    return whole
 
 
 def _tensor(block: Columns, path: str) -> Tensor:

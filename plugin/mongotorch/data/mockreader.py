@@ -16,6 +16,7 @@ import bson
 from mongotorch.data.bsonorder import sort_key
 from mongotorch.data.patience import Patience
 from mongotorch.data.reader import Reader, Span, total_order
+from mongotorch.data.replies import Chunk
 from mongotorch.data.serverreader import ServerReader
 from mongotorch.query import Query
 
@@ -54,16 +55,16 @@ class MockReader(Reader):
         documents = self._snapshot()
         yield from (documents[index]["_id"] for index in range(first + step, end, step))
 
-    def head(self, count: int) -> list[bytes]:
+    def head(self, count: int) -> list[Chunk]:
         """See `Reader.head`."""
         return [b"".join(map(bson.encode, self._snapshot()[:count]))]
 
-    def read(self, span: Span, expected: int) -> list[bytes]:  # noqa: ARG002 - of the interface
+    def read(self, span: Span, expected: int) -> list[Chunk]:  # noqa: ARG002 - of the interface
         """See `Reader.read`."""
         first, end = self._slice(span)
         return [b"".join(map(bson.encode, self._snapshot()[first:end]))]
 
-    def drain(self, skip: int, chunk: int) -> Iterator[bytes]:
+    def drain(self, skip: int, chunk: int) -> Iterator[Chunk]:
         """See `Reader.drain`."""
         query = self.query
         if query.is_pipeline:

@@ -76,8 +76,17 @@ class Order:
             return
         hashes = mix(np.arange(ranges, dtype=np.uint64) ^ salt(_RANGES, self.seed, self.epoch))
         permuted = np.argsort(hashes, kind="stable").astype(np.int64)
-        for first in range(start * self.window, ranges, self.window):
-            yield np.sort(permuted[first : first + self.window])
+        first = sum(self._size(window) for window in range(start))
+        for window in itertools.count(start):
+            if first >= ranges:
+                return
+            size = self._size(window)
+            yield np.sort(permuted[first : first + size])
+            first += size
+
+    def _size(self, window: int) -> int:
+        """How many ranges a window has: the first two are smaller, so that the first batch need not wait long."""
+        return max(self.window >> (2 - window), 1) if window < 2 else self.window
 
     def rows(self, keys: U64) -> tuple[npt.NDArray[np.int64], U64]:
         """The permutation of a shuffled window's rows by their keys, and what the rows are then sorted by.

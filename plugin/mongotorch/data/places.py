@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, final
 
+from mongotorch.data.marks import Marks
 from mongotorch.data.rows import Piece, Rows
 
 
@@ -23,18 +24,19 @@ class Place:
         offset: Rows of it that lie before.
         step: Batches (of all shards together: rounds) that lie before.
         after: The mark of the last row before; it counts where it is there, `offset` where it is not.
+        marks: Those of the window, to make `after` of.
     """
 
     window: int = 0
     offset: int = 0
     step: int = 0
     after: str | None = None
+    marks: Marks | None = field(default=None, repr=False, compare=False)
 
-    @classmethod
-    def behind(cls, window: int, rows: Rows, offset: int, step: int) -> Place:
-        """The place before row `offset` of a window."""
-        after = None if rows.marks is None else rows.marks.before(offset)
-        return cls(window=window, offset=offset, step=step, after=after)
+    def state(self) -> dict[str, Any]:
+        """The place as numbers and a text; the mark is made here, because few places are ever kept."""
+        after = self.after if self.marks is None else self.marks.before(self.offset)
+        return {"window": self.window, "offset": self.offset, "step": self.step, "after": after}
 
     def row(self, rows: Rows) -> int:
         """The first row behind the place in what is now in its window."""
@@ -82,7 +84,7 @@ def cut(
             step += 1
             yield (
                 _share([*held, (rows, at, end)], rank * batch_size, (rank + 1) * batch_size),
-                Place.behind(window, rows, end, step),
+                Place(window=window, offset=end, step=step, marks=rows.marks),
             )
             held, have, at = [], 0, end
         if at < len(rows):

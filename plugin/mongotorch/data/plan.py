@@ -15,8 +15,10 @@ from typing import Any, final
 import bson
 from pymongo.errors import DuplicateKeyError, PyMongoError
 
-from mongotorch.data.bsonorder import same_type, sort_key
+from mongotorch.data.bsonorder import same_type
 from mongotorch.data.reader import Reader, Span, offsets
+from mongotorch.data.replies import Chunk
+from mongotorch.data.sampling import sampled
 from mongotorch.errors import DataError, EmptySelectError
 from mongotorch.query import Query
 
@@ -25,9 +27,6 @@ WINDOW = 64  # ranges that are shuffled together, at most
 
 _WALKED = 200_000  # documents; more are sampled
 _RANGES = 50_000  # at most, so that a plan fits into a document
-_SAMPLES = 4  # a range: with fewer the ranges differ too much in size
-_SHARE = 0.04  # of a collection that is sampled at most: from 5 % on the server scans it all
-_FEWEST = 8  # samples; with fewer the select is walked
 _PROBED = 64  # documents whose size is measured
 
 
@@ -82,7 +81,7 @@ class Sizes:
     def cut(self, row_bytes: float) -> tuple[int, int]:
         """Documents a range and ranges a window, for documents of so many bytes.
 
-        One window is ready while the next is put together, so each may have half of the bounds.
+        One window is served while the next is put together, so each may have half of the bounds.
         """
         most = max(int(self.prefetch_bytes / 2 / max(row_bytes, 1.0)), 1)
         rows = max(min(self.prefetch_size, most // 2), 1)
@@ -108,7 +107,7 @@ def make_plan(database: Any, reader: Reader, sizes: Sizes) -> Plan:
         request = _digest(reader.query, [*ends, size, rows, window])
         if (kept := load_plan(database, request)) is not None:
             return kept
-        if (found := _sampled(reader, whole, rows, size)) is not None:
+        if (found := sampled(reader, whole, rows, size, most=_RANGES)) is not None:
             plan = Plan(digest=request, starts=found, last=ends[1], rows=rows, window=window)
             return _store(database, plan)
     walked = (whole.lower, *reader.walk(whole, rows))
@@ -150,17 +149,6 @@ def resume_plan(database: Any, reader: Reader, sizes: Sizes, digest: str) -> Pla
     return plan
 
 
-def _sampled(reader: Reader, whole: Span, rows: int, size: int) -> tuple[Any, ...] | None:
-    wanted = min(_SAMPLES * size // rows, int(size * _SHARE), _SAMPLES * _RANGES)
-    ids = reader.sample(max(wanted, _FEWEST))
-    if len(ids) < _FEWEST:
-        return None
-    low, high = sort_key(whole.lower), sort_key(whole.upper)
-    keyed = {sort_key(document_id): document_id for document_id in ids}
-    inside = [keyed[key] for key in sorted(keyed) if low < key <= high]
-    return (whole.lower, *inside[_SAMPLES - 1 :: _SAMPLES])
-
-
 def _store(database: Any, plan: Plan) -> Plan:
     document = {
         "_id": plan.digest,
@@ -184,5 +172,5 @@ def _digest(query: Query, parts: list[Any]) -> str:
     return hashlib.sha256(bson.encode(what)).hexdigest()
 
 
-def _count(raw: bytes) -> int:
+def _count(raw: Chunk) -> int:
     return sum(1 for _ in offsets(raw))

@@ -29,7 +29,7 @@ class Ahead(Generic[T]):
 
     Args:
         source: What to read; only the thread touches it until `close` has returned.
-        most: Items ready at most.
+        most: Items ready at most; with 0 the next one is begun when the last one was taken.
         most_bytes: Bytes ready at most, by `weigh`; one item is always let through.
         weigh: Bytes of an item.
     """
@@ -75,8 +75,9 @@ class Ahead(Generic[T]):
     def _read(self) -> None:
         end: BaseException = StopIteration()
         try:
-            for item in self._source:
-                if not self._offer(item, self._weigh(item)):
+            while self._wanted():
+                # Not named: a name would keep the item here while the next one is read.
+                if not self._offer(next(self._source)):
                     break
         except BaseException as error:  # noqa: BLE001 - it is raised again by the consumer
             end = error
@@ -84,7 +85,13 @@ class Ahead(Generic[T]):
             self._end = self._end or end
             self._changed.notify_all()
 
-    def _offer(self, item: T, weight: int) -> bool:
+    def _wanted(self) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._most > 0 or not self._ready)
+            return not self._closed
+
+    def _offer(self, item: T) -> bool:
+        weight = self._weigh(item)
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._room(weight))
             if self._closed:

@@ -15,6 +15,7 @@ from typing import Any, final
 import bson
 
 from mongotorch.data.patience import Patience
+from mongotorch.data.replies import Chunk
 from mongotorch.query import Query
 
 
@@ -68,15 +69,15 @@ class Reader(abc.ABC):
         """Every `step`-th `_id` of the span after its first one, in order."""
 
     @abc.abstractmethod
-    def head(self, count: int) -> list[bytes]:
+    def head(self, count: int) -> list[Chunk]:
         """The first documents by `_id`, as chunks of concatenated BSON."""
 
     @abc.abstractmethod
-    def read(self, span: Span, expected: int) -> list[bytes]:
+    def read(self, span: Span, expected: int) -> list[Chunk]:
         """The documents of a span by `_id`, as chunks of concatenated BSON; about `expected` of them."""
 
     @abc.abstractmethod
-    def drain(self, skip: int, chunk: int) -> Iterator[bytes]:
+    def drain(self, skip: int, chunk: int) -> Iterator[Chunk]:
         """The documents of the query in its own order from the `skip`-th on, about `chunk` at a time."""
 
     @abc.abstractmethod
@@ -95,6 +96,14 @@ class Reader(abc.ABC):
         known: dict[str, Any] = next(iter(source.database.list_collections(filter={"name": source.name})), {})
         return [source.name, known.get("info", {}).get("uuid"), source.count_documents(where), newest]
 
+    def record_numbers(self, ids: list[Any]) -> list[int]:  # noqa: ARG002 - of the interface
+        """The server's own number of each of these documents; they ascend with insertion, where there are any.
+
+        An empty list where they are not known, or mean nothing (a clustered collection has none, and those of
+        several shards do not compare).
+        """
+        return []
+
     def sample(self, count: int) -> list[Any]:
         """The `_id`s of those that match among `count` random documents of the collection."""
         stages = [{"$sample": {"size": count}}, {"$match": self.query.where}, {"$project": {"_id": 1}}]
@@ -110,7 +119,7 @@ def total_order(query: Query) -> list[tuple[str, int]]:
     return ordering if any(name == "_id" for name, _ in ordering) else [*ordering, ("_id", 1)]
 
 
-def offsets(raw: bytes) -> Iterator[tuple[int, int]]:
+def offsets(raw: Chunk) -> Iterator[tuple[int, int]]:
     """Where each document of concatenated BSON starts and ends."""
     start = 0
     while start < len(raw):
@@ -119,7 +128,7 @@ def offsets(raw: bytes) -> Iterator[tuple[int, int]]:
         start = end
 
 
-def last_id(raw: bytes) -> tuple[Any]:
+def last_id(raw: Chunk) -> tuple[Any]:
     """The `_id` of the last document of concatenated BSON, in a tuple because it may be None."""
     start, end = max(offsets(raw))
     return (bson.decode(raw[start:end])["_id"],)

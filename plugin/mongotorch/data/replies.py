@@ -17,6 +17,8 @@ import numpy as np
 
 from mongotorch.errors import DataError
 
+Chunk = bytes | memoryview  # concatenated BSON documents
+
 _INT32 = struct.Struct("<i")
 _INT64 = struct.Struct("<q")
 _FIXED = {0x01: 8, 0x08: 1, 0x09: 8, 0x0A: 0, 0x10: 4, 0x11: 8, 0x12: 8, 0x07: 12}
@@ -29,11 +31,11 @@ class Found:
     """What a `find` gave.
 
     Attributes:
-        documents: Concatenated BSON.
+        documents: Concatenated BSON, in memory of its own.
         cursor: The id of the cursor that has more; 0 where there is no more.
     """
 
-    documents: bytes
+    documents: Chunk
     cursor: int
 
 
@@ -53,7 +55,7 @@ def found(reply: bytes | memoryview) -> Found:
         raise DataError(f"the server's reply to a find is not understood: {error!r}") from error
 
 
-def documents(array: memoryview) -> bytes:
+def documents(array: memoryview) -> Chunk:
     """The documents of a BSON array of documents, one after the other."""
     if len(array) == 5:
         return b""
@@ -61,7 +63,7 @@ def documents(array: memoryview) -> bytes:
     return alike if alike is not None else b"".join(_each(array))
 
 
-def _alike(array: memoryview) -> bytes | None:
+def _alike(array: memoryview) -> Chunk | None:
     """The documents where all are of one length: the headers between them have the width of their number."""
     size = int(_INT32.unpack_from(array, 7)[0])
     octets = np.frombuffer(array, np.uint8)
@@ -84,7 +86,7 @@ def _alike(array: memoryview) -> bytes | None:
         at, digits = at + count * (head + size), digits + 1
     whole = np.empty((sum(map(len, parts)), size), np.uint8)
     np.concatenate(parts, out=whole)
-    return whole.tobytes()
+    return whole.reshape(-1).data
 
 
 def _each(array: memoryview) -> Iterator[memoryview]:

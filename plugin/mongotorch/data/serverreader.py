@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, final
 
+from bson import Int64
 from bson.raw_bson import RawBSONDocument
 from pymongo.errors import PyMongoError
 
 from mongotorch.data.reader import Reader, Span, last_id, offsets, total_order
-from mongotorch.data.replies import find_command, found
+from mongotorch.data.replies import Chunk, find_command, found
 
 
 @final
@@ -38,7 +40,7 @@ class ServerReader(Reader):
         """See `Reader.walk`."""
 
         def following(lower: Any) -> list[Any]:
-            where, options = self.bounded(Span(lower=lower, upper=span.upper, closed=True, uniform=span.uniform))
+            where, options = self.bounded(replace(span, lower=lower))
             command = find_command(self.collection, where, {"_id": 1}, 1, skip=step, limit=1, **options)
             return [document["_id"] for document in self._command(command, dict)["cursor"]["firstBatch"]]
 
@@ -48,7 +50,19 @@ class ServerReader(Reader):
             yield lower
             found = self.patience.run(lambda lower=lower: following(lower), self._what())  # type: ignore[misc]
 
-    def head(self, count: int) -> list[bytes]:
+    def record_numbers(self, ids: list[Any]) -> list[int]:
+        """See `Reader.record_numbers`."""
+
+        def find() -> list[Any]:
+            return list(
+                self.collection.find({"_id": {"$in": ids}}, {"_id": 1}, sort=[("_id", 1)], show_record_id=True)
+            )
+
+        numbers = [document.get("$recordId") for document in self.patience.run(find, self._what())]
+        # A document may be gone since the sample was taken: then they cannot be told apart any more.
+        return numbers if len(numbers) == len(ids) and all(type(n) in (int, Int64) for n in numbers) else []
+
+    def head(self, count: int) -> list[Chunk]:
         """See `Reader.head`."""
         return self.patience.run(
             lambda: list(
@@ -57,9 +71,9 @@ class ServerReader(Reader):
             self._what(),
         )
 
-    def read(self, span: Span, expected: int) -> list[bytes]:
+    def read(self, span: Span, expected: int) -> list[Chunk]:
         """See `Reader.read`."""
-        chunks: list[bytes] = []
+        chunks: list[Chunk] = []
         attempts = self.patience.attempts(self._what())
         while True:
             try:
@@ -71,7 +85,7 @@ class ServerReader(Reader):
             else:
                 return chunks
 
-    def _range(self, span: Span, seen: list[bytes], expected: int) -> Iterator[bytes]:
+    def _range(self, span: Span, seen: list[Chunk], expected: int) -> Iterator[Chunk]:
         """What is left of a span, asked for with one question a reply: no cursor has to live on the server."""
         after = next((last_id(chunk) for chunk in reversed(seen) if chunk), None)
         while True:
@@ -108,7 +122,7 @@ class ServerReader(Reader):
             options["max"] = {"_id": span.upper}
         return _both(self.query.where, {"$expr": {"$and": exact}}), options
 
-    def drain(self, skip: int, chunk: int) -> Iterator[bytes]:
+    def drain(self, skip: int, chunk: int) -> Iterator[Chunk]:
         """See `Reader.drain`; a broken cursor is replaced by one that skips what was seen."""
         attempts = self.patience.attempts(self._what())
         while True:
@@ -122,7 +136,7 @@ class ServerReader(Reader):
             else:
                 return
 
-    def _own(self, skip: int, chunk: int) -> Iterator[bytes]:
+    def _own(self, skip: int, chunk: int) -> Iterator[Chunk]:
         query = self.query
         if query.is_pipeline:
             stages = [

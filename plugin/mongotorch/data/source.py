@@ -19,6 +19,7 @@ from mongotorch.data.order import U64, mix
 from mongotorch.data.plan import WINDOW, Plan, Sizes, make_plan, resume_plan
 from mongotorch.data.prefetch import Ahead, close_iterator, in_order
 from mongotorch.data.reader import Reader, offsets
+from mongotorch.data.replies import Chunk
 from mongotorch.errors import DataError
 from mongotorch.query import Query
 
@@ -44,7 +45,7 @@ class Source(abc.ABC):
         self.paths = paths
 
     @abc.abstractmethod
-    def raws(self, indices: Iterable[int]) -> Iterator[list[bytes]]:
+    def raws(self, indices: Iterable[int]) -> Iterator[list[Chunk]]:
         """The blocks of these indices as BSON; ascending ones without a gap where `count` is None."""
 
     def blocks(self, indices: Iterable[int]) -> Iterator[Columns]:
@@ -66,13 +67,13 @@ class Source(abc.ABC):
         raws = Ahead(self.raws(indices), most=_UNDER_WAY, most_bytes=most_bytes, weigh=_weight)
         return self._decoded(raws)
 
-    def _decoded(self, raws: Iterator[list[bytes]]) -> Iterator[Columns]:
+    def _decoded(self, raws: Iterator[list[Chunk]]) -> Iterator[Columns]:
         try:
             yield from map(self.decode, raws)
         finally:
             close_iterator(raws)
 
-    def decode(self, raws: list[bytes]) -> Columns:
+    def decode(self, raws: list[Chunk]) -> Columns:
         """The columns of a block."""
         return decode(raws, self.paths)
 
@@ -93,7 +94,7 @@ class PlannedSource(Source):
         self.plan = plan
         self.digest, self.window, self.count = plan.digest, plan.window, len(plan)
 
-    def raws(self, indices: Iterable[int]) -> Iterator[list[bytes]]:
+    def raws(self, indices: Iterable[int]) -> Iterator[list[Chunk]]:
         """See `Source.raws`."""
         reader = self._open_reader()
         return (reader.read(self.plan.span(int(index)), self.plan.rows) for index in indices)
@@ -130,7 +131,7 @@ class OwnOrderSource(Source):
         self.rows, self.window, self.count = rows, window, None
         self.digest = f"own:{rows}:{window}:{query.digest()[:32]}"
 
-    def raws(self, indices: Iterable[int]) -> Iterator[list[bytes]]:
+    def raws(self, indices: Iterable[int]) -> Iterator[list[Chunk]]:
         """See `Source.raws`; ends where the query ends."""
         indices = iter(indices)
         start = next(indices, None)
@@ -193,9 +194,9 @@ def _sizes_of(digest: str) -> tuple[int, int]:
     return int(parts[1]), int(parts[2])
 
 
-def _pieces(chunks: Iterator[bytes], rows: int) -> Iterator[list[bytes]]:
+def _pieces(chunks: Iterator[Chunk], rows: int) -> Iterator[list[Chunk]]:
     """The same BSON in pieces of exactly so many documents, the last one shorter."""
-    piece: list[bytes] = []
+    piece: list[Chunk] = []
     room = rows
     for chunk in chunks:
         first = 0
@@ -210,5 +211,5 @@ def _pieces(chunks: Iterator[bytes], rows: int) -> Iterator[list[bytes]]:
         yield piece
 
 
-def _weight(raws: list[bytes]) -> int:
+def _weight(raws: list[Chunk]) -> int:
     return sum(map(len, raws))

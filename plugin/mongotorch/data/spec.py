@@ -62,7 +62,8 @@ class StreamSpec:
         mode: `stream` reads each epoch anew; `memory` and `download` read once.
         data_prefetch: Read ahead in a thread.
         prefetch_size: Documents that are read at a time.
-        prefetch_factor: Times `prefetch_size` that may be ready, and that are shuffled together (64 at most).
+        prefetch_factor: Times `prefetch_size` that may be ready or under way; half of it, 64 at most, is shuffled
+            together.
         prefetch_bytes: Bytes that may be ready.
         loader: Options of `torch.utils.data.DataLoader`: `num_workers`, `pin_memory` and the like.
         cache_dir: Folder for `download`.

@@ -1,0 +1,80 @@
+"""Bounds of ranges from a sample that visits a collection unevenly."""
+
+import random
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from mongotorch.data import sampling
+from mongotorch.data.reader import Span
+from mongotorch.data.sampling import sampled
+
+SIZE, ROWS = 100_000, 500
+WHOLE = Span(lower=0, upper=SIZE - 1, closed=True, uniform=True)
+
+
+class Clumped:
+    """Numbers as `_id`s, of which the upper half is visited fifty times as seldom."""
+
+    threads = 2
+
+    def __init__(self, numbers: Any = None, matching: int = 1) -> None:
+        self._numbers, self._matching = numbers, matching
+        self.walked = 0
+
+    def sample(self, count: int) -> list[int]:
+        draw = random.Random(0)
+        found = {draw.randrange(SIZE // 2) if draw.random() < 0.98 else draw.randrange(SIZE) for _ in range(count)}
+        return [n for n in found if n % self._matching == 0]
+
+    def record_numbers(self, ids: list[int]) -> list[int]:
+        return [n * 3 for n in ids] if self._numbers is None else self._numbers(ids)
+
+    def walk(self, span: Span, step: int) -> Iterator[int]:
+        self.walked += 1
+        yield from range(span.lower + step, span.upper, step)
+
+
+def sizes(starts: tuple[Any, ...]) -> list[int]:
+    return [after - before for before, after in pairwise([*starts, SIZE])]
+
+
+def test_ranges_are_about_equal_where_records_tell_how_many_lie_between() -> None:
+    reader: Any = Clumped(numbers=list)
+    found = sampled(reader, WHOLE, ROWS, SIZE, most=50_000)
+    assert found is not None
+    assert found[0] == 0
+    assert list(found) == sorted(set(found))
+    assert max(sizes(found)) <= 2 * ROWS
+    assert 0.8 < len(found) * ROWS / SIZE < 1.3
+    assert reader.walked > 0
+
+
+def test_walking_ends_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "_WALK_S", -1.0)
+    reader: Any = Clumped(numbers=list)
+    found = sampled(reader, WHOLE, ROWS, SIZE, most=50_000)
+    assert found is not None
+    assert reader.walked == 0
+    assert max(sizes(found)) > 2 * ROWS
+
+
+@pytest.mark.parametrize("numbers", [lambda ids: [], lambda ids: random.Random(1).sample(range(SIZE), len(ids))])
+def test_without_meaning_in_the_records_the_sample_is_thinned(numbers: Any) -> None:
+    reader: Any = Clumped(numbers=numbers)
+    found = sampled(reader, WHOLE, ROWS, SIZE, most=50_000)
+    assert found is not None
+    assert found[0] == 0
+    assert list(found) == sorted(set(found))
+    assert 0.8 < len(found) * ROWS / SIZE < 1.3
+    assert reader.walked == 0
+
+
+def test_few_ranges_are_made_where_many_are_not_allowed_and_none_of_a_poor_sample() -> None:
+    reader: Any = Clumped(numbers=list)
+    found = sampled(reader, WHOLE, ROWS, SIZE, most=20)
+    assert found is not None
+    assert len(found) <= 30
+    assert sampled(Clumped(numbers=list, matching=5000), WHOLE, ROWS, SIZE, most=20) is None  # type: ignore[arg-type]
