@@ -45,13 +45,23 @@ def mongod(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(params=["mongomock", "mongod"])
 def uri(request: pytest.FixtureRequest) -> Iterator[str]:
     """The address of a fresh database on each backend, dropped afterwards."""
-    name = "t" + uuid.uuid4().hex[:12]
     if request.param == "mongomock":
-        yield f"mongomock://{name}"
+        yield f"mongomock://t{uuid.uuid4().hex[:12]}"
         return
-    yield (address := f"mongodb://{request.getfixturevalue('mongod')}/{name}?replicaSet=rs0")
+    yield from _fresh_database(request.getfixturevalue("mongod"))
+
+
+def _fresh_database(mongod: str) -> Iterator[str]:
+    name = "t" + uuid.uuid4().hex[:12]
+    yield (address := f"mongodb://{mongod}/{name}?replicaSet=rs0")
     with pymongo.MongoClient[dict[str, Any]](address) as client:
         client.drop_database(name)
+
+
+@pytest.fixture
+def server_uri(mongod: str) -> Iterator[str]:
+    """The address of a fresh database on the real server, which other processes reach too."""
+    yield from _fresh_database(mongod)
 
 
 @pytest.fixture

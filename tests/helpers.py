@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import random
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,18 @@ from mongotorch.train import Fit
 
 COUNT = 120
 COLLECTION = "points"
+
+
+class Blobs(dict[str, bytes]):
+    """Blobs by content, as a store keeps them: what is read is a buffer of the reader's own."""
+
+    def put(self, data: bytes | memoryview) -> str:
+        name = hashlib.sha256(data).hexdigest()
+        self[name] = bytes(data)
+        return name
+
+    def blob(self, name: str) -> bytes:
+        return cast("bytes", bytearray(self[name]))
 
 
 def points(count: int = COUNT) -> list[dict[str, Any]]:

@@ -7,24 +7,24 @@ same; it is never pickled: what crosses a process is an address.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any, ClassVar, Self, final
 
 from mongotorch.component import Component
-from mongotorch.data import Stream
-from mongotorch.data.folds import Fold
+from mongotorch.data import Explanation, Stream, explain
 from mongotorch.errors import ParameterError
-from mongotorch.query import Query
+from mongotorch.owner import Owner
+from mongotorch.query import Fold, Query
 from mongotorch.run import Job, Shift
 from mongotorch.settings import Settings, read_settings
 from mongotorch.store import Collected, Connection, Garbage, Verified, open_address
+from mongotorch.train import TorchTrainer
 from mongotorch.wiring.collection import Collection, read_documents
 from mongotorch.wiring.parts import Parts
-from mongotorch.wiring.streams import stream_spec
+from mongotorch.wiring.streams import stream_spec, training_spec
 
 
 @final
-class Datalayer:
+class Datalayer(Owner):
     """One open database; a context manager that closes it."""
 
     __mongotorch_unpicklable__: ClassVar[bool] = True
@@ -64,14 +64,6 @@ class Datalayer:
         raise ParameterError(
             "a Datalayer holds a connection and cannot be pickled; pass `db.uri` and connect there"
         )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the connection. Again: nothing."""
@@ -126,8 +118,7 @@ class Datalayer:
                 others as in `torch.utils.data.DataLoader`.
 
         Returns:
-            An `IterableDataset` of batches, with `state_dict()` and `load_state_dict()`; close it, or use it as
-            a context manager.
+            An `IterableDataset` of batches with `state_dict()`, to be closed or used as a context manager.
 
         Raises:
             ParameterError: An argument cannot be used; `field` names it.
@@ -144,6 +135,19 @@ class Datalayer:
             shard=shard,
         )
         return Stream(self._connection.opener(), spec, database=self._connection.database)
+
+    def explain(self, trainer: TorchTrainer, *, step_seconds: float | None = None) -> Explanation:
+        """What reading will cost, told before training; the select's plan is found, and a few ranges are read.
+
+        Args:
+            trainer: Whose training documents are meant.
+            step_seconds: What one training step takes, where that is known.
+
+        Raises:
+            EmptySelectError, FieldMissingError, QueryError, ServerUnavailableError: As training would.
+        """
+        spec = training_spec(trainer, self.settings)
+        return explain(self._connection.database, spec, step_seconds=step_seconds)
 
     def apply(self, component: Component, *, force: bool = False, priority: int = 0) -> Job[Any]:
         """Store a component as a new version and start what it has to run.

@@ -19,8 +19,9 @@ from bson.errors import BSONError
 
 from mongotorch.errors import QueryError
 
+Fold = Literal["train", "valid"]
 FOLD_FIELD = "_fold"
-FOLDS = ("train", "valid")
+FOLDS: tuple[Fold, ...] = ("train", "valid")
 
 _BSON: CodecOptions[dict[str, Any]] = CodecOptions(uuid_representation=UuidRepresentation.STANDARD)
 _JSON = json_util.JSONOptions(
@@ -122,7 +123,7 @@ class Query:
         self._no_pipeline("limit")
         return dataclasses.replace(self, limited=_count("limit", n, least=1))
 
-    def fold(self, name: Literal["train", "valid"]) -> Query:
+    def fold(self, name: Fold) -> Query:
         """The documents of one fold only. Raises: QueryError for a fold that does not exist."""
         if name not in FOLDS:
             raise QueryError(f"a fold is 'train' or 'valid', not {name!r}", field="fold")

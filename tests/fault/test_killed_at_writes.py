@@ -5,10 +5,6 @@ The writes are enumerated, not sampled: claim, checkpoints, points, heartbeats, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from uuid import uuid4
-
-import pymongo
 import pytest
 from tests.fault import runs
 
@@ -16,15 +12,6 @@ from mongotorch import Datalayer, TorchModel
 
 STEPS = 12
 MOST_WRITES = 400
-
-
-@pytest.fixture(scope="module")
-def server_uri(mongod: str) -> Iterator[str]:
-    """One database on the real server for all deaths: each has a model of its own."""
-    name = "w" + uuid4().hex[:12]
-    yield f"mongodb://{mongod}/{name}?replicaSet=rs0"
-    with pymongo.MongoClient[dict[str, object]](mongod, replicaSet="rs0") as client:
-        client.drop_database(name)
 
 
 def die_at(uri: str, db: Datalayer, at: int, *, after: bool) -> tuple[TorchModel, bool]:
@@ -54,8 +41,7 @@ def test_a_worker_that_dies_at_any_write_leaves_a_run_that_ends_with_the_same_bi
 ) -> None:
     settings = {**runs.SETTINGS, "lease_s": 0.3}
     with Datalayer.connect(server_uri, **settings) as db:
-        if not db["rows"].count():
-            runs.fill(db, 60)
+        runs.fill(db, 60)
         whole, died = die_at(server_uri, db, MOST_WRITES, after=after)
         assert not died
         deaths = 0

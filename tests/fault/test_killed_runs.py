@@ -3,23 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from uuid import uuid4
 
-import pymongo
 import pytest
 from tests.fault import runs
 
 from mongotorch import Datalayer
-
-
-@pytest.fixture
-def server_uri(mongod: str) -> Iterator[str]:
-    """A fresh database on the real server."""
-    name = "k" + uuid4().hex[:12]
-    yield f"mongodb://{mongod}/{name}?replicaSet=rs0"
-    with pymongo.MongoClient[dict[str, object]](mongod, replicaSet="rs0") as client:
-        client.drop_database(name)
 
 
 def kill_until_done(uri: str, db: Datalayer, *, seed: int, workers: int = 2) -> int:

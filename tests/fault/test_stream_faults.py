@@ -33,9 +33,6 @@ QUERIES = {
     "own order": SELECT.sort("y", -1),
     "pipeline": Query.aggregate("documents", [{"$match": {"y": {"$gte": 0}}}, {"$sort": {"y": 1}}]),
 }
-# Elections and lost sockets take longer than a busy machine gives `make test`.
-pytestmark = pytest.mark.soak
-
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
     "prefetch": {"data_prefetch": True},
@@ -151,14 +148,24 @@ class Nodes:
         self._running: dict[int, subprocess.Popen[bytes]] = {}
         self._binary, self._folder = binary, folder
         ports = [free_port() for _ in range(3)]
+        try:
+            self._initiate(ports)
+        except BaseException:
+            self.close()
+            raise
+        hosts = ",".join(f"127.0.0.1:{port}" for port in ports)
+        self.address = f"mongodb://{hosts}/?replicaSet=three&w=majority"
+
+    def _initiate(self, ports: list[int]) -> None:
         for port in ports:
             self.start(port)
+        for port in ports:  # all of them have to answer before one is told of the others
+            with MongoClient[dict[str, Any]]("127.0.0.1", port, directConnection=True) as client:
+                client.admin.command("hello")
         members = [{"_id": n, "host": f"127.0.0.1:{port}"} for n, port in enumerate(ports)]
         settings = {"electionTimeoutMillis": 1000, "heartbeatIntervalMillis": 300}
         with MongoClient[dict[str, Any]]("127.0.0.1", ports[0], directConnection=True) as client:
             client.admin.command("replSetInitiate", {"_id": "three", "members": members, "settings": settings})
-        hosts = ",".join(f"127.0.0.1:{port}" for port in ports)
-        self.address = f"mongodb://{hosts}/?replicaSet=three&w=majority"
 
     def start(self, port: int) -> None:
         path = self._folder / str(port)

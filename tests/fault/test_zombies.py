@@ -6,9 +6,7 @@ import os
 import random
 import signal
 import threading
-from uuid import uuid4
 
-import pymongo
 from tests.fault import runs
 
 from mongotorch import Datalayer
@@ -17,9 +15,8 @@ JOBS, WORKERS = 40, 4
 LEASE_S = 1.0
 
 
-def test_four_workers_killed_and_stopped_past_their_lease_do_each_of_forty_jobs_once(mongod: str) -> None:
-    name = "z" + uuid4().hex[:12]
-    uri = f"mongodb://{mongod}/{name}?replicaSet=rs0"
+def test_four_workers_killed_and_stopped_past_their_lease_do_each_of_forty_jobs_once(server_uri: str) -> None:
+    uri = server_uri
     with Datalayer.connect(uri, **runs.SETTINGS) as db:
         runs.fill(db, 100)
         jobs = [db.apply(runs.trainer(db, f"job-{n}", in_memory=True, steps=40)) for n in range(JOBS)]
@@ -39,8 +36,6 @@ def test_four_workers_killed_and_stopped_past_their_lease_do_each_of_forty_jobs_
         db.gc(grace_s=0)
         assert db["mt.checkpoints"].count() == 0
         assert runs.unreached(db) == []
-    with pymongo.MongoClient[dict[str, object]](mongod, replicaSet="rs0") as client:
-        client.drop_database(name)
 
 
 def torment(uri: str, db: Datalayer) -> int:

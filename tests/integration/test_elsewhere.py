@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
-from uuid import uuid4
 
 import mongomock
 import pymongo
@@ -106,15 +105,6 @@ LOADING = """
                 "class": type(model.trainer).__name__,
             }
 """
-
-
-@pytest.fixture
-def server_uri(mongod: str) -> Iterator[str]:
-    """A fresh database on the real server, for several processes."""
-    name = "e" + uuid4().hex[:12]
-    yield f"mongodb://{mongod}/{name}?replicaSet=rs0"
-    with pymongo.MongoClient[dict[str, Any]](mongod, replicaSet="rs0") as client:
-        client.drop_database(name)
 
 
 def test_what_a_script_defines_itself_loads_predicts_and_trains_in_another_process(server_uri: str) -> None:

@@ -7,11 +7,15 @@ from typing import Any
 import pytest
 from bson import Binary
 from bson.binary import BinaryVectorDtype
+from tests.helpers import fill, fold_ids, trainer
 
+from mongotorch import Datalayer
 from mongotorch.data import StreamSpec
 from mongotorch.data.explain import Explanation, explain
 from mongotorch.errors import EmptySelectError, FieldMissingError, QueryError
 from mongotorch.query import Query
+from mongotorch.settings import read_settings
+from mongotorch.store import open_address
 
 COUNT = 1200
 SELECT = Query.find("documents")
@@ -113,8 +117,13 @@ def test_what_cannot_be_streamed_is_refused(documents: Any, database: Any) -> No
         told(database, key=("x", "nothing"))
 
 
-def test_a_question_that_the_server_refuses_is_refused(database: Any, documents: Any) -> None:
-    if type(database).__module__.startswith("mongomock"):
-        pytest.skip("mongomock has other operators")
-    with pytest.raises(QueryError):
-        told(database, SELECT.filter({"y": {"$nonsense": 1}}))
+def test_a_question_that_the_server_refuses_is_refused(server_uri: str) -> None:
+    with open_address(server_uri, read_settings()) as connection, pytest.raises(QueryError):
+        told(connection.database, SELECT.filter({"y": {"$nonsense": 1}}))
+
+
+def test_a_datalayer_tells_of_the_training_documents_of_a_trainer(db: Datalayer) -> None:
+    select = fill(db)
+    found = db.explain(trainer(select))
+    assert found.documents == len(fold_ids(db, "train"))
+    assert found.documents_per_second > 0

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
-from collections.abc import Iterator
 from typing import Any
-from uuid import uuid4
 
-import pymongo
 import pytest
 import torch
 from tests.helpers import fill, model, net, same, state, trainer
@@ -18,15 +15,6 @@ from mongotorch import Datalayer, Metric, TorchModel
 from mongotorch.errors import NotFoundError, PythonVersionError
 
 WRITERS = 8
-
-
-@pytest.fixture
-def server_uri(mongod: str) -> Iterator[str]:
-    """A fresh database on the real server, for several processes."""
-    name = "v" + uuid4().hex[:12]
-    yield f"mongodb://{mongod}/{name}?replicaSet=rs0"
-    with pymongo.MongoClient[dict[str, Any]](mongod, replicaSet="rs0") as client:
-        client.drop_database(name)
 
 
 def apply_one(uri: str, seed: int, barrier: Any, found: Any) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import struct
-from typing import Any, cast
+from typing import Any
 
 import bson
 import numpy as np
@@ -13,6 +12,7 @@ from bson import Decimal128, MaxKey, MinKey, ObjectId, Regex, Timestamp
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from tests.helpers import Blobs
 
 from mongotorch.codecs import Codecs, decode_document, encode_document
 
@@ -50,16 +50,6 @@ numbers = st.one_of(
 )
 shapes = hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4)
 records = hnp.array_dtypes(subtype_strategy=hnp.scalar_dtypes(), max_size=3)
-
-
-class Blobs(dict[str, bytes]):
-    def put(self, data: bytes | memoryview) -> str:
-        name = hashlib.sha256(data).hexdigest()
-        self[name] = bytes(data)
-        return name
-
-    def blob(self, name: str) -> bytes:
-        return cast("bytes", bytearray(self[name]))
 
 
 def through(value: Any) -> Any:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from typing import Any, cast
+from typing import Any
 
 import bson
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.helpers import Blobs
 from torch import Tensor, nn
 
 from mongotorch.codecs import Codecs
@@ -33,16 +33,6 @@ shapes = st.one_of(
     st.lists(st.integers(0, 4), max_size=4).map(tuple),
     st.lists(st.integers(0, 40), max_size=2).map(tuple),  # large enough for a blob of their own
 )
-
-
-class Blobs(dict[str, bytes]):
-    def put(self, data: bytes | memoryview) -> str:
-        name = hashlib.sha256(data).hexdigest()
-        self[name] = bytes(data)
-        return name
-
-    def blob(self, name: str) -> bytes:
-        return cast("bytes", bytearray(self[name]))
 
 
 def through(value: Any) -> Any:

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import pytest
 import torch
+from tests.helpers import Blobs
 from torch import nn
 
 from mongotorch.codecs import Codecs
 from mongotorch.errors import CodecError
 from mongotorch.train.codec import TorchCodec, fill_module
-
-
-class Blobs(dict[str, bytes]):
-    def put(self, data: bytes | memoryview) -> str:
-        name = hashlib.sha256(data).hexdigest()
-        self[name] = bytes(data)
-        return name
-
-    def blob(self, name: str) -> bytes:
-        return self[name]
 
 
 def through(value: Any) -> tuple[Any, dict[str, Any], Blobs]:

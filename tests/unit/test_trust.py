@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 import dataclasses
 import importlib
-import importlib.util
 import pickle
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
@@ -365,7 +365,6 @@ def test_the_errors_are_of_the_store() -> None:
 _SEED = base64.b64encode(bytes(range(32))).decode()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("cryptography") is None, reason="the extra `trust` is not installed")
 def test_who_holds_only_the_public_key_can_check_and_not_sign(house: House) -> None:
     module: Any = importlib.import_module("cryptography.hazmat.primitives.asymmetric.ed25519")
     public = module.Ed25519PrivateKey.from_private_bytes(bytes(range(32))).public_key().public_bytes_raw()
@@ -384,7 +383,7 @@ def test_who_holds_only_the_public_key_can_check_and_not_sign(house: House) -> N
         next(iter(reading.verifier.keys.values())).sign(b"")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("cryptography") is not None, reason="the extra `trust` is installed")
-def test_without_the_package_an_ed25519_key_says_what_to_install() -> None:
+def test_without_the_package_an_ed25519_key_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.asymmetric.ed25519", None)
     with pytest.raises(UnsupportedError, match="cryptography"):
         trust_of(key=f"ed25519:{_SEED}", key_file=None, policy="any")

@@ -6,10 +6,11 @@ Always: this room knows MongoDB and torch, and nothing of components, training o
 from mongotorch.data.checks import check_select
 from mongotorch.data.dataset import Stream
 from mongotorch.data.explain import Explanation, explain
-from mongotorch.data.folds import FOLD_FIELD, FOLDS, assign_folds, fold_of
+from mongotorch.data.folds import assign_folds, fold_of
 from mongotorch.data.report import Report
 from mongotorch.data.spec import LOADER_OPTIONS, StreamSpec, check_loader_options
 from mongotorch.key import Key
+from mongotorch.query import FOLD_FIELD, FOLDS
 
 __all__ = [
     "FOLDS",

@@ -10,7 +10,6 @@ from typing import Any
 
 from pymongo.errors import PyMongoError
 
-from mongotorch.data.folds import FOLD_FIELD, FOLDS, Fold
 from mongotorch.data.patience import is_passing
 from mongotorch.errors import (
     EmptyFoldError,
@@ -19,7 +18,7 @@ from mongotorch.errors import (
     QueryError,
     ServerUnavailableError,
 )
-from mongotorch.query import Query
+from mongotorch.query import FOLD_FIELD, FOLDS, Fold, Query
 
 
 def check_select(database: Any, query: Query, *, folds: Iterable[Fold] = FOLDS) -> None:

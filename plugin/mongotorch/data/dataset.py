@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from types import TracebackType
-from typing import Any, Self, final
+from typing import Any, final
 
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
@@ -28,12 +27,13 @@ from mongotorch.data.rows import Piece, batch_of, columns_of
 from mongotorch.data.samples import SampleBuilder, on_tensors, pinned
 from mongotorch.data.spec import StreamSpec
 from mongotorch.errors import DataError, EmptySelectError
+from mongotorch.owner import Owner
 
 _STATE_VERSION = 1
 
 
 @final
-class Stream(IterableDataset[Any]):
+class Stream(Owner, IterableDataset[Any]):
     """An `IterableDataset` of batches, one epoch an iteration.
 
     Under a `torch.utils.data.DataLoader` (with `batch_size=None`) its workers take turns in the same batches;
@@ -88,14 +88,6 @@ class Stream(IterableDataset[Any]):
         position = Position(epoch=self._position.epoch, place=place)  # without the marks of a window
         fresh = {"_feed": Feed(self.spec, self._access), "_workers": None, "_running": None, "_position": position}
         return {**self.__dict__, **fresh, "_resume": self._digest()}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __iter__(self) -> Iterator[Any]:
         """The batches of the next epoch, or the rest of the one whose state was loaded.

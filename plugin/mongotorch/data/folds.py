@@ -14,7 +14,7 @@ import math
 import struct
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import bson
 from bson.codec_options import CodecOptions, DatetimeConversion
@@ -22,10 +22,7 @@ from pymongo.errors import OperationFailure
 
 from mongotorch.data import bsonorder
 from mongotorch.errors import ParameterError
-
-Fold = Literal["train", "valid"]
-FOLD_FIELD = "_fold"
-FOLDS: tuple[Fold, ...] = ("train", "valid")
+from mongotorch.query import FOLD_FIELD, FOLDS, Fold
 
 _PARTS = 1_000_000  # folds are decided in millionths, in whole numbers, because those are exact everywhere
 _BATCH = 10_000

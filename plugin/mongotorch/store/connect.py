@@ -7,8 +7,7 @@ the client, is what crosses a process; no password is in a `repr` or an error.
 from __future__ import annotations
 
 import dataclasses
-from types import TracebackType
-from typing import Any, Self, final
+from typing import Any, final
 
 from bson.binary import UuidRepresentation
 from bson.codec_options import CodecOptions
@@ -17,6 +16,7 @@ from pymongo.errors import PyMongoError
 from pymongo.uri_parser import parse_uri as validate_uri
 
 from mongotorch.errors import SettingError
+from mongotorch.owner import Owner
 from mongotorch.settings import Settings
 from mongotorch.store.address import Address, parse_uri
 from mongotorch.store.embedded import EmbeddedServer
@@ -58,7 +58,7 @@ class Opener:
 
 
 @final
-class Connection:
+class Connection(Owner):
     """An open database; a context manager that closes it.
 
     Attributes:
@@ -78,14 +78,6 @@ class Connection:
 
     def __repr__(self) -> str:
         return f"Connection({redact(self.uri)!r})"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def opener(self) -> Opener:
         """What opens the same database elsewhere, for as long as this connection is open."""

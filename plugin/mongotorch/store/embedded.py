@@ -19,13 +19,13 @@ import time
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, Self, final
 
 from pymongo import MongoClient
 from pymongo.errors import OperationFailure, PyMongoError
 
 from mongotorch.errors import EmbeddedServerError
+from mongotorch.owner import Owner
 from mongotorch.store import keeper
 from mongotorch.store.binary import ALTERNATIVES, check_mongod, hint
 from mongotorch.store.host import HOST, free_port, is_free, last_words
@@ -45,7 +45,7 @@ _CACHE = ("--wiredTigerCacheSizeGB", "0.25")
 
 
 @final
-class EmbeddedServer:
+class EmbeddedServer(Owner):
     """One user's hold on the server of a folder; `close()` lets go of it.
 
     Attributes:
@@ -83,14 +83,6 @@ class EmbeddedServer:
                 os.close(users)
                 raise
         return cls(folder, port, users)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def uri(self, database: str = "") -> str:
         """The server's address; there is no password."""

@@ -97,12 +97,17 @@ class Jobs(Leases):
                 # An upsert, since an insert cannot ask the server for its time.
                 self._documents.update_one({"_id": job_id}, self._clock.update(document), upsert=True)
         except DuplicateKeyError:
-            same: list[dict[str, Any]] = [{"component": component, "method": method}]
-            first = self._documents.find_one({"$or": same + ([] if key is None else [{"key": key}])}, {"_id": 1})
-            if first is None:
+            known = self._known(component, method, key)
+            if known is None:
                 raise
-            return str(first["_id"]), False
+            return known, False
         return job_id, True
+
+    def _known(self, component: str, method: str, key: str | None) -> str | None:
+        """The job that a second one would be."""
+        same: list[dict[str, Any]] = [{"component": component, "method": method}]
+        found = self._documents.find_one({"$or": same + ([] if key is None else [{"key": key}])}, {"_id": 1})
+        return None if found is None else str(found["_id"])
 
     @driver_errors("reading a job")
     def get(self, job_id: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ are what a subclass changes, and the loop around them stays.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -126,9 +127,9 @@ class TorchTrainer(Component):
                 field="listen",
             )
 
-    @property
+    @functools.cached_property
     def mapping(self) -> BatchMapping:
-        """The way of a batch through a model."""
+        """The way of a batch through a model; made once, since every step asks for it."""
         return BatchMapping(key=Key.parse(self.key), signature=self.signature, objective=self.objective)
 
     def forward(self, model: TorchModel, batch: Any) -> Passed:

@@ -13,9 +13,9 @@ from typing import Any, final
 from bson import ObjectId
 
 from mongotorch.data.documents import decode_document, encode_document
-from mongotorch.data.folds import FOLD_FIELD, FOLDS, assign_folds, fold_of
+from mongotorch.data.folds import assign_folds, fold_of
 from mongotorch.errors import DataError
-from mongotorch.query import Query
+from mongotorch.query import FOLD_FIELD, FOLDS, Query
 
 _INSERT_BATCH = 10_000
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from types import TracebackType
-from typing import Any, Literal, Self, final
+from typing import Any, Literal, final
 
 from mongotorch.data import Stream, StreamSpec, check_select
-from mongotorch.data.folds import Fold
-from mongotorch.query import Query
+from mongotorch.owner import Owner
+from mongotorch.query import Fold, Query
 from mongotorch.settings import Settings
 from mongotorch.store import Connection
 from mongotorch.train import TorchModel, TorchTrainer
@@ -26,7 +25,7 @@ _OWN_PARAMETERS = ("batch_size", "shuffle", "drop_last")
 
 
 @final
-class Streams:
+class Streams(Owner):
     """The streams of one run; a context manager that closes them.
 
     Attributes:
@@ -50,14 +49,6 @@ class Streams:
         for dataset in model.validation.datasets if model.validation is not None else ():
             check_select(connection.database, dataset.select, folds=())
             self.sets[dataset.identifier] = self._open(validation_spec(trainer, settings, dataset.select))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """End threads and processes, let go of memory and files."""
