@@ -44,7 +44,16 @@ class Checkpoints:
         ensure_index(self._documents, [("job", 1), *_NEWEST])
 
     @driver_errors("writing a checkpoint")
-    def put(self, job: str, attempt: int, step: int, body: Mapping[str, Any], blobs: Iterable[str]) -> bool:
+    def put(
+        self,
+        job: str,
+        attempt: int,
+        step: int,
+        body: Mapping[str, Any],
+        blobs: Iterable[str],
+        *,
+        run: Mapping[str, Any] | None = None,
+    ) -> bool:
         """Write a checkpoint, and drop all but the last two of its job.
 
         Args:
@@ -52,7 +61,8 @@ class Checkpoints:
             attempt: The token of the claim.
             step: After how many optimizer steps.
             body: The state, plain; large parts are blobs.
-            blobs: The names of all blobs that the body refers to, stored already.
+            blobs: The names of all blobs that it refers to, stored already.
+            run: What holds for the whole run, from before its first step; plain BSON.
 
         Returns:
             False: the job is no longer held under this attempt, and nothing was written.
@@ -69,7 +79,13 @@ class Checkpoints:
                 f"the checkpoint of job {job} at step {step} names blobs that are gone: {missing}"
             )
         key = {"job": job, "attempt": attempt, "step": int(step)}
-        said = {"_id": f"{job}:{attempt}:{step}", **key, "body": dict(body), "blobs": names}
+        said = {
+            "_id": f"{job}:{attempt}:{step}",
+            **key,
+            "body": dict(body),
+            "run": dict(run or {}),
+            "blobs": names,
+        }
         self._documents.replace_one({"_id": said["_id"]}, self._trust.sign(said, kind=KIND), upsert=True)
         older = self._documents.find({"job": job}, {"_id": 1}).sort(_NEWEST).skip(KEPT)
         self._documents.delete_many({"_id": {"$in": [checkpoint["_id"] for checkpoint in older]}})

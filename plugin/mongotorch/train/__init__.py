@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from mongotorch.train.codec import fill_module
 from mongotorch.train.evaluation import evaluate
-from mongotorch.train.loop import Batches, Event, Fit, Trained
+from mongotorch.train.loop import Batches, Event, Fit
 from mongotorch.train.metrics import Dataset, Metric, Validation
 from mongotorch.train.model import TorchModel
-from mongotorch.train.progress import Stepped, Validated
+from mongotorch.train.progress import Stepped, Trained, Validated
 from mongotorch.train.trainer import TorchTrainer
 
 __all__ = [

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol, final
 
 import torch
@@ -23,7 +22,7 @@ from mongotorch.train.mapping import scalar
 from mongotorch.train.metrics import OBJECTIVE
 from mongotorch.train.model import TorchModel, copied_state
 from mongotorch.train.optimizers import copied, load_state, state_of
-from mongotorch.train.progress import Best, Stepped, Validated
+from mongotorch.train.progress import Best, Stepped, Trained, Validated
 from mongotorch.train.stacking import rows_of
 from mongotorch.train.trainer import TorchTrainer
 
@@ -41,24 +40,6 @@ class Batches(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on there."""
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class Trained:
-    """What a run ended with.
-
-    Attributes:
-        steps: Optimizer steps that this run made.
-        optimizer_state: Of the weights that the model now has.
-        metric_values: All that was measured, the trainer's earlier values included.
-        best_step: The step whose weights the model has.
-    """
-
-    steps: int
-    optimizer_state: dict[str, Any]
-    metric_values: dict[str, list[float]]
-    best_step: int
 
 
 @final
@@ -100,6 +81,7 @@ class Fit:
         )
         self._best = Best(higher_is_better=higher)
         self._values = {name: list(v) for name, v in (trainer.metric_values or {}).items()}
+        self._measured: dict[str, float] = {}  # by the last validation
         self._waiting: list[Tensor] = []
         self.step, self._validated = 0, 0
         self._idle = 0  # epochs begun since the last step
@@ -129,12 +111,18 @@ class Fit:
         if self._best.state is not None:
             module.load_state_dict(self._best.state["model"])
             optimizer_state, step = self._best.state["optimizer"], self._best.step
+            metrics = self._best.state.get("metrics", {})  # an older checkpoint has none
         else:
             optimizer_state, step = state_of(self._optimizers), self.step
+            metrics = self._measured if self._validated == self.step else {}
         module.eval()
         module.to("cpu")
         return Trained(
-            steps=self.step, optimizer_state=_on_cpu(optimizer_state), metric_values=self._values, best_step=step
+            steps=self.step,
+            optimizer_state=_on_cpu(optimizer_state),
+            metric_values=self._values,
+            best_step=step,
+            metrics=dict(metrics),
         )
 
     def capture(self) -> dict[str, Any]:
@@ -149,6 +137,7 @@ class Fit:
             "random": randomness.capture(),
             "batches": self._batches.state_dict(),
             "values": {name: list(values) for name, values in self._values.items()},
+            "measured": self._measured,
             "best": self._best.capture(),
         }
 
@@ -158,6 +147,7 @@ class Fit:
         load_state(self._optimizers, state["optimizer"])
         self._batches.load_state_dict(state["batches"])
         self._values = {name: list(values) for name, values in state["values"].items()}
+        self._measured = dict(state.get("measured", {}))
         self._best.restore(state["best"])
         randomness.restore(state["random"])
 
@@ -201,6 +191,7 @@ class Fit:
         self._check_losses()
         self._validated = self.step
         values = evaluate(self._trainer, self._model, self._sets, self._metrics, self.device)
+        self._measured = values
         for name, value in values.items():
             self._values.setdefault(name, []).append(value)
         improved = self._best.offer(values[self._trainer.listen], self.step)
@@ -208,6 +199,7 @@ class Fit:
             self._best.state = {
                 "model": copied_state(self._model.object),
                 "optimizer": state_of(self._optimizers),
+                "metrics": values,
             }
         return Validated(step=self.step, values=values, improved=improved)
 

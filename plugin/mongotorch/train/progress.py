@@ -45,6 +45,26 @@ class Validated:
 
 
 @final
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a run ended with.
+
+    Attributes:
+        steps: Optimizer steps that this run made.
+        optimizer_state: Of the weights that the model now has.
+        metric_values: All that was measured, the trainer's earlier values included.
+        best_step: The step whose weights the model has.
+        metrics: What was measured of those weights, by name; empty where they were not measured.
+    """
+
+    steps: int
+    optimizer_state: dict[str, Any]
+    metric_values: dict[str, list[float]]
+    best_step: int
+    metrics: dict[str, float]
+
+
+@final
 @dataclass(kw_only=True)
 class Best:
     """The best value of `listen`, its step and state, and how many validations came since."""

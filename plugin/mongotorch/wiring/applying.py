@@ -15,9 +15,9 @@ from mongotorch.errors import NotFoundError
 from mongotorch.run import FINAL_STATUSES, Engine, Job
 from mongotorch.store import Components, Jobs
 from mongotorch.train import TorchModel, TorchTrainer
+from mongotorch.wiring.course import pair
 from mongotorch.wiring.load import Loader
 from mongotorch.wiring.publish import Publisher
-from mongotorch.wiring.training import pair
 
 METHOD = "fit"
 

@@ -6,6 +6,7 @@ stored; only the newest that waits is written; what a checkpoint could not write
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -14,6 +15,22 @@ from typing import Any, Self, final
 
 from mongotorch.codecs import Codecs
 from mongotorch.store import Artifacts, Checkpoints
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """Where a run goes on.
+
+    Attributes:
+        state: What `Fit.capture` gave.
+        run: What holds for the whole run.
+        blobs: The blobs that `run` names, by name.
+    """
+
+    state: Mapping[str, Any]
+    run: Mapping[str, Any]
+    blobs: Mapping[str, bytes]
 
 
 @final
@@ -29,8 +46,8 @@ class Checkpointing:
     def __init__(self, checkpoints: Checkpoints, artifacts: Artifacts, codecs: Codecs) -> None:
         self._checkpoints, self._artifacts, self._codecs = checkpoints, artifacts, codecs
 
-    def load(self, job_id: str) -> dict[str, Any] | None:
-        """The newest state of a job's run; None where there is none.
+    def load(self, job_id: str) -> Resumed | None:
+        """Where the newest checkpoint of a job's run goes on; None where there is none.
 
         Raises:
             IntegrityError: A blob is not what was stored.
@@ -39,18 +56,45 @@ class Checkpointing:
         if found is None:
             return None
         state: dict[str, Any] = self._codecs.decode(found["body"], self._artifacts.get)
-        return state
+        run = found.get("run", {})
+        return Resumed(
+            state=state,
+            run=run.get("said", {}),
+            blobs={name: self._artifacts.get(name) for name in run.get("blobs", ())},
+        )
 
-    def save(self, job_id: str, attempt: int, state: Mapping[str, Any]) -> None:
-        """Store a state, all of it before it becomes visible."""
-        blobs: list[str] = []
+    def run(self, job_id: str) -> dict[str, Any] | None:
+        """What holds for the whole of a job's run, by its newest checkpoint; None where there is none."""
+        found = self._checkpoints.newest(job_id)
+        return None if found is None else found.get("run", {}).get("said", {})
+
+    def save(
+        self,
+        job_id: str,
+        attempt: int,
+        state: Mapping[str, Any],
+        *,
+        run: Mapping[str, Any] | None = None,
+        blobs: Mapping[str, bytes] | None = None,
+    ) -> None:
+        """Store a state, all of it before it becomes visible.
+
+        Args:
+            job_id: The job.
+            attempt: The token of the claim.
+            state: What changes from step to step.
+            run: What does not: plain BSON.
+            blobs: The blobs that `run` names, by name.
+        """
+        names = [self._artifacts.put(data) for data in (blobs or {}).values()]
+        kept = {"said": dict(run or {}), "blobs": list(names)}
 
         def put(data: bytes | memoryview) -> str:
-            blobs.append(name := self._artifacts.put(data))
+            names.append(name := self._artifacts.put(data))
             return name
 
         body = self._codecs.encode(dict(state), put, codec="torch", where="checkpoint")
-        self._checkpoints.put(job=job_id, attempt=attempt, step=state["step"], body=body, blobs=blobs)
+        self._checkpoints.put(job=job_id, attempt=attempt, step=state["step"], body=body, blobs=names, run=kept)
 
     def drop(self, job_id: str) -> None:
         """Forget the checkpoints of a job that has published."""

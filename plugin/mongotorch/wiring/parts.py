@@ -13,6 +13,7 @@ from mongotorch.settings import Settings
 from mongotorch.store import Artifacts, Checker, Checkpoints, Components, Connection, Jobs, Points, trust_of
 from mongotorch.wiring.applying import Applier
 from mongotorch.wiring.checkpointing import Checkpointing
+from mongotorch.wiring.lineage import Facts
 from mongotorch.wiring.load import Loader
 from mongotorch.wiring.performing import Performer
 from mongotorch.wiring.publish import Publisher
@@ -52,6 +53,7 @@ class Parts:
             publisher=self.publisher,
             checkpointing=checkpointing,
             jobs=self.jobs,
+            facts=Facts(connection, settings),
         )
         self.performer = Performer(self.jobs, training, settings)
         self.applier = Applier(

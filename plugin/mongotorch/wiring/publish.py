@@ -83,13 +83,21 @@ class Publisher:
         self._write(draft)
         return Stored(uuid=component.uuid, new=True)
 
-    def publish(self, root: Component, *, with_: Component, facts: Mapping[str, Mapping[str, Any]]) -> None:
+    def publish(
+        self,
+        root: Component,
+        *,
+        with_: Component,
+        facts: Mapping[str, Mapping[str, Any]],
+        attached: Mapping[str, bytes] | None = None,
+    ) -> None:
         """Make two components that refer to each other visible in one insert, that of `root`.
 
         Args:
             root: The trained model.
             with_: The trainer that trained it.
             facts: Per uuid, what else the document says: `source_digest`, `job`, `parent`.
+            attached: The blobs, by name, that the root's facts speak of; they live as long as its document.
 
         Raises:
             CodecError: A field cannot be stored; nothing was written.
@@ -100,6 +108,9 @@ class Publisher:
             self._draft(root, draft, always=(root.uuid, with_.uuid))
         for uuid, more in facts.items():
             draft.documents[uuid].update(more)
+        draft.blobs |= attached or {}
+        own = draft.documents[root.uuid]
+        own["blobs"] = sorted({*own["blobs"], *(attached or {})})
         draft.documents[with_.uuid]["anchor"] = root.uuid
         draft.documents[root.uuid] = draft.documents.pop(root.uuid)  # written last: it is the publication
         self._write(draft)

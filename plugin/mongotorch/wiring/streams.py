@@ -28,20 +28,32 @@ _OWN_PARAMETERS = ("batch_size", "shuffle", "drop_last")
 class Streams(Owner):
     """The streams of one run; a context manager that closes them.
 
+    Args:
+        trainer: Says what is read, and how.
+        model: Its validation may have datasets of its own.
+        connection: The database.
+        settings: Of the datalayer.
+        train_query: The training documents, in place of the fold `train` of the trainer's select.
+
     Attributes:
         batches: The training batches.
         sets: The validation batches by the name of their set; the empty name is the fold `valid`.
     """
 
     def __init__(
-        self, trainer: TorchTrainer, model: TorchModel, connection: Connection, settings: Settings
+        self,
+        trainer: TorchTrainer,
+        model: TorchModel,
+        connection: Connection,
+        settings: Settings,
+        *,
+        train_query: Query | None = None,
     ) -> None:
         self._connection = connection
         self._opened = ExitStack()
         validates = trainer.validation_interval is not None
-        folds: tuple[Fold, ...] = ("train", "valid") if validates else ("train",)
-        check_select(connection.database, trainer.select, folds=folds)
-        self.batches = self._open(training_spec(trainer, settings))
+        _check(connection, trainer, train_query, validates=validates)
+        self.batches = self._open(training_spec(trainer, settings, train_query))
         self.sets: dict[str, Stream] = {}
         if not validates:
             return
@@ -59,13 +71,23 @@ class Streams(Owner):
         return self._opened.enter_context(Stream(connection.opener(), spec, database=connection.database))
 
 
-def training_spec(trainer: TorchTrainer, settings: Settings) -> StreamSpec:
-    """How a trainer's training documents are streamed."""
+def _check(connection: Connection, trainer: TorchTrainer, train_query: Query | None, *, validates: bool) -> None:
+    """Refuse what cannot be read, before a stream is made."""
+    wanted: dict[Fold, bool] = {"train": train_query is None, "valid": validates}
+    folds = [fold for fold, needed in wanted.items() if needed]
+    if folds:
+        check_select(connection.database, trainer.select, folds=folds)
+    if train_query is not None:
+        check_select(connection.database, train_query, folds=())
+
+
+def training_spec(trainer: TorchTrainer, settings: Settings, query: Query | None = None) -> StreamSpec:
+    """How a trainer's training documents are streamed: the fold `train` of its select, unless others are given."""
     options = dict(trainer.loader_kwargs or {})
     return _spec(
         trainer,
         settings,
-        trainer.select.fold("train"),
+        trainer.select.fold("train") if query is None else query,
         shuffle=bool(options.get("shuffle")),
         drop_last=bool(options.get("drop_last")),
     )

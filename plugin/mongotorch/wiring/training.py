@@ -7,25 +7,24 @@ run that knows its lease to be gone publishes nothing; a failure leaves what was
 from __future__ import annotations
 
 import contextlib
-import time
-import uuid as uuids
 from collections.abc import Callable, Mapping
 from typing import Any, final
 
-from mongotorch.component import Component
-from mongotorch.errors import ConflictError, JobCancelledError, JobReleasedError, ParameterError
+from mongotorch.errors import ConflictError, JobCancelledError, JobReleasedError
 from mongotorch.run import ProgressBar
 from mongotorch.settings import Settings
 from mongotorch.store import Components, Connection, Jobs, Points
-from mongotorch.train import Event, Fit, Stepped, TorchModel, TorchTrainer, Trained, Validated
+from mongotorch.train import Fit, Stepped, TorchModel, TorchTrainer, Validated
 from mongotorch.wiring.checkpointing import Checkpointing, Scribe
+from mongotorch.wiring.course import Course, DataFacts, Outcome, opened_fit, pair, trained_pair
 from mongotorch.wiring.heart import Heart
+from mongotorch.wiring.ledger import Ledger
+from mongotorch.wiring.lineage import Facts
 from mongotorch.wiring.load import Loader
+from mongotorch.wiring.performing import environment
 from mongotorch.wiring.publish import Publisher
-from mongotorch.wiring.streams import Streams
 
 _SHOWN_MOST = 10**9  # steps; more is no total that a bar could show
-_NAMESPACE = uuids.UUID("a3f4c1de-6a0f-4b0e-9d0c-2f1f5e7f8b11")
 
 
 @final
@@ -41,6 +40,7 @@ class Training:
         publisher: Publishes what was trained.
         checkpointing: Where a run goes on that was ended early.
         jobs: Says whether the job is still this attempt's.
+        facts: Says what a run is made of.
     """
 
     def __init__(
@@ -54,14 +54,15 @@ class Training:
         publisher: Publisher,
         checkpointing: Checkpointing,
         jobs: Jobs,
+        facts: Facts,
     ) -> None:
-        self._checkpointing, self._jobs = checkpointing, jobs
+        self._checkpointing, self._jobs, self._facts = checkpointing, jobs, facts
         self._connection, self._settings = connection, settings
         self._components, self._points = components, points
         self._loader, self._publisher = loader, publisher
 
     def run(self, job: Mapping[str, Any], heart: Heart) -> str:
-        """Train and publish.
+        """Train what a job names, and publish it.
 
         Args:
             job: The claimed job document.
@@ -75,29 +76,69 @@ class Training:
             JobCancelledError: The job was cancelled, or another worker has it now; nothing was published.
             MongotorchError: What the run raised; nothing was published.
         """
-        published = self._components.of_job(job["_id"])
-        if published is None:  # else a try before this one got as far as publishing
+        published = self.published(job)
+        if published is None:
             trainer, model = pair(self._loader.by_uuid(job["component"]))
-            with Streams(trainer, model, self._connection, self._settings) as streams:
-                state = self._checkpointing.load(job["_id"])
-                fit = Fit(trainer, model, batches=streams.batches, sets=streams.sets, state=state)
-                self._follow(fit, trainer, job, heart)
-            trained = fit.trained()
-            heart.check()
-            if not self._jobs.holds(job["_id"], job["attempt"]):
-                raise JobCancelledError(f"job {job['_id']} is no longer this attempt's; it publishes nothing")
-            published = self._publish(job, trainer, model, trained)
-        self._checkpointing.drop(job["_id"])
+            course = Course(trainer=trainer, model=model)
+            published = self.publish(job, course, self.follow(course, job, heart))
+        self.forget(job)
         return str(published["_id"])
 
-    def _follow(self, fit: Fit, trainer: TorchTrainer, job: Mapping[str, Any], heart: Heart) -> None:
+    def published(self, job: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The model's document that an earlier try of a job got as far as publishing; None where none did."""
+        return self._components.of_job(job["_id"])
+
+    def origin(self, job: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The `origin` of the course that a job's run goes on with; None where it starts anew."""
+        run = self._checkpointing.run(job["_id"])
+        return None if run is None else run.get("origin", {})
+
+    def forget(self, job: Mapping[str, Any]) -> None:
+        """Drop the checkpoints of a job that has published."""
+        self._checkpointing.drop(job["_id"])
+
+    def follow(self, course: Course, job: Mapping[str, Any], heart: Heart) -> Outcome:
+        """Train a course for a job, from its newest checkpoint where it has one.
+
+        Args:
+            course: What to train; its model is changed.
+            job: The claimed job document.
+            heart: Keeps the lease; says when it is lost.
+
+        Raises:
+            JobReleasedError: The worker has to stop; a checkpoint was written.
+            JobCancelledError: The job was cancelled, or another worker has it now.
+            MongotorchError: What the run raised.
+        """
+        resumed = self._checkpointing.load(job["_id"])
+        state = None if resumed is None else resumed.state
+        with opened_fit(course, self._connection, self._settings, state=state) as fit:
+            if resumed is None:
+                data, origin = self._facts.of(course), course.origin
+            else:
+                data = DataFacts(said=resumed.run.get("data", {}), blobs=resumed.blobs)
+                origin = resumed.run.get("origin", {})
+
+            def save(state: Mapping[str, Any]) -> None:
+                run = {"origin": dict(origin), "data": dict(data.said)}
+                self._checkpointing.save(job["_id"], job["attempt"], state, run=run, blobs=data.blobs)
+
+            self._follow(fit, course.trainer, job, heart, save)
+        trained = fit.trained()
+        heart.check()
+        return Outcome(trained=trained, data=data)
+
+    def _follow(
+        self,
+        fit: Fit,
+        trainer: TorchTrainer,
+        job: Mapping[str, Any],
+        heart: Heart,
+        save: Callable[[Mapping[str, Any]], None],
+    ) -> None:
         """Train; say how far it is, keep what was measured, and write checkpoints."""
         limit = trainer.max_iterations if trainer.max_iterations <= _SHOWN_MOST else None
-        ledger = _Ledger(limit=limit)
-
-        def save(state: Mapping[str, Any]) -> None:
-            self._checkpointing.save(job["_id"], job["attempt"], state)
-
+        ledger = Ledger(limit=limit)
         bar = ProgressBar(trainer.identifier, max_steps=limit, show=self._settings.progress)
         scribe = Scribe(save, interval_s=self._settings.checkpoint_seconds)
         with bar, scribe, contextlib.closing(fit.run()) as events:
@@ -122,81 +163,67 @@ class Training:
             job=job["_id"], component=job["component"], step=event.step, kind="valid", values=event.values
         )
 
-    def _publish(
-        self, job: Mapping[str, Any], trainer: TorchTrainer, model: TorchModel, trained: Trained
+    def publish(
+        self,
+        job: Mapping[str, Any],
+        course: Course,
+        outcome: Outcome,
+        facts: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Make the model visible, and the trainer with it; the model's document, whoever was first."""
-        new_model = model.replace(uuid=attempt_uuid(job, "model"), trainer=None)
-        new_trainer = trainer.replace(
-            uuid=attempt_uuid(job, "trainer"),
-            optimizer_state=trained.optimizer_state,
-            metric_values=trained.metric_values,
-            model=new_model,
-        )
-        # They refer to each other, and neither can be made after the other.
-        object.__setattr__(new_model, "trainer", new_trainer)
-        facts = {
-            new.uuid: {
+        """Make the model of a course visible, and its trainer with it.
+
+        Args:
+            job: The claimed job document.
+            course: What was trained.
+            outcome: What it came to.
+            facts: What the model's document says besides, over the course's `source`; plain BSON.
+
+        Returns:
+            The model's document; that of an attempt which was faster, where there was one.
+
+        Raises:
+            JobCancelledError: The job is no longer this attempt's; nothing was published.
+            CodecError: A field cannot be stored; nothing was published.
+        """
+        if not self._jobs.holds(job["_id"], job["attempt"]):
+            raise JobCancelledError(f"job {job['_id']} is no longer this attempt's; it publishes nothing")
+        new_model, new_trainer = trained_pair(job, course, outcome.trained)
+        said = self._said(job, course, outcome, new_model, new_trainer)
+        said[new_model.uuid] |= {**course.source, **(facts or {})}
+        try:
+            self._publisher.publish(new_model, with_=new_trainer, facts=said, attached=outcome.data.blobs)
+        except ConflictError:
+            # An attempt that had lost its lease was faster; a job publishes once, and this is what it published.
+            first = self.published(job)
+            if first is None:
+                raise
+            return first
+        return self._components.get(new_model.uuid)
+
+    def _said(
+        self,
+        job: Mapping[str, Any],
+        course: Course,
+        outcome: Outcome,
+        new_model: TorchModel,
+        new_trainer: TorchTrainer,
+    ) -> dict[str, dict[str, Any]]:
+        """What both documents say of the run, and what the model's says of what it was made of."""
+        trained = outcome.trained
+        said: dict[str, dict[str, Any]] = {
+            new: {
                 "source_digest": self._components.get(old.uuid)["digest"],
                 "job": job["_id"],
                 "parent": old.uuid,
                 "steps": trained.steps,
                 "best_step": trained.best_step,
             }
-            for new, old in ((new_model, model), (new_trainer, trainer))
+            for new, old in ((new_model.uuid, course.model), (new_trainer.uuid, course.trainer))
         }
-        try:
-            self._publisher.publish(new_model, with_=new_trainer, facts=facts)
-        except ConflictError:
-            # An attempt that had lost its lease was faster; a job publishes once, and this is what it published.
-            first = self._components.of_job(job["_id"])
-            if first is None:
-                raise
-            return first
-        return self._components.get(new_model.uuid)
-
-
-def attempt_uuid(job: Mapping[str, Any], what: str) -> str:
-    """The uuid of what an attempt of a job publishes: the same whenever that attempt publishes it."""
-    return str(uuids.uuid5(_NAMESPACE, f"{job['_id']}:{job['attempt']}:{what}"))
-
-
-def pair(component: Component) -> tuple[TorchTrainer, TorchModel]:
-    """The trainer and the model of a component that can be trained.
-
-    Raises:
-        ParameterError: It is a trainer without a model, or a model without a trainer.
-    """
-    trainer = component if isinstance(component, TorchTrainer) else getattr(component, "trainer", None)
-    model = component if isinstance(component, TorchModel) else getattr(component, "model", None)
-    if not isinstance(trainer, TorchTrainer) or not isinstance(model, TorchModel):
-        raise ParameterError(
-            f"{component!r} cannot be trained: a trainer needs a `model`, a model needs a `trainer`", field="model"
-        )
-    return trainer, model
-
-
-@final
-class _Ledger:
-    """What the job's document says of the progress."""
-
-    def __init__(self, *, limit: int | None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock, self._limit = clock, limit
-        self._begun: float | None = None
-        self._first_step = 0
-        self.progress: dict[str, Any] = {"step": 0, "samples": 0, "max_steps": limit}
-
-    def take(self, event: Event) -> None:
-        if not isinstance(event, Stepped):
-            self.progress = {**self.progress, "values": event.values, "validated_step": event.step}
-            return
-        now = self._clock()
-        if self._begun is None:
-            self._begun, self._first_step = now, event.step
-        samples = self.progress["samples"] + event.rows
-        self.progress = {**self.progress, "step": event.step, "samples": samples}
-        elapsed, steps = now - self._begun, event.step - self._first_step
-        if elapsed > 0 and steps > 0:
-            self.progress["samples_per_s"] = round(samples / elapsed, 1)
-            if self._limit is not None:
-                self.progress["left_s"] = round(elapsed / steps * (self._limit - event.step), 1)
+        said[new_model.uuid] |= {
+            "data": dict(outcome.data.said),
+            "environment": environment(),
+            "seed": course.trainer.seed,
+            "metrics": trained.metrics,
+        }
+        return said
