@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, final
 
 import torch
@@ -21,6 +22,9 @@ SMALL_BYTES = 4096
 """Storages below this many bytes share one blob: a blob each would cost more than it could save."""
 
 _KINDS = (Tensor, nn.Parameter)
+_READERS = 2
+"""Blobs that are read at once: while one waits for its first bytes or ends its hash, the other is on its way.
+More only cost memory."""
 
 
 @final
@@ -74,30 +78,32 @@ class Tensors:
 
     Args:
         record: What `TorchCodec.encode` gave.
-        get: Gives blobs.
+        get: Gives blobs; all of them are asked for at once, from several threads.
     """
 
     def __init__(self, record: Mapping[str, Any], get: Get) -> None:
-        self._record, self._get = record, get
-        self._storages: dict[int, Tensor] = {}
+        self._record = record
         self._made: dict[int, Tensor] = {}
         self._small = get(record["small"]) if record.get("small") else b""
+        kept = record["storages"]
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="mongotorch-blobs") as pool:
+            try:
+                self._storages = list(pool.map(lambda one: self._storage(one, get), kept))
+            finally:
+                pool.shutdown(cancel_futures=True)  # after an error: nothing more is read
 
     def __call__(self, index: int) -> Tensor:
         """The tensor of an index."""
         if index not in self._made:
-            self._made[index] = _rebuild(self._record["tensors"][index], self._storage)
+            self._made[index] = _rebuild(self._record["tensors"][index], self._storages)
         return self._made[index]
 
-    def _storage(self, index: int) -> Tensor:
-        if index not in self._storages:
-            kept = self._record["storages"][index]
-            at, small = kept.get("at", 0), self._small
-            data = self._get(kept["blob"]) if "blob" in kept else small[at : at + kept["nbytes"]]
-            # The store gives a buffer of the reader's own: the tensor lives in it, without a copy.
-            own = data if isinstance(data, bytearray) else bytearray(data)
-            self._storages[index] = torch.frombuffer(own, dtype=torch.uint8)
-        return self._storages[index]
+    def _storage(self, kept: Mapping[str, Any], get: Get) -> Tensor:
+        at, small = kept.get("at", 0), self._small
+        data = get(kept["blob"]) if "blob" in kept else small[at : at + kept["nbytes"]]
+        # The store gives a buffer of the reader's own: the tensor lives in it, without a copy.
+        own = data if isinstance(data, bytearray) else bytearray(data)
+        return torch.frombuffer(own, dtype=torch.uint8) if own else torch.empty(0, dtype=torch.uint8)
 
 
 def fill_module(module: nn.Module, record: Mapping[str, Any], get: Get) -> None:
@@ -220,9 +226,9 @@ def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(array)
 
 
-def _rebuild(record: Mapping[str, Any], storage: Any) -> Tensor:
+def _rebuild(record: Mapping[str, Any], storages: Sequence[Tensor]) -> Tensor:
     dtype = getattr(torch, record["dtype"])
-    whole = storage(record["storage"]) if 0 not in record["shape"] else torch.empty(0, dtype=torch.uint8)
+    whole = storages[record["storage"]] if 0 not in record["shape"] else torch.empty(0, dtype=torch.uint8)
     flat = torch.empty(0, dtype=dtype).set_(whole.untyped_storage())
     tensor = flat.as_strided(record["shape"], record["stride"], record["offset"])
     if record["parameter"]:
