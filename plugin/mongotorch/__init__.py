@@ -15,20 +15,47 @@ if TYPE_CHECKING:
     from mongotorch.datalayer import Datalayer
     from mongotorch.errors import MongotorchError
     from mongotorch.query import Query
-    from mongotorch.run import Job, Worker
+    from mongotorch.run import (
+        AllOf,
+        Always,
+        AnyOf,
+        Better,
+        Changed,
+        Cron,
+        Every,
+        Job,
+        MetricAbove,
+        MetricBelow,
+        Never,
+        NewDocuments,
+        Schedule,
+        Worker,
+    )
     from mongotorch.settings import Settings
     from mongotorch.train import Dataset, Metric, TorchModel, TorchTrainer, Validation
     from mongotorch.wiring.collection import Collection
 
 _HOMES = {
+    "AllOf": "mongotorch.run",
+    "Always": "mongotorch.run",
+    "AnyOf": "mongotorch.run",
+    "Better": "mongotorch.run",
+    "Changed": "mongotorch.run",
     "Collection": "mongotorch.wiring.collection",
     "Component": "mongotorch.component",
+    "Cron": "mongotorch.run",
     "Datalayer": "mongotorch.datalayer",
     "Dataset": "mongotorch.train",
+    "Every": "mongotorch.run",
     "Job": "mongotorch.run",
     "Metric": "mongotorch.train",
+    "MetricAbove": "mongotorch.run",
+    "MetricBelow": "mongotorch.run",
     "MongotorchError": "mongotorch.errors",
+    "Never": "mongotorch.run",
+    "NewDocuments": "mongotorch.run",
     "Query": "mongotorch.query",
+    "Schedule": "mongotorch.run",
     "Settings": "mongotorch.settings",
     "TorchModel": "mongotorch.train",
     "TorchTrainer": "mongotorch.train",
@@ -37,14 +64,26 @@ _HOMES = {
 }
 
 __all__ = [
+    "AllOf",
+    "Always",
+    "AnyOf",
+    "Better",
+    "Changed",
     "Collection",
     "Component",
+    "Cron",
     "Datalayer",
     "Dataset",
+    "Every",
     "Job",
     "Metric",
+    "MetricAbove",
+    "MetricBelow",
     "MongotorchError",
+    "Never",
+    "NewDocuments",
     "Query",
+    "Schedule",
     "Settings",
     "TorchModel",
     "TorchTrainer",

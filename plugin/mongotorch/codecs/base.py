@@ -8,12 +8,22 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, Self
 
 Put = Callable[["bytes | memoryview"], str]
 """Stores a blob and returns its SHA-256 in hex."""
 Get = Callable[[str], bytes]
 """From a SHA-256 in hex to the blob's bytes, verified."""
+
+
+class Registry(Protocol):
+    """What a codec stores the parts of a value by: the codecs that it is one of."""
+
+    def encode(self, value: Any, put: Put, *, codec: str | None = None, where: str = "value") -> Any:
+        """What is stored for a value. Raises: CodecError."""
+
+    def decode(self, record: Any, get: Get) -> Any:
+        """The value of what `encode` gave. Raises: CodecError."""
 
 
 class Codec(abc.ABC):
@@ -45,3 +55,7 @@ class Codec(abc.ABC):
         Raises:
             CodecError: The record cannot be read here.
         """
+
+    def bound(self, registry: Registry) -> Self:  # noqa: ARG002
+        """The codec as part of a registry; itself, unless it stores the parts of a value by the others."""
+        return self

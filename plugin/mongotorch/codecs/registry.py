@@ -20,6 +20,7 @@ from mongotorch.codecs.arraycodec import ArrayCodec
 from mongotorch.codecs.base import Codec, Get, Put
 from mongotorch.codecs.names import NameCodec
 from mongotorch.codecs.pickles import DillCodec
+from mongotorch.codecs.values import ValueCodec
 from mongotorch.errors import CodecError, MongotorchError
 
 GROUP = "mongotorch.codecs"
@@ -67,12 +68,12 @@ class Codecs:
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise CodecError(f"two codecs are called {', '.join(map(repr, twice))}; give each a name of its own")
-        self._codecs = {codec.name: codec for codec in codecs}
+        self._codecs = {codec.name: codec.bound(self) for codec in codecs}
 
     @classmethod
     def builtin(cls, *more: Codec) -> Self:
         """The built-in codecs and more; dill is asked last."""
-        return cls((NameCodec(), ArrayCodec(), JsonCodec(), *more, DillCodec()))
+        return cls((NameCodec(), ArrayCodec(), JsonCodec(), ValueCodec(), *more, DillCodec()))
 
     @classmethod
     def default(cls) -> Self:

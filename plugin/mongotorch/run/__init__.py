@@ -1,28 +1,63 @@
-"""Who trains, when and where: the engine port and its engines, the worker, and the future that `apply` returns.
+"""Who trains, when and where: engines, the worker, the future that `apply` returns, and schedules.
 
-Nothing here knows the database, torch, or a component: a job is an address, and what is done for it is a
-function that the wiring hands in.
+Always: nothing here knows the database or torch: a job is an address, and what is done for it is a function that
+the wiring hands in; a `Schedule` is a component, and when it is due and whether its model goes live are pure
+functions of what somebody else has observed.
 """
 
 from __future__ import annotations
 
 from mongotorch.run.engine import Engine, LocalEngine, QueueEngine, engine_named
+from mongotorch.run.gates import Always, Better, Gate, Never, Scores, Verdict, gate_of
 from mongotorch.run.job import FINAL_STATUSES, Job, JobRecords
 from mongotorch.run.pool import run_pool
 from mongotorch.run.progress import ProgressBar
+from mongotorch.run.schedule import Schedule
+from mongotorch.run.triggers import (
+    AllOf,
+    AnyOf,
+    Changed,
+    Cron,
+    Decision,
+    Every,
+    MetricAbove,
+    MetricBelow,
+    NewDocuments,
+    State,
+    Trigger,
+)
 from mongotorch.run.worker import Employer, Shift, Worker
 
 __all__ = [
     "FINAL_STATUSES",
+    "AllOf",
+    "Always",
+    "AnyOf",
+    "Better",
+    "Changed",
+    "Cron",
+    "Decision",
     "Employer",
     "Engine",
+    "Every",
+    "Gate",
     "Job",
     "JobRecords",
     "LocalEngine",
+    "MetricAbove",
+    "MetricBelow",
+    "Never",
+    "NewDocuments",
     "ProgressBar",
     "QueueEngine",
+    "Schedule",
+    "Scores",
     "Shift",
+    "State",
+    "Trigger",
+    "Verdict",
     "Worker",
     "engine_named",
+    "gate_of",
     "run_pool",
 ]
