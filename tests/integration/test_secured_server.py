@@ -20,6 +20,7 @@ from mongotorch.component import Component
 from mongotorch.errors import MongotorchError, ServerUnavailableError, SettingError
 from mongotorch.settings import read_settings
 from mongotorch.store import (
+    Aliases,
     Artifacts,
     Checkpoints,
     Components,
@@ -132,12 +133,13 @@ class House:
         database = self.database = connection.database
         self.artifacts, self.components = Artifacts(database), Components(database)
         self.jobs, self.points, self.checkpoints = Jobs(database), Points(database), Checkpoints(database)
+        self.aliases = Aliases(database)
         codecs = Codecs.builtin(TorchCodec())
         self.publisher = Publisher(self.components, self.artifacts, codecs)
-        self.loader = Loader(self.components, self.artifacts, codecs)
+        self.loader = Loader(self.components, self.artifacts, self.aliases, codecs)
 
     def ensure_indexes(self) -> None:
-        for room in (self.artifacts, self.components, self.jobs, self.points, self.checkpoints):
+        for room in (self.artifacts, self.components, self.jobs, self.points, self.checkpoints, self.aliases):
             room.ensure_indexes()
 
 

@@ -13,7 +13,7 @@ import torch
 from mongotorch.codecs import Codecs
 from mongotorch.component import Component
 from mongotorch.errors import ConflictError, NotFoundError, UnsafeClosureError
-from mongotorch.store import Artifacts, Components
+from mongotorch.store import Aliases, Artifacts, Components
 from mongotorch.train.codec import TorchCodec
 from mongotorch.wiring.load import Loader
 from mongotorch.wiring.publish import Publisher
@@ -32,10 +32,11 @@ class House:
         self.database = database
         codecs = Codecs.builtin(TorchCodec())
         self.artifacts, self.components = Artifacts(database), Components(database)
+        self.aliases = Aliases(database)
         self.artifacts.ensure_indexes()
         self.components.ensure_indexes()
         self.publisher = Publisher(self.components, self.artifacts, codecs)
-        self.loader = Loader(self.components, self.artifacts, codecs)
+        self.loader = Loader(self.components, self.artifacts, self.aliases, codecs)
 
     def writes(self) -> int:
         return sum(self.database[name].count_documents({}) for name in self.database.list_collection_names())

@@ -30,7 +30,7 @@ from mongotorch.errors import (
     UnsupportedError,
 )
 from mongotorch.settings import read_settings
-from mongotorch.store import Artifacts, Checker, Checkpoints, Components, Jobs, Trust, trust_of
+from mongotorch.store import Aliases, Artifacts, Checker, Checkpoints, Components, Jobs, Trust, trust_of
 from mongotorch.store.trust import HmacKey, Signer, Verifier, canonical
 from mongotorch.train.codec import TorchCodec
 from mongotorch.wiring.load import Loader
@@ -52,10 +52,11 @@ class House:
         self.database = database
         codecs = Codecs.builtin(TorchCodec())
         self.artifacts, self.components = Artifacts(database), Components(database, trust)
+        self.aliases = Aliases(database, trust)
         self.artifacts.ensure_indexes()
         self.components.ensure_indexes()
         self.publisher = Publisher(self.components, self.artifacts, codecs)
-        self.loader = Loader(self.components, self.artifacts, codecs)
+        self.loader = Loader(self.components, self.artifacts, self.aliases, codecs)
         self.documents = database["mt.components"]
 
     def trusting(self, trust: Trust | None) -> House:

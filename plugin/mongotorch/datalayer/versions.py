@@ -21,6 +21,7 @@ class Versions(Opened):
         version: int | None = None,
         *,
         uuid: str | None = None,
+        alias: str | None = None,
         code: Any = None,
     ) -> Any:
         """A stored component, alone and unchanged.
@@ -28,18 +29,20 @@ class Versions(Opened):
         Args:
             type_id: `model`, `trainer`, `metric`, `validation`, `dataset`.
             identifier: Its name.
-            version: Its version; None is the newest.
+            version: Its version; None is the one that the alias names.
             uuid: Instead of all these: exactly that version.
+            alias: The alias; None is `live`, or the newest version where `live` names none.
             code: A module of the stored structure: its weights are filled in, and nothing that the database
                 holds is unpickled, imported or executed.
 
         Raises:
-            NotFoundError: There is none.
-            ParameterError: Neither a uuid nor a kind and a name.
+            NotFoundError: There is none, or no such alias.
+            ParameterError: Neither a uuid nor a kind and a name; an alias with a version or uuid.
             PythonVersionError: It holds bytecode of another Python minor version; nothing was unpickled.
             IntegrityError: A blob is not what was stored.
+            TrustError: A signature does not hold.
         """
-        found = self._parts.loader.find(type_id, identifier, version, uuid=uuid)
+        found = self._parts.loader.find(type_id, identifier, version, uuid=uuid, alias=alias)
         return self._parts.loader.load(found) if code is None else self._parts.loader.with_code(found, code)
 
     def show(self, type_id: str | None = None, identifier: str | None = None, version: int | None = None) -> Any:
@@ -63,11 +66,12 @@ class Versions(Opened):
             type_id: The kind.
             identifier: The name.
             version: The version; None is all of them.
-            force: Remove it although another component refers to it.
+            force: Remove it although another component refers to it or an alias names it; the alias then names
+                nothing, and its history says `removed`.
 
         Raises:
             NotFoundError: There is none.
-            InUseError: Another component refers to it; nothing was removed.
+            InUseError: Another component refers to it, or an alias names it; nothing was removed.
         """
         return self._parts.remover.remove(type_id, identifier, version, force=force)
 

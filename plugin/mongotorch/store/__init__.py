@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mongotorch.store.aliases import LIVE, Aliases, Move
 from mongotorch.store.artifacts import Artifacts
 from mongotorch.store.checkpoints import Checkpoints
 from mongotorch.store.components import Components
@@ -17,6 +18,8 @@ from mongotorch.store.trust import Trust
 from mongotorch.store.verifying import Checker, Verified
 
 __all__ = [
+    "LIVE",
+    "Aliases",
     "Artifacts",
     "Checker",
     "Checkpoints",
@@ -26,6 +29,7 @@ __all__ = [
     "EmbeddedServer",
     "Garbage",
     "Jobs",
+    "Move",
     "Opener",
     "Points",
     "Trust",

@@ -39,9 +39,19 @@ class Clock(Protocol):
     def alone(self) -> contextlib.AbstractContextManager[Any]:
         """Inside, a read and a write are one step as far as the store does not see to that itself."""
 
+    def now(self) -> datetime:
+        """The time, naive UTC in whole milliseconds, for what has to be known before it is written."""
+
 
 class ServerClock:
-    """The clock of the server: `$$NOW`, which every statement reads once."""
+    """The clock of the server: `$$NOW`, which every statement reads once.
+
+    Args:
+        database: The driver's database, which is asked for `now`.
+    """
+
+    def __init__(self, database: Any) -> None:
+        self._database = database
 
     def due(self, field: str, *, seconds: float = 0.0) -> dict[str, Any]:
         """See `Clock.due`."""
@@ -57,6 +67,11 @@ class ServerClock:
     def alone(self) -> contextlib.AbstractContextManager[Any]:
         """See `Clock.alone`; the server does it."""
         return contextlib.nullcontext()
+
+    def now(self) -> datetime:
+        """See `Clock.now`; one round trip to the primary."""
+        told: datetime = self._database.command("hello")["localTime"]
+        return told
 
 
 class LocalClock:
@@ -86,6 +101,10 @@ class LocalClock:
         """See `Clock.alone`."""
         return _memory
 
+    def now(self) -> datetime:
+        """See `Clock.now`."""
+        return self._now()
+
 
 def is_mock(database: Any) -> bool:
     """Whether a database, collection or client is mongomock's."""
@@ -94,7 +113,7 @@ def is_mock(database: Any) -> bool:
 
 def clock_of(database: Any, now: Now | None = None) -> Clock:
     """The clock that counts for a database: the server's, unless there is none or another is given."""
-    return LocalClock(now) if now is not None or is_mock(database) else ServerClock()
+    return LocalClock(now) if now is not None or is_mock(database) else ServerClock(database)
 
 
 def utc_now() -> datetime:

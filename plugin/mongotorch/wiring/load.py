@@ -11,8 +11,8 @@ from typing import Any, final
 
 from mongotorch.codecs import Codecs
 from mongotorch.component import Component, begin_component, fill_component
-from mongotorch.errors import CodecError, ParameterError
-from mongotorch.store import Artifacts, Components
+from mongotorch.errors import CodecError, NotFoundError, ParameterError, TrustError
+from mongotorch.store import LIVE, Aliases, Artifacts, Components, Move
 from mongotorch.train import TorchModel, fill_module
 
 _PLAIN = ("forward_method", "train_forward_method")
@@ -25,12 +25,14 @@ class Loader:
     Args:
         components: The component documents.
         artifacts: The blobs.
+        aliases: Which say what a name without a version means.
         codecs: The codecs that read fields.
     """
 
-    def __init__(self, components: Components, artifacts: Artifacts, codecs: Codecs) -> None:
+    def __init__(self, components: Components, artifacts: Artifacts, aliases: Aliases, codecs: Codecs) -> None:
         self._components = components
         self._artifacts = artifacts
+        self._aliases = aliases
         self._codecs = codecs
 
     def find(
@@ -40,19 +42,60 @@ class Loader:
         version: int | None = None,
         *,
         uuid: str | None = None,
+        alias: str | None = None,
     ) -> dict[str, Any]:
-        """The document of a uuid, else of a name, its newest version unless one is given.
+        """The document of a uuid, else of a name: the version given, else what the alias names.
+
+        Args:
+            type_id: The kind.
+            identifier: The name.
+            version: The version.
+            uuid: Instead of all these.
+            alias: The alias; None is `live`, or the newest version where `live` names none.
 
         Raises:
             NotFoundError: There is none.
-            ParameterError: Neither a uuid, nor a kind and a name.
-            TrustError: Its signature does not hold.
+            ParameterError: Neither a uuid, nor a kind and a name; an alias with a version or uuid.
+            TrustError: A signature does not hold.
         """
+        if alias is not None and not (version is None and uuid is None):
+            raise ParameterError("give an alias, or a version or uuid, not both", field="alias")
         if uuid is not None:
             return self._components.get(uuid)
         if type_id is None or identifier is None:
             raise ParameterError("give a kind and an identifier, or a uuid", field="identifier")
-        return self._components.find(type_id, identifier, version)
+        if version is not None:
+            return self._components.find(type_id, identifier, version)
+        head = self._aliases.head(type_id, identifier, alias or LIVE)
+        if head is not None and head.to_uuid is not None:
+            return self.named(head)
+        if alias is None:
+            return self._components.find(type_id, identifier)
+        there = self._aliases.aliases(type_id, identifier)
+        raise NotFoundError(
+            f"{type_id} {identifier!r} has no alias {alias!r}" + (f"; there are {there}" * bool(there))
+        )
+
+    def named(self, head: Move) -> dict[str, Any]:
+        """The document of what an alias names.
+
+        Args:
+            head: Its newest move, which names something.
+
+        Raises:
+            NotFoundError: That version is gone.
+            TrustError: It is a version of something else, or its signature does not hold.
+        """
+        found = self._components.peek(str(head.to_uuid))
+        said = f"{head.alias!r} of {head.type_id} {head.identifier!r} names {head.to_uuid}"
+        if found is None:
+            newer = self._aliases.head(head.type_id, head.identifier, head.alias)
+            if newer is not None and newer != head and newer.to_uuid is not None:
+                return self.named(newer)  # it was moved meanwhile, and what it named before was removed
+            raise NotFoundError(f"{said}, which is gone; promote a version that is there")
+        if (found["type_id"], found["identifier"]) != (head.type_id, head.identifier):
+            raise TrustError(f"{said}, which is a {found['type_id']} {found['identifier']!r}; nothing was loaded")
+        return found
 
     def by_uuid(self, uuid: str) -> Component:
         """The component of a uuid. Raises: NotFoundError, and as `load`."""

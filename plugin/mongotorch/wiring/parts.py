@@ -10,7 +10,17 @@ from typing import final
 from mongotorch.codecs import Codecs
 from mongotorch.run import engine_named
 from mongotorch.settings import Settings
-from mongotorch.store import Artifacts, Checker, Checkpoints, Components, Connection, Jobs, Points, trust_of
+from mongotorch.store import (
+    Aliases,
+    Artifacts,
+    Checker,
+    Checkpoints,
+    Components,
+    Connection,
+    Jobs,
+    Points,
+    trust_of,
+)
 from mongotorch.wiring.applying import Applier
 from mongotorch.wiring.checkpointing import Checkpointing
 from mongotorch.wiring.lineage import Facts
@@ -18,6 +28,7 @@ from mongotorch.wiring.load import Loader
 from mongotorch.wiring.performing import Performer
 from mongotorch.wiring.publish import Publisher
 from mongotorch.wiring.removing import Remover
+from mongotorch.wiring.serving import Promoter
 from mongotorch.wiring.training import Training
 
 
@@ -37,12 +48,13 @@ class Parts:
         self.components, self.artifacts = Components(database, trust), Artifacts(database)
         self.jobs, self.points = Jobs(database), Points(database)
         self.checkpoints = Checkpoints(database, trust)
-        self.checker = Checker(database, trust)
-        for part in (self.components, self.artifacts, self.jobs, self.points, self.checkpoints):
+        self.aliases, self.checker = Aliases(database, trust), Checker(database, trust)
+        for part in (self.components, self.artifacts, self.jobs, self.points, self.checkpoints, self.aliases):
             part.ensure_indexes()
-        self.loader = Loader(self.components, self.artifacts, codecs)
+        self.loader = Loader(self.components, self.artifacts, self.aliases, codecs)
         self.publisher = Publisher(self.components, self.artifacts, codecs)
-        self.remover = Remover(self.components, self.artifacts)
+        self.promoter = Promoter(self.components, self.aliases)
+        self.remover = Remover(self.components, self.artifacts, self.promoter)
         checkpointing = Checkpointing(self.checkpoints, self.artifacts, codecs)
         training = Training(
             connection=connection,

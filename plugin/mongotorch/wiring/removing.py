@@ -11,6 +11,7 @@ from typing import Any, final
 
 from mongotorch.errors import InUseError
 from mongotorch.store import Artifacts, Components
+from mongotorch.wiring.serving import Promoter
 
 
 @final
@@ -20,10 +21,11 @@ class Remover:
     Args:
         components: The component documents.
         artifacts: The blobs.
+        promoter: Knows what aliases name.
     """
 
-    def __init__(self, components: Components, artifacts: Artifacts) -> None:
-        self._components, self._artifacts = components, artifacts
+    def __init__(self, components: Components, artifacts: Artifacts, promoter: Promoter) -> None:
+        self._components, self._artifacts, self._promoter = components, artifacts, promoter
 
     def remove(self, type_id: str, identifier: str, version: int | None = None, *, force: bool = False) -> int:
         """Remove a version, or all versions of a name.
@@ -32,14 +34,15 @@ class Remover:
             type_id: The kind.
             identifier: The name.
             version: The version; None is all of them.
-            force: Remove it although another component refers to it.
+            force: Remove it although another component refers to it or an alias names it; the alias then names
+                nothing.
 
         Returns:
             How many versions were removed.
 
         Raises:
             NotFoundError: There is none.
-            InUseError: Another component refers to one of them; nothing was removed.
+            InUseError: Another component refers to one of them, or an alias names one; nothing was removed.
         """
         documents = [self._components.find(type_id, identifier, version)]
         if version is None:
@@ -50,8 +53,11 @@ class Remover:
         if not force:
             for document in documents:
                 self._refuse_in_use(document, leaving)
+            self._refuse_served(leaving)
+        self._promoter.withdraw(leaving)
         for document in documents:
             self._components.remove(document["_id"])
+        self._promoter.withdraw(leaving)  # from who promoted it meanwhile
         for name in {blob for document in documents for blob in document["blobs"]}:
             if not self._components.names_blob(name):
                 self._artifacts.remove(name)
@@ -69,6 +75,13 @@ class Remover:
                 raise InUseError(
                     f"{_said(document)} is used by {_said(user)}; remove that first, or say force=True"
                 )
+
+    def _refuse_served(self, leaving: set[str]) -> None:
+        for head in self._promoter.naming(leaving):
+            said = f"version {head.to_version} of {head.type_id} {head.identifier!r}"
+            raise InUseError(
+                f"{said} is named by the alias {head.alias!r}; promote another version first, or say force=True"
+            )
 
 
 def _said(document: Mapping[str, Any]) -> str:

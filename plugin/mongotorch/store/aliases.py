@@ -1,0 +1,247 @@
+"""The aliases: names that point at a version and can be moved, each move a document of its own.
+
+Always: a move is one insert, whose `_id` holds its number: of two at once one loses, and is told who moved it; a
+move is never changed or removed, so that what an alias named at any time can be read; times do not go back
+from one move to the next; a job moves an alias once; a move is given out only if its signature holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Any, Final, Self, final
+
+from pymongo.errors import DuplicateKeyError
+
+from mongotorch.component import IDENTIFIER
+from mongotorch.errors import ConflictError, IdentifierError, ParameterError, TrustError
+from mongotorch.store.clock import Now, clock_of
+from mongotorch.store.failures import driver_errors
+from mongotorch.store.indexes import ensure_index
+from mongotorch.store.trust import Trust
+
+COLLECTION: Final = "mt.aliases"
+KIND: Final = "alias"
+LIVE: Final = "live"
+_NAME: Final = ("type_id", "identifier", "alias")
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Move:
+    """One move of an alias.
+
+    Attributes:
+        type_id: The kind of what it names.
+        identifier: The name of what it names.
+        alias: The alias.
+        n: The number of the move, from 1 without a gap.
+        from_uuid: What it named before; None: nothing.
+        to_uuid: What it names since; None: nothing, since that version was removed.
+        from_version: The version number of `from_uuid`.
+        to_version: The version number of `to_uuid`.
+        who: Who moved it.
+        when: When, by the database's clock; naive UTC in whole milliseconds.
+        why: Why, in the words of who moved it.
+        job: The run that moved it; None: a person.
+    """
+
+    type_id: str
+    identifier: str
+    alias: str
+    n: int
+    from_uuid: str | None
+    to_uuid: str | None
+    from_version: int | None
+    to_version: int | None
+    who: str
+    when: datetime
+    why: str
+    job: str | None = None
+
+    @property
+    def name(self) -> tuple[str, str, str]:
+        """What is moved: kind, identifier, alias."""
+        return self.type_id, self.identifier, self.alias
+
+    def to_document(self) -> dict[str, Any]:
+        """What is stored of it."""
+        said = dataclasses.asdict(self)
+        for end in ("from", "to"):
+            said[end] = said.pop(f"{end}_uuid")
+        return {"_id": f"{self.type_id}/{self.identifier}/{self.alias}#{self.n}", **said}
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any]) -> Self:
+        """From what is stored. Raises: TrustError, where that is no move, or one of another `_id`."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        try:
+            move = cls(**{name: document[name.removesuffix("_uuid")] for name in names})
+        except KeyError as error:
+            raise TrustError(f"alias entry {document.get('_id')} lacks {error}; nobody here wrote it") from error
+        ends = (move.from_uuid, move.to_uuid)
+        if document["_id"] != move.to_document()["_id"] or not all(isinstance(end, str | None) for end in ends):
+            raise TrustError(f"alias entry {document['_id']} is no move of that alias; nobody here wrote it")
+        return move
+
+
+@final
+class Aliases:
+    """The moves of the aliases of one database.
+
+    Args:
+        database: The driver's database.
+        trust: Signs moves and checks what is given out; None does neither.
+        now: A clock instead of the server's, naive UTC; for tests.
+    """
+
+    def __init__(self, database: Any, trust: Trust | None = None, now: Now | None = None) -> None:
+        self._documents = database[COLLECTION]
+        self._trust = trust or Trust()
+        self._clock = clock_of(database, now)
+
+    @driver_errors("preparing the aliases")
+    def ensure_indexes(self) -> None:
+        """Make the indexes that the promises rest on; does nothing where they are there."""
+        by_name = [(field, 1) for field in _NAME]
+        ensure_index(self._documents, [*by_name, ("n", -1)], unique=True)
+        of_job = {"job": {"$type": "string"}}
+        ensure_index(self._documents, [*by_name, ("job", 1)], unique=True, partialFilterExpression=of_job)
+        ensure_index(self._documents, "to")
+
+    @driver_errors("reading an alias")
+    def head(self, type_id: str, identifier: str, alias: str = LIVE) -> Move | None:
+        """The newest move, which says what the alias names; None where it was never moved. Raises: TrustError."""
+        return self._newest(_named(type_id, identifier, alias))
+
+    @driver_errors("reading an alias")
+    def at(self, type_id: str, identifier: str, moment: datetime, alias: str = LIVE) -> Move | None:
+        """The move in force at a moment (aware, or naive UTC); None before the first. Raises: TrustError."""
+        return self._newest({**_named(type_id, identifier, alias), **_until(moment)})
+
+    @driver_errors("reading the history of an alias")
+    def history(
+        self, type_id: str, identifier: str, alias: str = LIVE, *, until: datetime | None = None
+    ) -> list[Move]:
+        """The moves in their order, those after `until` (aware, or naive UTC) left out. Raises: TrustError."""
+        asked = {**_named(type_id, identifier, alias), **({} if until is None else _until(until))}
+        return [self._checked(document) for document in self._documents.find(asked).sort("n", 1)]
+
+    @driver_errors("looking for aliases")
+    def names(self, uuids: Iterable[str]) -> list[Move]:
+        """The newest moves of the aliases that name one of some uuids now. Raises: TrustError."""
+        wanted = set(uuids)
+        found = self._documents.find({"to": {"$in": sorted(wanted)}}, dict.fromkeys(_NAME, 1))
+        places = sorted({tuple(document[field] for field in _NAME) for document in found})
+        heads = (self.head(*place) for place in places)
+        return [head for head in heads if head is not None and head.to_uuid in wanted]
+
+    @driver_errors("listing aliases")
+    def aliases(self, type_id: str, identifier: str) -> list[str]:
+        """The aliases of a name that name a version now, in order. Raises: TrustError."""
+        there = self._documents.distinct("alias", {"type_id": type_id, "identifier": identifier})
+        heads = [self.head(type_id, identifier, alias) for alias in sorted(there)]
+        return [head.alias for head in heads if head is not None and head.to_uuid is not None]
+
+    @driver_errors("moving an alias")
+    def move(
+        self,
+        type_id: str,
+        identifier: str,
+        alias: str = LIVE,
+        *,
+        to: Mapping[str, Any] | None,
+        expected: Move | None,
+        who: str,
+        why: str,
+        job: str | None = None,
+    ) -> Move:
+        """Move an alias, if nobody else has moved it meanwhile.
+
+        Args:
+            type_id: The kind.
+            identifier: The name.
+            alias: The alias.
+            to: The document of the version that it is to name; None: nothing.
+            expected: The newest move as the caller knows it; None: it was never moved.
+            who: Who moves it.
+            why: Why.
+            job: The run that moves it; a second move of the same job is the first one.
+
+        Returns:
+            The move; for a job that has moved this alias before, what it did then.
+
+        Raises:
+            ConflictError: Somebody has moved it since; the message says who.
+            IdentifierError: The alias is no name.
+            ParameterError: The document is of another kind or name.
+            TrustError: What is there is not what a trusted key signed.
+        """
+        if not IDENTIFIER.fullmatch(alias):
+            raise IdentifierError(
+                f"alias {alias!r}: use letters, digits and _ . - (not first), at most 200", field="alias"
+            )
+        if to is not None and (to["type_id"], to["identifier"]) != (type_id, identifier):
+            raise ParameterError(f"{to['_id']} is no version of {type_id} {identifier!r}", field="uuid")
+        with self._clock.alone():
+            done = self._of_job(type_id, identifier, alias, job)
+            if done is not None:
+                return done
+            self._refuse_if_moved(expected, self.head(type_id, identifier, alias))
+            name = _named(type_id, identifier, alias)
+            move = self._next(expected, to, **name, who=who, why=why, job=job)
+            try:
+                self._documents.insert_one(self._trust.sign(move.to_document(), kind=KIND))
+            except DuplicateKeyError:
+                done = self._of_job(type_id, identifier, alias, job)
+                if done is not None:
+                    return done
+                self._refuse_if_moved(expected, self.head(type_id, identifier, alias))
+                raise
+        return move
+
+    def _next(self, before: Move | None, to: Mapping[str, Any] | None, **said: Any) -> Move:
+        now = self._clock.now()
+        return Move(
+            n=1 if before is None else before.n + 1,
+            from_uuid=None if before is None else before.to_uuid,
+            to_uuid=None if to is None else to["_id"],
+            from_version=None if before is None else before.to_version,
+            to_version=None if to is None else to["version"],
+            # A new primary's clock may be behind the one that the move before was written by.
+            when=now if before is None else max(now, before.when),
+            **said,
+        )
+
+    def _of_job(self, type_id: str, identifier: str, alias: str, job: str | None) -> Move | None:
+        return None if job is None else self._newest({**_named(type_id, identifier, alias), "job": job})
+
+    def _newest(self, asked: Mapping[str, Any]) -> Move | None:
+        found = self._documents.find_one(asked, sort=[("n", -1)])
+        return None if found is None else self._checked(found)
+
+    def _checked(self, document: Mapping[str, Any]) -> Move:
+        self._trust.check(document, kind=KIND)
+        return Move.from_document(document)
+
+    @staticmethod
+    def _refuse_if_moved(expected: Move | None, head: Move | None) -> None:
+        if head == expected:
+            return
+        if head is None:
+            raise ConflictError(f"the move that was expected is not there: {expected}")
+        names = "nothing" if head.to_uuid is None else f"version {head.to_version}"
+        raise ConflictError(
+            f"{head.alias!r} of {head.type_id} {head.identifier!r} names {names} since {head.who} moved it at "
+            f"{head.when} UTC ({head.why or 'no reason given'}); look again, then decide"
+        )
+
+
+def _named(type_id: str, identifier: str, alias: str) -> dict[str, Any]:
+    return dict(zip(_NAME, (type_id, identifier, alias), strict=True))
+
+
+def _until(moment: datetime) -> dict[str, Any]:
+    naive = moment if moment.tzinfo is None else moment.astimezone(UTC).replace(tzinfo=None)
+    return {"when": {"$lte": naive}}
