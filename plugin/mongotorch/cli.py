@@ -29,6 +29,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 Uri = Annotated[str | None, typer.Option(help="The database; else MONGOTORCH_URI, else the embedded server.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _JSON = json_util.JSONOptions(json_mode=json_util.JSONMode.RELAXED)
+_ENDED = {"succeeded": "succeeded", "failed": "failed", "cancelled": "was cancelled"}
 
 
 @app.callback(invoke_without_command=True)
@@ -125,6 +126,19 @@ def job(uuid: str, uri: Uri = None, as_json: AsJson = False) -> None:
     _print_pairs(Console(), f"job {uuid}", [(key, value) for key, value in record.items() if value is not None])
     if error:
         typer.echo(error.get("traceback") or f"{error.get('type')}: {error.get('message')}")
+
+
+@app.command()
+def cancel(uuid: str, uri: Uri = None, as_json: AsJson = False) -> None:
+    """Ask a run to stop at its next step, and publish nothing; exit code 1 where it had ended already."""
+    with _errors(), Datalayer.connect(uri) as db:
+        run = db.job(uuid)
+        done, status = run.cancel(), run.status
+    if as_json:
+        _print_json({"uuid": uuid, "cancelled": done, "status": status})
+    else:
+        typer.echo(f"job {uuid} is cancelled" if done else f"job {uuid} had ended already: it {_ENDED[status]}")
+    raise typer.Exit(0 if done else 1)
 
 
 @app.command()

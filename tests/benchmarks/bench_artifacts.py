@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import functools
 import hashlib
 import io
 import resource
@@ -120,7 +121,7 @@ def one_round(database: Any, megabytes: int, seed: int, readings: int = 3) -> di
     for _ in range(readings):
         for bucket_name in ("mt.artifacts", "raw"):
             name = "raw read" if bucket_name == "mt.artifacts" else "raw read of GridFS's chunks"
-            count = measure(name, lambda bucket_name=bucket_name: raw_read(database, bucket_name))
+            count = measure(name, functools.partial(raw_read, database, bucket_name))
             assert count >= sum(part.nbytes for part in parts)
         with peak() as loading:
             again = measure("load", lambda: codecs.decode(record, artifacts.get))

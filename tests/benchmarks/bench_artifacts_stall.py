@@ -1,6 +1,6 @@
 """How long a training step waits for a checkpoint, and what the writing behind it costs the steps.
 
-    python tests/benchmarks/bench_artifacts_stall.py [MONGODB-URI] [--mb 100] [--rounds 8]
+    python -m tests.benchmarks.bench_artifacts_stall [MONGODB-URI] [--mb 100] [--rounds 8]
 
 Without a URI it starts an embedded server in a temporary folder. It trains a model with Adam, whose state is three
 times the model, as a run does. In each round it measures, one after the other: some steps alone, a copy of all
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, final
 
 import torch
-from bench_artifacts import MB, timed, trim
+from tests.benchmarks.bench_artifacts import MB, timed, trim
 from torch import Tensor, nn
 
 from mongotorch import Query, TorchModel, TorchTrainer

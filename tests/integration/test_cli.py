@@ -160,6 +160,34 @@ def test_a_worker_performs_what_waits(call: Call, db: Datalayer, uri: str) -> No
         assert job.result(timeout=1).version == 1
 
 
+def test_a_run_that_waits_is_cancelled_and_never_performed(call: Call, uri: str) -> None:
+    with Datalayer.connect(uri, compute="queue") as queue:
+        job = apply(queue)
+        other = queue.apply(job.component.replace(identifier="other", max_iterations=4))
+
+        said = call("cancel", job.uuid)
+        told = json.loads(call("cancel", other.uuid, "--json").stdout)
+
+        assert (said.exit_code, said.stdout) == (0, f"job {job.uuid} is cancelled\n")
+        assert told == {"uuid": other.uuid, "cancelled": True, "status": "cancelled"}
+        assert (job.status, other.status) == ("cancelled", "cancelled")
+        assert call("worker", "--until-idle").stdout.splitlines()[-1].startswith("0 job")
+        assert queue.show("model", "points") == [0]
+
+
+def test_a_run_that_had_ended_is_left_as_it_is(call: Call, db: Datalayer) -> None:
+    job = apply(db)
+    job.result()
+
+    said = call("cancel", job.uuid)
+    told = call("cancel", job.uuid, "--json")
+
+    assert (said.exit_code, told.exit_code) == (1, 1)
+    assert said.stdout == f"job {job.uuid} had ended already: it succeeded\n"
+    assert json.loads(told.stdout) == {"uuid": job.uuid, "cancelled": False, "status": "succeeded"}
+    assert job.status == "succeeded"
+
+
 def test_gc_says_what_it_would_collect_and_then_collects_it(call: Call, db: Datalayer) -> None:
     apply(db).result()
     db.remove("model", "points", 0, force=True)
@@ -192,6 +220,7 @@ def test_verify_ends_with_an_error_where_a_blob_was_changed(call: Call, db: Data
     [
         (("show", "model", "nothing", "3"), "NotFoundError"),
         (("job", "no-such-job"), "NotFoundError"),
+        (("cancel", "no-such-job"), "NotFoundError"),
         (("show", "--uri", "ftp://me:hunter2@host/x"), "SettingError"),
         (("show", "--uri", NOWHERE), "ServerUnavailableError"),
         (("jobs", "--uri", NOWHERE), "ServerUnavailableError"),
