@@ -32,8 +32,10 @@ if TYPE_CHECKING:
         Worker,
     )
     from mongotorch.settings import Settings
+    from mongotorch.store import Move
     from mongotorch.train import Dataset, Metric, TorchModel, TorchTrainer, Validation
     from mongotorch.wiring.collection import Collection
+    from mongotorch.wiring.live import Live
 
 _HOMES = {
     "AllOf": "mongotorch.run",
@@ -48,10 +50,12 @@ _HOMES = {
     "Dataset": "mongotorch.train",
     "Every": "mongotorch.run",
     "Job": "mongotorch.run",
+    "Live": "mongotorch.wiring.live",
     "Metric": "mongotorch.train",
     "MetricAbove": "mongotorch.run",
     "MetricBelow": "mongotorch.run",
     "MongotorchError": "mongotorch.errors",
+    "Move": "mongotorch.store",
     "Never": "mongotorch.run",
     "NewDocuments": "mongotorch.run",
     "Query": "mongotorch.query",
@@ -76,10 +80,12 @@ __all__ = [
     "Dataset",
     "Every",
     "Job",
+    "Live",
     "Metric",
     "MetricAbove",
     "MetricBelow",
     "MongotorchError",
+    "Move",
     "Never",
     "NewDocuments",
     "Query",

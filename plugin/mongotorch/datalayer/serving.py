@@ -10,6 +10,7 @@ from types import EllipsisType
 
 from mongotorch.datalayer.base import Opened
 from mongotorch.store import LIVE, Move
+from mongotorch.wiring.live import Live, OnPromote
 
 
 class Serving(Opened):
@@ -88,3 +89,38 @@ class Serving(Opened):
             TrustError: A move is not what a trusted key signed.
         """
         return self._parts.aliases.history(type_id, identifier, alias, until=at)
+
+    def live(
+        self, type_id: str, identifier: str, *, alias: str = LIVE, on_promote: OnPromote | None = None
+    ) -> Live:
+        """A model that goes over to another version whenever the alias is moved, between two predictions.
+
+        A thread of its own follows the alias: by a change stream, where there is none (mongomock, a server
+        without a replica set) by looking once a second. It loads a version while the old one serves.
+
+        Args:
+            type_id: The kind: `model`.
+            identifier: The name.
+            alias: The alias. While `live` names nothing, the version is the newest there was when this was called.
+            on_promote: Called with the model that served and the one that serves now, in that thread, after each
+                change; what it raises is logged and kept in `error`.
+
+        Returns:
+            A handle with `predict` and `predict_batches`; close it, or use it as a context manager. It follows
+            for as long as this datalayer is open.
+
+        Raises:
+            NotFoundError: There is no such version, or no such alias.
+            ParameterError: It is no model.
+            PythonVersionError: It holds bytecode of another Python minor version; nothing was unpickled.
+            IntegrityError: A blob is not what was stored.
+            TrustError: A signature does not hold.
+        """
+        return Live(
+            connection=self._connection,
+            components=self._parts.components,
+            aliases=self._parts.aliases,
+            loader=self._parts.loader,
+            name=(type_id, identifier, alias),
+            on_promote=on_promote,
+        )

@@ -9,6 +9,7 @@ from mongotorch.store.components import Components
 from mongotorch.store.connect import Connection, Opener, open_address
 from mongotorch.store.embedded import EmbeddedServer
 from mongotorch.store.failures import driver_errors
+from mongotorch.store.following import following
 from mongotorch.store.garbage import Collected, Garbage
 from mongotorch.store.jobs import Jobs
 from mongotorch.store.keys import trust_of
@@ -35,6 +36,7 @@ __all__ = [
     "Trust",
     "Verified",
     "driver_errors",
+    "following",
     "open_address",
     "redact",
     "trust_of",

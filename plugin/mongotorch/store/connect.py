@@ -66,10 +66,12 @@ class Connection(Owner):
         uri: The address with the database in it; it may hold a password.
         database: The driver's database.
         client: The driver's client.
+        closed: Whether it was closed.
     """
 
     def __init__(self, address: Address, opener: Opener, server: EmbeddedServer | None) -> None:
         self.kind = address.kind
+        self.closed = False
         self.uri = address.uri
         self._opener = opener
         self._server = server
@@ -92,6 +94,7 @@ class Connection(Owner):
 
     def close(self) -> None:
         """Close the client, and let go of the embedded server. Again: nothing."""
+        self.closed = True  # first, so that who is interrupted by it knows why
         self.client.close()
         if self._server is not None:
             self._server.close()

@@ -56,12 +56,12 @@ def wait_until(
 
 @contextlib.contextmanager
 def _waker(collection: Any, key: str) -> Iterator[Wake]:
-    stream = None if is_mock(collection) else _stream(collection, key)
+    stream = open_stream(collection, {"documentKey._id": key}, doing="waiting for a job")
     if stream is None:
-        yield _poller()
+        yield poller()
         return
     with stream:
-        poll = _poller()
+        poll = poller()
 
         def wake(left: float) -> None:
             try:
@@ -76,16 +76,28 @@ def _waker(collection: Any, key: str) -> Iterator[Wake]:
         yield wake
 
 
-@driver_errors("waiting for a job")
-def _stream(collection: Any, key: str) -> Any:
-    pipeline = [{"$match": {"documentKey._id": key}}]
-    try:
-        return collection.watch(pipeline, max_await_time_ms=int(_AWAIT_S * 1000))
-    except OperationFailure:  # no replica set, or a user who may not watch: look again instead
+def open_stream(collection: Any, match: Document, *, doing: str) -> Any:
+    """A change stream whose `try_next` waits for a second at most; None where there is none.
+
+    Args:
+        collection: What is watched.
+        match: Which changes.
+        doing: What it is for, for the message of an error.
+
+    Raises:
+        ServerUnavailableError: The server cannot be reached.
+    """
+    if is_mock(collection):
         return None
+    with driver_errors(doing):
+        try:
+            return collection.watch([{"$match": match}], max_await_time_ms=int(_AWAIT_S * 1000))
+        except OperationFailure:  # no replica set, or a user who may not watch: look again instead
+            return None
 
 
-def _poller() -> Wake:
+def poller() -> Wake:
+    """A wait that is short at first and longer each time, up to a second."""
     pause = POLL_S
 
     def poll(left: float) -> None:
