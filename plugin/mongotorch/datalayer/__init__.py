@@ -2,7 +2,7 @@
 
 Always: it owns its connection and closes it; it holds no other state, so two of them over one database see the
 same; it is never pickled: what crosses a process is an address. What it does is told apart by what a person wants:
-`reading` documents, `running` work, keeping `versions`, `serving` one of them; each is a
+`reading` documents, `running` work, keeping `versions`, `serving` one of them, `schedules`; each is a
 class, and the Datalayer is all of them.
 """
 
@@ -12,6 +12,7 @@ from typing import Any, Self, final
 
 from mongotorch.datalayer.reading import Reading
 from mongotorch.datalayer.running import Running
+from mongotorch.datalayer.schedules import Scheduling
 from mongotorch.datalayer.serving import Serving
 from mongotorch.datalayer.versions import Versions
 from mongotorch.settings import read_settings
@@ -19,7 +20,7 @@ from mongotorch.store import open_address
 
 
 @final
-class Datalayer(Reading, Running, Versions, Serving):
+class Datalayer(Reading, Running, Versions, Serving, Scheduling):
     """One open database; a context manager that closes it."""
 
     @classmethod

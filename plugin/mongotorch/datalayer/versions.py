@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from mongotorch.datalayer.base import Opened
+from mongotorch.run import Schedule
 from mongotorch.store import Collected, Garbage, Verified
 
 
@@ -73,7 +74,10 @@ class Versions(Opened):
             NotFoundError: There is none.
             InUseError: Another component refers to it, or an alias names it; nothing was removed.
         """
-        return self._parts.remover.remove(type_id, identifier, version, force=force)
+        removed = self._parts.remover.remove(type_id, identifier, version, force=force)
+        if type_id == Schedule.type_id:
+            self._parts.register.forget(identifier)
+        return removed
 
     def gc(self, dry_run: bool = False, *, grace_s: float = 3600.0) -> Collected:
         """Collect what no component, checkpoint or publication under way reaches.

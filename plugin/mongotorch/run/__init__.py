@@ -8,11 +8,13 @@ functions of what somebody else has observed.
 from __future__ import annotations
 
 from mongotorch.run.engine import Engine, LocalEngine, QueueEngine, engine_named
-from mongotorch.run.gates import Always, Better, Gate, Never, Scores, Verdict, gate_of
+from mongotorch.run.gates import Always, Better, Gate, Never, gate_of
 from mongotorch.run.job import FINAL_STATUSES, Job, JobRecords
 from mongotorch.run.pool import run_pool
+from mongotorch.run.preview import Firing, preview
 from mongotorch.run.progress import ProgressBar
 from mongotorch.run.schedule import Schedule
+from mongotorch.run.scores import Scores, Verdict
 from mongotorch.run.triggers import (
     AllOf,
     AnyOf,
@@ -26,7 +28,7 @@ from mongotorch.run.triggers import (
     State,
     Trigger,
 )
-from mongotorch.run.worker import Employer, Shift, Worker
+from mongotorch.run.worker import Clockwork, Employer, Shift, Worker
 
 __all__ = [
     "FINAL_STATUSES",
@@ -35,11 +37,13 @@ __all__ = [
     "AnyOf",
     "Better",
     "Changed",
+    "Clockwork",
     "Cron",
     "Decision",
     "Employer",
     "Engine",
     "Every",
+    "Firing",
     "Gate",
     "Job",
     "JobRecords",
@@ -59,5 +63,6 @@ __all__ = [
     "Worker",
     "engine_named",
     "gate_of",
+    "preview",
     "run_pool",
 ]

@@ -1,4 +1,4 @@
-"""The worker: takes jobs out of the queue, one after the other, for as long as it is wanted.
+"""The worker: fires schedules, and takes jobs out of the queue, one after the other, for as long as it is wanted.
 
 Always: one job at a time (the generators of randomness belong to the process); told to stop, it lets the run
 that is under way write a checkpoint and hands the job back; a job that fails does not end the worker.
@@ -29,8 +29,22 @@ class Shift(Protocol):
         """Whether no job waits, not even for its time."""
 
 
+class Clockwork(Protocol):
+    """What fires schedules."""
+
+    def run(self, stop: threading.Event) -> None:
+        """Watch and fire until told to stop, whatever the database does meanwhile."""
+
+    def step(self) -> bool:
+        """Count and fire what is due now, once; False where somebody else sees to that."""
+
+
 class Employer(Protocol):
     """What has work: a datalayer."""
+
+    @property
+    def scheduler(self) -> Clockwork:
+        """What fires its schedules."""
 
     @property
     def shift(self) -> Shift:
@@ -46,14 +60,14 @@ class Worker:
     """
 
     def __init__(self, db: Employer) -> None:
-        self._shift = db.shift
+        self._shift, self._scheduler = db.shift, db.scheduler
         self._stop = threading.Event()
 
     def run(self, until_idle: bool = False) -> int:
-        """Work until `stop` is called, or SIGTERM or SIGINT comes (in the main thread).
+        """Work until `stop` is called, or SIGTERM or SIGINT comes (in the main thread); schedules fire meanwhile.
 
         Args:
-            until_idle: Return when no job waits.
+            until_idle: Fire what is due now, and return when no job waits.
 
         Returns:
             How many jobs were performed, whether they succeeded or failed.
@@ -62,7 +76,9 @@ class Worker:
             ServerUnavailableError: The database is gone for longer than the driver waits.
         """
         done = 0
-        with self._signals():
+        if until_idle:
+            self._scheduler.step()
+        with self._signals(), contextlib.nullcontext() if until_idle else self._scheduling():
             while not self._stop.is_set():
                 job = self._shift.claim()
                 if job is not None:
@@ -74,7 +90,8 @@ class Worker:
         return done
 
     def once(self) -> bool:
-        """Perform one job if one can be claimed; whether one was."""
+        """Fire what is due now, and perform one job if one can be claimed; whether one was."""
+        self._scheduler.step()
         with self._signals():
             job = self._shift.claim()
             return job is not None and self._shift.take(job, self._stop)
@@ -82,6 +99,20 @@ class Worker:
     def stop(self) -> None:
         """Make `run` return: after a checkpoint of the run that is under way, whose job is handed back."""
         self._stop.set()
+
+    @contextlib.contextmanager
+    def _scheduling(self) -> Iterator[None]:
+        """Schedules fire from a thread of their own, also while a job runs."""
+        ended = threading.Event()
+        thread = threading.Thread(
+            target=self._scheduler.run, args=(ended,), name="mongotorch-scheduler", daemon=True
+        )
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

@@ -15,13 +15,17 @@ from mongotorch.store.jobs import Jobs
 from mongotorch.store.keys import trust_of
 from mongotorch.store.points import Points
 from mongotorch.store.redaction import redact
+from mongotorch.store.schedules import Schedules
 from mongotorch.store.trust import Trust
 from mongotorch.store.verifying import Checker, Verified
+from mongotorch.store.watch import Baseline, Change, HistoryLostError, Watch, baseline, counted
 
 __all__ = [
     "LIVE",
     "Aliases",
     "Artifacts",
+    "Baseline",
+    "Change",
     "Checker",
     "Checkpoints",
     "Collected",
@@ -29,12 +33,17 @@ __all__ = [
     "Connection",
     "EmbeddedServer",
     "Garbage",
+    "HistoryLostError",
     "Jobs",
     "Move",
     "Opener",
     "Points",
+    "Schedules",
     "Trust",
     "Verified",
+    "Watch",
+    "baseline",
+    "counted",
     "driver_errors",
     "following",
     "open_address",

@@ -11,7 +11,9 @@ from mongotorch.train.loop import Batches, Event, Fit
 from mongotorch.train.metrics import Dataset, Metric, Validation
 from mongotorch.train.model import TorchModel
 from mongotorch.train.progress import Stepped, Trained, Validated
+from mongotorch.train.scoring import Scored, score
 from mongotorch.train.trainer import TorchTrainer
+from mongotorch.train.warm import is_alike, warmed
 
 __all__ = [
     "Batches",
@@ -19,6 +21,7 @@ __all__ = [
     "Event",
     "Fit",
     "Metric",
+    "Scored",
     "Stepped",
     "TorchModel",
     "TorchTrainer",
@@ -27,4 +30,7 @@ __all__ = [
     "Validation",
     "evaluate",
     "fill_module",
+    "is_alike",
+    "score",
+    "warmed",
 ]

@@ -12,12 +12,13 @@ from typing import Any, final
 
 from mongotorch.component import Component
 from mongotorch.errors import NotFoundError
-from mongotorch.run import FINAL_STATUSES, Engine, Job
+from mongotorch.run import FINAL_STATUSES, Engine, Job, Schedule
 from mongotorch.store import Components, Jobs
 from mongotorch.train import TorchModel, TorchTrainer
 from mongotorch.wiring.course import pair
 from mongotorch.wiring.load import Loader
 from mongotorch.wiring.publish import Publisher
+from mongotorch.wiring.registering import Register
 
 METHOD = "fit"
 
@@ -34,6 +35,7 @@ class Applier:
         engine: Executes jobs.
         perform: Executes one job in this process.
         forget: Forgets the checkpoints of a job.
+        register: Begins schedules.
     """
 
     def __init__(
@@ -46,8 +48,9 @@ class Applier:
         engine: Engine,
         perform: Callable[[str], None],
         forget: Callable[[str], None],
+        register: Register,
     ) -> None:
-        self._forget = forget
+        self._forget, self._register = forget, register
         self._components, self._jobs = components, jobs
         self._publisher, self._loader = publisher, loader
         self._engine, self._perform = engine, perform
@@ -65,6 +68,11 @@ class Applier:
             CodecError: A field cannot be stored; nothing was written.
             ConflictError: Its uuid belongs to a different component.
         """
+        if isinstance(component, Schedule):
+            self._register.prepare(component)
+            stored_as = self._publisher.store(component).uuid
+            self._register.put(component, stored_as)
+            return self._done(stored_as)
         runs = isinstance(component, TorchTrainer) or getattr(component, "trainer", None) is not None
         if runs:
             trainer, model = pair(component)

@@ -6,7 +6,7 @@ one object (a model and its trainer refer to each other); nothing is unpickled b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, final
 
 from mongotorch.codecs import Codecs
@@ -97,6 +97,10 @@ class Loader:
             raise TrustError(f"{said}, which is a {found['type_id']} {found['identifier']!r}; nothing was loaded")
         return found
 
+    def is_there(self, uuid: str) -> bool:
+        """Whether there is a component of a uuid. Raises: TrustError."""
+        return self._components.peek(uuid) is not None
+
     def by_uuid(self, uuid: str) -> Component:
         """The component of a uuid. Raises: NotFoundError, and as `load`."""
         return self.load(self._components.get(uuid))
@@ -109,6 +113,21 @@ class Loader:
             IntegrityError: A blob is not what was stored.
         """
         return self._load_document(document, {})
+
+    def partly(self, uuid: str, fields: Iterable[str]) -> Component:
+        """The component of a uuid with these fields alone: what others hold is not read, decoded or there.
+
+        Raises:
+            NotFoundError: There is none.
+            CodecError: A field cannot be read back; `field` names it.
+        """
+        document = self._components.get(uuid)
+        wanted = {name: value for name, value in document["fields"].items() if name in set(fields)}
+        get = self._artifacts.get
+        component = begin_component(document, self._codecs, get)
+        for name, record in wanted.items():
+            object.__setattr__(component, name, self._codecs.decode(record, get))
+        return component
 
     def with_code(self, document: Mapping[str, Any], module: Any) -> TorchModel:
         """The model of a document with its weights in a given module; nothing of the database is executed.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import final
 
 from mongotorch.codecs import Codecs
-from mongotorch.run import engine_named
+from mongotorch.run import Schedule, engine_named
 from mongotorch.settings import Settings
 from mongotorch.store import (
     Aliases,
@@ -28,8 +28,10 @@ from mongotorch.wiring.load import Loader
 from mongotorch.wiring.performing import Performer
 from mongotorch.wiring.publish import Publisher
 from mongotorch.wiring.removing import Remover
+from mongotorch.wiring.schedule_parts import ScheduleParts
 from mongotorch.wiring.serving import Promoter
 from mongotorch.wiring.training import Training
+from mongotorch.wiring.works import Works
 
 
 @final
@@ -67,7 +69,20 @@ class Parts:
             jobs=self.jobs,
             facts=Facts(connection, settings),
         )
-        self.performer = Performer(self.jobs, training, settings)
+        standing = ScheduleParts(
+            connection=connection,
+            settings=settings,
+            components=self.components,
+            artifacts=self.artifacts,
+            aliases=self.aliases,
+            jobs=self.jobs,
+            loader=self.loader,
+            promoter=self.promoter,
+            training=training,
+        )
+        self.register, self.scheduler = standing.register, standing.scheduler
+        works = Works(training, {Schedule.type_id: standing.retraining})
+        self.performer = Performer(self.jobs, works, settings)
         self.applier = Applier(
             components=self.components,
             jobs=self.jobs,
@@ -76,4 +91,5 @@ class Parts:
             engine=engine_named(settings.compute),
             perform=self.performer.perform,
             forget=checkpointing.drop,
+            register=self.register,
         )

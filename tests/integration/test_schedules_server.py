@@ -1,0 +1,151 @@
+"""Schedules on a real replica set: noticed at once, nothing missed while nobody looks, nothing counted twice."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pymongo
+import pytest
+from tests.helpers import COLLECTION, fill, points, trainer
+
+from mongotorch import Datalayer, NewDocuments, Schedule, Worker
+
+
+@pytest.fixture
+def db(server_uri: str, tmp_path: Path) -> Iterator[Datalayer]:
+    """A datalayer over a fresh database of the real server."""
+    settings: dict[str, Any] = {"valid_fraction": 0.2, "cache_dir": tmp_path / "cache", "progress": False}
+    with Datalayer.connect(server_uri, **settings) as datalayer:
+        yield datalayer
+
+
+def test_the_nth_document_starts_a_job_within_a_second(db: Datalayer, server_uri: str) -> None:
+    fill(db)
+    db.apply(Schedule("s", trainer=trainer(db[COLLECTION].find(), max_iterations=1), trigger=NewDocuments(3)))
+    worker = Worker(db)
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    took = []
+    try:
+        time.sleep(1.5)  # the worker leads by now, and waits for changes
+        with pymongo.MongoClient[dict[str, Any]](server_uri) as plain:
+            documents = plain.get_database()[COLLECTION]
+            for turn in range(1, 8):
+                documents.insert_many([{"x": [0.0] * 4, "y": 0} for _ in range(2)])
+                time.sleep(0.3)
+                began = time.monotonic()
+                documents.insert_one({"x": [0.0] * 4, "y": 0})
+                while not _started(db, turn) and time.monotonic() - began < 30:
+                    time.sleep(0.005)
+                took.append(time.monotonic() - began)
+                _wait_for(lambda turn=turn: db.show("model", "m")[-1] == turn)
+    finally:
+        worker.stop()
+        thread.join()
+    print("insert of the n-th document to job started, seconds:", sorted(round(t, 3) for t in took))
+    assert statistics.median(took) < 1.0, took
+
+
+def test_what_happens_while_no_scheduler_runs_is_counted_once(db: Datalayer, server_uri: str) -> None:
+    fill(db)
+    db.apply(Schedule("s", trainer=trainer(db[COLLECTION].find()), trigger=NewDocuments(10**6)))
+    with pymongo.MongoClient[dict[str, Any]](server_uri) as plain:
+        documents = plain.get_database()[COLLECTION]
+        for first in range(0, 10_000, 2_500):
+            documents.insert_many([{"_id": -1 - n, "x": [0.0] * 4, "y": 0} for n in range(first, first + 2_500)])
+    db.scheduler.step()
+    db.scheduler.step()
+    assert _state(db)["inserted"] == 10_000
+
+
+@pytest.mark.parametrize("token", [{"_data": "zz"}, {"_data": "82" + "00" * 20}, {"_data": "no token at all"}])
+def test_a_place_that_the_oplog_has_forgotten_is_counted_anew(db: Datalayer, token: dict[str, Any]) -> None:
+    fill(db)
+    db.apply(Schedule("s", trainer=trainer(db[COLLECTION].find()), trigger=NewDocuments(10**6)))
+    db[COLLECTION].insert_many([{**row, "_id": 1000 + row["_id"]} for row in points(30)])
+    db.scheduler.step()
+    db[COLLECTION].raw.insert_many([{**row, "_id": 5000 + row["_id"]} for row in points(10_000)])
+    db[COLLECTION].raw.database["mt.schedules"].update_one({"_id": "s"}, {"$set": {"token": token}})
+    db.scheduler.step()
+    db.scheduler.step()
+    assert _state(db)["inserted"] == 10_030
+    db[COLLECTION].raw.insert_one({"x": [0.0] * 4, "y": 0})
+    db.scheduler.step()
+    assert _state(db)["inserted"] == 10_031
+
+
+def test_history_lost_in_the_middle_is_counted_anew(db: Datalayer) -> None:
+    fill(db)
+    db.apply(Schedule("s", trainer=trainer(db[COLLECTION].find()), trigger=NewDocuments(10**6)))
+    stop = threading.Event()
+    thread = threading.Thread(target=db.scheduler.run, args=(stop,))
+    thread.start()
+    admin = db[COLLECTION].raw.database.client.admin
+    try:
+        for turn in range(5):
+            admin.command(
+                {
+                    "configureFailPoint": "failCommand",
+                    "mode": {"times": 1},
+                    "data": {"failCommands": ["getMore"], "errorCode": 286, "appName": "mongotorch"},
+                }
+            )
+            rows = points(100)
+            db[COLLECTION].raw.insert_many([{**row, "_id": 1000 * (turn + 1) + row["_id"]} for row in rows])
+            _wait_for(lambda turn=turn: _state(db)["inserted"] == 100 * (turn + 1))
+    finally:
+        admin.command({"configureFailPoint": "failCommand", "mode": "off"})
+        stop.set()
+        thread.join()
+    assert _state(db)["inserted"] == 500
+
+
+def test_a_document_counts_when_an_update_brings_it_into_the_select(db: Datalayer) -> None:
+    fill(db)
+    select = db[COLLECTION].find({"labelled": True})
+    db[COLLECTION].update_many({}, {"$set": {"labelled": True}})
+    db.apply(Schedule("s", trainer=trainer(select), trigger=NewDocuments(10**6)))
+    raw = db[COLLECTION].raw
+    raw.insert_many([{"_id": 1000 + n, "x": [0.0] * 4, "y": 0} for n in range(10)])
+    raw.update_many({"_id": {"$gte": 1000}}, {"$set": {"looked_at": True}})
+    db.scheduler.step()
+    assert _state(db)["inserted"] == 0
+    raw.update_many({"_id": {"$gte": 1004}}, {"$set": {"labelled": True}})
+    db.scheduler.step()
+    assert _state(db)["inserted"] == 6
+
+
+def test_deletions_are_known_when_the_place_is_forgotten_later(db: Datalayer) -> None:
+    fill(db)
+    select = db[COLLECTION].find({"y": 1})
+    db.apply(Schedule("s", trainer=trainer(select), trigger=NewDocuments(10**6)))
+    raw = db[COLLECTION].raw
+    raw.delete_many({"_id": {"$lt": 60}})
+    db.scheduler.step()
+    raw.insert_many([{"_id": 1000 + n, "x": [0.0] * 4, "y": 1} for n in range(5)])
+    raw.database["mt.schedules"].update_one({"_id": "s"}, {"$set": {"token": {"_data": "zz"}}})
+    db.scheduler.step()
+    assert _state(db)["inserted"] == 5
+
+
+def _state(db: Datalayer) -> dict[str, Any]:
+    (document,) = db.schedules()
+    state: dict[str, Any] = document["state"]
+    return state
+
+
+def _started(db: Datalayer, count: int) -> bool:
+    found = db[COLLECTION].raw.database["mt.jobs"].count_documents({"type_id": "schedule", "attempt": {"$gte": 1}})
+    return bool(found >= count)
+
+
+def _wait_for(so: Any, timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not so():
+        assert time.monotonic() < deadline, "it did not come to that in time"
+        time.sleep(0.02)
