@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mongotorch.data.buffers import fresh
 from mongotorch.data.column import Column, merge
 from mongotorch.data.columns import Columns
 from mongotorch.data.order import U64
@@ -117,7 +118,7 @@ def gathered(blocks: list[Columns], order: npt.NDArray[np.int64] | None) -> Rows
 
 def _scattered(blocks: list[Columns], path: str, places: Tensor) -> Tensor:
     first = _tensor(blocks[0], path)
-    whole = torch.empty((len(places), *first.shape[1:]), dtype=first.dtype)
+    whole = fresh((len(places), *first.shape[1:]), first.dtype)
     for block, part in zip(blocks, torch.split(places, [len(block) for block in blocks]), strict=True):
         whole.index_copy_(0, part, _tensor(block, path))
     return whole
