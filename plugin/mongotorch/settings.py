@@ -29,6 +29,8 @@ class Settings(BaseSettings):
         read_deadline_s: How long a broken read is tried again before giving up, in seconds.
         lease_s: How long a run may be silent before another worker takes it over, in seconds.
         checkpoint_seconds: How often a run writes a checkpoint, besides at each validation, in seconds.
+        lineage: Read the documents of a run once before its first step, and keep which they are with the version;
+            False keeps the query only.
         signing_key: Keys for signatures, `[hmac:]SECRET` or `ed25519:…`; the first signs, all are accepted.
         signing_key_file: A file of such keys, one a line.
         trust: `signed` refuses components that no accepted key has signed; `any` takes them.
@@ -47,6 +49,7 @@ class Settings(BaseSettings):
     read_deadline_s: float = Field(default=60.0, gt=0)
     lease_s: float = Field(default=30.0, gt=0)
     checkpoint_seconds: float = Field(default=60.0, ge=0)
+    lineage: bool = True
     signing_key: SecretStr | None = None
     signing_key_file: Path | None = None
     trust: Literal["any", "signed"] = "any"
