@@ -28,12 +28,14 @@ from mongotorch.store import (
     Garbage,
     Jobs,
     Points,
+    following,
     open_address,
 )
 from mongotorch.store.roles import ROLES, role_document
 from mongotorch.train.codec import TorchCodec
 from mongotorch.wiring.load import Loader
 from mongotorch.wiring.publish import Publisher
+from mongotorch.wiring.serving import Promoter
 
 PASSWORD = "s3cret-of-the-test"
 
@@ -136,6 +138,7 @@ class House:
         self.aliases = Aliases(database)
         codecs = Codecs.builtin(TorchCodec())
         self.publisher = Publisher(self.components, self.artifacts, codecs)
+        self.promoter = Promoter(self.components, self.aliases)
         self.loader = Loader(self.components, self.artifacts, self.aliases, codecs)
 
     def ensure_indexes(self) -> None:
@@ -207,6 +210,7 @@ def test_who_may_only_read_writes_nothing(secured: Secured, user: str) -> None:
             lambda: house.components.remove("abc"),
             lambda: house.jobs.add(component="c", type_id="t", identifier="i"),
             lambda: house.jobs.claim(worker="w", lease_s=1),
+            lambda: house.aliases.move("thing", "a", to=None, expected=None, who="w", why=""),
             lambda: house.points.add(job="j", component="c", step=1, kind="valid", values={}),
             lambda: Garbage(house.database).collect(),
         ):
@@ -220,6 +224,8 @@ def test_a_trainer_publishes_and_a_reader_loads(secured: Secured) -> None:
         house.ensure_indexes()
         connection.database["digits"].insert_one({"x": 1})
         uuid = house.publisher.store(Thing("a", value=torch.arange(3.0))).uuid
+        house.publisher.store(Thing("a", value=torch.ones(3)))
+        house.promoter.promote("thing", "a", 0)
         job, _ = house.jobs.add(component=uuid, type_id="thing", identifier="a")
         claimed = house.jobs.claim(worker="w", lease_s=60, job_id=job)
         assert claimed is not None
@@ -233,6 +239,9 @@ def test_a_trainer_publishes_and_a_reader_loads(secured: Secured) -> None:
         loaded = (loader := House(connection).loader).load(loader.find("thing", "a"))
         assert isinstance(loaded, Thing)
         assert torch.equal(loaded.value, torch.arange(3.0))
+        assert [move.to_uuid for move in House(connection).aliases.history("thing", "a")] == [uuid]
+        with following(connection.database, "thing", "a", "live") as wake:
+            wake(1.0)
         assert House(connection).jobs.wait(job, 10)["result"] == uuid
         assert connection.database["digits"].find_one({}) is not None
 
@@ -254,6 +263,7 @@ def test_a_worker_runs_jobs_and_changes_no_data_and_no_published_version(secured
         assert house.checkpoints.put(job, claimed["attempt"], 1, {}, [house.artifacts.put(b"state")])
         result = house.publisher.store(Thing("w", value=[2])).uuid
         house.checkpoints.drop(job)
+        assert house.promoter.promote("thing", "w", uuid=result, job=job).to_uuid == result
         assert house.jobs.succeed(job, claimed["attempt"], result=result)
         for act in (
             lambda: house.components.remove(uuid),
@@ -261,7 +271,7 @@ def test_a_worker_runs_jobs_and_changes_no_data_and_no_published_version(secured
         ):
             with pytest.raises(SettingError, match="does not allow it"):
                 act()
-        for raw in ("letters", "mt.components"):
+        for raw in ("letters", "mt.components", "mt.aliases"):
             with pytest.raises(PyMongoError, match="not authorized"):
                 connection.database[raw].update_many({}, {"$set": {"x": 2}})
 

@@ -1,8 +1,8 @@
 """The three roles that people and processes need, as documents for MongoDB's `createRole`: no more than is used.
 
 - `reader` loads and lists: it reads the whole database and may watch jobs.
-- `worker` runs jobs that others have queued: it adds versions, blobs and points, and cannot change or remove a
-  version, queue a job, or write to the data it trains on.
+- `worker` runs jobs that others have queued: it adds versions, blobs and points, promotes, and cannot change or
+  remove a version, queue a job, or write to the data it trains on.
 - `trainer` does everything within its database.
 
 Always: a role is for one database and says nothing of any other.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from mongotorch.store.aliases import COLLECTION as ALIASES
 from mongotorch.store.artifacts import BUCKET
 from mongotorch.store.checkpoints import COLLECTION as CHECKPOINTS
 from mongotorch.store.components import COLLECTION as COMPONENTS
@@ -20,6 +21,7 @@ from mongotorch.store.points import COLLECTION as POINTS
 
 _READ: Final = ["find", "listCollections", "listIndexes", "collStats", "dbStats", "changeStream"]
 _WORKER: Final = {
+    ALIASES: ["insert"],
     COMPONENTS: ["insert"],
     f"{BUCKET}.files": ["insert", "update"],
     f"{BUCKET}.chunks": ["insert", "remove"],  # of an upload that lost the race against the same bytes
