@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta, timezone
@@ -20,7 +21,7 @@ from mongotorch.errors import (
     ParameterError,
     TrustError,
 )
-from mongotorch.store import Aliases, Move
+from mongotorch.store import Aliases, Components, Move
 
 KEY, FOREIGN = "k" * 16, "f" * 16
 AT_ONCE = 6
@@ -313,6 +314,24 @@ def test_a_version_that_is_removed_while_it_is_promoted_is_named_by_nothing(
     assert db.load("model", "m").version == 2
 
 
+@pytest.mark.usefixtures("uuids")
+def test_a_version_that_is_promoted_while_it_is_removed_is_named_by_nothing(
+    db: Datalayer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove, document = Components.remove, db.show("model", "m", 1)
+
+    def late(self: Components, uuid: str) -> None:
+        # As another process would, after it had looked whether the version is there.
+        db._parts.aliases.move("model", "m", to=document, expected=None, who="w", why="")
+        remove(self, uuid)
+
+    monkeypatch.setattr(Components, "remove", late)
+    assert db.remove("model", "m", 1) == 1
+
+    assert ends(db.history("model", "m")) == [(1, None, 1), (2, 1, None)]
+    assert db.load("model", "m").version == 2
+
+
 def test_a_version_that_was_moved_away_from_and_removed_while_it_is_loaded_is_not_missed(
     db: Datalayer, uuids: list[str]
 ) -> None:
@@ -419,3 +438,29 @@ def test_without_signatures_a_move_still_has_to_be_one_of_its_alias(db: Datalaye
             db.load("model", "m")
         moves.delete_one({"_id": forged["_id"]})
     assert db.load("model", "m").version == 1
+
+
+def test_verifying_names_every_move_that_is_broken_or_missing(signed: Datalayer) -> None:
+    for identifier in ("a", "b"):
+        for version in (0, 1, 2):
+            signed.promote("metric", identifier, version)
+    signed.promote("metric", "a", 0, alias="stage")
+    assert (signed.verify().aliases, signed.verify().problems) == (7, ())
+
+    moves = signed["mt.aliases"].raw
+    moves.update_one({"_id": "metric/a/live#1"}, {"$set": {"why": "x"}})
+    moves.delete_one({"_id": "metric/b/live#2"})
+    gone = signed.show("metric", "a", 0)["_id"]
+    signed["mt.components"].raw.delete_one({"_id": gone})
+    moves.insert_one({"_id": "metric/b/other#1", "n": "one", "alias": {"x": 1}, "to": {"$ne": None}})
+
+    said = signed.verify()
+    assert said.aliases == 7
+    for part in (
+        "metric/a/live#1",
+        "missing before metric/b/live#3",
+        f"'stage' .*names {gone}",
+        "metric/b/other#1",
+    ):
+        assert any(re.search(part, problem) for problem in said.problems)
+    assert not any("a/live#2" in problem or "a/live#3" in problem for problem in said.problems)

@@ -89,5 +89,5 @@ class Versions(Opened):
         return Garbage(self._connection.database, grace_s=grace_s).collect(dry_run=dry_run)
 
     def verify(self) -> Verified:
-        """Read and hash every blob, and check every component's signature; problems are reported, not raised."""
+        """Read and hash every blob, check every component and alias; problems are reported, not raised."""
         return self._parts.checker.verify()
