@@ -2,14 +2,15 @@
 
 Always: it owns its connection and closes it; it holds no other state, so two of them over one database see the
 same; it is never pickled: what crosses a process is an address. What it does is told apart by what a person wants:
-`reading` documents, `running` work, keeping `versions`, `serving` one of them, `schedules`; each is a
-class, and the Datalayer is all of them.
+`reading` documents, `running` work, keeping `versions`, `serving` one of them, `schedules`, their `lineage`; each
+is a class, and the Datalayer is all of them.
 """
 
 from __future__ import annotations
 
 from typing import Any, Self, final
 
+from mongotorch.datalayer.lineage import Lineage
 from mongotorch.datalayer.reading import Reading
 from mongotorch.datalayer.running import Running
 from mongotorch.datalayer.schedules import Scheduling
@@ -20,7 +21,7 @@ from mongotorch.store import open_address
 
 
 @final
-class Datalayer(Reading, Running, Versions, Serving, Scheduling):
+class Datalayer(Reading, Running, Versions, Serving, Scheduling, Lineage):
     """One open database; a context manager that closes it."""
 
     @classmethod

@@ -160,6 +160,19 @@ class Components:
         found = self._documents.find_one({"job": job, "anchor": None}, {"_id": 1})
         return None if found is None else self.peek(found["_id"])
 
+    @driver_errors("looking for trained versions")
+    def trained(self, collection: str | None = None) -> Iterator[dict[str, Any]]:
+        """The visible documents that say what they were trained on, the newest first. Raises: TrustError.
+
+        Args:
+            collection: Only those trained on documents of this collection.
+        """
+        where = {"data.query.collection": {"$exists": True} if collection is None else collection}
+        for document in self._documents.find(where).sort([("created", -1), ("version", -1)]):
+            if self._visible(document):
+                self._trust.check(document, kind=KIND)
+                yield document
+
     @driver_errors("listing versions")
     def versions(self, type_id: str, identifier: str) -> list[int]:
         """The visible version numbers, ascending."""

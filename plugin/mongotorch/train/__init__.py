@@ -6,6 +6,7 @@ Always: nothing here knows a database; batches come in, and what happened comes 
 from __future__ import annotations
 
 from mongotorch.train.codec import fill_module
+from mongotorch.train.comparing import differing
 from mongotorch.train.evaluation import evaluate
 from mongotorch.train.loop import Batches, Event, Fit
 from mongotorch.train.metrics import Dataset, Metric, Validation
@@ -28,6 +29,7 @@ __all__ = [
     "Trained",
     "Validated",
     "Validation",
+    "differing",
     "evaluate",
     "fill_module",
     "is_alike",

@@ -5,6 +5,7 @@ Always: making them makes the indexes that their promises rest on; they hold not
 
 from __future__ import annotations
 
+import functools
 from typing import final
 
 from mongotorch.codecs import Codecs
@@ -23,11 +24,13 @@ from mongotorch.store import (
 )
 from mongotorch.wiring.applying import Applier
 from mongotorch.wiring.checkpointing import Checkpointing
+from mongotorch.wiring.comparing import Comparer
 from mongotorch.wiring.lineage import Facts
 from mongotorch.wiring.load import Loader
 from mongotorch.wiring.performing import Performer
 from mongotorch.wiring.publish import Publisher
 from mongotorch.wiring.removing import Remover
+from mongotorch.wiring.reproducing import Reproducer
 from mongotorch.wiring.schedule_parts import ScheduleParts
 from mongotorch.wiring.serving import Promoter
 from mongotorch.wiring.training import Training
@@ -44,6 +47,7 @@ class Parts:
     """
 
     def __init__(self, connection: Connection, settings: Settings) -> None:
+        self._connection, self._settings = connection, settings
         database, codecs = connection.database, Codecs.default()
         secret = settings.signing_key.get_secret_value() if settings.signing_key is not None else None
         trust = trust_of(key=secret, key_file=settings.signing_key_file, policy=settings.trust)
@@ -58,17 +62,7 @@ class Parts:
         self.promoter = Promoter(self.components, self.aliases)
         self.remover = Remover(self.components, self.artifacts, self.promoter)
         checkpointing = Checkpointing(self.checkpoints, self.artifacts, codecs)
-        training = Training(
-            connection=connection,
-            settings=settings,
-            components=self.components,
-            points=self.points,
-            loader=self.loader,
-            publisher=self.publisher,
-            checkpointing=checkpointing,
-            jobs=self.jobs,
-            facts=Facts(connection, settings),
-        )
+        training = self._training(checkpointing)
         standing = ScheduleParts(
             connection=connection,
             settings=settings,
@@ -92,4 +86,34 @@ class Parts:
             perform=self.performer.perform,
             forget=checkpointing.drop,
             register=self.register,
+        )
+
+    def _training(self, checkpointing: Checkpointing) -> Training:
+        return Training(
+            connection=self._connection,
+            settings=self._settings,
+            components=self.components,
+            points=self.points,
+            loader=self.loader,
+            publisher=self.publisher,
+            checkpointing=checkpointing,
+            jobs=self.jobs,
+            facts=Facts(self._connection, self._settings),
+        )
+
+    @functools.cached_property
+    def comparer(self) -> Comparer:
+        """Compares versions."""
+        return Comparer(self.components, self.artifacts)
+
+    @functools.cached_property
+    def reproducer(self) -> Reproducer:
+        """Trains versions again."""
+        return Reproducer(
+            connection=self._connection,
+            settings=self._settings,
+            components=self.components,
+            artifacts=self.artifacts,
+            loader=self.loader,
+            facts=Facts(self._connection, self._settings),
         )

@@ -1,0 +1,271 @@
+"""Where versions come from: the facts of their data, how two differ, who saw a document, the same bits again."""
+
+from __future__ import annotations
+
+import random
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bson import Timestamp
+from tests.helpers import COLLECTION, documents_in, fill, fold_ids, model, points, trainer
+from torch import Tensor, nn
+
+from mongotorch import Datalayer, Metric, Query, TorchModel, Validation, Worker
+from mongotorch.data import Members
+from mongotorch.errors import DataError, NotFoundError, ParameterError
+
+
+def facts(db: Datalayer, trained: TorchModel) -> dict[str, Any]:
+    """The document of a model, with its `data`."""
+    document: dict[str, Any] = db.show("model", trained.identifier, trained.version)
+    return document
+
+
+def again(db: Datalayer, select: Query, **given: Any) -> TorchModel:
+    """A run of the same trainer over what is there now."""
+    trained: TorchModel = db.apply(trainer(select, **given), force=True).result()
+    return trained
+
+
+def mean(output: Tensor, target: Tensor) -> Tensor:
+    return output.mean()
+
+
+def test_a_version_says_what_it_was_made_of(db: Datalayer, uri: str) -> None:
+    select = fill(db)
+    validation = Validation("v", metrics=[Metric("mean", object=mean)])
+    trained = db.apply(trainer(select, seed=7, model=model(validation=validation))).result()
+
+    document = facts(db, trained)
+
+    data, folds = document["data"], {fold: fold_ids(db, fold) for fold in ("train", "valid")}
+    assert Query.from_document(data["query"]) == select.fold("train")
+    assert {fold: data[fold]["count"] for fold in folds} == {fold: len(ids) for fold, ids in folds.items()}
+    assert data["members"] in document["blobs"]
+    held = Members.from_bytes(db._parts.artifacts.get(data["members"]))
+    assert (held.count, held.digest) == (data["train"]["count"], data["train"]["digest"])
+    assert [n for n in range(120) if held.holds(n)] == folds["train"]
+    assert isinstance(data["watermark"], Timestamp) == uri.startswith("mongodb")
+    assert document["seed"] == 7
+    assert {"python", "torch", "platform"} <= document["environment"].keys()
+    best = document["best_step"] // 4 - 1
+    measured = {name: values[best] for name, values in trained.trainer.metric_values.items()}
+    assert document["metrics"] == measured
+    assert measured.keys() == {"objective", "mean"}
+    assert data["members"] not in db.gc(grace_s=0).blobs
+    assert db.verify().problems == ()
+
+
+def test_what_was_never_measured_has_no_metrics(db: Datalayer) -> None:
+    document = facts(db, db.apply(trainer(fill(db), validation_interval=None)).result())
+
+    assert document["metrics"] == {}
+    assert document["data"]["valid"] is None
+    assert document["data"]["train"]["count"] == len(fold_ids(db, "train"))
+
+
+def test_the_facts_do_not_depend_on_the_order_of_insertion(db: Datalayer) -> None:
+    first = facts(db, again(db, fill(db)))["data"]
+    db[COLLECTION].delete_many({})
+    documents = points()
+    random.Random(99).shuffle(documents)
+    db[COLLECTION].insert_many(documents)
+
+    second = facts(db, again(db, db[COLLECTION].find()))["data"]
+
+    assert [first[name] for name in ("train", "valid", "members")] == [
+        second[name] for name in ("train", "valid", "members")
+    ]
+
+
+def test_without_lineage_a_version_knows_its_query_only(uri: str) -> None:
+    with Datalayer.connect(uri, lineage=False, valid_fraction=0.2, progress=False) as db:
+        select = fill(db)
+        one, other = again(db, select), again(db, select)
+
+        assert facts(db, one)["data"] == {"query": select.fold("train").to_document()}
+        found = db.diff(one.uuid, other.uuid)
+        assert (found.data, found.documents) == (None, (None, None))
+        assert "lineage" in found.data_unknown
+        assert [held.certain for held in db.trained_on(0, COLLECTION)] == [False, False]
+        assert db.reproduce(one.uuid).same
+
+
+def test_two_versions_differ_by_what_was_done_between_them(db: Datalayer) -> None:
+    select = fill(db)
+    old = again(db, select)
+    train = fold_ids(db, "train")
+    db[COLLECTION].delete_many({"_id": {"$in": train[:4]}})
+    db[COLLECTION].update_many({"_id": {"$in": train[4:10]}}, {"$set": {"x": [0.0, 0.0, 0.0, 1.0]}})
+    db[COLLECTION].raw.insert_many({"_id": 1000 + n, "x": [0.5] * 4, "y": 0, "_fold": "train"} for n in range(3))
+    new = again(db, select, optimizer_kwargs={"lr": 0.02}, seed=1, objective=mean_loss)
+
+    found = db.diff(old.uuid, new.uuid)
+
+    assert found.data is not None
+    assert (found.data.added, found.data.removed, found.data.changed) == (3, 4, 6)
+    assert found.documents == (len(train), len(train) - 1)
+    assert found.parameters == {
+        "trainer.objective": ("torch.nn.functional.cross_entropy", f"{__name__}.mean_loss"),
+        "trainer.optimizer_kwargs": ({"lr": 0.01}, {"lr": 0.02}),
+        "trainer.optimizer_state": "changed",
+        "trainer.seed": (0, 1),
+        "model.object": "changed",
+    }
+    assert found.metrics.keys() == {"objective"}
+    assert found.environment == {}
+    assert "3 added, 4 removed, 6 changed" in str(found)
+    assert "trainer.seed: 0 -> 1" in str(found)
+    assert found.to_document()["data"] == {"added": 3, "removed": 4, "changed": 6}
+    backwards = db.diff(new.uuid, old.uuid).data
+    assert backwards is not None
+    assert (backwards.added, backwards.removed, backwards.changed) == (4, 3, 6)
+
+
+def mean_loss(output: Tensor, target: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(output, target) * 2
+
+
+def test_a_diff_with_what_was_never_trained_says_why_nothing_is_known_of_the_data(db: Datalayer) -> None:
+    trained = again(db, fill(db))
+    untrained = db.load("model", "m", 0)
+
+    found = db.diff(untrained.uuid, trained.uuid)
+
+    assert found.data is None
+    assert "of the earlier version: it was stored as it was given" in found.data_unknown
+    assert found.parameters["model.object"] == "changed"
+    assert not db.diff(trained.uuid, trained.uuid).parameters
+    with pytest.raises(NotFoundError):
+        db.diff(trained.uuid, "no-such-uuid")
+
+
+def test_who_was_trained_on_a_document_is_known(db: Datalayer) -> None:
+    select = fill(db)
+    seen, unseen = fold_ids(db, "train")[0], fold_ids(db, "valid")[0]
+    first = again(db, select)
+    db[COLLECTION].delete_many({"_id": seen})
+    second = again(db, select)
+    db[COLLECTION].raw.insert_one({"_id": "late", "x": [0.5] * 4, "y": 0, "_fold": "train"})
+    third = again(db, select)
+
+    def uuids(document_id: Any, collection: str | None = None) -> list[str]:
+        found = db.trained_on(document_id, collection)
+        assert all(held.certain for held in found)
+        assert [db.load(held.type_id, held.identifier, held.version).uuid for held in found] == [
+            held.uuid for held in found
+        ]
+        return [held.uuid for held in found]
+
+    assert uuids(seen) == [first.uuid]
+    assert uuids("late") == [third.uuid]
+    assert uuids(unseen) == uuids("no such document") == []
+    assert uuids(fold_ids(db, "train")[5], COLLECTION) == [third.uuid, second.uuid, first.uuid]
+    assert uuids(seen, "elsewhere") == []
+    with pytest.raises(DataError):
+        db.trained_on(object())
+
+
+@pytest.mark.parametrize("mode", [{"in_memory": True}, {"data_prefetch": True, "prefetch_size": 16}])
+def test_a_version_comes_out_again_with_the_same_bits(db: Datalayer, mode: dict[str, Any]) -> None:
+    shuffled = {"batch_size": 16, "shuffle": True}
+    first = db.apply(trainer(fill(db), loader_kwargs=shuffled, **mode)).result()
+    second = db.apply(first.trainer.replace(max_iterations=8)).result()  # goes on with weights and optimizer
+    before = documents_in(db)
+
+    for trained in (first, second):
+        found = db.reproduce(trained.uuid)
+        assert (found.same, found.trained, found.changed) == (True, True, [])
+        assert str(found) == "the same bits"
+    assert {name: n for name, n in documents_in(db).items() if name != "mt.plans"} == {
+        name: n for name, n in before.items() if name != "mt.plans"
+    }
+
+
+def test_data_that_has_changed_is_said_before_anything_is_trained(db: Datalayer) -> None:
+    trained = db.apply(trainer(fill(db))).result()
+    train, valid = fold_ids(db, "train"), fold_ids(db, "valid")
+    db[COLLECTION].update_many({"_id": {"$in": train[:20]}}, {"$set": {"y": 1}})
+    db[COLLECTION].delete_many({"_id": {"$in": [train[-1], valid[-1]]}})
+
+    found = db.reproduce(trained.uuid)
+
+    changed = sum(points()[n]["y"] != 1 for n in train[:20])
+    assert (found.same, found.trained) == (False, False)
+    assert found.changed == [
+        f"data of fold 'train': 0 added, 1 removed, {changed} changed",
+        f"data of fold 'valid': {len(valid)} documents then, {len(valid) - 1} now",
+    ]
+    anyway = db.reproduce(trained.uuid, anyway=True)
+    assert (anyway.same, anyway.trained) == (False, True)
+    assert anyway.changed[:2] == found.changed
+    assert anyway.changed[2:] == [
+        f"weight {name!r} came out otherwise" for name in ("0.weight", "0.bias", "2.weight", "2.bias")
+    ]
+
+
+def test_another_environment_and_another_result_are_said(db: Datalayer) -> None:
+    trained = db.apply(trainer(fill(db))).result()
+    components = db["mt.components"].raw
+    components.update_one({"_id": trained.uuid}, {"$set": {"environment.torch": "1.0"}})
+    parent = facts(db, trained)["fields"]["trainer"]["_ref"]
+    source = db.show("trainer", "t", db.load(uuid=parent).version)["parent"]
+    components.update_one({"_id": source}, {"$set": {"fields.seed": 5, "fields.loader_kwargs.shuffle": True}})
+
+    found = db.reproduce(trained.uuid)
+
+    assert (found.same, found.trained) == (False, True)
+    assert found.changed[0].startswith("environment: torch 1.0 then, ")
+    assert "weight '0.weight' came out otherwise" in found.changed
+    assert found.to_document()["same"] is False
+
+
+def test_what_no_run_has_published_cannot_come_out_again(db: Datalayer) -> None:
+    trained = again(db, fill(db))
+
+    for uuid in (db.load("model", "m", 0).uuid, db.load("trainer", "t").uuid):
+        with pytest.raises(ParameterError, match="no model that a run has published"):
+            db.reproduce(uuid)
+    db.remove("trainer", "t", 0, force=True)
+    with pytest.raises(NotFoundError, match="what the version was trained from is gone"):
+        db.reproduce(trained.uuid)
+
+
+stop = threading.Event()
+stopped_at: list[Worker] = []
+
+
+def stopping(output: Tensor, target: Tensor) -> Tensor:
+    """An objective that has its worker stop, when that is asked for."""
+    if stop.is_set():
+        for worker in stopped_at:
+            worker.stop()
+    return nn.functional.cross_entropy(output, target)
+
+
+def test_a_run_that_is_gone_on_with_keeps_the_facts_it_began_with(uri: str, tmp_path: Path) -> None:
+    settings = {"compute": "queue", "valid_fraction": 0.2, "progress": False, "cache_dir": tmp_path}
+    with Datalayer.connect(uri, **settings) as db:
+        select = fill(db)
+        count = len(fold_ids(db, "train"))
+        job = db.apply(trainer(select, objective=stopping))
+        worker = Worker(db)
+        stopped_at[:] = [worker]
+        stop.set()
+        worker.run(until_idle=True)
+        stop.clear()
+        assert job.status == "queued"
+        begun = db["mt.checkpoints"].raw.find_one()["run"]["said"]["data"]
+        db[COLLECTION].raw.insert_one({"_id": "late", "x": [0.5] * 4, "y": 0, "_fold": "train"})
+        db.gc(grace_s=0)
+
+        Worker(db).run(until_idle=True)
+
+        document = facts(db, job.result(10))
+        assert document["data"] == begun
+        assert document["data"]["train"]["count"] == count
+        assert document["data"]["members"] in document["blobs"]
+        assert db.trained_on("late") == []
+        assert len(db.trained_on(fold_ids(db, "train")[0])) == 1
