@@ -99,6 +99,12 @@ def work(uri: str) -> None:
             Worker(db).run(until_idle=True)
 
 
+def schedule(uri: str) -> None:
+    """Be a scheduler until killed."""
+    with Datalayer.connect(uri, **{**SETTINGS, "lease_s": 0.5}) as db:
+        db.scheduler.run(threading.Event())
+
+
 class Killer(monitoring.CommandListener):
     """Kills its own process at one write of the database: just before it is sent, or just after it is done."""
 

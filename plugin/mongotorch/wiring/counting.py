@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, final
 
 from mongotorch.query import FOLD_FIELD, Query
 from mongotorch.run import State
@@ -21,11 +21,32 @@ _AT_ONCE: Final = 1000
 Document = Mapping[str, Any]
 
 
-def tally(database: Any, document: Document, changes: Sequence[Change], now: datetime) -> dict[str, Any]:
-    """What a schedule's document has to say after some changes.
+@final
+class Counts:
+    """Counts documents of selects; the same ones once, however many schedules look at them.
 
     Args:
         database: The driver's database.
+    """
+
+    def __init__(self, database: Any) -> None:
+        self._database = database
+        self._known: dict[tuple[Query, str], int] = {}
+
+    def __call__(self, query: Query, ids: Sequence[Any]) -> int:
+        """How many of these documents are in the select now."""
+        key = (query, repr(ids))
+        if key not in self._known:
+            parts = (ids[at : at + _AT_ONCE] for at in range(0, len(ids), _AT_ONCE))
+            self._known[key] = sum(counted(self._database, query, part) for part in parts)
+        return self._known[key]
+
+
+def tally(count: Counts, document: Document, changes: Sequence[Change], now: datetime) -> dict[str, Any]:
+    """What a schedule's document has to say after some changes.
+
+    Args:
+        count: Counts documents.
         document: The schedule's.
         changes: In their order, of any collection, read behind the document's token or before it.
         now: When they were noticed.
@@ -44,9 +65,9 @@ def tally(database: Any, document: Document, changes: Sequence[Change], now: dat
     inserted = _ids(change for change in mine if change.kind == "insert")
     entered = _ids(change for change in updates if _touches(change, asked))
     gone = sum(change.kind in ("delete", "drop") for change in mine)
-    born = _among(database, query, inserted)
-    arrived = born + _among(database, query, [key for key in entered if key not in inserted])
-    changed = born + _among(database, query, _ids(updates)) + gone
+    born = count(query, inserted)
+    arrived = born + count(query, [key for key in entered if key not in inserted])
+    changed = born + count(query, _ids(updates)) + gone
     # Whether a deleted document was in the select, or a changed one left it, only a new count can tell.
     unsure = bool(where) and (gone > 0 or bool(entered))
     return {
@@ -121,9 +142,3 @@ def _ids(changes: Any) -> list[Any]:
     for change in changes:
         seen.setdefault(repr(change.document_id), change.document_id)
     return list(seen.values())
-
-
-def _among(database: Any, query: Query, ids: Sequence[Any]) -> int:
-    """How many of these documents are in the select now."""
-    parts = (ids[at : at + _AT_ONCE] for at in range(0, len(ids), _AT_ONCE))
-    return sum(counted(database, query, part) for part in parts)

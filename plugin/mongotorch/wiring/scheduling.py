@@ -18,7 +18,7 @@ from typing import Any, Final, final
 from mongotorch.errors import MongotorchError
 from mongotorch.query import Query
 from mongotorch.store import Change, HistoryLostError, Schedules, Watch, baseline
-from mongotorch.wiring.counting import is_behind, recounted, tally
+from mongotorch.wiring.counting import Counts, is_behind, recounted, tally
 from mongotorch.wiring.firings import Firings
 
 _POLL_S: Final = 0.2
@@ -186,9 +186,9 @@ class Scheduler:
     def _count(self, changes: list[Change]) -> bool:
         """Count changes for every schedule; whether there were any."""
         if changes:
-            now = self._schedules.now()
+            now, count = self._schedules.now(), Counts(self._database)
             for document in self._watched():
-                self._write(document["_id"], lambda said: tally(self._database, said, changes, now))
+                self._write(document["_id"], lambda said: tally(count, said, changes, now))
         return bool(changes)
 
     def _mark(self, watch: Watch) -> None:
