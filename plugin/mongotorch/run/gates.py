@@ -8,69 +8,15 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar, final
 
 import numpy as np
 
 from mongotorch.errors import ParameterError
 from mongotorch.run.bootstrap import Losses, interval_of_mean
+from mongotorch.run.scores import Scores, Verdict, losses_of, mean_of
 from mongotorch.run.triggers.base import is_number
-
-OBJECTIVE = "objective"
-
-
-@final
-@dataclasses.dataclass(frozen=True, eq=False)
-class Scores:
-    """What was measured of one model.
-
-    Args:
-        losses: The objective of each document, in the same order for the models that are compared.
-        values: `{name: value}` over all of them: the objective and the metrics.
-    """
-
-    losses: Sequence[float]
-    values: Mapping[str, float] = dataclasses.field(default_factory=dict)
-
-    def to_document(self) -> dict[str, float]:
-        """The values, the mean loss as `objective` where it is not among them."""
-        mean = {} if len(self.losses) == 0 else {OBJECTIVE: _mean(_array(self.losses))}
-        return {**mean, **{name: float(value) for name, value in self.values.items()}}
-
-
-@final
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """What a gate says, and on what grounds.
-
-    Args:
-        promote: Whether the challenger is to be served.
-        why: The reason, a sentence.
-        gate: The gate, as one would write it.
-        documents: How many documents both were scored on; 0 where the gate needs no scores.
-        champion: The values of what is served now; None where nothing is, or it was not scored.
-        challenger: The values of what was trained; empty where it was not scored.
-        interval: The confidence interval of how much lower its mean loss is; None where none was asked for.
-    """
-
-    promote: bool
-    why: str
-    gate: str
-    documents: int = 0
-    champion: Mapping[str, float] | None = None
-    challenger: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    interval: tuple[float, float] | None = None
-
-    def to_document(self) -> dict[str, Any]:
-        """Plain BSON."""
-        said = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {
-            **said,
-            "champion": None if self.champion is None else dict(self.champion),
-            "challenger": dict(self.challenger),
-            "interval": None if self.interval is None else list(self.interval),
-        }
 
 
 class Gate(abc.ABC):
@@ -96,7 +42,14 @@ class Gate(abc.ABC):
         """
 
     def verdict(self, promote: bool, why: str, champion: Scores | None, challenger: Scores | None) -> Verdict:
-        """A verdict of this gate, with the scores as they are stored."""
+        """A verdict of this gate, with the scores as they are stored.
+
+        Args:
+            promote: Whether the challenger is to be served.
+            why: The reason, a sentence.
+            champion: As `judge` was given it.
+            challenger: As `judge` was given it.
+        """
         return Verdict(
             promote=promote,
             why=why,
@@ -170,24 +123,24 @@ class Better(Gate):
         """Whether the challenger is better by more than the margin; see `Gate.judge`."""
         if challenger is None or len(challenger.losses) == 0:
             return self.verdict(False, "the trained model was not scored on any document", champion, challenger)
-        theirs = _array(challenger.losses)
-        if not np.isfinite(_mean(theirs)):
+        theirs = losses_of(challenger.losses)
+        if not np.isfinite(mean_of(theirs)):
             return self.verdict(False, f"the trained model's loss {_not_finite(theirs)}", champion, challenger)
         if champion is None:
             return self.verdict(True, "nothing is live yet", champion, challenger)
-        ours = _array(champion.losses)
+        ours = losses_of(champion.losses)
         if ours.shape != theirs.shape:
             raise ParameterError(
                 f"the live model was scored on {len(ours):,} documents and the trained one on {len(theirs):,}; "
                 "score both on the same",
                 field="losses",
             )
-        if not np.isfinite(_mean(ours)):
+        if not np.isfinite(mean_of(ours)):
             return self.verdict(True, f"the live model's loss {_not_finite(ours)}", champion, challenger)
         interval = None if self.confidence is None else interval_of_mean(ours - theirs, self.confidence)
-        gain = _mean(ours) - _mean(theirs)
+        gain = mean_of(ours) - mean_of(theirs)
         promote = (gain if interval is None else interval[0]) > self.margin
-        why = self._sentence(_mean(ours), _mean(theirs), len(ours), interval, promote)
+        why = self._sentence(mean_of(ours), mean_of(theirs), len(ours), interval, promote)
         return dataclasses.replace(self.verdict(promote, why, champion, challenger), interval=interval)
 
     def _sentence(
@@ -240,18 +193,6 @@ def gate_of(value: Any) -> Gate:
             f"gate={value!r}: a gate such as Better(), or a function (champion, challenger) -> bool", field="gate"
         )
     return Asked(value)
-
-
-def _array(losses: Sequence[float]) -> Losses:
-    array = np.asarray(losses, dtype=np.float64)
-    if array.ndim != 1:
-        raise ParameterError(f"losses have the shape {array.shape}; give one number a document", field="losses")
-    return array
-
-
-def _mean(losses: Losses) -> float:
-    with np.errstate(over="ignore", invalid="ignore"):
-        return float(losses.mean())
 
 
 def _not_finite(losses: Losses) -> str:

@@ -12,7 +12,8 @@ from typing import Any, ClassVar, final
 
 from mongotorch.component import Component
 from mongotorch.errors import ParameterError
-from mongotorch.run.gates import Better, Gate, Scores, gate_of
+from mongotorch.run.gates import Better, Gate, gate_of
+from mongotorch.run.scores import Scores
 from mongotorch.run.triggers import AnyOf, Trigger, Waited
 from mongotorch.run.triggers.base import CHANGED, INSERTED, check_flag, check_seconds
 

@@ -1,4 +1,4 @@
-"""Test suites that implementations inherit: what a codec, a compute engine or a store has to do.
+"""Test suites that implementations inherit: what a codec, a compute engine, a store or a trigger has to do.
 
 Always: a suite asks for its subject by fixtures that the inheriting class fills in, and opens nothing by itself;
 importing this needs pytest, and `mongotorch` itself never imports it.
@@ -9,10 +9,11 @@ from __future__ import annotations
 import pytest
 
 # Before the suites are imported: else a failing `assert` in them would not say what it compared.
-pytest.register_assert_rewrite(*(f"{__name__}.{part}" for part in ("codecs", "engines", "stores")))
+pytest.register_assert_rewrite(*(f"{__name__}.{part}" for part in ("codecs", "engines", "stores", "triggers")))
 
 from mongotorch.testing.codecs import CodecSuite  # noqa: E402
 from mongotorch.testing.engines import EngineSuite, WaitingEngineSuite  # noqa: E402
 from mongotorch.testing.stores import StoreSuite, Thing  # noqa: E402
+from mongotorch.testing.triggers import TriggerSuite  # noqa: E402
 
-__all__ = ["CodecSuite", "EngineSuite", "StoreSuite", "Thing", "WaitingEngineSuite"]
+__all__ = ["CodecSuite", "EngineSuite", "StoreSuite", "Thing", "TriggerSuite", "WaitingEngineSuite"]

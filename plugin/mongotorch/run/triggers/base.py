@@ -54,19 +54,32 @@ class State:
     memory: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "since", moment(self.since))
-        if self.arrived is not None:
-            object.__setattr__(self, "arrived", moment(self.arrived))
-        if self.scored is not None:
-            object.__setattr__(self, "scored", moment(self.scored))
+        for name in ("since", "arrived", "scored"):
+            given = getattr(self, name)
+            if given is not None and (at := moment(given)) is not given:
+                object.__setattr__(self, name, at)
 
-    def consumed(self) -> Self:
-        """The state behind a firing: nothing has arrived yet; measurements and memory stay."""
-        return dataclasses.replace(self, inserted=0, changed=0, arrived=None)
+    def consumed(self, memory: Mapping[str, Any] | None = None) -> State:
+        """The state behind a firing: nothing has arrived yet; measurements stay.
 
-    def remembering(self, memory: Mapping[str, Any]) -> Self:
+        Args:
+            memory: What the trigger remembers from now on; None: what it did.
+        """
+        # Not `dataclasses.replace`, which takes longer than all the rest of asking a trigger.
+        kept = self.memory if memory is None else memory
+        return State(since=self.since, scores=self.scores, scored=self.scored, memory=kept)
+
+    def remembering(self, memory: Mapping[str, Any]) -> State:
         """The same observations with another memory."""
-        return dataclasses.replace(self, memory=memory)
+        return State(
+            since=self.since,
+            inserted=self.inserted,
+            changed=self.changed,
+            arrived=self.arrived,
+            scores=self.scores,
+            scored=self.scored,
+            memory=memory,
+        )
 
     def to_document(self) -> dict[str, Any]:
         """Plain BSON, from which `from_document` makes an equal state."""

@@ -69,6 +69,11 @@ class Cron(Timed):
             ) from None
         check_flag("catch_up", self.catch_up)
 
+    @functools.cached_property
+    def plan(self) -> str:
+        """The expression and the zone, for people."""
+        return f"{self.expression!r} in {self.tz}"
+
     def after(self, last: datetime, since: datetime) -> datetime | None:  # noqa: ARG002
         """The first moment of the expression after another moment; None where none comes within fifty years."""
         start = last.replace(minute=0, second=0, microsecond=0)

@@ -6,6 +6,7 @@ Always: it stays on its grid, the moments `since + k * seconds`; a run that star
 from __future__ import annotations
 
 import dataclasses
+import functools
 from datetime import datetime, timedelta
 from typing import final
 
@@ -38,6 +39,11 @@ class Every(Timed):
         """The first moment of the grid after another moment."""
         return since + ((last - since) // self._step + 1) * self._step
 
+    @functools.cached_property
+    def plan(self) -> str:
+        """The grid, for people."""
+        return f"every {self.seconds:g} s"
+
     def newest(self, now: datetime, first: datetime, since: datetime) -> datetime:  # noqa: ARG002
         """The newest moment of the grid up to now."""
         return since + (now - since) // self._step * self._step
@@ -46,6 +52,6 @@ class Every(Timed):
         """How many moments of the grid there are after `last` up to `newest`, `MOST_COUNTED` at most."""
         return min((newest - since) // self._step - (last - since) // self._step, MOST_COUNTED)
 
-    @property
+    @functools.cached_property
     def _step(self) -> timedelta:
         return timedelta(milliseconds=round(self.seconds * 1000))

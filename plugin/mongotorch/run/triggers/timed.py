@@ -22,13 +22,18 @@ class Timed(Trigger):
 
     catch_up: bool
 
+    @property
+    @abc.abstractmethod
+    def plan(self) -> str:
+        """What is planned, for people."""
+
     @abc.abstractmethod
     def after(self, last: datetime, since: datetime) -> datetime | None:
         """The first planned moment after another moment; None where no more come."""
 
     @abc.abstractmethod
     def newest(self, now: datetime, first: datetime, since: datetime) -> datetime:
-        """The newest planned moment up to now; `first` is one that is not after now."""
+        """The newest planned moment up to now; `first` is one, though not the first of all."""
 
     @abc.abstractmethod
     def count(self, last: datetime, newest: datetime, since: datetime) -> int:
@@ -40,23 +45,21 @@ class Timed(Trigger):
         last = state.memory.get("last", state.since)
         first = self.after(last, state.since)
         if first is None:
-            return Decision(False, f"{self} plans no more moments"), state
+            return Decision(False, f"no more moments come of {self.plan}"), state
         if first > now:
-            return Decision(False, f"the next moment is {first} UTC", first), state
-        newest = self.newest(now, first, state.since)
-        next_at = self.after(newest, state.since)
-        answered = state.remembering({"last": newest})
-        if newest == first and now - newest <= MISSED:
-            return Decision(True, f"the moment {newest} UTC of {self}", next_at), answered.consumed()
+            return Decision(False, f"the next moment of {self.plan} is {first} UTC", first), state
+        newest, next_at = first, self.after(first, state.since)
+        if next_at is not None and next_at <= now:
+            newest = self.newest(now, next_at, state.since)
+            next_at = self.after(newest, state.since)
+        memory = {"last": newest}
+        in_time = now - newest <= MISSED
+        if newest == first and in_time:
+            return Decision(True, f"{newest} UTC, of {self.plan}", next_at), state.consumed(memory)
         number = self.count(last, newest, state.since)
-        counted = (
-            f"{number:,} moment{'s' * (number > 1)}" if number < MOST_COUNTED else f"{number:,} moments or more"
-        )
-        missed = f"{counted} of {self} since {last} UTC, the newest {newest} UTC"
-        if self.catch_up:
-            return Decision(True, f"one run for {missed}", next_at), answered.consumed()
-        if now - newest <= MISSED:
-            return Decision(
-                True, f"the moment {newest} UTC, the older ones skipped: {missed}", next_at
-            ), answered.consumed()
-        return Decision(False, f"skipped, since nobody ran in time: {missed}", next_at), answered
+        counted = f"{number:,}{' or more' * (number == MOST_COUNTED)} moment{'s' * (number > 1)}"
+        missed = f"{counted} of {self.plan} since {last} UTC, the newest {newest} UTC"
+        if self.catch_up or in_time:
+            said = "one run for" if self.catch_up else "only the newest counts of"
+            return Decision(True, f"{said} {missed}", next_at), state.consumed(memory)
+        return Decision(False, f"skipped, since nobody ran in time: {missed}", next_at), state.remembering(memory)
