@@ -84,6 +84,9 @@ class Scheduler:
         Raises:
             ServerUnavailableError: The database cannot be reached.
         """
+        self._refresh()
+        if not self._known:
+            return True  # nobody needs a leader
         if not self._lead():
             return False
         try:
