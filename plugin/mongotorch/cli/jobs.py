@@ -1,0 +1,93 @@
+"""The commands of what runs: `jobs`, `job`, `cancel`, and `worker`, which performs them.
+
+Always: a run is told from its document alone; a worker that is told to stop leaves its run to the next one.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from mongotorch.cli.output import AsJson, Uri, opened, print_json, print_pairs, print_table, said_of
+from mongotorch.run import Worker, run_pool
+
+_ENDED = {"succeeded": "succeeded", "failed": "failed", "cancelled": "was cancelled"}
+
+
+def jobs(
+    status: Annotated[str | None, typer.Option(help="queued, running, succeeded, failed or cancelled")] = None,
+    limit: Annotated[int, typer.Option(help="The most.")] = 20,
+    uri: Uri = None,
+    as_json: AsJson = False,
+) -> None:
+    """The runs, the newest first."""
+    with opened(uri) as db:
+        records = [job.record for job in db.jobs(status=status, limit=limit)]
+    if as_json:
+        print_json(records)
+        return
+    rows = []
+    for record in records:
+        progress, error = record.get("progress") or {}, record.get("error") or {}
+        left = f"{progress['left_s']:.0f} s" if "left_s" in progress and record["status"] == "running" else ""
+        told = (progress.get("step", ""), progress.get("samples_per_s", ""), left, error.get("type", ""))
+        rows.append((record["_id"], f"{record['type_id']} {record['identifier']}", record["status"], *told))
+    columns = ("job", "component", "status", "step", "samples/s", "left", "error")
+    print_table(columns, rows, whole=["job"])
+
+
+def job(uuid: str, uri: Uri = None, as_json: AsJson = False) -> None:
+    """One run: parameters, environment, progress, and the error with its traceback."""
+    with opened(uri) as db:
+        record = db.job(uuid).record
+    if as_json:
+        print_json(record)
+        return
+    error = record.pop("error", None) or {}
+    print_pairs(f"job {uuid}", [(key, value) for key, value in record.items() if value is not None])
+    if error:
+        typer.echo(error.get("traceback") or f"{error.get('type')}: {error.get('message')}")
+
+
+def cancel(uuid: str, uri: Uri = None, as_json: AsJson = False) -> None:
+    """Ask a run to stop at its next step, and publish nothing; exit code 1 where it had ended already."""
+    with opened(uri) as db:
+        run = db.job(uuid)
+        done, status = run.cancel(), run.status
+    if as_json:
+        print_json({"uuid": uuid, "cancelled": done, "status": status})
+    else:
+        typer.echo(f"job {uuid} is cancelled" if done else f"job {uuid} had ended already: it {_ENDED[status]}")
+    raise typer.Exit(0 if done else 1)
+
+
+def worker(
+    once: Annotated[bool, typer.Option(help="Perform one job, if there is one, and end.")] = False,
+    until_idle: Annotated[bool, typer.Option(help="End when no schedule is due and no job waits.")] = False,
+    concurrency: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    uri: Uri = None,
+) -> None:
+    """Work the queue, and see to the schedules: watch their documents, and fire what is due.
+
+    Any number of workers may run; one of them sees to the schedules at a time, and each firing is one job.
+    SIGTERM checkpoints the run and hands it back, to be resumed by another worker.
+    """
+    if concurrency > 1:
+        command = [sys.executable, "-m", "mongotorch", "worker"]
+        command += ["--once"] * once + ["--until-idle"] * until_idle
+        address = {} if uri is None else {"MONGOTORCH_URI": uri}
+        raise typer.Exit(
+            run_pool(
+                command,
+                count=concurrency,
+                environment={**os.environ, **address},
+                again=not (once or until_idle),
+            )
+        )
+    with opened(uri) as db:
+        typer.echo(f"working on {said_of(db)}")
+        done = int(Worker(db).once()) if once else Worker(db).run(until_idle=until_idle)
+    typer.echo(f"{done} job(s) performed")
