@@ -12,8 +12,8 @@ from bson import Timestamp
 from tests.helpers import COLLECTION, documents_in, fill, fold_ids, model, points, trainer
 from torch import Tensor, nn
 
-from mongotorch import Datalayer, Metric, Query, TorchModel, Validation, Worker
-from mongotorch.data import Members
+from mongotorch import Always, Datalayer, Metric, NewDocuments, Query, Schedule, TorchModel, Validation, Worker
+from mongotorch.data import Difference, Members
 from mongotorch.errors import DataError, NotFoundError, ParameterError
 
 
@@ -231,6 +231,24 @@ def test_what_no_run_has_published_cannot_come_out_again(db: Datalayer) -> None:
     db.remove("trainer", "t", 0, force=True)
     with pytest.raises(NotFoundError, match="what the version was trained from is gone"):
         db.reproduce(trained.uuid)
+
+
+def test_what_a_schedule_trained_comes_out_again_from_where_it_began(db: Datalayer) -> None:
+    select = fill(db)
+    made = trainer(select, loader_kwargs={"batch_size": 8, "shuffle": True})
+    db.apply(Schedule("s", trainer=made, trigger=NewDocuments(30), gate=Always(), data="new"))
+    for start in (1000, 2000):  # the first run takes everything, the second what is new since, and goes on
+        db[COLLECTION].insert_many({**row, "_id": start + row["_id"]} for row in points(40))
+        Worker(db).run(until_idle=True)
+        found = db.reproduce(db.load("model", "m").uuid)
+        assert (found.same, found.changed) == (True, [])
+    first, second = (db.show("model", "m", version) for version in (1, 2))
+
+    assert second["start"]["model"] == first["_id"]
+    assert second["data"]["train"]["count"] < 40 < first["data"]["train"]["count"]
+    assert db.diff(first["_id"], second["_id"]).data == Difference(
+        added=second["data"]["train"]["count"], removed=first["data"]["train"]["count"], changed=0
+    )
 
 
 stop = threading.Event()
