@@ -1,4 +1,4 @@
-"""A worker that dies at any write of a schedule's run: judged and promoted once, with the same bits, by the next one."""
+"""A worker that dies at any write of a schedule's run: the next one promotes once, with the same bits."""
 
 from __future__ import annotations
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
+from bson import ObjectId
 from tests.helpers import COLLECTION, fill, model, points, same, state, trainer
 
 from mongotorch import (
     Always,
     Better,
+    Cron,
     Datalayer,
     Every,
     MetricAbove,
@@ -261,6 +264,20 @@ def test_a_schedule_that_cannot_be_read_stops_no_other(db: Datalayer) -> None:
     fired = {document["_id"]: document["firings"] for document in db.schedules()}
     assert fired == {"broken": 0, "s": 1}
     assert "no codec" in next(d["problem"] for d in db.schedules() if d["_id"] == "broken")
+
+
+def test_a_preview_says_when_documents_would_have_started_a_run(db: Datalayer) -> None:
+    fill(db)
+    begun = datetime(2026, 3, 1)
+    made = [begun + timedelta(hours=hour) for hour in range(1, 8)]
+    db[COLLECTION].raw.insert_many([{"_id": ObjectId.from_datetime(at), "x": [0.0] * 4, "y": 0} for at in made])
+    of_three = schedule(db, NewDocuments(3))
+    fired = db.preview(of_three, since=begun, until=begun + timedelta(days=1))
+    assert [firing.at for firing in fired] == [made[2], made[5]]
+    nightly = schedule(db, Cron("0 3 * * *", tz="Europe/Berlin"))
+    fired = db.preview(nightly, since=datetime(2026, 3, 28), until=datetime(2026, 3, 31))
+    assert [firing.at.hour for firing in fired] == [2, 1, 1], "summer time begins on the second of these nights"
+    assert db.schedules() == []
 
 
 def run_by_hand(db: Datalayer) -> Any:

@@ -13,7 +13,7 @@ import pymongo
 import pytest
 from tests.helpers import COLLECTION, fill, points, trainer
 
-from mongotorch import Datalayer, NewDocuments, Schedule, Worker
+from mongotorch import Changed, Datalayer, NewDocuments, Schedule, Worker
 
 
 @pytest.fixture
@@ -149,3 +149,29 @@ def _wait_for(so: Any, timeout_s: float = 30.0) -> None:
     while not so():
         assert time.monotonic() < deadline, "it did not come to that in time"
         time.sleep(0.02)
+
+
+def test_changes_are_inserts_updates_and_deletes_but_no_folds(db: Datalayer) -> None:
+    fill(db)
+    db.apply(Schedule("s", trainer=trainer(db[COLLECTION].find()), trigger=Changed(10**6)))
+    raw = db[COLLECTION].raw
+    raw.insert_many([{"_id": 1000 + n, "x": [0.0] * 4, "y": 0} for n in range(3)])
+    raw.update_many({"_id": {"$lt": 5}}, {"$set": {"looked_at": True}})
+    raw.delete_many({"_id": {"$gte": 100, "$lt": 107}})
+    db[COLLECTION].assign_folds()
+    db.scheduler.step()
+    assert _state(db)["changed"] == 3 + 5 + 7
+    assert _state(db)["inserted"] == 3
+
+
+def test_a_document_that_has_waited_long_enough_fires_alone(db: Datalayer) -> None:
+    fill(db)
+    of_all = trainer(db[COLLECTION].find())
+    db.apply(Schedule("s", trainer=of_all, trigger=NewDocuments(10**6), max_wait=0.3))
+    db.scheduler.step()
+    db[COLLECTION].raw.insert_one({"x": [0.0] * 4, "y": 0})
+    db.scheduler.step()
+    assert db.schedules()[0]["firings"] == 0
+    time.sleep(0.35)
+    db.scheduler.step()
+    assert db.schedules()[0]["firings"] == 1

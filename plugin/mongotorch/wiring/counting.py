@@ -54,11 +54,11 @@ def tally(count: Counts, document: Document, changes: Sequence[Change], now: dat
     Returns:
         The fields to write; empty where none of the changes is new to this schedule.
     """
-    query = Query.from_document(document["select"])
-    new = [change for change in changes if is_behind(change.token, document["token"])]
-    mine = [change for change in new if change.collection == query.collection]
+    among = [change for change in changes if change.collection == document["collection"]]
+    mine = [change for change in among if is_behind(change.token, document["token"])]
     if not mine:
         return {}
+    query = Query.from_document(document["select"])
     where = {} if query.is_pipeline else query.where
     asked = frozenset(paths_of(where))
     updates = [change for change in mine if change.kind in ("update", "replace") and not _is_fold(change)]

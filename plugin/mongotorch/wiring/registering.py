@@ -6,6 +6,7 @@ runs or not; a schedule that is applied changed goes on counting where it was.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import uuid as uuids
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ from typing import Any, Final, final
 
 from bson import ObjectId
 
-from mongotorch.errors import ConflictError
+from mongotorch.errors import ConflictError, NotFoundError
 from mongotorch.query import Query
 from mongotorch.run import Firing, Schedule, State, preview
 from mongotorch.store import Schedules, baseline
@@ -64,6 +65,7 @@ class Register:
         said = {
             "component": uuid,
             "select": select.to_document(),
+            "collection": select.collection,
             "watches": watches,
             "paused": schedule.paused,
             "problem": None,
@@ -114,13 +116,13 @@ class Register:
 
     def told(self, identifier: str, outcome: Mapping[str, Any]) -> None:
         """Keep what became of the newest firing that has ended."""
-        if any(document["_id"] == identifier for document in self._schedules.all()):
+        with contextlib.suppress(NotFoundError):  # it was removed meanwhile
             self._schedules.change(identifier, {"outcome": dict(outcome)})
 
     def forget(self, identifier: str) -> None:
         """Forget a schedule whose component was removed; its jobs and the versions it made stay."""
-        for document in self._schedules.all():
-            if document["_id"] == identifier and not self._loader.is_there(document["component"]):
+        with contextlib.suppress(NotFoundError):  # it is forgotten already
+            if not self._loader.is_there(self._schedules.get(identifier)["component"]):
                 self._schedules.remove(identifier)
 
     def preview(self, schedule: Schedule, *, since: datetime, until: datetime | None) -> list[Firing]:

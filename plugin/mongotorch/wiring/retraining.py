@@ -14,7 +14,7 @@ from mongotorch.data import FOLD_FIELD, FOLDS, assign_folds, check_select
 from mongotorch.query import Query
 from mongotorch.run import Schedule, gate_of
 from mongotorch.settings import Settings
-from mongotorch.store import Components, Connection
+from mongotorch.store import Components, Connection, driver_errors
 from mongotorch.train import TorchModel, is_alike, warmed
 from mongotorch.wiring.course import Course, pair
 from mongotorch.wiring.heart import Heart
@@ -141,10 +141,11 @@ class Retraining:
         return model
 
     def _give_folds(self, select: Query) -> None:
-        """Give a fold to what other clients inserted; a user who may not write has nothing to write mostly."""
+        """Give a fold to what other clients inserted; nothing is written where all documents have one."""
         documents = self._connection.database[select.collection]
-        if documents.find_one({FOLD_FIELD: {"$nin": list(FOLDS)}}, {"_id": 1}) is not None:
-            assign_folds(documents, self._settings.valid_fraction)
+        with driver_errors("giving folds to new documents"):
+            if documents.find_one({FOLD_FIELD: {"$nin": list(FOLDS)}}, {"_id": 1}) is not None:
+                assign_folds(documents, self._settings.valid_fraction)
 
     def _trainer_of(self, model: Document) -> str | None:
         """The trainer that was published with a model."""

@@ -149,7 +149,7 @@ class Scheduler:
         self._refresh()
         watch = None
         while watch is None and (watched := self._watched()):
-            names = {Query.from_document(document["select"]).collection for document in watched}
+            names = {document["collection"] for document in watched}
             try:
                 watch = Watch(self._database, names, self._oldest()["token"])
             except HistoryLostError:
@@ -162,7 +162,7 @@ class Scheduler:
 
     def _is_stale(self, watch: Watch | None) -> bool:
         """Whether other collections have to be watched by now."""
-        names = {Query.from_document(document["select"]).collection for document in self._watched()}
+        names = {document["collection"] for document in self._watched()}
         return bool(names) if watch is None else not names <= watch.collections
 
     def _watched(self) -> list[Document]:
@@ -224,7 +224,7 @@ class Scheduler:
         self._write(document["_id"], lambda said: recounted(said, found, now))
 
     def _fire(self) -> None:
-        """Look at what is due until nothing is."""
+        """Look at what is due; what is due again then is looked at the next time."""
         now = self._schedules.now()
         for document in self._schedules.due(now):
             if self._renewed == float("-inf"):
