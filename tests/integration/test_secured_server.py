@@ -14,7 +14,9 @@ import pymongo
 import pytest
 import torch
 from pymongo.errors import PyMongoError
+from tests.helpers import COLLECTION, fill, points, trainer
 
+from mongotorch import Datalayer, NewDocuments, Schedule, Worker
 from mongotorch.codecs import Codecs
 from mongotorch.component import Component
 from mongotorch.errors import MongotorchError, ServerUnavailableError, SettingError
@@ -248,11 +250,11 @@ def test_a_trainer_publishes_and_a_reader_loads(secured: Secured) -> None:
 
 def test_a_worker_runs_jobs_and_changes_no_data_and_no_published_version(secured: Secured) -> None:
     with secured.open("trainer") as connection:
-        trainer = House(connection)
-        trainer.ensure_indexes()
+        owner = House(connection)
+        owner.ensure_indexes()
         connection.database["letters"].insert_one({"x": 1})
-        uuid = trainer.publisher.store(Thing("w", value=[1])).uuid
-        job, _ = trainer.jobs.add(component=uuid, type_id="thing", identifier="w")
+        uuid = owner.publisher.store(Thing("w", value=[1])).uuid
+        job, _ = owner.jobs.add(component=uuid, type_id="thing", identifier="w")
 
     with secured.open("worker") as connection:
         house = House(connection)
@@ -265,15 +267,32 @@ def test_a_worker_runs_jobs_and_changes_no_data_and_no_published_version(secured
         house.checkpoints.drop(job)
         assert house.promoter.promote("thing", "w", uuid=result, job=job).to_uuid == result
         assert house.jobs.succeed(job, claimed["attempt"], result=result)
-        for act in (
-            lambda: house.components.remove(uuid),
-            lambda: house.jobs.add(component="other", type_id="thing", identifier="w"),
-        ):
-            with pytest.raises(SettingError, match="does not allow it"):
-                act()
+        with pytest.raises(SettingError, match="does not allow it"):
+            house.components.remove(uuid)
         for raw in ("letters", "mt.components", "mt.aliases"):
             with pytest.raises(PyMongoError, match="not authorized"):
                 connection.database[raw].update_many({}, {"$set": {"x": 2}})
+
+
+def test_a_worker_fires_schedules_and_leaves_folds_to_who_may_write(secured: Secured) -> None:
+    given: dict[str, Any] = {"progress": False, "valid_fraction": 0.2, "server_timeout_s": 3}
+    with Datalayer.connect(secured.uri("trainer"), **given) as owner:
+        select = fill(owner)
+        owner.apply(Schedule("s", trainer=trainer(select), trigger=NewDocuments(10)))
+        owner[COLLECTION].insert_many([{**row, "_id": 1000 + row["_id"]} for row in points(10)])
+        with Datalayer.connect(secured.uri("worker"), **given) as db:
+            Worker(db).run(until_idle=True)
+            assert db.schedules()[0]["outcome"]["promoted"]
+            assert db.load("model", "m").version == 1
+            owner[COLLECTION].raw.insert_many([{**row, "_id": 2000 + row["_id"]} for row in points(10)])
+            Worker(db).run(until_idle=True)
+            failed = db.job(db.schedules()[0]["last"]["job"])
+            assert failed.status == "failed"
+            assert "giving folds to new documents" in failed.record["error"]["message"]
+            owner[COLLECTION].assign_folds()
+            db.fire("s")
+            Worker(db).run(until_idle=True)
+        assert owner.show("model", "m")[-1] == 2
 
 
 def test_a_trainer_sees_no_other_database(secured: Secured) -> None:

@@ -1,8 +1,8 @@
 """The three roles that people and processes need, as documents for MongoDB's `createRole`: no more than is used.
 
 - `reader` loads and lists: it reads the whole database and may watch jobs.
-- `worker` runs jobs that others have queued: it adds versions, blobs and points, promotes, and cannot change or
-  remove a version, queue a job, or write to the data it trains on.
+- `worker` fires schedules and runs jobs: it adds versions, blobs and points, promotes, and cannot change or remove
+  a version, or write to the data it trains on (so documents need their folds from somebody else).
 - `trainer` does everything within its database.
 
 Always: a role is for one database and says nothing of any other.
@@ -18,6 +18,7 @@ from mongotorch.store.checkpoints import COLLECTION as CHECKPOINTS
 from mongotorch.store.components import COLLECTION as COMPONENTS
 from mongotorch.store.jobs import COLLECTION as JOBS
 from mongotorch.store.points import COLLECTION as POINTS
+from mongotorch.store.schedules import COLLECTION as SCHEDULES
 
 _READ: Final = ["find", "listCollections", "listIndexes", "collStats", "dbStats", "changeStream"]
 _WORKER: Final = {
@@ -25,9 +26,10 @@ _WORKER: Final = {
     COMPONENTS: ["insert"],
     f"{BUCKET}.files": ["insert", "update"],
     f"{BUCKET}.chunks": ["insert", "remove"],  # of an upload that lost the race against the same bytes
-    JOBS: ["update"],
+    JOBS: ["insert", "update"],
     POINTS: ["insert", "update"],
     CHECKPOINTS: ["insert", "update", "remove"],
+    SCHEDULES: ["insert", "update", "remove"],  # of the lease that says who looks
 }
 ROLES: Final = ("reader", "worker", "trainer")
 

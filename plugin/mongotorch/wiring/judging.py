@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from typing import Any, final
 
 from mongotorch.data import Stream, check_select
-from mongotorch.errors import ConflictError, MongotorchError
+from mongotorch.errors import ConflictError, MongotorchError, NotFoundError
 from mongotorch.run import Gate, Scores, Verdict
 from mongotorch.settings import Settings
-from mongotorch.store import Aliases, Components, Connection
+from mongotorch.store import Aliases, Connection
 from mongotorch.train import Scored, TorchModel, TorchTrainer, score
 from mongotorch.wiring.load import Loader
 from mongotorch.wiring.serving import Promoter
@@ -30,7 +30,6 @@ class Judge:
     Args:
         connection: The database.
         settings: Of the datalayer.
-        components: The component documents.
         aliases: The moves of the aliases.
         loader: Loads what is served.
         promoter: Moves the alias.
@@ -41,21 +40,19 @@ class Judge:
         *,
         connection: Connection,
         settings: Settings,
-        components: Components,
         aliases: Aliases,
         loader: Loader,
         promoter: Promoter,
     ) -> None:
         self._connection, self._settings = connection, settings
-        self._components, self._aliases = components, aliases
-        self._loader, self._promoter = loader, promoter
+        self._aliases, self._loader, self._promoter = aliases, loader, promoter
 
     def served(self, model: TorchModel) -> dict[str, Any] | None:
         """The document of the version of a model's name that is served: the live one, else the newest."""
-        head = self._aliases.head(model.type_id, model.identifier)
-        if head is not None and head.to_uuid is not None:
-            return self._components.get(head.to_uuid)
-        return self._components.newest(model.type_id, model.identifier)
+        try:
+            return self._loader.find(model.type_id, model.identifier)
+        except NotFoundError:
+            return None
 
     def hold(self, model: TorchModel, why: str) -> dict[str, Any] | None:
         """Let the alias name what is served, so that a newer version is not served by being newer."""

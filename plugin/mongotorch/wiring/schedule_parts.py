@@ -58,7 +58,6 @@ class ScheduleParts:
         judge = Judge(
             connection=connection,
             settings=settings,
-            components=components,
             aliases=aliases,
             loader=loader,
             promoter=promoter,
