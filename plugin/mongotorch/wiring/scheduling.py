@@ -75,6 +75,10 @@ class Scheduler:
             except MongotorchError as error:
                 _log.warning("the scheduler pauses: %s", error)
                 stop.wait(_PAUSE_S)
+            except Exception:  # noqa: BLE001 - see below
+                # A mistake of ours must not end the watching for good, unseen, while the worker works on.
+                _log.exception("the scheduler pauses")
+                stop.wait(_PAUSE_S)
         with contextlib.suppress(MongotorchError):
             self._resign()
 
