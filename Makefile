@@ -13,6 +13,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 ARGS ?=
+# Tests wait more than they compute: for leases, for servers, for processes that they kill.
+JOBS ?= 3
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test soak bench lint format docs clean
@@ -26,10 +28,10 @@ demo: $(VENV)/.stamp-demo ## train on digits in a MongoDB, load the model in ano
 	@$(BIN)/mongotorch demo $(ARGS)
 
 test: $(VENV)/.stamp-dev ## all tests, on mongomock and on a real mongod (more options: ARGS='-k query')
-	@$(BIN)/python -m pytest $(ARGS) -m "not soak"
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS) -m "not soak"
 
 soak: $(VENV)/.stamp-dev ## the long runs that `make test` leaves out
-	@$(BIN)/python -m pytest $(ARGS) -m soak
+	@$(BIN)/python -m pytest -n 2 $(ARGS) -m soak
 
 bench: $(VENV)/.stamp-bench ## the stream against its rivals: a table, docs/benchmarks.json and .png (ARGS='--docs 1000000')
 	@$(VENV)/bench/bin/python -W ignore -m tests.benchmarks.bench_stream $(ARGS)

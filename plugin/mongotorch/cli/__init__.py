@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from mongotorch._version import __version__
-from mongotorch.cli import demo, jobs, stored
+from mongotorch.cli import demo, jobs, lineage, schedules, stored, versions
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -25,5 +25,10 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 # In the order in which the help lists them.
-for _command in (demo.demo, stored.show, jobs.jobs, jobs.job, jobs.cancel, jobs.worker, stored.gc, stored.verify):
+for _command in (
+    *(demo.demo, stored.show, jobs.jobs, jobs.job, jobs.cancel, jobs.worker),
+    *(versions.promote, versions.rollback, versions.history, versions.diff, lineage.lineage),
+    *(stored.gc, stored.verify),
+):
     app.command()(_command)
+app.add_typer(schedules.app, name="schedule")

@@ -46,12 +46,28 @@ class Versions(Opened):
         found = self._parts.loader.find(type_id, identifier, version, uuid=uuid, alias=alias)
         return self._parts.loader.load(found) if code is None else self._parts.loader.with_code(found, code)
 
-    def show(self, type_id: str | None = None, identifier: str | None = None, version: int | None = None) -> Any:
+    def show(
+        self,
+        type_id: str | None = None,
+        identifier: str | None = None,
+        version: int | None = None,
+        *,
+        uuid: str | None = None,
+    ) -> Any:
         """What there is: kinds, identifiers of a kind, versions of a name, or one version's whole document.
+
+        Args:
+            type_id: The kind; None lists the kinds.
+            identifier: The name; None lists the names of the kind.
+            version: The version; None lists the versions of the name.
+            uuid: Instead of all these: the document of exactly that version.
 
         Raises:
             NotFoundError: There is no such version.
+            TrustError: It is not what a trusted key signed.
         """
+        if uuid is not None:
+            return self._parts.components.get(uuid)
         if type_id is None:
             return self._parts.components.kinds()
         if identifier is None:

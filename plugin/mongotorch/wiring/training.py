@@ -14,6 +14,7 @@ from mongotorch.errors import ConflictError, JobCancelledError, JobReleasedError
 from mongotorch.run import ProgressBar
 from mongotorch.settings import Settings
 from mongotorch.store import Components, Connection, Jobs, Points
+from mongotorch.store.plain import plain
 from mongotorch.train import Fit, Stepped, TorchModel, TorchTrainer, Validated
 from mongotorch.wiring.checkpointing import Checkpointing, Scribe
 from mongotorch.wiring.course import Course, DataFacts, Outcome, opened_fit, pair, trained_pair
@@ -223,7 +224,7 @@ class Training:
         said[new_model.uuid] |= {
             "data": dict(outcome.data.said),
             "environment": environment(),
-            "seed": course.trainer.seed,
+            "seed": plain(course.trainer.seed),  # a seed may be larger than BSON integers
             "metrics": trained.metrics,
         }
         return said

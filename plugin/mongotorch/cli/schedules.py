@@ -1,0 +1,150 @@
+"""The commands of schedules: `mongotorch schedule list|pause|resume|run|preview`.
+
+Always: they say and change what the database keeps of a schedule; watching and firing is a worker's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Annotated, Any
+
+import typer
+
+from mongotorch.cli.output import AsJson, Uri, iso, opened, print_json, print_table, time_of
+from mongotorch.datalayer import Datalayer
+from mongotorch.errors import NotFoundError
+
+app = typer.Typer(no_args_is_help=True, help="Schedules: what runs again, when, and what became of it.")
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The schedule.")]
+_COLUMNS = ("schedule", "state", "trigger", "counted", "firings", "next", "last", "outcome", "problem")
+_COUNTED = {"inserted": "new", "changed": "changed"}
+
+
+@app.command("list")
+def list_(uri: Uri = None, as_json: AsJson = False) -> None:
+    """Every schedule: its trigger, what was counted since it fired, when it is due, what came of the newest run.
+
+    A worker is what watches and fires: `mongotorch worker`.
+    """
+    with opened(uri) as db:
+        documents = db.schedules()
+        triggers = [] if as_json else [_trigger(db, document["component"]) for document in documents]
+    if as_json:
+        print_json(documents)
+        return
+    rows = [_row(document, trigger) for document, trigger in zip(documents, triggers, strict=True)]
+    print_table(_COLUMNS, rows, whole=["schedule"])
+
+
+@app.command()
+def pause(name: Name, uri: Uri = None, as_json: AsJson = False) -> None:
+    """Let a schedule fire no more by itself; what happens meanwhile is counted."""
+    _pause(uri, name, paused=True, as_json=as_json)
+
+
+@app.command()
+def resume(name: Name, uri: Uri = None, as_json: AsJson = False) -> None:
+    """Let a schedule fire again."""
+    _pause(uri, name, paused=False, as_json=as_json)
+
+
+@app.command()
+def run(
+    name: Name,
+    why: Annotated[str, typer.Option(help="What the job says as its reason.")] = "by hand",
+    uri: Uri = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fire a schedule now, paused or not, and print the uuid of the job, which a worker runs."""
+    with opened(uri) as db:
+        job = db.fire(name, why=why).uuid
+    if as_json:
+        print_json({"schedule": name, "job": job, "why": why})
+    else:
+        typer.echo(job)
+
+
+@app.command()
+def preview(
+    name: Name,
+    since: Annotated[
+        datetime, typer.Option(parser=time_of, metavar="ISO", help="From when on; in UTC, unless it says a zone.")
+    ],
+    until: Annotated[
+        datetime | None, typer.Option(parser=time_of, metavar="ISO", help="To when; without it, now.")
+    ] = None,
+    uri: Uri = None,
+    as_json: AsJson = False,
+) -> None:
+    """When a schedule would have fired; documents count at the time that their ObjectId was made."""
+    with opened(uri) as db:
+        firings = db.preview(db.load("schedule", name), since=since, until=until)
+    if as_json:
+        print_json([{"at": firing.at, "reason": firing.reason} for firing in firings])
+    else:
+        print_table(("at", "reason"), ((iso(firing.at), firing.reason) for firing in firings), whole=["at"])
+
+
+def _pause(uri: str | None, name: str, *, paused: bool, as_json: bool) -> None:
+    with opened(uri) as db:
+        if paused:
+            db.pause(name)
+        else:
+            db.resume(name)
+    if as_json:
+        print_json({"schedule": name, "paused": paused})
+    else:
+        typer.echo(f"schedule {name} is paused" if paused else f"schedule {name} goes on")
+
+
+def _row(document: Mapping[str, Any], trigger: str) -> tuple[Any, ...]:
+    last, outcome = document.get("last") or {}, document.get("outcome") or {}
+    came = ""
+    if outcome:
+        came = f"{outcome['model']} version {outcome['version']} "
+        came += "promoted: " if outcome["promoted"] else "not promoted: "
+    return (
+        document["_id"],
+        "paused" if document["paused"] else "on",
+        trigger,
+        _counted(document),
+        document["firings"],
+        "" if document["paused"] else iso(document["next_at"]),
+        f"{iso(last['at'])}: {last['reason']}" if last else "",
+        came + outcome.get("why", ""),
+        document["problem"] or "",
+    )
+
+
+def _counted(document: Mapping[str, Any]) -> str:
+    """What its trigger looks at, since the last firing."""
+    state = document["state"]
+    parts = [f"{state[name]:,} {_COUNTED[name]}" for name in _COUNTED if name in document["watches"]]
+    parts += [f"{name} {value:.4g}" for name, value in (state.get("scores") or {}).items()]
+    return ", ".join(parts)
+
+
+def _trigger(db: Datalayer, component: str) -> str:
+    """A schedule's trigger, and how long it waits at most, from its document: nothing is imported for it."""
+    try:
+        fields = db.show(uuid=component)["fields"]
+    except NotFoundError:  # it was removed while this was printed
+        return "?"
+    longest = f", or {fields['max_wait']:g} s after the first" if fields["max_wait"] is not None else ""
+    return _written(fields["trigger"]) + longest
+
+
+def _written(record: Any) -> str:
+    """A stored value as one would write it in Python, without the arguments that are None."""
+    if not isinstance(record, Mapping):
+        return repr(record)
+    if record.get("_codec") != "value":
+        return f"<{record.get('_codec', 'document')}>"
+    arguments = []
+    for name, part in record["fields"].items():
+        if isinstance(part, Mapping) and part.get("_codec") == "tuple":
+            arguments += [_written(item) for item in part["items"]]
+        elif part is not None:
+            arguments.append(f"{name}={_written(part)}")
+    return f"{record['class'].rpartition(':')[2]}({', '.join(arguments)})"
