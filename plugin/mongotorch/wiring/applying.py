@@ -18,7 +18,7 @@ from mongotorch.train import TorchModel, TorchTrainer
 from mongotorch.wiring.course import pair
 from mongotorch.wiring.load import Loader
 from mongotorch.wiring.publish import Publisher
-from mongotorch.wiring.registering import Register
+from mongotorch.wiring.schedules.registering import Register
 
 METHOD = "fit"
 

@@ -31,7 +31,7 @@ from mongotorch.wiring.performing import Performer
 from mongotorch.wiring.publish import Publisher
 from mongotorch.wiring.removing import Remover
 from mongotorch.wiring.reproducing import Reproducer
-from mongotorch.wiring.schedule_parts import ScheduleParts
+from mongotorch.wiring.schedules.parts import ScheduleParts
 from mongotorch.wiring.serving import Promoter
 from mongotorch.wiring.training import Training
 from mongotorch.wiring.works import Works

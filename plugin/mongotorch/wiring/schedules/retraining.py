@@ -18,9 +18,9 @@ from mongotorch.store import Components, Connection, driver_errors
 from mongotorch.train import TorchModel, is_alike, warmed
 from mongotorch.wiring.course import Course, pair
 from mongotorch.wiring.heart import Heart
-from mongotorch.wiring.judging import Judge
 from mongotorch.wiring.load import Loader
-from mongotorch.wiring.news import News
+from mongotorch.wiring.schedules.judging import Judge
+from mongotorch.wiring.schedules.news import News
 from mongotorch.wiring.training import Training
 
 Document = Mapping[str, Any]

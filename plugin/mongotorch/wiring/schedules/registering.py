@@ -20,9 +20,9 @@ from mongotorch.query import Query
 from mongotorch.run import Firing, Schedule, State, preview
 from mongotorch.store import Schedules, baseline
 from mongotorch.wiring.course import pair
-from mongotorch.wiring.firings import Firings
-from mongotorch.wiring.judging import Judge
 from mongotorch.wiring.load import Loader
+from mongotorch.wiring.schedules.firings import Firings
+from mongotorch.wiring.schedules.judging import Judge
 
 TYPE_ID: Final = Schedule.type_id
 _COUNTED: Final = frozenset({"inserted", "changed"})

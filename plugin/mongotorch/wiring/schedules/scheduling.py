@@ -18,8 +18,8 @@ from typing import Any, Final, final
 from mongotorch.errors import MongotorchError
 from mongotorch.query import Query
 from mongotorch.store import Change, HistoryLostError, Schedules, Watch, baseline
-from mongotorch.wiring.counting import Counts, is_behind, recounted, tally
-from mongotorch.wiring.firings import Firings
+from mongotorch.wiring.schedules.counting import Counts, is_behind, recounted, tally
+from mongotorch.wiring.schedules.firings import Firings
 
 _POLL_S: Final = 0.2
 _REFRESH_S: Final = 1.0

@@ -18,9 +18,9 @@ from mongotorch.settings import Settings
 from mongotorch.store import Connection
 from mongotorch.train import TorchModel, score
 from mongotorch.wiring.course import pair
-from mongotorch.wiring.firings import Firings
-from mongotorch.wiring.judging import Judge
 from mongotorch.wiring.load import Loader
+from mongotorch.wiring.schedules.firings import Firings
+from mongotorch.wiring.schedules.judging import Judge
 from mongotorch.wiring.streams import validation_spec
 
 Document = Mapping[str, Any]

@@ -9,15 +9,15 @@ from typing import final
 
 from mongotorch.settings import Settings
 from mongotorch.store import Aliases, Artifacts, Components, Connection, Jobs, Schedules
-from mongotorch.wiring.firings import Firings
-from mongotorch.wiring.judging import Judge
 from mongotorch.wiring.load import Loader
-from mongotorch.wiring.measuring import Gauges
-from mongotorch.wiring.news import News
 from mongotorch.wiring.performing import worker_name
-from mongotorch.wiring.registering import Register
-from mongotorch.wiring.retraining import Retraining
-from mongotorch.wiring.scheduling import Scheduler
+from mongotorch.wiring.schedules.firings import Firings
+from mongotorch.wiring.schedules.judging import Judge
+from mongotorch.wiring.schedules.measuring import Gauges
+from mongotorch.wiring.schedules.news import News
+from mongotorch.wiring.schedules.registering import Register
+from mongotorch.wiring.schedules.retraining import Retraining
+from mongotorch.wiring.schedules.scheduling import Scheduler
 from mongotorch.wiring.serving import Promoter
 from mongotorch.wiring.training import Training
 
