@@ -13,7 +13,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 ARGS ?=
-# Tests wait more than they compute: for leases, for servers, for processes that they kill.
+# Tests wait more than they compute: for leases, for servers, for processes that they kill. Those that compute
+# need no second thread each.
 JOBS ?= 3
 
 .DEFAULT_GOAL := help
@@ -28,7 +29,7 @@ demo: $(VENV)/.stamp-demo ## train on digits in a MongoDB, load the model in ano
 	@$(BIN)/mongotorch demo $(ARGS)
 
 test: $(VENV)/.stamp-dev ## all tests, on mongomock and on a real mongod (more options: ARGS='-k query')
-	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS) -m "not soak"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS) -m "not soak"
 
 soak: $(VENV)/.stamp-dev ## the long runs that `make test` leaves out
 	@$(BIN)/python -m pytest -n 2 $(ARGS) -m soak

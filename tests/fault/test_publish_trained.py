@@ -81,6 +81,8 @@ def let_the_lease_run_out(db: Datalayer) -> None:
     db["mt.jobs"].raw.update_many({"status": "running"}, {"$set": {"lease_until": past}})
 
 
+# On the real server workers are killed at each of these writes: test_killed_at_writes.py.
+@pytest.mark.parametrize("uri", ["mongomock"], indirect=True)
 def test_a_death_at_any_write_leaves_the_version_before_and_can_be_made_good(
     db: Datalayer, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

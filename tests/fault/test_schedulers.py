@@ -50,7 +50,7 @@ def torment(uri: str, db: Datalayer) -> int:
     killed, seen, deadline = 0, 0, time.monotonic() + 240
     while db["mt.jobs"].count() < SCHEDULES or any(document["pending"] for document in db.schedules()):
         assert time.monotonic() < deadline, "schedules were lost"
-        pause.wait(choose.uniform(0.2, 1.0))
+        pause.wait(choose.uniform(0.5, 2.0))
         jobs = db["mt.jobs"].count()
         if jobs == seen:
             continue  # on a busy machine nobody leads yet: killing on would only test patience
