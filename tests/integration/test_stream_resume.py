@@ -52,6 +52,7 @@ def equal(first: list[Any], second: list[Any]) -> bool:
     )
 
 
+@pytest.mark.parametrize("uri", ["mongod"], indirect=True)  # in memory, test_stream.py resumes at one position
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_twenty_random_positions_under_other_settings_have_the_tail_of_the_uninterrupted_run(
     make: Make, shuffle: bool
