@@ -32,12 +32,12 @@ def test_the_nth_document_starts_a_job_within_a_second(db: Datalayer, server_uri
     thread.start()
     took = []
     try:
-        time.sleep(1.5)  # the worker leads by now, and waits for changes
+        _wait_for(lambda: db["mt.schedules"].raw.find_one({"_id": "#leader"}))
         with pymongo.MongoClient[dict[str, Any]](server_uri) as plain:
             documents = plain.get_database()[COLLECTION]
             for turn in range(1, 8):
                 documents.insert_many([{"x": [0.0] * 4, "y": 0} for _ in range(2)])
-                time.sleep(0.3)
+                _wait_for(lambda: _state(db)["inserted"] == 2)
                 began = time.monotonic()
                 documents.insert_one({"x": [0.0] * 4, "y": 0})
                 while not _started(db, turn) and time.monotonic() - began < 30:

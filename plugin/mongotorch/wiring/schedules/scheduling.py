@@ -17,7 +17,7 @@ from typing import Any, Final, final
 
 from mongotorch.errors import MongotorchError
 from mongotorch.query import Query
-from mongotorch.store import Change, HistoryLostError, Schedules, Watch, baseline
+from mongotorch.store import Change, HistoryLostError, Schedules, Watch, baseline, counted
 from mongotorch.wiring.schedules.counting import Counts, is_behind, recounted, tally
 from mongotorch.wiring.schedules.firings import Firings
 
@@ -210,7 +210,7 @@ class Scheduler:
 
     def _sure(self, document: Document) -> Mapping[str, Any]:
         # It counts only where the place is lost later, and then by what came and went in between, no more.
-        return {"known": baseline(self._database, Query.from_document(document["select"])).count, "stale": False}
+        return {"known": counted(self._database, Query.from_document(document["select"])), "stale": False}
 
     def _poll(self) -> None:
         """Count the documents of schedules whose changes cannot be watched."""
