@@ -9,10 +9,13 @@ from typing import Any, NoReturn
 import bson
 import numpy as np
 import pytest
+import torch
 from bson import ObjectId
 from bson.binary import Binary, BinaryVectorDtype
 
 from mongotorch.data.columns import Columns, decode
+from mongotorch.data.memory import gathered
+from mongotorch.data.tensors import column_tensor
 from mongotorch.errors import DataError, FieldMissingError
 
 
@@ -222,3 +225,39 @@ def test_arrays_are_what_the_codec_of_documents_gives() -> None:
             found = columns[path][row]
             assert (found.dtype, found.shape) == (decoded[path].dtype, decoded[path].shape)
             assert np.array_equal(found, decoded[path])
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_an_array_that_is_most_of_its_documents_is_not_copied_and_cannot_be_written(rows: int) -> None:
+    stored = [np.arange(64, dtype=np.float32) + row for row in range(rows)]
+    vectors = [Binary.from_vector(values.tolist(), BinaryVectorDtype.FLOAT32) for values in stored]
+    content = b"".join(bson.encode({"_id": n, "v": vector}) for n, vector in enumerate(vectors))
+    column = decode(content, ["v"], smallest_group=1)["v"]
+    assert isinstance(column.data, np.ndarray)
+    assert np.shares_memory(column.data, np.frombuffer(content, np.uint8))
+    assert not column.data.flags.writeable
+    tensor = column_tensor(decode(content, ["v"], smallest_group=1), "v")
+    assert tensor is not None
+    tensor += 1  # its own memory
+    assert torch.equal(tensor, torch.from_numpy(np.stack(stored)) + 1)
+
+
+def test_a_small_array_does_not_keep_its_documents() -> None:
+    vector = Binary.from_vector([1.0, 2.0], BinaryVectorDtype.FLOAT32)
+    content = b"".join(bson.encode({"_id": n, "v": vector, "text": "x" * 200}) for n in range(40))
+    column = decode(content, ["v"])["v"]
+    assert isinstance(column.data, np.ndarray)
+    assert not np.shares_memory(column.data, np.frombuffer(content, np.uint8))
+
+
+@pytest.mark.parametrize("path", ["vector", "bytes", "image", "half", "double", "flag", "deep.down.list"])
+def test_rows_go_to_their_places_from_blocks_of_any_size(path: str) -> None:
+    documents = [{"_id": row, path.partition(".")[0]: document(row)[path.partition(".")[0]]} for row in range(60)]
+    blocks = [decode(raw(documents[a:b]), [path]) for a, b in [(0, 1), (1, 41), (41, 60)]]
+    order = np.random.default_rng(0).permutation(60)
+    whole = column_tensor(decode(raw(documents), [path]), path)
+    rows = gathered(blocks, order).tensor(path, 0, 60)
+    assert whole is not None
+    assert rows is not None
+    assert rows.dtype == whole.dtype
+    assert torch.equal(rows, whole[torch.from_numpy(order)])

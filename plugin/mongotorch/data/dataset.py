@@ -21,11 +21,12 @@ from mongotorch.data.columns import Columns
 from mongotorch.data.feed import Feed
 from mongotorch.data.order import worker_seed
 from mongotorch.data.places import Place, Position, cut
-from mongotorch.data.prefetch import Workers, close_iterator
+from mongotorch.data.prefetch import close_iterator
 from mongotorch.data.report import Report
 from mongotorch.data.rows import Piece, batch_of, columns_of
 from mongotorch.data.samples import SampleBuilder, on_tensors, pinned
 from mongotorch.data.spec import StreamSpec
+from mongotorch.data.workers import Workers
 from mongotorch.errors import DataError, EmptySelectError
 from mongotorch.owner import Owner
 

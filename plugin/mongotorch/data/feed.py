@@ -14,16 +14,18 @@ from torch.utils.data import get_worker_info
 
 from mongotorch.data.access import Access
 from mongotorch.data.columns import Columns
+from mongotorch.data.demand import Demand
 from mongotorch.data.download import cache_name, download
 from mongotorch.data.marks import IdMarks, RankMarks
 from mongotorch.data.memory import Held, hold
 from mongotorch.data.order import Order, worker_seed
-from mongotorch.data.prefetch import Ahead, Workers, close_iterator
+from mongotorch.data.prefetch import Ahead, close_iterator
 from mongotorch.data.report import Tally
 from mongotorch.data.rows import Rows
 from mongotorch.data.source import PlannedSource, Source, open_source
 from mongotorch.data.spec import StreamSpec
-from mongotorch.data.windows import Window, WindowReader, put_together
+from mongotorch.data.windows import Task, Window, WindowReader, put_together
+from mongotorch.data.workers import Workers
 
 
 @final
@@ -96,18 +98,25 @@ class Feed:
         here = get_worker_info() is None
         if here and spec.workers and isinstance(source, PlannedSource) and not spec.builds_samples:
             schedule = enumerate(order.windows(len(source.plan), start), start)
-            tasks = ((order, number, [int(i) for i in indices]) for number, indices in schedule)
-            return self._reading_workers(source).map(tasks, worker_seed(order.seed, order.epoch))
-        windows = self._assembled(source, order, start, ahead=here and spec.data_prefetch)
+            demand = Demand(crowded=self._access.reader().crowded())
+            tasks = (
+                Task(order=order, number=number, indices=[int(i) for i in indices], ahead=demand.high())
+                for number, indices in schedule
+            )
+            return self._reading_workers(source).map(tasks, worker_seed(order.seed, order.epoch), demand)
         if not (here and spec.data_prefetch):
-            return windows
+            return self._assembled(source, order, start, None)
+        demand = Demand(crowded=self._access.reader().crowded())
+        windows = self._assembled(source, order, start, demand)
         # A shuffled window is half of the bounds: one is trained on while the next is put together, and no more.
         most = 0 if order.shuffle else spec.prefetch_factor
-        return Ahead(windows, most=most, most_bytes=spec.prefetch_bytes, weigh=_weight)
+        return Ahead(windows, most=most, most_bytes=spec.prefetch_bytes, weigh=_weight, demand=demand)
 
-    def _assembled(self, source: Source, order: Order, start: int, *, ahead: bool) -> Iterator[Window]:
+    def _assembled(self, source: Source, order: Order, start: int, demand: Demand | None) -> Iterator[Window]:
+        """The windows put together; what they are made of is read ahead where there is a demand to go by."""
         flat = (int(i) for indices in _schedule(source, order, source.count, start) for i in indices)
-        blocks = source.ahead(flat, self.spec.prefetch_bytes // 8) if ahead else source.blocks(flat)
+        most = self.spec.prefetch_bytes // 8
+        blocks = source.blocks(flat) if demand is None else source.ahead(flat, most, demand)
         try:
             for number, indices in enumerate(_schedule(source, order, source.count, start), start):
                 # Nothing is named here: a name would keep the blocks, and the window, while the next one is read.

@@ -1,21 +1,18 @@
-"""Reading ahead: one thread here, or torch's worker processes.
+"""Reading ahead in threads.
 
 Always: what comes out is in the order that was asked for; an error raised while reading ahead is raised where
-the item would have come out; no more than the bounds is held; closing ends the thread and the processes.
+the item would have come out; no more than the bounds is held; closing ends the threads.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar, final
 
-import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
-
-from mongotorch.errors import MongotorchError
+from mongotorch.data.demand import Demand
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -32,10 +29,20 @@ class Ahead(Generic[T]):
         most: Items ready at most; with 0 the next one is begun when the last one was taken.
         most_bytes: Bytes ready at most, by `weigh`; one item is always let through.
         weigh: Bytes of an item.
+        demand: Told when somebody waits for an item.
     """
 
-    def __init__(self, source: Iterator[T], *, most: int, most_bytes: int, weigh: Callable[[T], int]) -> None:
+    def __init__(
+        self,
+        source: Iterator[T],
+        *,
+        most: int,
+        most_bytes: int,
+        weigh: Callable[[T], int],
+        demand: Demand | None = None,
+    ) -> None:
         self._source = source
+        self._demand = demand or Demand(crowded=False)
         self._most, self._most_bytes, self._weigh = most, most_bytes, weigh
         self._ready: deque[tuple[T, int]] = deque()
         self._bytes = 0
@@ -50,7 +57,9 @@ class Ahead(Generic[T]):
 
     def __next__(self) -> T:
         with self._changed:
+            self._demand.asked()
             self._changed.wait_for(lambda: self._ready or self._end is not None)
+            self._demand.met()
             if self._ready:
                 item, weight = self._ready.popleft()
                 self._bytes -= weight
@@ -113,6 +122,7 @@ def in_order(
     most: int,
     most_bytes: int,
     weigh: Callable[[T], int],
+    eager: Callable[[], bool] = lambda: True,
 ) -> Iterator[T]:
     """The results of the items, in their order, some of them ahead in threads.
 
@@ -124,17 +134,21 @@ def in_order(
         most_bytes: Bytes under way or ready, at most, judged by the largest result so far; one item is always
             let through.
         weigh: Bytes of a result.
+        eager: Asked before each item: whether to go ahead in threads, or to do it when it is its turn, here.
     """
     pool = ThreadPoolExecutor(threads, thread_name_prefix=_THREAD)
     pending: deque[Future[T]] = deque()
     largest = 0
     try:
         for item in items:
-            while pending and (len(pending) >= most or (len(pending) + 1) * largest > most_bytes):
+            while pending and (not eager() or len(pending) >= most or (len(pending) + 1) * largest > most_bytes):
                 result = pending.popleft().result()
                 largest = max(largest, weigh(result))
                 yield result
-            pending.append(pool.submit(function, item))
+            if eager():
+                pending.append(pool.submit(function, item))
+            else:
+                yield function(item)
         while pending:
             yield pending.popleft().result()
     finally:
@@ -146,87 +160,3 @@ def close_iterator(iterator: Any) -> None:
     close = getattr(iterator, "close", None)
     if close is not None:
         close()
-
-
-@final
-class _Failure:
-    """An error on its way out of a worker: torch would rebuild it from its message alone."""
-
-    def __init__(self, error: MongotorchError) -> None:
-        self.error = error
-
-
-@final
-class _Work(Dataset[Any]):
-    """What a worker does with one item."""
-
-    def __init__(self, function: Callable[[Any], Any]) -> None:
-        self._function = function
-
-    def __getitem__(self, item: Any) -> Any:
-        try:
-            return self._function(item)
-        except MongotorchError as error:
-            return _Failure(error)
-
-
-@final
-class _Feed(Sampler[Any]):
-    """Hands the items of this epoch to the workers."""
-
-    def __init__(self) -> None:
-        self.items: Iterator[Any] = iter(())
-
-    def __iter__(self) -> Iterator[Any]:
-        return self.items
-
-
-@final
-class Workers:
-    """Worker processes that do one function on items, in order.
-
-    Args:
-        function: Done in the workers; gets one item, returns one result.
-        options: Options of `torch.utils.data.DataLoader`.
-    """
-
-    def __init__(self, function: Callable[[Any], Any], options: Mapping[str, Any]) -> None:
-        self._feed = _Feed()
-        self._options = dict(options)
-        self._generator = self._options.pop("generator", None)
-        self._own = torch.Generator()
-        self._loader: DataLoader[Any] = DataLoader(
-            _Work(function),
-            sampler=self._feed,
-            batch_size=None,
-            collate_fn=_same,
-            generator=self._generator or self._own,
-            **self._options,
-        )
-
-    def map(self, items: Iterator[Any], seed: int) -> Iterator[Any]:
-        """The results of the items; workers are seeded by `seed`, not by the global generator."""
-        self._feed.items = items
-        if self._generator is None:
-            self._own.manual_seed(seed)
-        results = iter(self._loader)
-        try:
-            for result in results:
-                if isinstance(result, _Failure):
-                    raise result.error
-                yield result
-        finally:
-            del results
-            if not self._options.get("persistent_workers"):
-                self.close()
-
-    def close(self) -> None:
-        """End the processes that are kept for the next epoch."""
-        iterator = self._loader._iterator
-        self._loader._iterator = None
-        if iterator is not None:
-            iterator._shutdown_workers()  # type: ignore[attr-defined]
-
-
-def _same(item: Any) -> Any:
-    return item

@@ -84,6 +84,10 @@ class Reader(abc.ABC):
     def size(self) -> int:
         """About how many documents the collection has, without counting them."""
 
+    def crowded(self) -> bool:
+        """Whether there are too few cores for the server, this reader and somebody who trains."""
+        return False
+
     def membership(self) -> list[Any]:
         """What changes when documents come or go: the collection itself, how many match, and the last `_id`.
 

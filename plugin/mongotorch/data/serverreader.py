@@ -15,6 +15,7 @@ from bson import Int64
 from bson.raw_bson import RawBSONDocument
 from pymongo.errors import PyMongoError
 
+from mongotorch.data.demand import crowded
 from mongotorch.data.reader import Reader, Span, last_id, offsets, total_order
 from mongotorch.data.replies import Chunk, find_command, found
 
@@ -155,6 +156,10 @@ class ServerReader(Reader):
             batch_size=chunk,
         ) as cursor:  # fmt: skip
             yield from cursor
+
+    def crowded(self) -> bool:
+        """See `Reader.crowded`."""
+        return crowded(self.collection.database.client)
 
     def size(self) -> int:
         """See `Reader.size`."""

@@ -1,7 +1,8 @@
 """One value's place in documents of one layout, and how it is read from many of them at once.
 
-Always: what is read is owned by the column, never a view of the raw bytes. What has no fixed form is cut out
-as a small document of its own and decoded by `bson`.
+Always: what is read may be kept and is never written to. It is the column's own, but for an array that is at
+least half of its documents: that is a view of them, so that a large value is copied once, to where it is used.
+What has no fixed form is cut out as a small document of its own and decoded by `bson`.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Slot:
     runs: tuple[tuple[int, int, int, int], ...] = ()
 
     def read(self, rows: Bytes, *, identity: bool) -> Column:
-        """The values in rows, an (n, length) array of documents, as arrays of their own.
+        """The values in rows, an (n, length) array of documents.
 
         Args:
             rows: Contiguous documents that all have the layout of this slot.
@@ -60,13 +61,12 @@ class Slot:
             return self._list(rows)
         if self.form == "number":
             return _number(self._strided(rows, self.start))
+        if self.form == "array":
+            return self._array(rows)
         data = rows[:, self.start : self.stop].copy()
         if self.form == "oid":
             return Column(kind="oid", data=data, dtype="uint8")
-        if self.form == "date":
-            return self._dates(rows, data.view("<i8")[:, 0], identity=identity)
-        shaped = np.frombuffer(data, self.dtype).reshape(len(rows), *self.shape)
-        return Column(kind="array", data=shaped, dtype=self.name)
+        return self._dates(rows, data.view("<i8")[:, 0], identity=identity)
 
     def _strided(self, rows: Bytes, offset: int, *runs: tuple[int, int]) -> NDArray[Any]:
         """Numbers where they lie: one a row, or (count, stride) of them."""
@@ -80,6 +80,14 @@ class Slot:
         for offset, begin, size, stride in self.runs:
             data[:, begin : begin + size] = self._strided(rows, offset, (size, stride))
         return _number(data)
+
+    def _array(self, rows: Bytes) -> Column:
+        data = rows[:, self.start : self.stop]
+        if data.shape[1] * 2 < rows.shape[1]:
+            data = data.copy()
+        shape = (len(rows), *self.shape)
+        shaped = data.view(np.dtype(self.dtype)).reshape(shape) if data.size else np.empty(shape, self.dtype)
+        return Column(kind="array", data=shaped, dtype=self.name)
 
     def _dates(self, rows: Bytes, data: NDArray[np.int64], *, identity: bool) -> Column:
         if _DATE_RANGE[0] <= data.min() and data.max() <= _DATE_RANGE[1]:

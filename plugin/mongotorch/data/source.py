@@ -15,6 +15,7 @@ from typing import Any, final
 import numpy as np
 
 from mongotorch.data.columns import Columns, decode
+from mongotorch.data.demand import Demand
 from mongotorch.data.order import U64, mix
 from mongotorch.data.plan import WINDOW, Plan, Sizes, make_plan, resume_plan
 from mongotorch.data.prefetch import Ahead, close_iterator, in_order
@@ -57,12 +58,18 @@ class Source(abc.ABC):
         """
         return (self.decode(raw) for raw in self.raws(indices))
 
-    def ahead(self, indices: Iterable[int], most_bytes: int) -> Iterator[Columns]:
+    def ahead(
+        self,
+        indices: Iterable[int],
+        most_bytes: int,
+        demand: Demand | None = None,  # noqa: ARG002 - see below
+    ) -> Iterator[Columns]:
         """Like `blocks`, but the server reads the next ones while one is decoded.
 
         Args:
             indices: Which blocks.
             most_bytes: Bytes that may be under way.
+            demand: How hard to read ahead, where that can be chosen; None is as hard as possible.
         """
         raws = Ahead(self.raws(indices), most=_UNDER_WAY, most_bytes=most_bytes, weigh=_weight)
         return self._decoded(raws)
@@ -99,8 +106,8 @@ class PlannedSource(Source):
         reader = self._open_reader()
         return (reader.read(self.plan.span(int(index)), self.plan.rows) for index in indices)
 
-    def ahead(self, indices: Iterable[int], most_bytes: int) -> Iterator[Columns]:
-        """See `Source.ahead`: ranges are independent, so two can be asked for at a time."""
+    def ahead(self, indices: Iterable[int], most_bytes: int, demand: Demand | None = None) -> Iterator[Columns]:
+        """See `Source.ahead`: ranges are independent, so two can be asked for at a time, or none ahead."""
         reader = self._open_reader()
         raws = in_order(
             lambda index: reader.read(self.plan.span(int(index)), self.plan.rows),
@@ -109,6 +116,7 @@ class PlannedSource(Source):
             most=_UNDER_WAY,
             most_bytes=most_bytes,
             weigh=_weight,
+            eager=demand.high if demand else lambda: True,
         )
         return self._decoded(raws)
 

@@ -28,6 +28,8 @@ def array_tensor(values: npt.NDArray[Any], *, plain: bool) -> Tensor:
         plain: Whether it came from BSON numbers, whose float64 becomes the default dtype.
     """
     native = values.astype(values.dtype.newbyteorder("="), copy=False)
+    if any(stride % native.itemsize for stride in native.strides):  # a view of documents, of one row perhaps
+        native = native.copy()
     tensor = torch.from_numpy(np.require(native, requirements=["C", "W"]))
     return tensor.to(torch.get_default_dtype()) if plain and tensor.dtype == torch.float64 else tensor
 

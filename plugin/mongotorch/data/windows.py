@@ -6,9 +6,9 @@ sends tensors through shared memory, not through a pipe.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import numpy as np
 
@@ -42,7 +42,22 @@ class Window:
         return self.rows.nbytes
 
 
-Task = tuple[Order, int, list[int]]  # order, number of the window, indices of its blocks
+@final
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A window to read.
+
+    Attributes:
+        order: Of the epoch.
+        number: Which window.
+        indices: Of its blocks.
+        ahead: Whether blocks are read while others are decoded.
+    """
+
+    order: Order
+    number: int
+    indices: list[int]
+    ahead: bool
 
 
 def put_together(
@@ -92,7 +107,7 @@ class WindowReader:
 
     def __call__(self, task: Task) -> Window:
         """The window of a task."""
-        order, number, indices = task
         source = PlannedSource(self._access.reader, self._plan, self._paths)
-        blocks: Iterator[Any] = source.ahead(indices, self._most_bytes)
-        return put_together(source, order, number, indices, list(blocks), samples=False)
+        indices = task.indices
+        blocks = source.ahead(indices, self._most_bytes) if task.ahead else source.blocks(indices)
+        return put_together(source, task.order, task.number, indices, list(blocks), samples=False)

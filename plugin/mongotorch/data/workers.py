@@ -1,0 +1,109 @@
+"""Torch's worker processes, for one function on items.
+
+Always: results come out in the order of the items; an error raised in a worker is raised where its result would
+have come out; closing ends the processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, final
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from mongotorch.data.demand import Demand
+from mongotorch.errors import MongotorchError
+
+
+@final
+class _Failure:
+    """An error on its way out of a worker: torch would rebuild it from its message alone."""
+
+    def __init__(self, error: MongotorchError) -> None:
+        self.error = error
+
+
+@final
+class _Work(Dataset[Any]):
+    """What a worker does with one item."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self._function = function
+
+    def __getitem__(self, item: Any) -> Any:
+        try:
+            return self._function(item)
+        except MongotorchError as error:
+            return _Failure(error)
+
+
+@final
+class _Feed(Sampler[Any]):
+    """Hands the items of this epoch to the workers."""
+
+    def __init__(self) -> None:
+        self.items: Iterator[Any] = iter(())
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.items
+
+
+@final
+class Workers:
+    """Worker processes that do one function on items, in order.
+
+    Args:
+        function: Done in the workers; gets one item, returns one result.
+        options: Options of `torch.utils.data.DataLoader`.
+    """
+
+    def __init__(self, function: Callable[[Any], Any], options: Mapping[str, Any]) -> None:
+        self._feed = _Feed()
+        self._options = dict(options)
+        self._generator = self._options.pop("generator", None)
+        self._own = torch.Generator()
+        self._loader: DataLoader[Any] = DataLoader(
+            _Work(function),
+            sampler=self._feed,
+            batch_size=None,
+            collate_fn=_same,
+            generator=self._generator or self._own,
+            **self._options,
+        )
+
+    def map(self, items: Iterator[Any], seed: int, demand: Demand | None = None) -> Iterator[Any]:
+        """The results of the items; workers are seeded by `seed`, not by the global generator.
+
+        Args:
+            items: Taken when a worker has room; while a result is waited for, `demand` says so.
+            seed: Of the workers' generators.
+            demand: Told when a result is asked for.
+        """
+        self._feed.items = items
+        demand = demand or Demand(crowded=False)
+        if self._generator is None:
+            self._own.manual_seed(seed)
+        results = iter(self._loader)
+        try:
+            for result in results:
+                demand.met()
+                if isinstance(result, _Failure):
+                    raise result.error
+                yield result
+                demand.asked()
+        finally:
+            del results
+            if not self._options.get("persistent_workers"):
+                self.close()
+
+    def close(self) -> None:
+        """End the processes that are kept for the next epoch."""
+        iterator = self._loader._iterator
+        self._loader._iterator = None
+        if iterator is not None:
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
+
+
+def _same(item: Any) -> Any:
+    return item
