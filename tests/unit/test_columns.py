@@ -239,6 +239,9 @@ def test_an_array_that_is_most_of_its_documents_is_not_copied_and_cannot_be_writ
     tensor = column_tensor(decode(content, ["v"], smallest_group=1), "v")
     assert tensor is not None
     tensor += 1  # its own memory
+    kept = decode(content, ["v"], smallest_group=1).owned()["v"]
+    assert not np.shares_memory(np.asarray(kept.data), np.frombuffer(content, np.uint8))
+    assert np.array_equal(np.asarray(kept.data), column.data)
     assert torch.equal(tensor, torch.from_numpy(np.stack(stored)) + 1)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import threading
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -71,6 +73,21 @@ def test_without_demand_items_are_done_here_and_in_order() -> None:
     assert not where[-1]
 
 
+def test_nothing_overtakes_what_is_under_way_when_demand_changes_at_any_question() -> None:
+    draw = random.Random(0)
+    for _ in range(20):
+        results = in_order(
+            lambda item: item,
+            iter(range(60)),
+            threads=2,
+            most=4,
+            most_bytes=99,
+            weigh=lambda _: 1,
+            eager=lambda: draw.random() < 0.5,
+        )
+        assert list(results) == list(range(60))
+
+
 def test_who_waits_for_an_item_says_so() -> None:
     demand, go = Demand(crowded=True), threading.Event()
 
@@ -83,15 +100,16 @@ def test_who_waits_for_an_item_says_so() -> None:
     seen = []
 
     def watch() -> None:
-        while not demand.high():
-            pass
-        seen.append(True)
+        end = time.monotonic() + 4
+        while not demand.high() and time.monotonic() < end:
+            time.sleep(0.001)
+        seen.append(demand.high())
         go.set()
 
     demand.met()
-    thread = threading.Thread(target=watch)
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     assert list(ahead) == [0, 1, 2]
     thread.join(5)
-    assert seen
+    assert seen == [True]
     ahead.close()

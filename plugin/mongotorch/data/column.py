@@ -103,6 +103,12 @@ class Column:
             return build(self.data[start:stop], identity=identity)
         return self._like(self.data[start:stop])
 
+    def owned(self) -> Column:
+        """The same values in memory that holds nothing else, not the documents that they were read from."""
+        if isinstance(self.data, list) or self.data.base is None:
+            return self
+        return self._like(self.data.copy())
+
     def _like(self, data: Array) -> Column:
         return Column(kind=self.kind, data=data, dtype=self.dtype)
 

@@ -87,6 +87,11 @@ class Columns:
         cut = {path: column.slice(start, stop) for path, column in self.fields.items()}
         return Columns(paths=self.paths, ids=self.ids.slice(start, stop, identity=True), fields=cut)
 
+    def owned(self) -> Columns:
+        """The same rows, none of them a view of the documents; for what is kept."""
+        fields = {path: column.owned() for path, column in self.fields.items()}
+        return Columns(paths=self.paths, ids=self.ids.owned(), fields=fields)
+
     @classmethod
     def concat(cls, parts: Sequence[Columns]) -> Columns:
         """The rows of all parts, one after the other.

@@ -15,8 +15,6 @@ import time
 from typing import Any, final
 
 _HERE = frozenset({"localhost", "127.0.0.1", "::1"})
-
-
 _WAITING_S = 0.001  # what was ready is taken sooner
 
 

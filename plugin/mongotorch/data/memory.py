@@ -96,7 +96,7 @@ def ordered(blocks: list[Columns], order: npt.NDArray[np.int64] | None, *, owned
     """The rows of blocks, in an order; `owned` where the blocks serve nobody else."""
     columns = blocks[0] if len(blocks) == 1 else Columns.concat(blocks)
     if order is None:
-        return ColumnRows(columns, owned=owned)
+        return ColumnRows(columns.owned(), owned=owned)
     return ColumnRows(columns.take(order), owned=True)
 
 
@@ -152,7 +152,7 @@ def hold(source: Source, *, samples: bool, most_bytes: int) -> Held:
     table = None if samples else _table(source, most_bytes)
     if table is not None:
         return table
-    blocks = list(source.ahead(every(source), most_bytes))
+    blocks = [block.owned() for block in source.ahead(every(source), most_bytes)]
     return Blocks([source.keys(n, block) for n, block in enumerate(blocks)], blocks)
 
 

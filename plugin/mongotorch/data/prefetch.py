@@ -134,18 +134,19 @@ def in_order(
         most_bytes: Bytes under way or ready, at most, judged by the largest result so far; one item is always
             let through.
         weigh: Bytes of a result.
-        eager: Asked before each item: whether to go ahead in threads, or to do it when it is its turn, here.
+        eager: Asked once an item: whether to do it ahead, in a thread, or here when all before it are out.
     """
     pool = ThreadPoolExecutor(threads, thread_name_prefix=_THREAD)
     pending: deque[Future[T]] = deque()
     largest = 0
     try:
         for item in items:
-            while pending and (not eager() or len(pending) >= most or (len(pending) + 1) * largest > most_bytes):
+            ahead = eager()  # once: it may change at any time, and nothing may overtake what is under way
+            while pending and (not ahead or len(pending) >= most or (len(pending) + 1) * largest > most_bytes):
                 result = pending.popleft().result()
                 largest = max(largest, weigh(result))
                 yield result
-            if eager():
+            if ahead:
                 pending.append(pool.submit(function, item))
             else:
                 yield function(item)

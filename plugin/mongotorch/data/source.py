@@ -62,7 +62,7 @@ class Source(abc.ABC):
         self,
         indices: Iterable[int],
         most_bytes: int,
-        demand: Demand | None = None,  # noqa: ARG002 - see below
+        demand: Demand | None = None,  # noqa: ARG002 - for those that can choose
     ) -> Iterator[Columns]:
         """Like `blocks`, but the server reads the next ones while one is decoded.
 

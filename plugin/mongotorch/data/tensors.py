@@ -30,7 +30,7 @@ def array_tensor(values: npt.NDArray[Any], *, plain: bool) -> Tensor:
     native = values.astype(values.dtype.newbyteorder("="), copy=False)
     if any(stride % native.itemsize for stride in native.strides):  # a view of documents, of one row perhaps
         native = native.copy()
-    tensor = torch.from_numpy(np.require(native, requirements=["C", "W"]))
+    tensor = torch.from_numpy(np.require(native, requirements=["C", "W", "A"]))
     return tensor.to(torch.get_default_dtype()) if plain and tensor.dtype == torch.float64 else tensor
 
 
