@@ -1,11 +1,14 @@
 """Torch's worker processes, for one function on items.
 
 Always: results come out in the order of the items; an error raised in a worker is raised where its result would
-have come out; closing ends the processes.
+have come out; closing ends the processes, and so does the death of the process that started them.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, final
 
@@ -39,6 +42,27 @@ class _Work(Dataset[Any]):
 
 
 @final
+class _Begin:
+    """What a worker does first."""
+
+    def __init__(self, also: Callable[[int], Any] | None) -> None:
+        self._also = also
+
+    def __call__(self, worker: int) -> None:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+        if self._also is not None:
+            self._also(worker)
+
+
+def _end_with_parent() -> None:
+    """Torch's workers notice as well that their parent is gone, and then wait for ever for it to take a result."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+@final
 class _Feed(Sampler[Any]):
     """Hands the items of this epoch to the workers."""
 
@@ -63,12 +87,14 @@ class Workers:
         self._options = dict(options)
         self._generator = self._options.pop("generator", None)
         self._own = torch.Generator()
+        begin = _Begin(self._options.pop("worker_init_fn", None)) if self._options.get("num_workers") else None
         self._loader: DataLoader[Any] = DataLoader(
             _Work(function),
             sampler=self._feed,
             batch_size=None,
             collate_fn=_same,
             generator=self._generator or self._own,
+            worker_init_fn=begin,
             **self._options,
         )
 
