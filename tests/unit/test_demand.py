@@ -96,7 +96,7 @@ def test_who_waits_for_an_item_says_so() -> None:
             assert go.wait(5)
             yield item
 
-    ahead = Ahead(items(), most=1, most_bytes=9, weigh=lambda _: 1, demand=demand)
+    ahead = Ahead(items(), most=2, most_bytes=9, weigh=lambda _: 1, demand=demand)
     seen = []
 
     def watch() -> None:

@@ -47,7 +47,8 @@ class Stream(Owner, IterableDataset[Any]):
     - A document with an `_id` outside of the bounds (with generated ObjectIds: any later one) belongs to the next
       stream.
     - One that comes with an `_id` inside of them is yielded once in this epoch where its window was not yet read,
-      else from the next epoch on; never twice, and nobody else moves.
+      else from the next epoch on (with `across_epochs`, whose first windows are read early, the one after that);
+      never twice, and nobody else moves.
     - One that is deleted before its window is read is not yielded, and nobody else moves; `report` counts both.
     - A resumed stream goes on behind the very row that was yielded last, also where rows before it, or it
       itself, are gone. That is by the row's hash with `shuffle`, else by its `_id` (of up to 250 bytes; behind a
@@ -113,6 +114,7 @@ class Stream(Owner, IterableDataset[Any]):
     def set_epoch(self, epoch: int) -> None:
         """Let the next iteration be this epoch, from its start."""
         self._stop()
+        self._feed.expect(epoch)
         self._position, self._pending = Position(epoch=epoch), True
 
     def state_dict(self) -> dict[str, Any]:
@@ -140,6 +142,7 @@ class Stream(Owner, IterableDataset[Any]):
         self._stop()
         if state["source"] != self._digest():
             self._drop_source()
+        self._feed.expect(state["epoch"])
         self._resume = state["source"]
         self._seed = state["seed"]
         place = Place(**{name: state[name] for name in ("window", "offset", "step", "after")})

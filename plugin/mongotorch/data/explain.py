@@ -8,12 +8,13 @@ the stream will use is found, and stored as the stream itself would.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, final
 
 from mongotorch.data.access import Access
 from mongotorch.data.dataset import Stream
+from mongotorch.data.demand import crowded
 from mongotorch.data.mockreader import MockReader
 from mongotorch.data.probe import Lookup, Probe, count, lookup, probe
 from mongotorch.data.source import PlannedSource, Source, open_source
@@ -76,13 +77,19 @@ class Explanation:
 
 
 def explain(
-    database: Any, spec: StreamSpec, *, step_seconds: float | None = None, probe_seconds: float = 0.5
+    database: Any,
+    spec: StreamSpec,
+    open_database: Callable[[], Any],
+    *,
+    step_seconds: float | None = None,
+    probe_seconds: float = 0.5,
 ) -> Explanation:
     """Tell what a stream will do.
 
     Args:
         database: An open pymongo (or mongomock) database.
         spec: What would be streamed.
+        open_database: Opens the database in a worker.
         step_seconds: Seconds that one training step on one batch takes, where that is known.
         probe_seconds: How long to read for, and how long to count for, in seconds.
 
@@ -103,7 +110,7 @@ def explain(
     asked = lookup(source, reader)
     parts = _parts(spec, measured, step_seconds)
     rate, slowest = _rate(spec, parts)
-    first = documents / rate if spec.mode != "stream" else _first_batch(database, spec)
+    first = documents / rate if spec.mode != "stream" else _first_batch(database, spec, open_database)
     return Explanation(
         documents=documents,
         counted=counted,
@@ -139,9 +146,9 @@ def _rate(spec: StreamSpec, parts: dict[str, float]) -> tuple[float, str]:
     return 1 / max(seconds, 1e-9), max(parts, key=parts.__getitem__)
 
 
-def _first_batch(database: Any, spec: StreamSpec) -> float:
+def _first_batch(database: Any, spec: StreamSpec, open_database: Callable[[], Any]) -> float:
     start = time.perf_counter()
-    with Stream(lambda: database, spec, database=database) as stream:
+    with Stream(open_database, spec, database=database) as stream:
         batches = iter(stream)
         next(batches, None)
         spent = time.perf_counter() - start
@@ -174,6 +181,11 @@ def _hints(database: Any, spec: StreamSpec, measured: Probe, asked: Lookup | Non
         )
     if spec.mode == "stream" and not (spec.data_prefetch or spec.workers):
         yield "nothing reads ahead: data_prefetch=True lets reading and training overlap"
+    elif spec.mode == "stream" and not (spec.workers or spec.builds_samples or mock) and crowded(database.client):
+        yield (
+            "the server, reading and training share two cores: num_workers=1 with persistent_workers=True in "
+            "loader_kwargs reads in a process of its own, which holds the training up less than a thread does"
+        )
     for path, (kind, listed) in measured.kinds.items():
         if listed:
             yield (

@@ -6,26 +6,29 @@ Always: the windows are the same in every mode; what was opened for them is clos
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 from torch.utils.data import get_worker_info
 
 from mongotorch.data.access import Access
-from mongotorch.data.columns import Columns
 from mongotorch.data.demand import Demand
 from mongotorch.data.download import cache_name, download
 from mongotorch.data.marks import IdMarks, RankMarks
 from mongotorch.data.memory import Held, hold
+from mongotorch.data.onward import Onward
 from mongotorch.data.order import Order, worker_seed
 from mongotorch.data.prefetch import Ahead, close_iterator
 from mongotorch.data.report import Tally
 from mongotorch.data.rows import Rows
 from mongotorch.data.source import PlannedSource, Source, open_source
 from mongotorch.data.spec import StreamSpec
-from mongotorch.data.windows import Task, Window, WindowReader, put_together
+from mongotorch.data.tasks import errands, joined, orders, schedule, tasks_of
+from mongotorch.data.windows import EpochReader, Window, WindowReader, brought
 from mongotorch.data.workers import Workers
+from mongotorch.errors import DataError
 
 
 @final
@@ -42,16 +45,23 @@ class Feed:
         self._access = access
         self.source: Source | None = None
         self._held: Held | None = None
-        self._workers: Workers | None = None
+        self._reading: tuple[Workers, Demand] | None = None
+        self._onward: Onward | None = None
         self.tally = Tally()
 
     def close(self) -> None:
         """End workers, let go of memory and files; it can be used again."""
+        self.expect(None)
         if self._held is not None:
             self._held.close()
-        if self._workers is not None:
-            self._workers.close()
-        self.source = self._held = self._workers = None
+        if self._reading is not None:
+            self._reading[0].close()
+        self.source = self._held = self._reading = None
+
+    def expect(self, epoch: int | None) -> None:
+        """Let go of what is read ahead for another epoch than this one."""
+        if self._onward is not None and self._onward.close(but=epoch):
+            self._onward = None
 
     def windows(self, seed: int, epoch: int, start: int, digest: str | None) -> Iterator[tuple[int, Rows]]:
         """The windows of an epoch from window `start` on, their rows in order.
@@ -69,7 +79,7 @@ class Feed:
             yield from self._read(source, order, start)
             return
         held = self._held = self._held or self._hold(source)
-        for window, indices in enumerate(_schedule(source, order, held.count, start), start):
+        for window, indices in enumerate(schedule(source, order, held.count, start), start):
             keys = held.keys(indices)
             for index in indices:
                 self.tally.add(int(index), len(held.keys([index])))
@@ -82,66 +92,78 @@ class Feed:
             yield window, rows
 
     def _read(self, source: Source, order: Order, start: int) -> Iterator[tuple[int, Rows]]:
-        windows = self._windows(source, order, start)
+        onward = self._reads_onward(source, order)
+        windows = self._taken_up(order, start) or self._windows(source, order, start, onward=onward)
         try:
             for window in windows:
+                if not window.complete and source.count is not None:
+                    raise DataError(f"window {window.number} came without some of its blocks; this is a bug")
                 for index, length in window.lengths:
                     self.tally.add(index, length)
                 if len(window.rows):
                     yield window.number, window.rows
+                if window.last and onward:
+                    self._onward = Onward(self, replace(order, epoch=order.epoch + 1), windows)
+                    windows = iter(())
+                    return
         finally:
             close_iterator(windows)
 
-    def _windows(self, source: Source, order: Order, start: int) -> Iterator[Window]:
+    def _reads_onward(self, source: Source, order: Order) -> bool:
+        """Whether the next epoch is begun before this one ends: where it is wanted and something reads ahead."""
+        if not self.spec.across_epochs or source.count is None or get_worker_info() is not None:
+            return False
+        if self._by_workers(source):
+            return joined(source, order, self._lead) is not None
+        return self.spec.data_prefetch
+
+    def _taken_up(self, order: Order, start: int) -> Iterator[Window] | None:
+        onward, self._onward = self._onward, None
+        return None if onward is None else onward.take(order, start)
+
+    def _by_workers(self, source: Source) -> bool:
+        here, spec = get_worker_info() is None, self.spec
+        return here and spec.workers > 0 and isinstance(source, PlannedSource) and not spec.builds_samples
+
+    def _windows(self, source: Source, order: Order, start: int, *, onward: bool) -> Iterator[Window]:
         """The windows that are read: by workers, by threads ahead, or when they are asked for."""
         spec = self.spec
-        here = get_worker_info() is None
-        if here and spec.workers and isinstance(source, PlannedSource) and not spec.builds_samples:
-            schedule = enumerate(order.windows(len(source.plan), start), start)
-            demand = Demand(crowded=self._access.reader().crowded())
-            tasks = (
-                Task(order=order, number=number, indices=[int(i) for i in indices], ahead=demand.high())
-                for number, indices in schedule
-            )
-            return self._reading_workers(source).map(tasks, worker_seed(order.seed, order.epoch), demand)
-        if not (here and spec.data_prefetch):
-            return self._assembled(source, order, start, None)
+        epochs = partial(orders, order, start, onward=onward)
+        if isinstance(source, PlannedSource) and self._by_workers(source):
+            workers, demand = self._reading_workers(source)
+            tasks = (task for epoch in epochs() for task in tasks_of(source, *epoch))
+            sent = errands(tasks, joined(source, order, self._lead) or 0, demand)
+            return brought(workers.map(sent, worker_seed(order.seed, order.epoch)))
+        reader = EpochReader(source, spec.prefetch_bytes // 8, samples=spec.builds_samples)
+        if get_worker_info() is not None or not spec.data_prefetch:
+            return reader.windows(epochs())
         demand = Demand(crowded=self._access.reader().crowded())
-        windows = self._assembled(source, order, start, demand)
-        # A shuffled window is half of the bounds: one is trained on while the next is put together, and no more.
-        most = 0 if order.shuffle else spec.prefetch_factor
-        return Ahead(windows, most=most, most_bytes=spec.prefetch_bytes, weigh=_weight, demand=demand)
+        # A shuffled window is half of the bounds at most: one is trained on while the next is put together.
+        most = 2 * order.window if order.shuffle else max(spec.prefetch_factor, 2)
+        return Ahead(
+            reader.windows(epochs(), demand),
+            most=most,
+            most_bytes=spec.prefetch_bytes,
+            weigh=_weight,
+            demand=demand,
+            sizes=(task.size for epoch in epochs() for task in tasks_of(source, *epoch)),
+        )
 
-    def _assembled(self, source: Source, order: Order, start: int, demand: Demand | None) -> Iterator[Window]:
-        """The windows put together; what they are made of is read ahead where there is a demand to go by."""
-        flat = (int(i) for indices in _schedule(source, order, source.count, start) for i in indices)
-        most = self.spec.prefetch_bytes // 8
-        blocks = source.blocks(flat) if demand is None else source.ahead(flat, most, demand)
-        try:
-            for number, indices in enumerate(_schedule(source, order, source.count, start), start):
-                # Nothing is named here: a name would keep the blocks, and the window, while the next one is read.
-                window = [self._put_together(source, order, number, indices, blocks)]
-                complete = len(window[0].lengths) == len(indices)
-                yield window.pop()
-                if not complete:
-                    return
-        finally:
-            close_iterator(blocks)
+    @property
+    def _lead(self) -> int:
+        """Errands that workers are ahead; a window is large, so not the loader's usual two for each worker."""
+        return max(self.spec.workers, 2)
 
-    def _put_together(
-        self, source: Source, order: Order, number: int, indices: Any, blocks: Iterator[Columns]
-    ) -> Window:
-        found = list(islice(blocks, len(indices)))
-        return put_together(source, order, number, indices, found, samples=self.spec.builds_samples)
-
-    def _reading_workers(self, source: PlannedSource) -> Workers:
-        if self._workers is None:
-            # A window is as large as half of the bounds: not the loader's usual two for each worker.
-            ahead = 1 if self.spec.workers > 1 else 2
+    def _reading_workers(self, source: PlannedSource) -> tuple[Workers, Demand]:
+        if self._reading is None:
             options = {n: v for n, v in self.spec.loader.items() if not n.startswith("pin_memory")}
-            reader = WindowReader(self._access, source, self.spec.prefetch_bytes // 8)
-            self._workers = Workers(reader, {**options, "prefetch_factor": ahead})
-        return self._workers
+            demand = Demand(crowded=self._access.reader().crowded())
+            reader = WindowReader(self._access, source, self.spec.prefetch_bytes // 8, demand)
+            self._reading = (
+                Workers(reader, {**options, "prefetch_factor": self._lead // self.spec.workers}, demand),
+                demand,
+            )
+        return self._reading
 
     def _open_source(self, digest: str | None) -> Source:
         if self.source is None:
@@ -168,12 +190,6 @@ class Feed:
         return download(
             source, folder, name, samples=self.spec.builds_samples, most_bytes=self.spec.prefetch_bytes // 8
         )
-
-
-def _schedule(source: Source, order: Order, count: int | None, start: int) -> Iterator[Any]:
-    if isinstance(source, PlannedSource):
-        return order.windows(len(source.plan), start)
-    return order.pieces(count, start)
 
 
 def _weight(window: Window) -> int:

@@ -111,7 +111,7 @@ def _chunks(database: Any, query: Query, projection: dict[str, int], deadline_s:
     if whole and isinstance(reader, MockReader):  # mongomock cannot sort `_id`s of every type, its reader can
         yield from (chunk for chunk in reader.head(reader.size()) if len(chunk))
         return
-    chunks = Ahead(reader.drain(0, _READ), most=2, most_bytes=_AHEAD_BYTES, weigh=len)
+    chunks = Ahead(reader.drain(0, _READ), most=3, most_bytes=_AHEAD_BYTES, weigh=len)
     try:
         yield from (chunk for chunk in chunks if len(chunk))
     finally:

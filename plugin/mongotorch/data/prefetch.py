@@ -6,6 +6,7 @@ the item would have come out; no more than the bounds is held; closing ends the 
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -26,10 +27,12 @@ class Ahead(Generic[T]):
 
     Args:
         source: What to read; only the thread touches it until `close` has returned.
-        most: Items ready at most; with 0 the next one is begun when the last one was taken.
+        most: What may be held at most, in the units of `sizes`: ready, being read, or taken last; one item is
+            always let through.
         most_bytes: Bytes ready at most, by `weigh`; one item is always let through.
         weigh: Bytes of an item.
-        demand: Told when somebody waits for an item.
+        demand: Told when somebody waits for an item, and when nobody wants one any more.
+        sizes: What each item counts, known before it is read; one each unless given.
     """
 
     def __init__(
@@ -40,12 +43,14 @@ class Ahead(Generic[T]):
         most_bytes: int,
         weigh: Callable[[T], int],
         demand: Demand | None = None,
+        sizes: Iterator[int] | None = None,
     ) -> None:
         self._source = source
+        self._sizes = itertools.repeat(1) if sizes is None else sizes
         self._demand = demand or Demand(crowded=False)
         self._most, self._most_bytes, self._weigh = most, most_bytes, weigh
-        self._ready: deque[tuple[T, int]] = deque()
-        self._bytes = 0
+        self._ready: deque[tuple[T, int, int]] = deque()
+        self._bytes = self._held = self._taken = 0
         self._end: BaseException | None = None
         self._closed = False
         self._changed = threading.Condition()
@@ -58,10 +63,12 @@ class Ahead(Generic[T]):
     def __next__(self) -> T:
         with self._changed:
             self._demand.asked()
+            self._held, self._taken = self._held - self._taken, 0
+            self._changed.notify_all()
             self._changed.wait_for(lambda: self._ready or self._end is not None)
             self._demand.met()
             if self._ready:
-                item, weight = self._ready.popleft()
+                item, weight, self._taken = self._ready.popleft()
                 self._bytes -= weight
                 self._changed.notify_all()
                 return item
@@ -73,6 +80,7 @@ class Ahead(Generic[T]):
 
     def close(self) -> None:
         """Stop the thread and wait for it; a read in progress is waited for. A second call does nothing."""
+        self._demand.drop()
         with self._changed:
             self._closed = True
             self._ready.clear()
@@ -84,9 +92,9 @@ class Ahead(Generic[T]):
     def _read(self) -> None:
         end: BaseException = StopIteration()
         try:
-            while self._wanted():
-                # Not named: a name would keep the item here while the next one is read.
-                if not self._offer(next(self._source)):
+            for size in self._sizes:
+                # The item is not named: a name would keep it here while the next one is read.
+                if not self._begin(size) or not self._offer(next(self._source), size):
                     break
         except BaseException as error:  # noqa: BLE001 - it is raised again by the consumer
             end = error
@@ -94,24 +102,24 @@ class Ahead(Generic[T]):
             self._end = self._end or end
             self._changed.notify_all()
 
-    def _wanted(self) -> bool:
+    def _begin(self, size: int) -> bool:
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._most > 0 or not self._ready)
+            self._changed.wait_for(lambda: self._closed or not self._held or self._held + size <= self._most)
+            self._held += size
             return not self._closed
 
-    def _offer(self, item: T) -> bool:
+    def _offer(self, item: T, size: int) -> bool:
         weight = self._weigh(item)
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._room(weight))
+            self._changed.wait_for(
+                lambda: self._closed or not self._ready or self._bytes + weight <= self._most_bytes
+            )
             if self._closed:
                 return False
-            self._ready.append((item, weight))
+            self._ready.append((item, weight, size))
             self._bytes += weight
             self._changed.notify_all()
             return True
-
-    def _room(self, weight: int) -> bool:
-        return not self._ready or (len(self._ready) < self._most and self._bytes + weight <= self._most_bytes)
 
 
 def in_order(

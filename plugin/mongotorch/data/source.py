@@ -71,7 +71,7 @@ class Source(abc.ABC):
             most_bytes: Bytes that may be under way.
             demand: How hard to read ahead, where that can be chosen; None is as hard as possible.
         """
-        raws = Ahead(self.raws(indices), most=_UNDER_WAY, most_bytes=most_bytes, weigh=_weight)
+        raws = Ahead(self.raws(indices), most=_UNDER_WAY + 1, most_bytes=most_bytes, weigh=_weight)
         return self._decoded(raws)
 
     def _decoded(self, raws: Iterator[list[Chunk]]) -> Iterator[Columns]:

@@ -61,6 +61,8 @@ class StreamSpec:
         collate_fn: Makes a batch of a list of samples.
         mode: `stream` reads each epoch anew; `memory` and `download` read once.
         data_prefetch: Read ahead in a thread.
+        across_epochs: What reads ahead, a thread or workers, goes on across the end of an epoch: the first windows
+            of the next one are read while the last ones of this are served, up to the same bounds.
         prefetch_size: Documents that are read at a time.
         prefetch_factor: Times `prefetch_size` that may be ready or under way; half of it, 64 at most, is shuffled
             together.
@@ -82,6 +84,7 @@ class StreamSpec:
     collate_fn: Callable[[list[Any]], Any] | None = None
     mode: Literal["stream", "memory", "download"] = "stream"
     data_prefetch: bool = False
+    across_epochs: bool = False
     prefetch_size: int = 1000
     prefetch_factor: int = 100
     prefetch_bytes: int = 256 * 2**20

@@ -80,9 +80,13 @@ class Workers:
     Args:
         function: Done in the workers; gets one item, returns one result.
         options: Options of `torch.utils.data.DataLoader`.
+        demand: Told when somebody waits for a result, and when nobody wants one any more.
     """
 
-    def __init__(self, function: Callable[[Any], Any], options: Mapping[str, Any]) -> None:
+    def __init__(
+        self, function: Callable[[Any], Any], options: Mapping[str, Any], demand: Demand | None = None
+    ) -> None:
+        self._demand = demand or Demand(crowded=False)
         self._feed = _Feed()
         self._options = dict(options)
         self._generator = self._options.pop("generator", None)
@@ -98,27 +102,27 @@ class Workers:
             **self._options,
         )
 
-    def map(self, items: Iterator[Any], seed: int, demand: Demand | None = None) -> Iterator[Any]:
+    def map(self, items: Iterator[Any], seed: int) -> Iterator[Any]:
         """The results of the items; workers are seeded by `seed`, not by the global generator.
 
         Args:
-            items: Taken when a worker has room; while a result is waited for, `demand` says so.
+            items: Taken when a worker has room.
             seed: Of the workers' generators.
-            demand: Told when a result is asked for.
         """
         self._feed.items = items
-        demand = demand or Demand(crowded=False)
+        self._demand.asked()
         if self._generator is None:
             self._own.manual_seed(seed)
         results = iter(self._loader)
         try:
             for result in results:
-                demand.met()
+                self._demand.met()
                 if isinstance(result, _Failure):
                     raise result.error
                 yield result
-                demand.asked()
+                self._demand.asked()
         finally:
+            self._demand.drop()
             del results
             if not self._options.get("persistent_workers"):
                 self.close()

@@ -54,8 +54,9 @@ class Reading(Opened):
             shard: `(rank, world)`: disjoint parts with equal numbers of batches.
             fold: `train` or `valid`; None is both.
             options: `transform`, `signature`, `collate_fn`, `in_memory`, `download`, `data_prefetch` (True unless
-                given), `prefetch_size`, `prefetch_factor` as in `TorchTrainer`; `drop_last`, `num_workers` and
-                others as in `torch.utils.data.DataLoader`.
+                given), `prefetch_size`, `prefetch_factor` as in `TorchTrainer`; `across_epochs` (False unless
+                given) lets the next epoch be read while the end of this one is served, as a trainer's stream
+                does; `drop_last`, `num_workers` and others as in `torch.utils.data.DataLoader`.
 
         Returns:
             An `IterableDataset` of batches with `state_dict()`, to be closed or used as a context manager.
@@ -87,4 +88,5 @@ class Reading(Opened):
             EmptySelectError, FieldMissingError, QueryError, ServerUnavailableError: As training would.
         """
         spec = training_spec(trainer, self.settings)
-        return explain(self._connection.database, spec, step_seconds=step_seconds)
+        connection = self._connection
+        return explain(connection.database, spec, connection.opener(), step_seconds=step_seconds)

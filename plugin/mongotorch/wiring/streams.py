@@ -19,7 +19,16 @@ from mongotorch.train import TorchModel, TorchTrainer
 
 _MODES: dict[str, Literal["memory", "download"]] = {"in_memory": "memory", "download": "download"}
 _STREAM_OPTIONS = frozenset(
-    {"drop_last", "transform", "signature", "collate_fn", "data_prefetch", "prefetch_size", "prefetch_factor"}
+    {
+        "drop_last",
+        "transform",
+        "signature",
+        "collate_fn",
+        "data_prefetch",
+        "across_epochs",
+        "prefetch_size",
+        "prefetch_factor",
+    }
 )
 _OWN_PARAMETERS = ("batch_size", "shuffle", "drop_last")
 
@@ -90,6 +99,7 @@ def training_spec(trainer: TorchTrainer, settings: Settings, query: Query | None
         trainer.select.fold("train") if query is None else query,
         shuffle=bool(options.get("shuffle")),
         drop_last=bool(options.get("drop_last")),
+        across_epochs=True,
     )
 
 
