@@ -47,6 +47,11 @@ def stream(base: Any, name: str, **given: Any) -> Stream:
     return Stream(opened, StreamSpec(query=Query.find(name), key=("x", "y"), **options), database=base)
 
 
+def onward(base: Any, name: str, *, worker: bool = False) -> Stream:
+    """The stream as a trainer has it: it reads on across the ends of epochs, in a thread or in a worker."""
+    return stream(base, name, across_epochs=True, **({"loader": WORKER} if worker else {}))
+
+
 def hand_sliced(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Tensors in memory, a permutation, and two index operations a batch."""
     order = torch.randperm(len(x))

@@ -22,7 +22,7 @@ Contender = Callable[[], object]
 class Rounds:
     """What was measured of a group of contenders, seconds by name, one each round.
 
-    `larger` says how many times as much the others serve, where one is so slow that it gets a part only.
+    `larger` says how many times as much an epoch is, where one serves a part of it, or several.
     """
 
     contenders: dict[str, Contender]
@@ -63,20 +63,25 @@ def drained(batches: Callable[[], Any]) -> Contender:
     return run
 
 
-def trained(batches: Callable[[], Any], width: int) -> Contender:
-    """One epoch of a perceptron with one hidden layer of `width`, by SGD."""
+def trained(
+    batches: Callable[[], Any], width: int, *, epochs: int = 1, end: Callable[[], object] | None = None
+) -> Contender:
+    """Epochs in a row of a perceptron with one hidden layer of `width`, by SGD, and then what ends them."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(FEATURES, width), nn.ReLU(), nn.Linear(width, CLASSES))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
 
     def run() -> int:
         steps = 0
-        for batch in batches():
-            x, y = batch.values() if isinstance(batch, dict) else batch
-            optimizer.zero_grad(set_to_none=True)
-            nn.functional.cross_entropy(net(x), y).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            steps += 1
+        for _ in range(epochs):
+            for batch in batches():
+                x, y = batch.values() if isinstance(batch, dict) else batch
+                optimizer.zero_grad(set_to_none=True)
+                nn.functional.cross_entropy(net(x), y).backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                steps += 1
+        if end is not None:
+            end()
         return steps
 
     return run
