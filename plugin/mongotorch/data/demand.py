@@ -33,11 +33,12 @@ class Demand:
     process says is not heard, since a fork may hold a copy of a reader that is none of its business.
 
     Args:
-        crowded: Whether there are too few cores for the server, the reader and the training at once.
+        crowded: Whether there are too few cores for the server, the reader and the training at once; kept as an
+            attribute.
     """
 
     def __init__(self, *, crowded: bool) -> None:
-        self._crowded, self._home = crowded, os.getpid()
+        self.crowded, self._home = crowded, os.getpid()
         # Aligned words: each is read and written whole, without a lock.
         self._asked_s, self._turn = RawValue("d", 0.0), RawValue("q", 0)
 
@@ -51,7 +52,7 @@ class Demand:
 
     def high(self) -> bool:
         """Whether to have several questions under way, rather than to do one thing after the other."""
-        return not self._crowded or time.monotonic() - self._asked_s.value > _WAITING_S
+        return not self.crowded or time.monotonic() - self._asked_s.value > _WAITING_S
 
     @property
     def turn(self) -> int:

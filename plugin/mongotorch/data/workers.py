@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mongotorch.data.demand import Demand
 from mongotorch.errors import MongotorchError
 
+_NICE = 10  # added to the niceness, of -20 to 19
+
 
 @final
 class _Failure:
@@ -43,12 +45,14 @@ class _Work(Dataset[Any]):
 
 @final
 class _Begin:
-    """What a worker does first."""
+    """What a worker does first: where it is crowded, it gives way, to the one who takes its results above all."""
 
-    def __init__(self, also: Callable[[int], Any] | None) -> None:
-        self._also = also
+    def __init__(self, also: Callable[[int], Any] | None, *, crowded: bool) -> None:
+        self._also, self._crowded = also, crowded
 
     def __call__(self, worker: int) -> None:
+        if self._crowded and hasattr(os, "nice"):
+            os.nice(_NICE)
         threading.Thread(target=_end_with_parent, daemon=True).start()
         if self._also is not None:
             self._also(worker)
@@ -91,7 +95,8 @@ class Workers:
         self._options = dict(options)
         self._generator = self._options.pop("generator", None)
         self._own = torch.Generator()
-        begin = _Begin(self._options.pop("worker_init_fn", None)) if self._options.get("num_workers") else None
+        also = self._options.pop("worker_init_fn", None)
+        begin = _Begin(also, crowded=self._demand.crowded) if self._options.get("num_workers") else None
         self._loader: DataLoader[Any] = DataLoader(
             _Work(function),
             sampler=self._feed,
