@@ -30,7 +30,6 @@ with Datalayer.connect(sys.argv[1]) as db:
     options = {"data_prefetch": False, "num_workers": 2, "prefetch_size": 1000}
     with db.stream(db["documents"].find(), key=("x", "y"), batch_size=64, shuffle=True, **options) as stream:
         next(iter(stream))
-        time.sleep(2)  # the workers are ahead, and their results wait to be taken
         print(*(child.pid for child in multiprocessing.active_children()), flush=True)
         time.sleep(60)
 """
@@ -54,12 +53,25 @@ def alive(pid: int) -> bool:
         return False
 
 
+def cpu_ticks(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+
+
+def wait_until_idle(pids: list[int]) -> None:
+    """Until they are as far ahead as they may be, and their results wait to be taken."""
+    before, now = None, [cpu_ticks(pid) for pid in pids]
+    while now != before:
+        time.sleep(0.5)
+        before, now = now, [cpu_ticks(pid) for pid in pids]
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
 def test_workers_end_with_the_process_that_started_them(address: str) -> None:
     with subprocess.Popen([sys.executable, "-c", PROGRAM, address], stdout=subprocess.PIPE, text=True) as program:
         assert program.stdout is not None
         workers = [int(pid) for pid in program.stdout.readline().split()]
         assert len(workers) == 2
+        wait_until_idle(workers)
         assert all(map(alive, workers))
         program.kill()
     end = time.monotonic() + 20

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import final
+from typing import TypeGuard, final
 
 from torch.utils.data import get_worker_info
 
@@ -26,7 +26,7 @@ from mongotorch.data.rows import Rows
 from mongotorch.data.source import PlannedSource, Source, open_source
 from mongotorch.data.spec import StreamSpec
 from mongotorch.data.tasks import errands, joined, orders, schedule, tasks_of
-from mongotorch.data.windows import EpochReader, Window, WindowReader, brought
+from mongotorch.data.windows import Window, WindowReader, brought, read_epochs
 from mongotorch.data.workers import Workers
 from mongotorch.errors import DataError
 
@@ -45,7 +45,7 @@ class Feed:
         self._access = access
         self.source: Source | None = None
         self._held: Held | None = None
-        self._reading: tuple[Workers, Demand] | None = None
+        self._workers: Workers | None = None
         self._onward: Onward | None = None
         self.tally = Tally()
 
@@ -54,9 +54,9 @@ class Feed:
         self.expect(None)
         if self._held is not None:
             self._held.close()
-        if self._reading is not None:
-            self._reading[0].close()
-        self.source = self._held = self._reading = None
+        if self._workers is not None:
+            self._workers.close()
+        self.source = self._held = self._workers = None
 
     def expect(self, epoch: int | None) -> None:
         """Let go of what is read ahead for another epoch than this one."""
@@ -121,7 +121,7 @@ class Feed:
         onward, self._onward = self._onward, None
         return None if onward is None else onward.take(order, start)
 
-    def _by_workers(self, source: Source) -> bool:
+    def _by_workers(self, source: Source) -> TypeGuard[PlannedSource]:
         here, spec = get_worker_info() is None, self.spec
         return here and spec.workers > 0 and isinstance(source, PlannedSource) and not spec.builds_samples
 
@@ -129,19 +129,21 @@ class Feed:
         """The windows that are read: by workers, by threads ahead, or when they are asked for."""
         spec = self.spec
         epochs = partial(orders, order, start, onward=onward)
-        if isinstance(source, PlannedSource) and self._by_workers(source):
-            workers, demand = self._reading_workers(source)
+        if self._by_workers(source):
+            workers = self._reading_workers(source)
             tasks = (task for epoch in epochs() for task in tasks_of(source, *epoch))
-            sent = errands(tasks, joined(source, order, self._lead) or 0, demand)
+            sent = errands(tasks, joined(source, order, self._lead) or 0, workers.demand)
             return brought(workers.map(sent, worker_seed(order.seed, order.epoch)))
-        reader = EpochReader(source, spec.prefetch_bytes // 8, samples=spec.builds_samples)
+        read = partial(
+            read_epochs, source, epochs(), most_bytes=spec.prefetch_bytes // 8, samples=spec.builds_samples
+        )
         if get_worker_info() is not None or not spec.data_prefetch:
-            return reader.windows(epochs())
+            return read(None)
         demand = Demand(crowded=self._access.reader().crowded())
         # A shuffled window is half of the bounds at most: one is trained on while the next is put together.
         most = 2 * order.window if order.shuffle else max(spec.prefetch_factor, 2)
         return Ahead(
-            reader.windows(epochs(), demand),
+            read(demand),
             most=most,
             most_bytes=spec.prefetch_bytes,
             weigh=_weight,
@@ -154,16 +156,14 @@ class Feed:
         """Errands that workers are ahead; a window is large, so not the loader's usual two for each worker."""
         return max(self.spec.workers, 2)
 
-    def _reading_workers(self, source: PlannedSource) -> tuple[Workers, Demand]:
-        if self._reading is None:
+    def _reading_workers(self, source: PlannedSource) -> Workers:
+        if self._workers is None:
             options = {n: v for n, v in self.spec.loader.items() if not n.startswith("pin_memory")}
             demand = Demand(crowded=self._access.reader().crowded())
             reader = WindowReader(self._access, source, self.spec.prefetch_bytes // 8, demand)
-            self._reading = (
-                Workers(reader, {**options, "prefetch_factor": self._lead // self.spec.workers}, demand),
-                demand,
-            )
-        return self._reading
+            options["prefetch_factor"] = self._lead // self.spec.workers
+            self._workers = Workers(reader, options, demand)
+        return self._workers
 
     def _open_source(self, digest: str | None) -> Source:
         if self.source is None:

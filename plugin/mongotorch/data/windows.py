@@ -121,38 +121,34 @@ def brought(errands: Iterator[Brought]) -> Iterator[Window]:
         close_iterator(errands)
 
 
-@final
-class EpochReader:
-    """Reads the windows of epochs one after the other, in this process.
+def read_epochs(
+    source: Source,
+    epochs: Iterable[tuple[Order, int]],
+    demand: Demand | None,
+    *,
+    most_bytes: int,
+    samples: bool,
+) -> Iterator[Window]:
+    """The windows of epochs one after the other, read in this process.
 
-    It must not refer to who takes the windows: a thread works on it.
+    Blocks are read ahead inside an epoch only: those of a small one may be all that is read ahead. Nothing here
+    may refer to who takes the windows: a thread works on it.
 
     Args:
         source: What is read.
+        epochs: Each with the window where it starts, see `orders`.
+        demand: How hard to read blocks ahead, and until when; None reads them when they are asked for.
         most_bytes: Bytes that may be under way from the server.
         samples: Whether samples are built of the rows.
     """
-
-    def __init__(self, source: Source, most_bytes: int, *, samples: bool) -> None:
-        self._source, self._most_bytes, self._samples = source, most_bytes, samples
-
-    def windows(self, epochs: Iterable[tuple[Order, int]], demand: Demand | None = None) -> Iterator[Window]:
-        """The windows of these epochs, each from a window on.
-
-        Blocks are read ahead inside an epoch only: those of a small one may be all that is read ahead.
-
-        Args:
-            epochs: See `orders`.
-            demand: How hard to read blocks ahead, and until when; None reads them when they are asked for.
-        """
-        source, turn = self._source, None if demand is None else demand.turn
-        for epoch in epochs:
-            indices: Iterable[int] = (index for task in tasks_of(source, *epoch) for index in task.indices)
-            if demand is None or turn is None:
-                blocks = source.blocks(indices)
-            else:
-                blocks = source.ahead(demand.wanted(indices, turn), self._most_bytes, demand)
-            yield from assembled(source, tasks_of(source, *epoch), blocks, samples=self._samples)
+    turn = 0 if demand is None else demand.turn
+    for epoch in epochs:
+        indices = (index for task in tasks_of(source, *epoch) for index in task.indices)
+        if demand is None:
+            blocks = source.blocks(indices)
+        else:
+            blocks = source.ahead(demand.wanted(indices, turn), most_bytes, demand)
+        yield from assembled(source, tasks_of(source, *epoch), blocks, samples=samples)
 
 
 @final

@@ -84,26 +84,25 @@ class Workers:
     Args:
         function: Done in the workers; gets one item, returns one result.
         options: Options of `torch.utils.data.DataLoader`.
-        demand: Told when somebody waits for a result, and when nobody wants one any more.
+        demand: Told when somebody waits for a result, and when nobody wants one any more; kept as an attribute.
     """
 
     def __init__(
         self, function: Callable[[Any], Any], options: Mapping[str, Any], demand: Demand | None = None
     ) -> None:
-        self._demand = demand or Demand(crowded=False)
+        self.demand = demand or Demand(crowded=False)
         self._feed = _Feed()
         self._options = dict(options)
         self._generator = self._options.pop("generator", None)
         self._own = torch.Generator()
         also = self._options.pop("worker_init_fn", None)
-        begin = _Begin(also, crowded=self._demand.crowded) if self._options.get("num_workers") else None
         self._loader: DataLoader[Any] = DataLoader(
             _Work(function),
             sampler=self._feed,
             batch_size=None,
             collate_fn=_same,
             generator=self._generator or self._own,
-            worker_init_fn=begin,
+            worker_init_fn=_Begin(also, crowded=self.demand.crowded),
             **self._options,
         )
 
@@ -115,19 +114,19 @@ class Workers:
             seed: Of the workers' generators.
         """
         self._feed.items = items
-        self._demand.asked()
+        self.demand.asked()
         if self._generator is None:
             self._own.manual_seed(seed)
         results = iter(self._loader)
         try:
             for result in results:
-                self._demand.met()
+                self.demand.met()
                 if isinstance(result, _Failure):
                     raise result.error
                 yield result
-                self._demand.asked()
+                self.demand.asked()
         finally:
-            self._demand.drop()
+            self.demand.drop()
             del results
             if not self._options.get("persistent_workers"):
                 self.close()
