@@ -12,15 +12,17 @@ import hashlib
 import re
 import uuid as uuids
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Final, Self
 
 import bson
 
-from mongotorch.codecs import Codecs, Get, Put
+from mongotorch.codecs import Codecs, Get, Put, first_names
 from mongotorch.errors import CodecError, IdentifierError, ParameterError
 from mongotorch.query import Query
 
 IDENTIFIER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
+ADDED: Final = "added"
+"""Key in the metadata of a field that a later release gave a component; its value is that release's version."""
 _IDENTITY = frozenset({"identifier", "db", "uuid"})
 
 Ref = Callable[["Component"], str]
@@ -148,8 +150,13 @@ def fill_component(
 
 
 def content_digest(component: Component, codecs: Codecs) -> str:
-    """SHA-256, in hex, of what a component says: class, identifier and fields, without uuid, version and db."""
-    return _digest(component, codecs, {})
+    """SHA-256, in hex, of what a component says: class, identifier and fields, without uuid, version and db.
+
+    The same component has the same digest in every release: names are those of the first releases, and a field
+    that came later (`metadata={ADDED: ...}`) counts only where it is not at its default.
+    """
+    with first_names():
+        return _digest(component, codecs, {})
 
 
 def children(component: Component) -> Iterator[Component]:
@@ -167,6 +174,9 @@ def _digest(component: Component, codecs: Codecs, met: dict[int, str]) -> str:
         return hashlib.sha256(data).hexdigest()
 
     body = encode_component(component, codecs, name_of_blob, lambda child: _digest(child, codecs, met))
+    for field in stored_fields(type(component)):
+        if ADDED in field.metadata and _is_default(field, getattr(component, field.name)):
+            del body["fields"][field.name]
     said = {"type_id": component.type_id, "identifier": component.identifier, **body}
     met[id(component)] = hashlib.sha256(bson.encode(said)).hexdigest()
     return met[id(component)]
@@ -201,6 +211,11 @@ def _components(value: Any) -> Iterator[Component]:
     elif type(value) in (list, tuple):
         for part in value:
             yield from _components(part)
+
+
+def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:
+    default = _default(field)
+    return value is default or (type(value) is type(default) and bool(value == default))
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

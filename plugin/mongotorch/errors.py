@@ -26,6 +26,7 @@
     │   ├── NotFoundError
     │   ├── ConflictError           a uuid or version that is taken
     │   ├── InUseError              something else needs what should be removed
+    │   ├── FormatError             a record that a newer mongotorch wrote
     │   ├── IntegrityError          bytes that are not what was stored
     │   └── TrustError              a document that nobody trusted has signed, or that was changed
     └── JobError                    a run that did not end in success
@@ -176,6 +177,10 @@ class ConflictError(StoreError):
 
 class InUseError(StoreError):
     """Something else needs what should be removed."""
+
+
+class FormatError(StoreError):
+    """A record of a format that this release cannot read: a newer mongotorch wrote it."""
 
 
 class IntegrityError(StoreError):

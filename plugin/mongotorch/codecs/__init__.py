@@ -7,25 +7,35 @@ from __future__ import annotations
 
 from mongotorch.codecs.arrays import ArrayParts, decode_document, encode_document, numpy_array, numpy_parts
 from mongotorch.codecs.base import Codec, Get, Put
+from mongotorch.codecs.formats import FORMAT, NEWER, READABLE, WRITTEN, check_format
 from mongotorch.codecs.names import name_of, resolve
 from mongotorch.codecs.pickles import Pickled, check_python, dumps, loads, running_python
+from mongotorch.codecs.public_names import current_name, first_names, renamed
 from mongotorch.codecs.registry import Codecs
 
 __all__ = [
+    "FORMAT",
+    "NEWER",
+    "READABLE",
+    "WRITTEN",
     "ArrayParts",
     "Codec",
     "Codecs",
     "Get",
     "Pickled",
     "Put",
+    "check_format",
     "check_python",
+    "current_name",
     "decode_document",
     "dumps",
     "encode_document",
+    "first_names",
     "loads",
     "name_of",
     "numpy_array",
     "numpy_parts",
+    "renamed",
     "resolve",
     "running_python",
 ]

@@ -1,7 +1,7 @@
 """What can be imported by name is stored as that name, not as bytes.
 
-Always: a name is given only where importing it gives the very same object again; `__main__` and what is local
-to a function have no name.
+Guarantees: a name is given only where importing it gives the very same object again; what mongotorch itself
+offers has its public name; `__main__` and what is local to a function have no name.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, final
 
 from mongotorch.codecs.base import Codec, Get, Put
+from mongotorch.codecs.public_names import current_name, stored_name
 from mongotorch.errors import CodecError
 
 SPAWNED_MAIN = "__mp_main__"
@@ -28,16 +29,16 @@ def name_of(value: Any) -> str | None:
         found = resolve(f"{module}.{qualname}")
     except CodecError:
         return None
-    return f"{module}.{qualname}" if found is value else None
+    return ".".join(stored_name(module, qualname)) if found is value else None
 
 
 def resolve(name: str) -> Any:
-    """What a dotted name stands for.
+    """What a dotted name stands for, also one that an older release stored.
 
     Raises:
         CodecError: It cannot be imported here.
     """
-    parts = name.split(".")
+    parts = current_name(name).split(".")
     cause: Exception | None = None
     for length in range(len(parts) - 1, 0, -1):
         try:

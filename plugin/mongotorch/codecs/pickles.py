@@ -2,12 +2,14 @@
 
 Always: a function carries only the globals that it refers to; a database client is refused, its path named,
 before a byte is handed on; a pickle that holds bytecode records the Python minor version, and another version
-refuses it before reading it, since foreign bytecode can crash the interpreter.
+refuses it before reading it, since foreign bytecode can crash the interpreter; mongotorch's own classes and
+functions are in it by their public names.
 """
 
 from __future__ import annotations
 
 import io
+import pickle
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType
@@ -18,7 +20,8 @@ from dill._dill import _setitems
 
 from mongotorch.codecs.base import Codec, Get, Put
 from mongotorch.codecs.guard import is_unsafe, path_to_unsafe
-from mongotorch.codecs.names import SPAWNED_MAIN
+from mongotorch.codecs.names import SPAWNED_MAIN, resolve
+from mongotorch.codecs.public_names import PACKAGE, stored_name
 from mongotorch.errors import CodecError, MongotorchError, PythonVersionError, UnsafeClosureError
 
 # What dill writes for a code object; a text that happens to say the same only pins the version needlessly.
@@ -118,6 +121,17 @@ class DillCodec(Codec):
         return loads(get(record["blob"]), python=record["python"])
 
 
+def _is_own(value: Any) -> bool:
+    """Whether it is a class or function of mongotorch that can be imported."""
+    module = value.__module__
+    if not isinstance(module, str) or not module.startswith(f"{PACKAGE}.") or "<" in value.__qualname__:
+        return False
+    try:
+        return resolve(f"{value.__module__}.{value.__qualname__}") is value
+    except CodecError:
+        return False
+
+
 def _are_texts(values: Iterable[Any]) -> bool:
     return all(type(value) is str for value in values)
 
@@ -160,6 +174,13 @@ class _Pickler(dill.Pickler):  # type: ignore[misc]
         elif type(value) in (set, frozenset) and id(value) not in self.memo and _are_texts(value):
             self.save_reduce(type(value), (sorted(value),), obj=value)
             return
+        elif isinstance(value, (type, FunctionType)) and id(value) not in self.memo and _is_own(value):
+            # As pickle writes what can be imported, but by the name that is stored.
+            for part in stored_name(value.__module__, value.__qualname__):
+                self.save(part)
+            self.write(pickle.STACK_GLOBAL)
+            self.memoize(value)
+            return
         super().save(value, save_persistent_id)
 
     def persistent_id(self, value: Any) -> Any:
@@ -179,6 +200,12 @@ class _Unpickler(dill.Unpickler):  # type: ignore[misc]
         # Else dill gives an object of a class of `__main__` whatever class the loading script has by that name.
         super().__init__(file, ignore=True)
         self._external = external
+
+    def find_class(self, module: str, name: str) -> Any:
+        """A class or function by name; mongotorch's own also by the names that older releases stored."""
+        if module.startswith(f"{PACKAGE}."):
+            return resolve(f"{module}.{name}")
+        return super().find_class(module, name)
 
     def persistent_load(self, pid: Any) -> Any:
         """The object that was kept outside."""

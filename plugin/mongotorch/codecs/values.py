@@ -14,6 +14,7 @@ from typing import Any, Self, final
 
 from mongotorch.codecs.base import Codec, Get, Put, Registry
 from mongotorch.codecs.names import name_of, resolve
+from mongotorch.codecs.public_names import stored_name
 from mongotorch.errors import CodecError, ParameterError
 
 MARKER = "__mongotorch_value__"
@@ -55,7 +56,7 @@ class ValueCodec(Codec):
             )
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(cls) if field.init}
         return {
-            "class": f"{cls.__module__}:{cls.__qualname__}",
+            "class": ":".join(stored_name(cls.__module__, cls.__qualname__)),
             "fields": self._fields.encode(fields, put, where=where),
         }
 

@@ -15,6 +15,7 @@ from typing import Any, final
 import bson
 from pymongo.errors import DuplicateKeyError, PyMongoError
 
+from mongotorch.codecs import WRITTEN, check_format
 from mongotorch.data.bsonorder import same_type
 from mongotorch.data.reader import Reader, Span, offsets
 from mongotorch.data.replies import Chunk
@@ -120,10 +121,11 @@ def make_plan(database: Any, reader: Reader, sizes: Sizes) -> Plan:
 
 
 def load_plan(database: Any, digest: str) -> Plan | None:
-    """The plan of a digest, or None where it is not stored."""
+    """The plan of a digest, or None where it is not stored. Raises: FormatError."""
     found = database[COLLECTION].find_one({"_id": digest})
     if found is None:
         return None
+    check_format(found, "plan")
     return Plan(
         digest=digest,
         starts=tuple(found["starts"]),
@@ -152,6 +154,7 @@ def resume_plan(database: Any, reader: Reader, sizes: Sizes, digest: str) -> Pla
 def _store(database: Any, plan: Plan) -> Plan:
     document = {
         "_id": plan.digest,
+        **WRITTEN,
         "starts": list(plan.starts),
         "last": plan.last,
         "rows": plan.rows,

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from mongotorch.demo.digits import Outcome, run_demo
+from mongotorch.demo.digits import DigitsNet, Outcome, accuracy, run_demo
 
-__all__ = ["Outcome", "run_demo"]
+__all__ = ["DigitsNet", "Outcome", "accuracy", "run_demo"]

@@ -14,6 +14,7 @@ from typing import Any, Final, Self, final
 
 from pymongo.errors import DuplicateKeyError
 
+from mongotorch.codecs import WRITTEN, check_format
 from mongotorch.component import IDENTIFIER
 from mongotorch.errors import ConflictError, IdentifierError, ParameterError, TrustError
 from mongotorch.store.clock import Now, clock_of
@@ -70,7 +71,7 @@ class Move:
         said = dataclasses.asdict(self)
         for end in ("from", "to"):
             said[end] = said.pop(f"{end}_uuid")
-        return {"_id": f"{self.type_id}/{self.identifier}/{self.alias}#{self.n}", **said}
+        return {"_id": f"{self.type_id}/{self.identifier}/{self.alias}#{self.n}", **WRITTEN, **said}
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> Self:
@@ -222,6 +223,7 @@ class Aliases:
         return None if found is None else self._checked(found)
 
     def _checked(self, document: Mapping[str, Any]) -> Move:
+        check_format(document, KIND)
         self._trust.check(document, kind=KIND)
         return Move.from_document(document)
 

@@ -16,6 +16,7 @@ from typing import Any, Final, cast, final
 from bson import ObjectId
 from pymongo.errors import DuplicateKeyError
 
+from mongotorch.codecs import WRITTEN, check_format
 from mongotorch.errors import IntegrityError, NotFoundError, StoreError
 from mongotorch.store.chunks import CHUNK_BYTES, read_chunks, write_chunks
 from mongotorch.store.clock import Later, clock_of
@@ -71,7 +72,7 @@ class Artifacts:
             raise StoreError(
                 f"blob {name} took longer than {UPLOAD_DEADLINE_S:.0f} s to upload; is the network up to it?"
             )
-        file = {"filename": name, "length": view.nbytes, "chunkSize": CHUNK_BYTES}
+        file = {"filename": name, "length": view.nbytes, "chunkSize": CHUNK_BYTES, "metadata": WRITTEN}
         try:
             with self._clock.alone():
                 times = {"uploadDate": Later(), "touched": Later()}
@@ -121,6 +122,7 @@ class Artifacts:
         file = self._files.find_one({"filename": name})
         if file is None:
             raise NotFoundError(f"no blob {name} in {BUCKET}; the component that names it was not stored whole")
+        check_format(file.get("metadata") or {}, f"blob {name}:")
         data, digest = read_chunks(self._chunks, file)
         if digest != name:
             raise IntegrityError(f"blob {name} in {BUCKET} does not hold the bytes of its name; restore it")

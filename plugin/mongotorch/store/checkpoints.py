@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, final
 
+from mongotorch.codecs import WRITTEN, check_format
 from mongotorch.errors import IntegrityError
 from mongotorch.store.artifacts import Artifacts
 from mongotorch.store.failures import driver_errors
@@ -81,6 +82,7 @@ class Checkpoints:
         key = {"job": job, "attempt": attempt, "step": int(step)}
         said = {
             "_id": f"{job}:{attempt}:{step}",
+            **WRITTEN,
             **key,
             "body": dict(body),
             "run": dict(run or {}),
@@ -93,9 +95,10 @@ class Checkpoints:
 
     @driver_errors("reading a checkpoint")
     def newest(self, job: str) -> dict[str, Any] | None:
-        """The document to go on from; None where there is none. Raises: TrustError."""
+        """The document to go on from; None where there is none. Raises: TrustError, FormatError."""
         found: dict[str, Any] | None = self._documents.find_one({"job": job}, sort=_NEWEST)
         if found is not None:
+            check_format(found, KIND)
             self._trust.check(found, kind=KIND)
         return found
 

@@ -14,6 +14,7 @@ from typing import Any, Final, final
 
 from pymongo.errors import DuplicateKeyError
 
+from mongotorch.codecs import WRITTEN, check_format
 from mongotorch.errors import ConflictError, IntegrityError, NotFoundError
 from mongotorch.store.artifacts import Artifacts
 from mongotorch.store.failures import driver_errors
@@ -79,8 +80,9 @@ class Components:
             last = self._documents.find_one(name, {"version": 1}, sort=[("version", -1)])
             version: int = 0 if last is None else last["version"] + 1
             try:
-                # The number is part of what is signed.
-                self._documents.insert_one(self._trust.sign({**document, "version": version}, kind=KIND))
+                # The version and the format are part of what is signed.
+                said = {**document, **WRITTEN, "version": version}
+                self._documents.insert_one(self._trust.sign(said, kind=KIND))
             except DuplicateKeyError as error:
                 # Somebody took the number, and there is a next one; or the uuid or the job is taken for ever.
                 self._raise_if_taken(document, error)
@@ -170,8 +172,7 @@ class Components:
         where = {"data.query.collection": {"$exists": True} if collection is None else collection}
         for document in self._documents.find(where).sort([("created", -1), ("version", -1)]):
             if self._visible(document):
-                self._trust.check(document, kind=KIND)
-                yield document
+                yield self._read(document)
 
     @driver_errors("listing versions")
     def versions(self, type_id: str, identifier: str) -> list[int]:
@@ -205,8 +206,11 @@ class Components:
         self._documents.delete_one({"_id": uuid})
 
     def _checked(self, document: dict[str, Any] | None) -> dict[str, Any] | None:
-        if document is not None:
-            self._trust.check(document, kind=KIND)
+        return None if document is None else self._read(document)
+
+    def _read(self, document: dict[str, Any]) -> dict[str, Any]:
+        check_format(document, KIND)
+        self._trust.check(document, kind=KIND)
         return document
 
     def _named(self, type_id: str, identifier: str, **more: Any) -> Iterator[dict[str, Any]]:

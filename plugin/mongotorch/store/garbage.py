@@ -19,6 +19,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any, Final, final
 
+from mongotorch.codecs import NEWER, WRITTEN, check_format
 from mongotorch.store.artifacts import BUCKET
 from mongotorch.store.checkpoints import COLLECTION as CHECKPOINTS
 from mongotorch.store.clock import Later, Now, clock_of
@@ -76,7 +77,12 @@ class Garbage:
 
         Args:
             dry_run: Only say what would be collected; nothing is written, not even a mark.
+
+        Raises:
+            FormatError: A newer release writes here, whose records may name blobs in another way; nothing was
+                collected.
         """
+        self._refuse_newer()
         components, young = self._marked("component", self._unpublished(), dry_run)
         gone = self._remove_components(components, dry_run)
         checkpoints = self._ended_checkpoints()
@@ -96,6 +102,12 @@ class Garbage:
             checkpoints=tuple(map(str, checkpoints)),
             waiting=young + recent + later,
         )
+
+    def _refuse_newer(self) -> None:
+        for collection in (self._components, self._checkpoints, self._jobs):
+            found = collection.find_one(NEWER, {"format": 1})
+            if found is not None:
+                check_format(found, collection.name)
 
     def _unpublished(self) -> list[str]:
         """Documents whose anchor is not there or refers to another, and whose job will not go on."""
@@ -170,7 +182,7 @@ class Garbage:
         if not dry_run:
             for name in self._unmarked(wanted):
                 with self._clock.alone():
-                    update = self._clock.update({"kind": kind, "seen": Later()})
+                    update = self._clock.update({**WRITTEN, "kind": kind, "seen": Later()})
                     self._marks.update_one({"_id": name}, update, upsert=True)
             # What is reached after all, or gone, starts anew if it ever comes back.
             self._marks.delete_many({"kind": kind, "_id": {"$nin": sorted(wanted)}})

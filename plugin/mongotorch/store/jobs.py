@@ -12,6 +12,7 @@ from typing import Any, Final, final
 
 from pymongo.errors import DuplicateKeyError
 
+from mongotorch.codecs import READABLE, WRITTEN, check_format
 from mongotorch.errors import NotFoundError
 from mongotorch.store.clock import Later
 from mongotorch.store.failures import driver_errors
@@ -22,6 +23,7 @@ from mongotorch.store.waiting import wait_until
 
 __all__ = ["COLLECTION", "FINAL", "Jobs"]
 
+KIND: Final = "job"
 FINAL: Final = frozenset({"succeeded", "failed", "cancelled"})
 _EMPTY = ("started", "finished", "lease_until", "worker", "error", "result")
 
@@ -74,6 +76,7 @@ class Jobs(Leases):
         """
         job_id = str(uuids.uuid4())
         document: dict[str, Any] = dict.fromkeys(_EMPTY) | {
+            **WRITTEN,
             "component": component,
             "type_id": type_id,
             "identifier": identifier,
@@ -111,10 +114,11 @@ class Jobs(Leases):
 
     @driver_errors("reading a job")
     def get(self, job_id: str) -> dict[str, Any]:
-        """The document of a job. Raises: NotFoundError."""
+        """The document of a job. Raises: NotFoundError, FormatError."""
         found: dict[str, Any] | None = self._documents.find_one({"_id": job_id})
         if found is None:
             raise NotFoundError(f"no job {job_id}")
+        check_format(found, KIND)
         return found
 
     @driver_errors("reading jobs")
@@ -126,10 +130,18 @@ class Jobs(Leases):
         component: str | None = None,
         limit: int = 100,
     ) -> list[dict[str, Any]]:
-        """The newest jobs that match, newest first, at most `limit` of them."""
+        """The newest jobs that match, newest first, at most `limit` of them. Raises: FormatError."""
         asked = {"status": status, "identifier": identifier, "component": component}
         wanted = {name: value for name, value in asked.items() if value is not None}
-        return list(self._documents.find(wanted).sort([("created", -1), ("_id", -1)]).limit(limit))
+        found = list(self._documents.find(wanted).sort([("created", -1), ("_id", -1)]).limit(limit))
+        for job in found:
+            check_format(job, KIND)
+        return found
+
+    @driver_errors("looking for a job")
+    def is_waiting(self) -> bool:
+        """Whether a job is queued that this release can run."""
+        return self._documents.find_one({"status": "queued", **READABLE}, {"_id": 1}) is not None
 
     @driver_errors("cancelling a job")
     def cancel(self, job_id: str) -> bool:

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from pymongo import ReturnDocument
 
+from mongotorch.codecs import READABLE, WRITTEN
 from mongotorch.store.clock import Later, Now, clock_of
 from mongotorch.store.failures import driver_errors
 from mongotorch.store.plain import plain
@@ -60,12 +61,14 @@ class Leases:
             Its document, with the `attempt` that every later call needs; None where nothing is to be done.
         """
         ready = {
+            **READABLE,  # one that a newer release has queued is for newer workers
             "$or": [
                 {"status": "queued", **self._clock.due("ready_at")},
                 {"status": "running", **self._clock.due("lease_until")},
-            ]
+            ],
         }
         values = {
+            **WRITTEN,
             "status": "running",
             "worker": worker,
             "started": Later(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, final
 
+from mongotorch.codecs import WRITTEN, check_format
 from mongotorch.store.clock import Later, clock_of
 from mongotorch.store.failures import driver_errors
 from mongotorch.store.indexes import ensure_index
@@ -48,6 +49,7 @@ class Points:
         point = {"job": job, "step": int(step), "kind": kind}
         said = {
             **point,
+            **WRITTEN,
             "component": component,
             "values": {plain_key(name): float(value) for name, value in values.items()},
             "at": Later(),
@@ -58,8 +60,11 @@ class Points:
 
     @driver_errors("reading metrics")
     def of(self, job: str) -> list[dict[str, Any]]:
-        """The points of a job, by step and kind."""
-        return list(self._documents.find({"job": job}).sort([("step", 1), ("kind", 1)]))
+        """The points of a job, by step and kind. Raises: FormatError."""
+        found = list(self._documents.find({"job": job}).sort([("step", 1), ("kind", 1)]))
+        for point in found:
+            check_format(point, "metric")
+        return found
 
     @driver_errors("removing metrics")
     def remove(self, job: str) -> int:

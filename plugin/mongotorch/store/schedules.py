@@ -13,12 +13,14 @@ from typing import Any, Final, final
 
 from pymongo.errors import DuplicateKeyError
 
+from mongotorch.codecs import READABLE, WRITTEN, check_format
 from mongotorch.errors import NotFoundError
 from mongotorch.store.clock import Later, Now, clock_of
 from mongotorch.store.failures import driver_errors
 from mongotorch.store.indexes import ensure_index
 
 COLLECTION: Final = "mt.schedules"
+KIND: Final = "schedule"
 _LEADER: Final = "#leader"  # no identifier has this character
 _SCHEDULES: Final = {"component": {"$type": "string"}}
 
@@ -47,29 +49,42 @@ class Schedules:
     def add(self, identifier: str, values: Mapping[str, Any]) -> bool:
         """Begin a schedule's document; False where there is one already."""
         try:
-            self._documents.insert_one({"_id": identifier, "rev": 0, "firings": 0, "pending": None, **values})
+            begun = {"_id": identifier, **WRITTEN, "rev": 0, "firings": 0, "pending": None, **values}
+            self._documents.insert_one(begun)
         except DuplicateKeyError:
             return False
         return True
 
     @driver_errors("reading a schedule")
     def get(self, identifier: str) -> Document:
-        """The document of a schedule. Raises: NotFoundError."""
+        """The document of a schedule. Raises: NotFoundError, FormatError."""
         found: Document | None = self._documents.find_one({"_id": identifier, **_SCHEDULES})
         if found is None:
             raise NotFoundError(f"no schedule {identifier!r} has been applied")
+        check_format(found, KIND)
         return found
 
     @driver_errors("reading the schedules")
     def all(self) -> list[Document]:
-        """Every schedule's document, by name."""
-        return list(self._documents.find(_SCHEDULES).sort("_id", 1))
+        """Every schedule's document, by name. Raises: FormatError."""
+        found = list(self._documents.find(_SCHEDULES).sort("_id", 1))
+        for document in found:
+            check_format(document, KIND)
+        return found
+
+    @driver_errors("reading the schedules")
+    def readable(self) -> list[Document]:
+        """The documents that no newer release has written, by name: those that a scheduler here looks after."""
+        return list(self._documents.find({**_SCHEDULES, **READABLE}).sort("_id", 1))
 
     @driver_errors("reading the schedules")
     def due(self, now: datetime, *, limit: int = 1000) -> list[Document]:
-        """Those that have to be looked at: their time has come, or a firing of theirs waits for its job."""
+        """Those that have to be looked at: their time has come, or a firing of theirs waits for its job.
+
+        What a newer release has written is left to its schedulers.
+        """
         waiting = {"$or": [{"next_at": {"$lte": now}, "paused": False}, {"pending": {"$type": "object"}}]}
-        return list(self._documents.find({**_SCHEDULES, **waiting}).sort("next_at", 1).limit(limit))
+        return list(self._documents.find({**_SCHEDULES, **READABLE, **waiting}).sort("next_at", 1).limit(limit))
 
     @driver_errors("writing a schedule")
     def write(self, document: Mapping[str, Any], changes: Mapping[str, Any]) -> Document | None:
@@ -82,7 +97,7 @@ class Schedules:
         Returns:
             The document as it is now; None where somebody was faster, and nothing was changed.
         """
-        now = {**changes, "rev": document["rev"] + 1}
+        now = {**changes, **WRITTEN, "rev": document["rev"] + 1}
         same = {"_id": document["_id"], "rev": document["rev"]}
         with self._clock.alone():
             done = self._documents.update_one(same, {"$set": now}).matched_count
@@ -118,7 +133,7 @@ class Schedules:
         """
         free = {"_id": _LEADER, "$or": [{"who": who}, self._clock.due("until")]}
         missing = {"_id": _LEADER, "who": {"$exists": False}}
-        update = self._clock.update({"who": who, "until": Later(lease_s)})
+        update = self._clock.update({**WRITTEN, "who": who, "until": Later(lease_s)})
         with self._clock.alone():
             if self._documents.update_one(free, update).matched_count:
                 return True

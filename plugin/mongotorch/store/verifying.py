@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, final
 
+from mongotorch.codecs import check_format
 from mongotorch.errors import MongotorchError
 from mongotorch.store.aliases import COLLECTION as ALIASES
 from mongotorch.store.aliases import KIND as ALIAS
@@ -76,6 +77,7 @@ class Checker:
 
     def _check(self, document: dict[str, Any], there: set[str], problems: list[str]) -> None:
         try:
+            check_format(document, KIND)
             self._trust.check(document, kind=KIND)
         except MongotorchError as error:
             problems.append(error.message)
@@ -94,6 +96,7 @@ class Checker:
             count += 1
             name = f"{document.get('alias')!r} of {document.get('type_id')} {document.get('identifier')!r}"
             try:
+                check_format(document, ALIAS)
                 self._trust.check(document, kind=ALIAS)
                 Move.from_document(document)
             except MongotorchError as error:

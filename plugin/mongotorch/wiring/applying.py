@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any, final
 
+from mongotorch.codecs import current_name
 from mongotorch.component import Component
 from mongotorch.errors import NotFoundError
 from mongotorch.run import FINAL_STATUSES, Engine, Job, Schedule
@@ -152,5 +153,5 @@ def _scalars(fields: Mapping[str, Any]) -> dict[str, Any]:
     plain = {name: value for name, value in fields.items() if isinstance(value, str | bool | int | float)}
     for name, record in fields.items():
         if isinstance(record, Mapping) and record.get("_codec") == "name":
-            plain[name] = record["name"]
+            plain[name] = current_name(record["name"])
     return plain

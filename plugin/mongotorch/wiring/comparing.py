@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Final, final
 
+from mongotorch.codecs import renamed
 from mongotorch.data import Difference, Members
 from mongotorch.errors import DataError, NotFoundError
 from mongotorch.store import Artifacts, Components
@@ -169,7 +170,7 @@ def _parameters(before: Mapping[str, Any] | None, after: Mapping[str, Any] | Non
     fields = [(document or {}).get("fields", {}) for document in (before, after)]
     found: dict[str, Change | str] = {}
     for name in sorted({*fields[0], *fields[1]} - _RUN):
-        records = [part.get(name, _MISSING) for part in fields]
+        records = [renamed(part.get(name, _MISSING)) for part in fields]
         if records[0] is not records[1] and records[0] != records[1]:
             shown = [_shown(record) for record in records]
             found[f"{kind}.{name}"] = CHANGED if CHANGED in shown else (shown[0], shown[1])

@@ -70,7 +70,7 @@ class Performer:
 
     def is_idle(self) -> bool:
         """Whether no job waits; see `Shift.is_idle`."""
-        return not self._jobs.find(status="queued", limit=1)
+        return not self._jobs.is_waiting()
 
     def _claim(self, job_id: str | None) -> dict[str, Any] | None:
         return self._jobs.claim(

@@ -176,7 +176,7 @@ class Scheduler:
         return min(self._watched(), key=lambda document: str(document["token"]["_data"]))
 
     def _refresh(self) -> None:
-        self._known = {document["_id"]: document for document in self._schedules.all()}
+        self._known = {document["_id"]: document for document in self._schedules.readable()}
         self._refreshed = time.monotonic()
 
     def _write(self, identifier: str, change: Callable[[Document], Mapping[str, Any]]) -> None:
