@@ -14,8 +14,8 @@ import pymongo
 import pytest
 
 from mongotorch.datalayer import Datalayer
+from mongotorch.mongo.connection import Connection, open_address
 from mongotorch.settings import read_settings
-from mongotorch.store import Connection, open_address
 
 
 @pytest.fixture(scope="session")

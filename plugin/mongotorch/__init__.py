@@ -12,10 +12,12 @@ from mongotorch._version import __version__
 
 if TYPE_CHECKING:
     from mongotorch.component import Component
+    from mongotorch.data.collection import Collection
     from mongotorch.datalayer import Datalayer
     from mongotorch.errors import MongotorchError
+    from mongotorch.jobs import Job, Worker
     from mongotorch.query import Query
-    from mongotorch.run import (
+    from mongotorch.schedule import (
         AllOf,
         Always,
         AnyOf,
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
         Every,
         Firing,
         Gate,
-        Job,
         MetricAbove,
         MetricBelow,
         Never,
@@ -36,59 +37,57 @@ if TYPE_CHECKING:
         State,
         Trigger,
         Verdict,
-        Worker,
     )
+    from mongotorch.services.versions.live import Live
     from mongotorch.settings import Settings
     from mongotorch.store import Move
     from mongotorch.train import Dataset, Metric, TorchModel, TorchTrainer, Validation
     from mongotorch.train.mapping import Passed
-    from mongotorch.wiring.collection import Collection
-    from mongotorch.wiring.live import Live
 
 # In `__all__`, and what records and pickles may name besides: such a name is kept for ever.
 _HOMES = {
-    "AllOf": "mongotorch.run",
-    "Always": "mongotorch.run",
-    "AnyOf": "mongotorch.run",
-    "Asked": "mongotorch.run.gates",
-    "Better": "mongotorch.run",
-    "Changed": "mongotorch.run",
-    "Collection": "mongotorch.wiring.collection",
+    "AllOf": "mongotorch.schedule",
+    "Always": "mongotorch.schedule",
+    "AnyOf": "mongotorch.schedule",
+    "Asked": "mongotorch.schedule.gates",
+    "Better": "mongotorch.schedule",
+    "Changed": "mongotorch.schedule",
+    "Collection": "mongotorch.data.collection",
     "Component": "mongotorch.component",
-    "Cron": "mongotorch.run",
+    "Cron": "mongotorch.schedule",
     "Datalayer": "mongotorch.datalayer",
     "Dataset": "mongotorch.train",
-    "Decision": "mongotorch.run",
-    "Engine": "mongotorch.run",
-    "Every": "mongotorch.run",
-    "Firing": "mongotorch.run",
-    "Gate": "mongotorch.run",
-    "Job": "mongotorch.run",
-    "Key": "mongotorch.key",
-    "Live": "mongotorch.wiring.live",
-    "LocalEngine": "mongotorch.run",
+    "Decision": "mongotorch.schedule",
+    "Engine": "mongotorch.schedule",
+    "Every": "mongotorch.schedule",
+    "Firing": "mongotorch.schedule",
+    "Gate": "mongotorch.schedule",
+    "Job": "mongotorch.jobs",
+    "Key": "mongotorch.signature",
+    "Live": "mongotorch.services.versions.live",
+    "LocalEngine": "mongotorch.schedule",
     "Metric": "mongotorch.train",
-    "MetricAbove": "mongotorch.run",
-    "MetricBelow": "mongotorch.run",
+    "MetricAbove": "mongotorch.schedule",
+    "MetricBelow": "mongotorch.schedule",
     "MongotorchError": "mongotorch.errors",
     "Move": "mongotorch.store",
-    "Never": "mongotorch.run",
-    "NewDocuments": "mongotorch.run",
+    "Never": "mongotorch.schedule",
+    "NewDocuments": "mongotorch.schedule",
     "Passed": "mongotorch.train.mapping",
     "Query": "mongotorch.query",
-    "QueueEngine": "mongotorch.run",
-    "Schedule": "mongotorch.run",
-    "Scores": "mongotorch.run",
+    "QueueEngine": "mongotorch.schedule",
+    "Schedule": "mongotorch.schedule",
+    "Scores": "mongotorch.schedule",
     "Settings": "mongotorch.settings",
-    "State": "mongotorch.run",
+    "State": "mongotorch.schedule",
     "TorchModel": "mongotorch.train",
     "TorchTrainer": "mongotorch.train",
-    "Trigger": "mongotorch.run",
+    "Trigger": "mongotorch.schedule",
     "Validation": "mongotorch.train",
-    "Verdict": "mongotorch.run",
+    "Verdict": "mongotorch.schedule",
     "Waited": "mongotorch.run.triggers",
-    "Worker": "mongotorch.run",
-    "preview": "mongotorch.run",
+    "Worker": "mongotorch.jobs",
+    "preview": "mongotorch.schedule",
 }
 
 __all__ = [

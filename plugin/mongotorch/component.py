@@ -24,7 +24,6 @@ IDENTIFIER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 ADDED: Final = "added"
 """Key in the metadata of a field that a later release gave a component; its value is that release's version."""
 _IDENTITY = frozenset({"identifier", "db", "uuid"})
-
 Ref = Callable[["Component"], str]
 """From a component to the uuid under which it is, or will be, stored."""
 LoadRef = Callable[[str], "Component"]

@@ -22,7 +22,6 @@ from mongotorch.errors import QueryError
 Fold = Literal["train", "valid"]
 FOLD_FIELD = "_fold"
 FOLDS: tuple[Fold, ...] = ("train", "valid")
-
 _BSON: CodecOptions[dict[str, Any]] = CodecOptions(uuid_representation=UuidRepresentation.STANDARD)
 _JSON = json_util.JSONOptions(
     json_mode=json_util.JSONMode.CANONICAL,

@@ -32,9 +32,10 @@ import torch
 from torch import nn
 
 from mongotorch.codecs import Codecs
+from mongotorch.mongo.connection import open_address
 from mongotorch.settings import read_settings
-from mongotorch.store import Artifacts, open_address
-from mongotorch.train.codec import TorchCodec
+from mongotorch.store import Artifacts
+from mongotorch.train.tensor_codec import TorchCodec
 
 MB = 1_000_000
 TENSORS = 20

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from mongotorch import Query, TorchModel, TorchTrainer
 from mongotorch.codecs import Codecs
+from mongotorch.mongo.connection import open_address
+from mongotorch.services.training.checkpoints import Checkpointing, Scribe
 from mongotorch.settings import read_settings
-from mongotorch.store import Artifacts, Checkpoints, Jobs, open_address
+from mongotorch.store import Artifacts, Checkpoints, Jobs
 from mongotorch.train import Fit
-from mongotorch.train.codec import TorchCodec
-from mongotorch.wiring.checkpointing import Checkpointing, Scribe
+from mongotorch.train.tensor_codec import TorchCodec
 
 LAYERS = 8
 ALONE = 6  # steps that are measured with nothing in the background

@@ -30,7 +30,7 @@ from tests.benchmarks.stream_rounds import Contender, Rounds, drained, slow_widt
 from tests.benchmarks.stream_show import Row, plot, show, write_page
 
 from mongotorch.data import Stream
-from mongotorch.data.columns import decode
+from mongotorch.data.decode.decoder import decode
 
 MB = 2**20
 _PART = 10  # MosaicML serves a tenth of the documents, or a round would be mostly its own

@@ -18,7 +18,7 @@ import torch
 from bson import Binary
 from pymongo import MongoClient
 
-from mongotorch.store.embedded import EmbeddedServer
+from mongotorch.mongo.embedded_server import EmbeddedServer
 
 FEATURES, CLASSES = 64, 10
 PROJECTION = {"_id": 1, "x": 1, "y": 1}

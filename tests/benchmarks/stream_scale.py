@@ -24,7 +24,7 @@ from tests.benchmarks.stream_data import CLASSES
 from torch import Tensor
 
 from mongotorch.data import Stream, StreamSpec
-from mongotorch.data.plan import COLLECTION
+from mongotorch.data.read.plan import COLLECTION
 from mongotorch.query import Query
 
 

@@ -16,7 +16,7 @@ from tests.fault import runs
 
 from mongotorch import Datalayer, TorchModel
 from mongotorch.store import Artifacts, Checkpoints, Components, Jobs
-from mongotorch.store.chunks import CHUNK_BYTES
+from mongotorch.store.blobs import CHUNK_BYTES
 
 MOST_WRITES = 100
 SEEDS = (0, 1)  # of the two versions that must outlive every collection

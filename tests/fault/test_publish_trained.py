@@ -12,7 +12,7 @@ import pytest
 from tests.helpers import fill, same, state, trainer
 
 from mongotorch import Datalayer, TorchModel, TorchTrainer
-from mongotorch.wiring.publish import Publisher
+from mongotorch.services.versions.catalog import Publisher
 
 WRITES = (
     *("insert_one", "insert_many", "update_one", "update_many", "replace_one", "bulk_write"),

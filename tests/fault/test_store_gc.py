@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mongotorch.store import Artifacts, Checkpoints, Components, Garbage, Jobs
-from mongotorch.store.chunks import CHUNK_BYTES
+from mongotorch.store.blobs import CHUNK_BYTES
 
 WRITES = (
     *("insert_one", "insert_many", "update_one", "update_many", "replace_one", "delete_one", "delete_many"),

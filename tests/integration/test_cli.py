@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from mongotorch import Datalayer, Job, TorchModel, TorchTrainer, __version__
 from mongotorch.cli import app
-from mongotorch.demo import run_demo
+from mongotorch.demo.digits import run_demo
 from mongotorch.errors import EmbeddedServerError
-from mongotorch.store import EmbeddedServer
+from mongotorch.mongo.embedded_server import EmbeddedServer
 
 Call = Callable[..., Any]
 NOWHERE = "mongodb://me:hunter2@127.0.0.1:1/shop?serverSelectionTimeoutMS=100&authSource=admin"

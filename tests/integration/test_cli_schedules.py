@@ -28,7 +28,7 @@ from mongotorch import (
     Worker,
 )
 from mongotorch.cli import app
-from mongotorch.run import Decision, State, Trigger
+from mongotorch.schedule import Decision, State, Trigger
 
 Call = Callable[..., Any]
 

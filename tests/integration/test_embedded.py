@@ -17,14 +17,15 @@ import pytest
 from pymongo.errors import PyMongoError
 
 from mongotorch.errors import EmbeddedServerError
+from mongotorch.mongo import embedded_server as binary
+from mongotorch.mongo.connection import open_address
+from mongotorch.mongo.embedded_server import EmbeddedServer, wait_for
 from mongotorch.settings import read_settings
-from mongotorch.store import EmbeddedServer, binary, open_address
-from mongotorch.store.locks import wait_for
 
 USER = """
 import sys
 from mongotorch.settings import read_settings
-from mongotorch.store import open_address
+from mongotorch.mongo.connection import open_address
 
 with open_address(sys.argv[1], read_settings()) as connection:
     connection.database.notes.insert_one({"_id": sys.argv[2]})

@@ -14,7 +14,7 @@ from torch import nn
 
 from mongotorch import Datalayer, Metric, TorchModel, TorchTrainer, Validation
 from mongotorch.train import Fit, Stepped, Validated
-from mongotorch.train.codec import TorchCodec
+from mongotorch.train.tensor_codec import TorchCodec
 
 WAYS: dict[str, dict[str, Any]] = {
     "memory": {"in_memory": True},

@@ -17,8 +17,8 @@ from torch import nn
 
 from mongotorch import Datalayer, Live, Metric, TorchModel
 from mongotorch.errors import NotFoundError, ParameterError, UnsafeClosureError
+from mongotorch.services.versions.catalog import Loader
 from mongotorch.store import Aliases
-from mongotorch.wiring.load import Loader
 
 SOON_S = 10.0
 PREDICTIONS, PROMOTIONS, READERS = 10_000, 20, 3

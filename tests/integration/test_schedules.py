@@ -10,18 +10,7 @@ import pytest
 from bson import ObjectId
 from tests.helpers import COLLECTION, fill, model, points, same, state, trainer
 
-from mongotorch import (
-    Always,
-    Better,
-    Cron,
-    Datalayer,
-    Every,
-    MetricAbove,
-    Never,
-    NewDocuments,
-    Schedule,
-    Worker,
-)
+from mongotorch import Always, Better, Cron, Datalayer, Every, MetricAbove, Never, NewDocuments, Schedule, Worker
 from mongotorch.errors import NotFoundError
 
 

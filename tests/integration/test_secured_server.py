@@ -20,24 +20,13 @@ from mongotorch import Datalayer, NewDocuments, Schedule, Worker
 from mongotorch.codecs import Codecs
 from mongotorch.component import Component
 from mongotorch.errors import MongotorchError, ServerUnavailableError, SettingError
+from mongotorch.mongo.connection import Connection, open_address
+from mongotorch.services.versions.catalog import Loader, Publisher
+from mongotorch.services.versions.promotion import Promoter
 from mongotorch.settings import read_settings
-from mongotorch.store import (
-    Aliases,
-    Artifacts,
-    Checkpoints,
-    Components,
-    Connection,
-    Garbage,
-    Jobs,
-    Points,
-    following,
-    open_address,
-)
-from mongotorch.store.roles import ROLES, role_document
-from mongotorch.train.codec import TorchCodec
-from mongotorch.wiring.load import Loader
-from mongotorch.wiring.publish import Publisher
-from mongotorch.wiring.serving import Promoter
+from mongotorch.store import Aliases, Artifacts, Checkpoints, Components, Garbage, Jobs, Points, following
+from mongotorch.store.access_roles import ROLES, role_document
+from mongotorch.train.tensor_codec import TorchCodec
 
 PASSWORD = "s3cret-of-the-test"
 

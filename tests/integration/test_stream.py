@@ -21,9 +21,9 @@ from mongotorch.errors import (
     FoldMissingError,
     ShapeError,
 )
+from mongotorch.mongo.connection import open_address
 from mongotorch.query import Query
 from mongotorch.settings import read_settings
-from mongotorch.store import open_address
 
 COUNT = 1009
 SELECT = Query.find("documents", {"y": {"$gte": 0}})

@@ -10,12 +10,13 @@ from bson.binary import BinaryVectorDtype
 from tests.helpers import fill, fold_ids, trainer
 
 from mongotorch import Datalayer
-from mongotorch.data import StreamSpec, demand
+from mongotorch.data import StreamSpec
+from mongotorch.data import prefetch as demand
 from mongotorch.data.explain import Explanation, explain
 from mongotorch.errors import EmptySelectError, FieldMissingError, QueryError
+from mongotorch.mongo.connection import open_address
 from mongotorch.query import Query
 from mongotorch.settings import read_settings
-from mongotorch.store import open_address
 
 COUNT = 1200
 SELECT = Query.find("documents")

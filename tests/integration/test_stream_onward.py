@@ -11,11 +11,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from mongotorch.data import Stream, StreamSpec
-from mongotorch.data.source import Source
+from mongotorch.data.read.source import Source
 from mongotorch.errors import DataError, EmptySelectError
+from mongotorch.mongo.connection import open_address
 from mongotorch.query import Query
 from mongotorch.settings import read_settings
-from mongotorch.store import open_address
 
 COUNT = 1009
 WAYS: dict[str, dict[str, Any]] = {

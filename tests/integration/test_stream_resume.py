@@ -14,9 +14,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from mongotorch.data import Stream, StreamSpec
+from mongotorch.mongo.connection import open_address
 from mongotorch.query import Query
 from mongotorch.settings import read_settings
-from mongotorch.store import open_address
 
 COUNT = 1009
 SELECT = Query.find("documents")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mongotorch.testing import StoreSuite
+from mongotorch.testing.stores import StoreSuite
 
 
 class TestStores(StoreSuite):

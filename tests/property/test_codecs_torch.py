@@ -13,7 +13,7 @@ from tests.helpers import Blobs
 from torch import Tensor, nn
 
 from mongotorch.codecs import Codecs
-from mongotorch.train.codec import TorchCodec
+from mongotorch.train.tensor_codec import TorchCodec
 
 DTYPES = [
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32),

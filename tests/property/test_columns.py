@@ -15,8 +15,8 @@ from bson.binary import Binary, BinaryVectorDtype
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mongotorch.data.column import Column, build
-from mongotorch.data.columns import Columns, decode
+from mongotorch.data.decode.column import Column, build
+from mongotorch.data.decode.decoder import Columns, decode
 from mongotorch.errors import FieldMissingError
 
 PATHS = ("a", "b", "n.a", "n.m.b", "n")

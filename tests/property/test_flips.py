@@ -19,11 +19,10 @@ from hypothesis import strategies as st
 from mongotorch.codecs import Codecs, pickles
 from mongotorch.component import Component
 from mongotorch.errors import MongotorchError
+from mongotorch.services.versions.catalog import Loader, Publisher
 from mongotorch.store import Aliases, Artifacts, Components, Trust
-from mongotorch.store.trust import HmacKey, Signer, Verifier
-from mongotorch.train.codec import TorchCodec
-from mongotorch.wiring.load import Loader
-from mongotorch.wiring.publish import Publisher
+from mongotorch.store.signing import HmacKey, Signer, Verifier
+from mongotorch.train.tensor_codec import TorchCodec
 
 COLLECTIONS = ("mt.components", "mt.artifacts.files", "mt.artifacts.chunks")
 

@@ -5,12 +5,12 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mongotorch.data.bsonorder import sort_key
-from mongotorch.data.column import build
-from mongotorch.data.marks import IdMarks, RankMarks
-from mongotorch.data.order import Order
-from mongotorch.data.places import Place, cut
-from mongotorch.data.rows import TableRows
+from mongotorch.data.decode.column import build
+from mongotorch.data.decode.ids import sort_key
+from mongotorch.data.stream.batches import cut
+from mongotorch.data.stream.order import Order
+from mongotorch.data.stream.position import IdMarks, Place, RankMarks
+from mongotorch.data.stream.rows import TableRows
 
 seeds = st.integers(min_value=-(2**70), max_value=2**70)
 

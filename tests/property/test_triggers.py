@@ -9,8 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mongotorch import Cron, Every
-from mongotorch.run import State
-from mongotorch.run.triggers.timed import Timed
+from mongotorch.schedule import State
+from mongotorch.schedule.triggers.time import Timed
 
 ZONES = ["UTC", "Europe/Berlin", "America/New_York", "Australia/Lord_Howe", "Asia/Kolkata"]
 EXPRESSIONS = [

@@ -33,11 +33,11 @@ from mongotorch.errors import (
     StoreError,
     UnsupportedError,
 )
+from mongotorch.mongo.address import DEFAULT_DATABASE, parse_uri
+from mongotorch.mongo.connection import open_address, store_named
+from mongotorch.mongo.error_translation import driver_errors, translated
+from mongotorch.mongo.redact import redact
 from mongotorch.settings import read_settings
-from mongotorch.store import open_address, redact
-from mongotorch.store.address import DEFAULT_DATABASE, parse_uri
-from mongotorch.store.failures import driver_errors, translated
-from mongotorch.store.mock import store_named
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,8 @@ import torch
 from bson import ObjectId
 from bson.binary import Binary, BinaryVectorDtype
 
-from mongotorch.data.columns import Columns, decode
-from mongotorch.data.memory import gathered
-from mongotorch.data.tensors import column_tensor
+from mongotorch.data.decode.decoder import Columns, decode
+from mongotorch.data.stream.rows import column_tensor, gathered
 from mongotorch.errors import DataError, FieldMissingError
 
 

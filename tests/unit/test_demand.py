@@ -10,9 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from mongotorch.data import demand as module
-from mongotorch.data.demand import Demand, crowded
-from mongotorch.data.prefetch import Ahead, in_order
+from mongotorch.data import prefetch as module
+from mongotorch.data.prefetch import Ahead, Demand, crowded, in_order
 
 
 def test_with_room_it_is_always_high() -> None:

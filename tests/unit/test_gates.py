@@ -13,8 +13,8 @@ import pytest
 from mongotorch import Always, Better, Never
 from mongotorch.codecs import Codecs
 from mongotorch.errors import ParameterError
-from mongotorch.run import Gate, Scores, Verdict, gate_of
-from mongotorch.run.bootstrap import interval_of_mean
+from mongotorch.schedule import Gate, Scores, Verdict, gate_of
+from mongotorch.schedule.gates import interval_of_mean
 
 OURS = Scores([0.4, 0.2, 0.3])
 NAN = float("nan")
@@ -148,7 +148,7 @@ def test_the_interval_is_the_same_each_time_and_in_whatever_chunks(monkeypatch: 
     differences = np.random.default_rng(2).normal(0.1, 1.0, 37)
 
     first, again = interval_of_mean(differences, 0.9), interval_of_mean(differences, 0.9)
-    monkeypatch.setattr("mongotorch.run.bootstrap._MOST_DRAWN", 37 * 7)
+    monkeypatch.setattr("mongotorch.schedule.gates._MOST_DRAWN", 37 * 7)
     chunked = interval_of_mean(differences, 0.9)
 
     assert first == again == chunked

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from mongotorch.errors import ConflictError, IntegrityError
+from mongotorch.mongo.server_features import utc_now
 from mongotorch.store import Artifacts, Checkpoints, Components, Garbage, Jobs
-from mongotorch.store.clock import utc_now
-from mongotorch.store.garbage import GRACE_S, Collected
+from mongotorch.store.maintenance import GRACE_S, Collected
 
 
 class Later:

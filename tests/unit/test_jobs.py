@@ -11,9 +11,9 @@ import mongomock
 import pytest
 
 from mongotorch.errors import JobTimeoutError, NotFoundError
+from mongotorch.mongo.server_features import utc_now
 from mongotorch.store import Jobs
-from mongotorch.store.clock import utc_now
-from mongotorch.store.leases import BACK_OFF_S, MOST_BACK_OFF_S, MOST_LOSSES
+from mongotorch.store.jobs import BACK_OFF_S, MOST_BACK_OFF_S, MOST_LOSSES
 
 ERROR = {"type": "ValueError", "message": "no", "traceback": "…", "document_id": None, "field": None}
 

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from mongotorch.errors import ParameterError
-from mongotorch.key import Key
+from mongotorch.signature import Key
 
 
 @pytest.mark.parametrize(

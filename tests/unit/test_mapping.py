@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mongotorch import TorchModel
 from mongotorch.errors import ParameterError, SignatureError
-from mongotorch.key import Key
+from mongotorch.signature import Key
 from mongotorch.train.mapping import BatchMapping, scalar
 
 A, B, C = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 5.0]), torch.tensor([7.0, 11.0])

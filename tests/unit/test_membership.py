@@ -17,11 +17,10 @@ from tests.helpers import COLLECTION, points
 
 from mongotorch import Query
 from mongotorch.data import Members, scan_members, unseen, watermark
-from mongotorch.data.members import id_hash
-from mongotorch.data.membership import members_of
+from mongotorch.data.training_set import id_hash, members_of
 from mongotorch.errors import DataError, QueryError
+from mongotorch.mongo.connection import open_address
 from mongotorch.settings import read_settings
-from mongotorch.store import open_address
 
 ALL = Query.find(COLLECTION)
 KEY = ("x", "y")

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from mongotorch.data.bsonorder import same_type, sort_key
-from mongotorch.data.order import Order, mix, salt
+from mongotorch.data.decode.ids import mix, salt, same_type, sort_key
+from mongotorch.data.stream.order import Order
 
 
 def test_the_generator_is_splitmix64() -> None:

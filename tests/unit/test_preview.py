@@ -26,7 +26,7 @@ from mongotorch import (
     TorchTrainer,
 )
 from mongotorch.errors import ParameterError
-from mongotorch.run import Decision, Firing, State, Trigger, preview
+from mongotorch.schedule import Decision, Firing, State, Trigger, preview
 
 START = datetime(2026, 1, 1)
 DAY = timedelta(days=1)

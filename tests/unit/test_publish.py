@@ -13,10 +13,9 @@ import torch
 from mongotorch.codecs import Codecs
 from mongotorch.component import Component
 from mongotorch.errors import ConflictError, NotFoundError, UnsafeClosureError
+from mongotorch.services.versions.catalog import Loader, Publisher
 from mongotorch.store import Aliases, Artifacts, Components
-from mongotorch.train.codec import TorchCodec
-from mongotorch.wiring.load import Loader
-from mongotorch.wiring.publish import Publisher
+from mongotorch.train.tensor_codec import TorchCodec
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

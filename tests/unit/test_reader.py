@@ -11,14 +11,12 @@ from bson.raw_bson import RawBSONDocument
 from pymongo.errors import AutoReconnect, CursorNotFound, OperationFailure
 from pymongo.read_concern import ReadConcern
 
-from mongotorch.data.mockreader import open_reader
-from mongotorch.data.patience import Patience, is_passing
-from mongotorch.data.plan import Sizes, make_plan
+from mongotorch.data.decode.replies import Chunk, found, last_id, offsets
 from mongotorch.data.prefetch import in_order
-from mongotorch.data.reader import Span, last_id, offsets
-from mongotorch.data.replies import Chunk, found
-from mongotorch.data.serverreader import ServerReader
+from mongotorch.data.read.plan import Sizes, make_plan
+from mongotorch.data.read.reader import ServerReader, Span, open_reader
 from mongotorch.errors import DataError, EmptySelectError, QueryError, ServerUnavailableError
+from mongotorch.mongo.retry import Patience, is_passing
 from mongotorch.query import Query
 
 ALL = Span(lower=0, upper=99, closed=True, uniform=True)

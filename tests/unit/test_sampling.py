@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from mongotorch.data import sampling
-from mongotorch.data.reader import Span
-from mongotorch.data.sampling import sampled
+from mongotorch.data.read import plan as sampling
+from mongotorch.data.read.plan import sampled
+from mongotorch.data.read.reader import Span
 
 SIZE, ROWS = 100_000, 500
 WHOLE = Span(lower=0, upper=SIZE - 1, closed=True, uniform=True)

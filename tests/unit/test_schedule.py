@@ -26,8 +26,8 @@ from mongotorch import (
 from mongotorch.codecs import Codecs
 from mongotorch.component import begin_component, content_digest, encode_component, fill_component
 from mongotorch.errors import IdentifierError, ParameterError
-from mongotorch.run import Scores, State, gate_of
-from mongotorch.run.triggers import Waited
+from mongotorch.schedule import Scores, State, gate_of
+from mongotorch.schedule.triggers import Waited
 
 START = datetime(2026, 3, 1)
 Make = Callable[..., Schedule]

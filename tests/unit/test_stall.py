@@ -10,8 +10,8 @@ from tests.helpers import SELECT, fit, net, trainer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mongotorch.services.training.checkpoints import Scribe
 from mongotorch.train import Fit, Stepped, Validated
-from mongotorch.wiring.checkpointing import Scribe
 
 
 class Copied(TorchDispatchMode):  # type: ignore[no-untyped-call]

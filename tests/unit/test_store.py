@@ -12,7 +12,7 @@ from pymongo.errors import PyMongoError
 
 from mongotorch.errors import ConflictError, IntegrityError, NotFoundError, StoreError
 from mongotorch.store import Artifacts, Components
-from mongotorch.store.chunks import CHUNK_BYTES
+from mongotorch.store.blobs import CHUNK_BYTES
 
 
 @pytest.fixture

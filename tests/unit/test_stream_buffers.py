@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mongotorch.data import buffers
+from mongotorch.data.stream import rows as buffers
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (5,), (7, 2, 3), (2**18, 3)])

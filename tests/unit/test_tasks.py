@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from mongotorch.data.columns import Columns
-from mongotorch.data.demand import Demand
-from mongotorch.data.order import U64, Order
-from mongotorch.data.source import Source
-from mongotorch.data.tasks import Task, errands, joined, orders, tasks_of
+from mongotorch.data.decode.decoder import Columns
+from mongotorch.data.decode.ids import U64
+from mongotorch.data.prefetch import Demand
+from mongotorch.data.read.source import Source
+from mongotorch.data.stream.order import Order
+from mongotorch.data.stream.windows import Task, errands, joined, orders, tasks_of
 
 ORDER = Order(seed=1, epoch=0, shuffle=False, window=4)
 

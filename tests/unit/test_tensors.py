@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-from mongotorch.data.columns import decode
-from mongotorch.data.samples import SampleBuilder, build, collate
-from mongotorch.data.tensors import column_tensor, stack
+from mongotorch.data.decode.decoder import decode
+from mongotorch.data.stream.batches import SampleBuilder, build, collate
+from mongotorch.data.stream.rows import column_tensor
 from mongotorch.errors import DataError, ShapeError
-from mongotorch.key import Key
+from mongotorch.signature import Key
+from mongotorch.tensors import stack
 
 
 def columns(*values: Any) -> Any:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mongotorch.run import Engine, LocalEngine, QueueEngine
-from mongotorch.testing import EngineSuite, WaitingEngineSuite
+from mongotorch.jobs import Engine, LocalEngine, QueueEngine
+from mongotorch.testing.engines import EngineSuite, WaitingEngineSuite
 
 
 class TestLocalEngine(WaitingEngineSuite):

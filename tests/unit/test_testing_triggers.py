@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mongotorch import AllOf, AnyOf, Changed, Cron, Every, MetricAbove, MetricBelow, NewDocuments
-from mongotorch.run.triggers import Waited
-from mongotorch.testing import TriggerSuite
+from mongotorch.schedule.triggers import Waited
+from mongotorch.testing.triggers import TriggerSuite
 
 TRIGGERS = [
     Cron("0 */6 * * *"),

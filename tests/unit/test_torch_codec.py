@@ -11,7 +11,7 @@ from torch import nn
 
 from mongotorch.codecs import Codecs
 from mongotorch.errors import CodecError
-from mongotorch.train.codec import TorchCodec, fill_module
+from mongotorch.train.tensor_codec import TorchCodec, fill_module
 
 
 def through(value: Any) -> tuple[Any, dict[str, Any], Blobs]:

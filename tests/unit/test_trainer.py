@@ -12,13 +12,7 @@ import torch
 from torch import nn
 
 from mongotorch import Metric, Query, TorchModel, TorchTrainer, Validation
-from mongotorch.errors import (
-    IdentifierError,
-    LoaderOptionError,
-    OptimizerError,
-    ParameterError,
-    SignatureError,
-)
+from mongotorch.errors import IdentifierError, LoaderOptionError, OptimizerError, ParameterError, SignatureError
 
 SELECT = Query.find("points")
 NOTHING = inspect.Parameter.empty

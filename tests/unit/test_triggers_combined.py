@@ -11,7 +11,7 @@ import pytest
 
 from mongotorch import AllOf, AnyOf, Changed, Cron, Every, MetricAbove, MetricBelow, NewDocuments
 from mongotorch.errors import ParameterError
-from mongotorch.run import State, Trigger
+from mongotorch.schedule import State, Trigger
 
 START = datetime(2026, 1, 1)
 HOUR = timedelta(hours=1)

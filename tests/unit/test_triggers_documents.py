@@ -9,8 +9,8 @@ import pytest
 
 from mongotorch import Changed, MetricAbove, MetricBelow, NewDocuments
 from mongotorch.errors import ParameterError
-from mongotorch.run import State, Trigger
-from mongotorch.run.triggers import Waited
+from mongotorch.schedule import State, Trigger
+from mongotorch.schedule.triggers import Waited
 
 START = datetime(2026, 1, 1)
 MINUTE = timedelta(minutes=1)

@@ -14,7 +14,7 @@ from cronsim import CronSimError
 
 from mongotorch import Cron, Every
 from mongotorch.errors import ParameterError
-from mongotorch.run import State, Trigger
+from mongotorch.schedule import State, Trigger
 
 START = datetime(2026, 1, 1)
 SECOND = timedelta(seconds=1)

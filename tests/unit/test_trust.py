@@ -29,12 +29,11 @@ from mongotorch.errors import (
     TrustError,
     UnsupportedError,
 )
+from mongotorch.services.versions.catalog import Loader, Publisher
 from mongotorch.settings import read_settings
 from mongotorch.store import Aliases, Artifacts, Checker, Checkpoints, Components, Jobs, Trust, trust_of
-from mongotorch.store.trust import HmacKey, Signer, Verifier, canonical
-from mongotorch.train.codec import TorchCodec
-from mongotorch.wiring.load import Loader
-from mongotorch.wiring.publish import Publisher
+from mongotorch.store.signing import HmacKey, Signer, Verifier, canonical
+from mongotorch.train.tensor_codec import TorchCodec
 
 KEY, OLD, FOREIGN = HmacKey(b"k" * 16), HmacKey(b"o" * 16), HmacKey(b"f" * 16)
 SIGNED = Trust(Signer(KEY), Verifier.of(KEY))

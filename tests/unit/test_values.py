@@ -14,8 +14,7 @@ from mongotorch import AnyOf, Better, Cron, NewDocuments
 from mongotorch.codecs import Codec, Codecs
 from mongotorch.codecs.values import ValueCodec
 from mongotorch.errors import CodecError
-from mongotorch.testing import CodecSuite
-from mongotorch.testing.codecs import Blobs
+from mongotorch.testing.codecs import Blobs, CodecSuite
 
 HERE = __name__
 
@@ -135,9 +134,9 @@ def test_what_the_record_lacks_takes_its_default_and_what_is_computed_is_compute
         (f"{HERE}:Point", {"x": 1, "z": 2}, "has no"),
         (f"{HERE}:Point", {"x": 1, "twice": 9}, "has no"),
         (f"{HERE}:Point", {}, "needs 'x'"),
-        ("mongotorch.run.gates:Better", {"margin": "wide"}, "margin"),
-        ("mongotorch.run.triggers.cron:Cron", {"expression": "never"}, "expression"),
-        ("mongotorch.run.triggers.combined:AnyOf", {"triggers": ["x"]}, "no trigger"),
+        ("mongotorch.schedule.gates:Better", {"margin": "wide"}, "margin"),
+        ("mongotorch.schedule.triggers.time:Cron", {"expression": "never"}, "expression"),
+        ("mongotorch.schedule.triggers.combined:AnyOf", {"triggers": ["x"]}, "no trigger"),
     ],
 )
 def test_a_record_that_lies_makes_nothing(

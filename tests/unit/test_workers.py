@@ -6,8 +6,7 @@ import os
 
 import pytest
 
-from mongotorch.data.demand import Demand
-from mongotorch.data.workers import Workers
+from mongotorch.data.prefetch import Demand, Workers
 
 
 def niceness(_item: int) -> int:

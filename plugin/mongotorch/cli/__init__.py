@@ -11,7 +11,8 @@ from typing import Annotated
 import typer
 
 from mongotorch._version import __version__
-from mongotorch.cli import demo, jobs, lineage, schedules, stored, versions
+from mongotorch.cli import demo, jobs, lineage, schedules, versions
+from mongotorch.cli import storage as stored
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 

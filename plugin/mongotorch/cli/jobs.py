@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from mongotorch.cli.output import AsJson, Uri, opened, print_json, print_pairs, print_table, said_of
-from mongotorch.run import Worker, run_pool
+from mongotorch.jobs import Worker, run_pool
 
 _ENDED = {"succeeded": "succeeded", "failed": "failed", "cancelled": "was cancelled"}
 

@@ -3,15 +3,13 @@
 Always: nothing here knows torch or a database; what is handed in as `put` and `get` decides where bytes live.
 """
 
-from __future__ import annotations
-
 from mongotorch.codecs.arrays import ArrayParts, decode_document, encode_document, numpy_array, numpy_parts
 from mongotorch.codecs.base import Codec, Get, Put
 from mongotorch.codecs.formats import FORMAT, NEWER, READABLE, WRITTEN, check_format
-from mongotorch.codecs.names import name_of, resolve
 from mongotorch.codecs.pickles import Pickled, check_python, dumps, loads, running_python
 from mongotorch.codecs.public_names import current_name, first_names, renamed
 from mongotorch.codecs.registry import Codecs
+from mongotorch.codecs.values import name_of, resolve
 
 __all__ = [
     "FORMAT",

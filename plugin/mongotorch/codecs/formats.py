@@ -13,7 +13,6 @@ from mongotorch.errors import FormatError
 
 FORMAT: Final = 2
 """The format that this release writes, and the newest that it reads."""
-
 FIELD: Final = "format"
 WRITTEN: Final = {FIELD: FORMAT}
 """What a record says of its format."""

@@ -65,7 +65,6 @@ FIRST_NAMES: Final[Mapping[str, str]] = {
     **_first("testing.triggers", "TriggerSuite", "mongotorch.testing"),
 }
 """From the path that the first releases stored to the public name."""
-
 _FIRST_OF: Final = {public: first for first, public in FIRST_NAMES.items()}
 _first_names_wanted: ContextVar[bool] = ContextVar("mongotorch_first_names", default=False)
 

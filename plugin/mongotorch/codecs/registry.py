@@ -16,11 +16,10 @@ from typing import Any, Self, final
 
 from bson import Decimal128, Int64, MaxKey, MinKey, ObjectId, Regex, Timestamp
 
-from mongotorch.codecs.arraycodec import ArrayCodec
+from mongotorch.codecs.arrays import ArrayCodec
 from mongotorch.codecs.base import Codec, Get, Put
-from mongotorch.codecs.names import NameCodec
 from mongotorch.codecs.pickles import DillCodec
-from mongotorch.codecs.values import ValueCodec
+from mongotorch.codecs.values import NameCodec, ValueCodec
 from mongotorch.errors import CodecError, MongotorchError
 
 GROUP = "mongotorch.codecs"

@@ -5,6 +5,10 @@ fraction never moves to `train` from `valid` when the fraction shrinks or grows 
 gains or loses members. The hash is the one behind MongoDB's hashed indexes: the first 8 bytes,
 little-endian and signed, of the MD5 over (seed 0, canonical type, value bytes), which the server computes
 as `$toHashedIndexKey`.
+
+What is known to be wrong before the first batch: an empty select or fold, documents without a fold.
+
+Always: a check reads at most a document each; every refusal is a typed error that says what to do.
 """
 
 from __future__ import annotations
@@ -18,18 +22,25 @@ from typing import Any
 
 import bson
 from bson.codec_options import CodecOptions, DatetimeConversion
-from pymongo.errors import OperationFailure
+from pymongo.errors import OperationFailure, PyMongoError
 
-from mongotorch.data import bsonorder
-from mongotorch.errors import ParameterError
-from mongotorch.query import FOLD_FIELD, FOLDS, Fold
+from mongotorch.data.decode import ids
+from mongotorch.errors import (
+    EmptyFoldError,
+    EmptySelectError,
+    FoldMissingError,
+    ParameterError,
+    QueryError,
+    ServerUnavailableError,
+)
+from mongotorch.mongo.retry import is_passing
+from mongotorch.query import FOLD_FIELD, FOLDS, Fold, Query
 
 _PARTS = 1_000_000  # folds are decided in millionths, in whole numbers, because those are exact everywhere
 _BATCH = 10_000
 _UNASSIGNED = {FOLD_FIELD: {"$nin": list(FOLDS)}}
 # What the server hashes by value; documents are hashed in another form there, so they are hashed here.
 _ON_SERVER = ["int", "long", "double", "string", "bool", "date", "binData", "objectId", "null"]
-
 # The driver's options as they are, so that raw value bytes are cut from the same encoding.
 _OPTIONS: CodecOptions[Any] = CodecOptions(
     uuid_representation=bson.binary.UuidRepresentation.STANDARD,
@@ -52,7 +63,7 @@ def fold_of(document_id: Any, valid_fraction: float) -> Fold:
 
 def id_hash(document_id: Any) -> int:
     """The hash of an `_id`, a signed 64-bit integer; that of `$toHashedIndexKey` for scalar `_id`s."""
-    kind = bsonorder.canonical_type(document_id)
+    kind = ids.canonical_type(document_id)
     value = _value_bytes(document_id, kind)
     digest = hashlib.md5(struct.pack("<ii", 0, kind) + value, usedforsecurity=False).digest()
     return int.from_bytes(digest[:8], "little", signed=True)
@@ -118,7 +129,7 @@ def _threshold(valid_fraction: float) -> int:
 
 
 def _value_bytes(document_id: Any, kind: int) -> bytes:
-    if kind == bsonorder.NUMBER:
+    if kind == ids.NUMBER:
         return struct.pack("<q", _whole(document_id))
     encoded = bson.encode({"": document_id}, codec_options=_OPTIONS)
     return encoded[6:-1]  # after length, type and the empty name; before the end
@@ -130,3 +141,60 @@ def _whole(value: Any) -> int:
         return 0
     low, high = -(2**63), 2**63 - 1
     return low if number <= low else high if number >= high else int(number)
+
+
+def check_select(database: Any, query: Query, *, folds: Iterable[Fold] = FOLDS) -> None:
+    """Refuse a select that cannot be trained on.
+
+    Args:
+        database: A pymongo (or mongomock) database.
+        query: The select, without a fold.
+        folds: The folds that are needed; none means that folds do not matter.
+
+    Raises:
+        EmptySelectError: It matches no document.
+        FoldMissingError: A document without a fold; `document_id` names it.
+        EmptyFoldError: A fold that is needed has no document.
+        QueryError: The server refuses the query.
+        ServerUnavailableError: The server cannot be read.
+    """
+    name = query.collection
+    if first(database, query) is None:
+        raise EmptySelectError(
+            f"the select matches no document in collection {name!r}; insert documents, or change its filter"
+        )
+    needed = tuple(folds)
+    if not needed:
+        return
+    without = first(database, query.filter({FOLD_FIELD: {"$nin": list(FOLDS)}}))
+    if without is not None:
+        document_id = without.get("_id")
+        raise FoldMissingError(
+            f"document {document_id!r} of collection {name!r} has no {FOLD_FIELD!r} of 'train' or 'valid'; "
+            f'insert through the datalayer, or call db["{name}"].assign_folds()',
+            document_id=document_id,
+            field=FOLD_FIELD,
+        )
+    for fold in needed:
+        if first(database, query.fold(fold)) is None:
+            raise EmptyFoldError(
+                f"no document of the select is in the {fold!r} fold of collection {name!r}; "
+                "add documents, choose another valid_fraction, or train without validation",
+                field=FOLD_FIELD,
+            )
+
+
+def first(database: Any, query: Query) -> dict[str, Any] | None:
+    """The first document of a query, `_id` and fold only where it is a find; None where there is none."""
+    source = database[query.collection]
+    try:
+        if query.is_pipeline:
+            return next(iter(source.aggregate([*(query.stages or []), {"$limit": 1}])), None)
+        if query.limited == 0 or not query.skipped:
+            found = source.find_one(query.where, {"_id": 1, FOLD_FIELD: 1})
+            return None if found is None else dict(found)
+        cursor = source.find(query.where, {"_id": 1, FOLD_FIELD: 1}).skip(query.skipped).limit(1)
+        return next(iter(cursor), None)
+    except PyMongoError as error:
+        kind = ServerUnavailableError if is_passing(error) else QueryError
+        raise kind(f"reading collection {query.collection!r} failed: {error}") from error

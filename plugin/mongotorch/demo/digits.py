@@ -149,7 +149,7 @@ def measure_again(db: Datalayer, uuid: str) -> dict[str, Any]:
 
 def _elsewhere(db: Datalayer, uuid: str) -> dict[str, Any]:
     # The address goes through the environment: it may hold a password, and arguments are for all to see.
-    command = [sys.executable, "-m", "mongotorch.demo.elsewhere", uuid]
+    command = [sys.executable, "-m", "mongotorch.demo.second_process", uuid]
     environment = {**os.environ, "MONGOTORCH_URI": db.uri}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:

@@ -3,12 +3,18 @@
 Always: a move is one insert, whose `_id` holds its number: of two at once one loses, and is told who moved it; a
 move is never changed or removed, so that what an alias named at any time can be read; times do not go back
 from one move to the next; a job moves an alias once; a move is given out only if its signature holds.
+
+Following an alias: woken by the server when it is moved, by looking again where the server wakes nobody.
+
+Always: the change stream is open before the first look, so that no move falls between the two; a stream that
+breaks is an error, so that who follows opens another one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final, Self, final
 
@@ -16,11 +22,11 @@ from pymongo.errors import DuplicateKeyError
 
 from mongotorch.codecs import WRITTEN, check_format
 from mongotorch.component import IDENTIFIER
-from mongotorch.errors import ConflictError, IdentifierError, ParameterError, TrustError
-from mongotorch.store.clock import Now, clock_of
-from mongotorch.store.failures import driver_errors
-from mongotorch.store.indexes import ensure_index
-from mongotorch.store.trust import Trust
+from mongotorch.errors import ConflictError, IdentifierError, ParameterError, StoreError, TrustError
+from mongotorch.mongo.change_stream import Wake, open_stream, poller
+from mongotorch.mongo.error_translation import driver_errors
+from mongotorch.mongo.server_features import Now, clock_of, ensure_index
+from mongotorch.store.signing import Trust
 
 COLLECTION: Final = "mt.aliases"
 KIND: Final = "alias"
@@ -247,3 +253,35 @@ def _named(type_id: str, identifier: str, alias: str) -> dict[str, Any]:
 def _until(moment: datetime) -> dict[str, Any]:
     naive = moment if moment.tzinfo is None else moment.astimezone(UTC).replace(tzinfo=None)
     return {"when": {"$lte": naive}}
+
+
+@contextlib.contextmanager
+def following(database: Any, type_id: str, identifier: str, alias: str) -> Iterator[Wake]:
+    """Follow an alias.
+
+    Args:
+        database: The driver's database.
+        type_id: The kind.
+        identifier: The name.
+        alias: The alias.
+
+    Yields:
+        A function that waits for seconds at most, a second at most, or until the alias is moved. It raises
+        StoreError and ServerUnavailableError, when whoever follows has to begin anew.
+    """
+    moved = {"type_id": type_id, "identifier": identifier, "alias": alias}
+    match = {"operationType": "insert", **{f"fullDocument.{field}": value for field, value in moved.items()}}
+    stream = open_stream(database[COLLECTION], match, doing="following an alias")
+    if stream is None:
+        yield poller()
+        return
+
+    def wake(left: float) -> None:  # noqa: ARG001 - the server waits as long as it was told when it was opened
+        with driver_errors("following an alias"):
+            if stream.alive:
+                stream.try_next()
+                return
+        raise StoreError("following an alias: the server ended the change stream")
+
+    with stream:
+        yield wake

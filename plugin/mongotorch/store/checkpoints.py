@@ -12,11 +12,11 @@ from typing import Any, Final, final
 
 from mongotorch.codecs import WRITTEN, check_format
 from mongotorch.errors import IntegrityError
-from mongotorch.store.artifacts import Artifacts
-from mongotorch.store.failures import driver_errors
-from mongotorch.store.indexes import ensure_index
+from mongotorch.mongo.error_translation import driver_errors
+from mongotorch.mongo.server_features import ensure_index
+from mongotorch.store.blobs import Artifacts
 from mongotorch.store.jobs import COLLECTION as JOBS
-from mongotorch.store.trust import Trust
+from mongotorch.store.signing import Trust
 
 COLLECTION: Final = "mt.checkpoints"
 KIND: Final = "checkpoint"

@@ -16,10 +16,10 @@ from pymongo.errors import DuplicateKeyError
 
 from mongotorch.codecs import WRITTEN, check_format
 from mongotorch.errors import ConflictError, IntegrityError, NotFoundError
-from mongotorch.store.artifacts import Artifacts
-from mongotorch.store.failures import driver_errors
-from mongotorch.store.indexes import ensure_index
-from mongotorch.store.trust import Trust
+from mongotorch.mongo.error_translation import driver_errors
+from mongotorch.mongo.server_features import ensure_index
+from mongotorch.store.blobs import Artifacts
+from mongotorch.store.signing import Trust
 
 COLLECTION: Final = "mt.components"
 KIND: Final = "component"

@@ -15,15 +15,13 @@ from pymongo.errors import DuplicateKeyError
 
 from mongotorch.codecs import READABLE, WRITTEN, check_format
 from mongotorch.errors import NotFoundError
-from mongotorch.store.clock import Later, Now, clock_of
-from mongotorch.store.failures import driver_errors
-from mongotorch.store.indexes import ensure_index
+from mongotorch.mongo.error_translation import driver_errors
+from mongotorch.mongo.server_features import Later, Now, clock_of, ensure_index
 
 COLLECTION: Final = "mt.schedules"
 KIND: Final = "schedule"
 _LEADER: Final = "#leader"  # no identifier has this character
 _SCHEDULES: Final = {"component": {"$type": "string"}}
-
 Document = dict[str, Any]
 
 

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import pytest
 
-from mongotorch.run import Engine, engine_named
+from mongotorch.jobs import Engine, engine_named
 
 
 class EngineSuite:

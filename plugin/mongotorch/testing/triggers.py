@@ -19,13 +19,12 @@ import bson
 import pytest
 
 from mongotorch.codecs import Codecs
-from mongotorch.run import Decision, State, Trigger
+from mongotorch.schedule import Decision, State, Trigger
 
 BEGIN = datetime(2026, 3, 1)
 SEEDS = range(3)
 STEPS = 200
 SOON = timedelta(days=2)
-
 Asked = tuple[datetime, State, Decision, State]
 """When it was asked, about what, and what it said."""
 

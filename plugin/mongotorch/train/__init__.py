@@ -3,18 +3,13 @@
 Always: nothing here knows a database; batches come in, and what happened comes out.
 """
 
-from __future__ import annotations
-
-from mongotorch.train.codec import fill_module
-from mongotorch.train.comparing import differing
-from mongotorch.train.evaluation import evaluate
-from mongotorch.train.loop import Batches, Event, Fit
+from mongotorch.train.evaluation import Scored, evaluate, score
+from mongotorch.train.loop import Batches, Event, Fit, Stepped, Trained, Validated
 from mongotorch.train.metrics import Dataset, Metric, Validation
 from mongotorch.train.model import TorchModel
-from mongotorch.train.progress import Stepped, Trained, Validated
-from mongotorch.train.scoring import Scored, score
+from mongotorch.train.optimizer_state import differing, is_alike, warmed
+from mongotorch.train.tensor_codec import fill_module
 from mongotorch.train.trainer import TorchTrainer
-from mongotorch.train.warm import is_alike, warmed
 
 __all__ = [
     "Batches",

@@ -5,11 +5,9 @@ Always: a device that is not there is never chosen silently where it was named; 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from mongotorch.errors import ParameterError
 
@@ -44,24 +42,6 @@ def required_device(name: str) -> torch.device:
     if not _is_there(device):
         raise ParameterError(f"compute_kwargs: the device {name!r} is not there", field="compute_kwargs")
     return device
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """The same structure with its tensors on a device."""
-    return on_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
-
-
-def on_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
-    """The same structure with a function done on its tensors."""
-    if isinstance(batch, Tensor):
-        return function(batch)
-    if isinstance(batch, Mapping):
-        return {name: on_tensors(function, part) for name, part in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(on_tensors(function, part) for part in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)(on_tensors(function, part) for part in batch)
-    return batch
 
 
 def _is_there(device: torch.device) -> bool:

@@ -3,28 +3,125 @@
 Always: it sees no database; between two events it can be stopped, captured, and another process that restores
 the capture goes on to the same bits; the weights it ends with are the best by `listen`, else the last; every
 generator of randomness is the run's own while it runs.
+
+What a run says while it runs, and its memory of the best so far.
+
+Always: events are frozen values; only a strictly better value counts as an improvement, and NaN never does.
+
+The random number generators that training draws from, as one state.
+
+Always: a run's draws depend on its seed alone, and the program that runs it finds its own generators as it left
+them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+import random
 from collections.abc import Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mongotorch.errors import EmptySelectError, NonFiniteLossError
-from mongotorch.train import randomness
-from mongotorch.train.devices import pick_device, required_device, to_device
+from mongotorch.tensors import copied, rows_of, to_device
+from mongotorch.train import loop
+from mongotorch.train.devices import pick_device, required_device
 from mongotorch.train.evaluation import evaluate
 from mongotorch.train.mapping import scalar
 from mongotorch.train.metrics import OBJECTIVE
 from mongotorch.train.model import TorchModel, copied_state
-from mongotorch.train.optimizers import copied, load_state, state_of
-from mongotorch.train.progress import Best, Stepped, Trained, Validated
-from mongotorch.train.stacking import rows_of
+from mongotorch.train.optimizers import load_state, state_of
 from mongotorch.train.trainer import TorchTrainer
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Stepped:
+    """An optimizer step was made.
+
+    Attributes:
+        step: Its number, from 1.
+        loss: The objective of the batch, a detached scalar on the model's device.
+        rows: Samples in the batch.
+    """
+
+    step: int
+    loss: Tensor = field(repr=False)
+    rows: int
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Validated:
+    """The model was measured.
+
+    Attributes:
+        step: After which step.
+        values: What was measured, by name.
+        improved: Whether `listen` is better than ever before.
+    """
+
+    step: int
+    values: dict[str, float]
+    improved: bool
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a run ended with.
+
+    Attributes:
+        steps: Optimizer steps that this run made.
+        optimizer_state: Of the weights that the model now has.
+        metric_values: All that was measured, the trainer's earlier values included.
+        best_step: The step whose weights the model has.
+        metrics: What was measured of those weights, by name; empty where they were not measured.
+    """
+
+    steps: int
+    optimizer_state: dict[str, Any]
+    metric_values: dict[str, list[float]]
+    best_step: int
+    metrics: dict[str, float]
+
+
+@final
+@dataclass(kw_only=True)
+class Best:
+    """The best value of `listen`, its step and state, and how many validations came since."""
+
+    higher_is_better: bool
+    value: float | None = None
+    step: int = 0
+    stale: int = 0
+    state: dict[str, Any] | None = None
+
+    def offer(self, value: float, step: int) -> bool:
+        """Take a new value in; whether it is better than all before."""
+        first = self.value is None and value == value
+        if first or (
+            self.value is not None and (value > self.value if self.higher_is_better else value < self.value)
+        ):
+            self.value, self.step, self.stale = value, step, 0
+            return True
+        self.stale += 1
+        return False
+
+    def capture(self) -> dict[str, Any]:
+        """For a resumed run; the state is shared, since it is never changed in place."""
+        return {"value": self.value, "step": self.step, "stale": self.stale, "state": self.state}
+
+    def restore(self, captured: Mapping[str, Any]) -> None:
+        """Go on with what was captured."""
+        self.value, self.step = captured["value"], captured["step"]
+        self.stale, self.state = captured["stale"], captured["state"]
+
 
 Event = Stepped | Validated
 _UNCHECKED = 32  # losses that may wait on an accelerator before they are looked at
@@ -93,7 +190,7 @@ class Fit:
             NonFiniteLossError: A loss, the objective of a validation, or a weight at the end is not finite.
             MongotorchError: What the batches raise.
         """
-        with randomness.seeded(self._trainer.seed):
+        with loop.seeded(self._trainer.seed):
             self._model.object.to(self.device)
             self._optimizers = self._trainer.get_optimizers(self._model)
             if self._trainer.optimizer_state is not None:
@@ -134,7 +231,7 @@ class Fit:
             "validated": self._validated,
             "model": now["model"] if now else copied_state(self._model.object),
             "optimizer": now["optimizer"] if now else state_of(self._optimizers),
-            "random": randomness.capture(),
+            "random": loop.capture(),
             "batches": self._batches.state_dict(),
             "values": {name: list(values) for name, values in self._values.items()},
             "measured": self._measured,
@@ -149,7 +246,7 @@ class Fit:
         self._values = {name: list(values) for name, values in state["values"].items()}
         self._measured = dict(state.get("measured", {}))
         self._best.restore(state["best"])
-        randomness.restore(state["random"])
+        loop.restore(state["random"])
 
     def _steps(self) -> Iterator[Event]:
         trainer = self._trainer
@@ -230,3 +327,38 @@ class Fit:
 
 def _on_cpu(state: Any) -> Any:
     return to_device(copied(state), torch.device("cpu"))
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """All generators seeded inside, and as they were afterwards."""
+    before = capture()
+    # numpy takes 32 bits only; torch takes 64.
+    torch.manual_seed(seed % 2**63)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        restore(before)
+
+
+def capture() -> dict[str, Any]:
+    """The state of torch's (each CUDA device too), numpy's and Python's global generators."""
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [name, np.array(keys), int(position), int(has_gauss), float(cached)],
+        "python": random.getstate(),
+    }
+
+
+def restore(state: Mapping[str, Any]) -> None:
+    """Set all generators to a captured state; CUDA devices that are not here are left out."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
+        torch.cuda.set_rng_state_all(list(state["cuda"]))
+    np.random.set_state(tuple(state["numpy"]))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mongotorch.errors import ParameterError, SignatureError
-from mongotorch.key import Key
+from mongotorch.signature import Key
 from mongotorch.train.model import TorchModel
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

@@ -5,12 +5,9 @@ Always: these are frozen values; what a metric accumulates lives in a `Gauge`, w
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, final
-
-import torch
 
 from mongotorch.component import Component
 from mongotorch.errors import ParameterError
@@ -130,41 +127,3 @@ class Validation(Component):
         if metric == OBJECTIVE:
             return False
         return next((part.higher_is_better for part in self.metrics if part.identifier == metric), None)
-
-
-class Gauge:
-    """One metric over the batches of one measurement."""
-
-    def __init__(self, metric: Metric, device: torch.device) -> None:
-        self.name = metric.identifier
-        self._stateful: Any = None
-        self._function: Callable[..., Any] = metric.object
-        self._sum, self._rows = 0.0, 0
-        if all(hasattr(metric.object, method) for method in ("update", "compute", "reset")):
-            self._stateful = copy.deepcopy(metric.object)
-            self._stateful.reset()
-            if hasattr(self._stateful, "to"):
-                self._stateful = self._stateful.to(device)
-
-    def update(self, args: Sequence[Any], kwargs: dict[str, Any], rows: int) -> None:
-        """Take one batch in: what the objective gets, and how many samples it is of. Raises: ParameterError."""
-        if self._stateful is not None:
-            self._stateful.update(*args, **kwargs)
-            return
-        self._sum += self._number(self._function(*args, **kwargs)) * rows
-        self._rows += rows
-
-    def value(self) -> float:
-        """The metric over all batches; NaN without any. Raises: ParameterError when it is no number."""
-        if self._stateful is not None:
-            return self._number(self._stateful.compute())
-        return self._sum / self._rows if self._rows else float("nan")
-
-    def _number(self, value: Any) -> float:
-        try:
-            return float(value)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ParameterError(
-                f"metric {self.name!r} gave a {type(value).__name__} that is no single number; let it give one",
-                field=self.name,
-            ) from error

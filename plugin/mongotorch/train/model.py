@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from mongotorch.component import Component
 from mongotorch.errors import ParameterError
-from mongotorch.train.devices import pick_device, to_device
+from mongotorch.tensors import stack_items, to_device, unstack_items
+from mongotorch.train.devices import pick_device
 from mongotorch.train.metrics import Validation
-from mongotorch.train.stacking import stack, unstack
 
 CALL = "__call__"
 
@@ -123,8 +123,8 @@ class TorchModel(Component):
         with evaluating(self.object):
             for first in range(0, len(items), batch_size):
                 part = items[first : first + batch_size]
-                batch = to_device(stack([self._prepared(item) for item in part]), device)
-                found.extend(unstack(to_device(self._forward(batch), torch.device("cpu")), len(part)))
+                batch = to_device(stack_items([self._prepared(item) for item in part]), device)
+                found.extend(unstack_items(to_device(self._forward(batch), torch.device("cpu")), len(part)))
         return [self.postprocess(one) for one in found] if self.postprocess is not None else found
 
     def _prepared(self, item: Any) -> Any:

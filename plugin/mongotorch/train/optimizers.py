@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mongotorch.codecs import resolve
 from mongotorch.errors import CodecError, OptimizerError
+from mongotorch.tensors import copied
 
 # What the optimizers of torch keep in the shape of the parameter.
 _ALIKE = frozenset(
@@ -101,14 +102,3 @@ def _check_shapes(optimizer: torch.optim.Optimizer) -> None:
             if isinstance(kept[name], Tensor) and kept[name].shape != parameter.shape:
                 shapes = f"{tuple(kept[name].shape)} for a parameter of shape {tuple(parameter.shape)}"
                 raise ValueError(f"{name!r} has shape {shapes}")
-
-
-def copied(value: Any) -> Any:
-    """The same structure with its tensors copied."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, Mapping):
-        return {key: copied(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(copied(part) for part in value)
-    return value

@@ -1,0 +1,230 @@
+"""`db["name"]`: a MongoDB collection whose documents may hold arrays and tensors, each with a fold.
+
+Always: what is inserted here has a `_fold` decided by a hash of its `_id`, so the same document lands in the
+same fold wherever it is inserted; nothing is hidden: `.raw` is the driver's own collection.
+
+Tensors in user documents: written as stored arrays, read back as tensors.
+
+Always: a tensor comes back with its dtype and shape, on the CPU and without gradient; a numpy array that is
+written comes back as a tensor too.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, final
+
+import numpy as np
+import torch
+from bson import ObjectId
+from torch import Tensor
+
+from mongotorch.codecs import ArrayParts
+from mongotorch.codecs import decode_document as _decode
+from mongotorch.codecs import encode_document as _encode
+from mongotorch.data.folds import assign_folds, fold_of
+from mongotorch.errors import DataError
+from mongotorch.query import FOLD_FIELD, FOLDS, Query
+
+
+def encode_document(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A document with its tensors and arrays as BSON.
+
+    Raises:
+        CodecError: A value that BSON cannot hold; `field` names it.
+    """
+    return _encode(document, as_array=tensor_parts)
+
+
+def decode_document(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A document with its stored arrays as tensors."""
+    return _decode(document, from_array=parts_tensor)
+
+
+def tensor_parts(value: Any) -> ArrayParts | None:
+    """What is stored of a tensor; None for anything else."""
+    if not isinstance(value, Tensor):
+        return None
+    flat = value.detach().to("cpu").contiguous().resolve_conj().resolve_neg().reshape(-1)
+    data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    return ArrayParts(dtype=str(value.dtype).removeprefix("torch."), shape=tuple(value.shape), data=data)
+
+
+def parts_tensor(parts: ArrayParts) -> Any:
+    """The tensor of a stored array; a numpy array where torch has no such dtype."""
+    dtype = getattr(torch, parts.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        return np.frombuffer(parts.data, np.dtype(parts.dtype)).reshape(parts.shape).copy()
+    if not len(parts.data):
+        return torch.empty(parts.shape, dtype=dtype)
+    return torch.frombuffer(bytearray(parts.data), dtype=dtype).reshape(parts.shape)
+
+
+_INSERT_BATCH = 10_000
+
+
+@final
+class Collection:
+    """One collection of a datalayer.
+
+    Args:
+        raw: The driver's collection.
+        valid_fraction: Share of inserted documents that go to the `valid` fold, 0 to 1.
+    """
+
+    def __init__(self, raw: Any, *, valid_fraction: float) -> None:
+        self.raw = raw
+        self._valid_fraction = valid_fraction
+
+    def __repr__(self) -> str:
+        return f"Collection({self.raw.name!r})"
+
+    @property
+    def name(self) -> str:
+        """The collection's name."""
+        return str(self.raw.name)
+
+    def find(
+        self, filter: Mapping[str, Any] | None = None, projection: Mapping[str, Any] | Sequence[str] | None = None
+    ) -> Query:
+        """A query of this collection; nothing is read yet.
+
+        Args:
+            filter: A MongoDB filter; None is every document.
+            projection: A MongoDB projection; None is whole documents.
+
+        Raises:
+            QueryError: Something in it cannot be stored.
+        """
+        return Query.find(self.name, filter, projection)
+
+    def aggregate(self, pipeline: Sequence[Mapping[str, Any]]) -> Query:
+        """A query of this collection by an aggregation pipeline; nothing is read yet.
+
+        Raises:
+            QueryError: Something in it cannot be stored.
+        """
+        return Query.aggregate(self.name, pipeline)
+
+    def insert_one(self, document: Mapping[str, Any]) -> Any:
+        """Insert a document, its arrays and tensors encoded, its fold decided.
+
+        Returns:
+            The inserted `_id`.
+
+        Raises:
+            DataError: A `_fold` of its own that is none.
+            CodecError: A value that BSON cannot hold; `field` names it.
+        """
+        return self.insert_many([document])[0]
+
+    def insert_many(self, documents: Iterable[Mapping[str, Any]]) -> list[Any]:
+        """Insert documents, read lazily, 10,000 at a time.
+
+        Returns:
+            The inserted `_id`s, in order.
+
+        Raises:
+            DataError: A `_fold` of its own that is none.
+            CodecError: A value that BSON cannot hold; `field` names it.
+        """
+        ids: list[Any] = []
+        prepared = (self._prepare(document) for document in documents)
+        while batch := list(itertools.islice(prepared, _INSERT_BATCH)):
+            ids.extend(self.raw.insert_many(batch).inserted_ids)
+        return ids
+
+    def update_many(
+        self, filter: Mapping[str, Any], update: Mapping[str, Any] | Sequence[Mapping[str, Any]]
+    ) -> int:
+        """Update the documents that match; arrays in the update are encoded.
+
+        Returns:
+            How many were changed.
+        """
+        encoded = encode_document(update) if isinstance(update, Mapping) else [encode_document(u) for u in update]
+        return int(self.raw.update_many(dict(filter), encoded).modified_count)
+
+    def replace_one(
+        self, filter: Mapping[str, Any], replacement: Mapping[str, Any], *, upsert: bool = False
+    ) -> int:
+        """Replace one document that matches; it keeps its `_id` and its fold.
+
+        Args:
+            filter: Which document.
+            replacement: What takes its place.
+            upsert: Insert it where none matches.
+
+        Returns:
+            How many were changed, or inserted.
+        """
+        found = self.raw.find_one(dict(filter), {"_id": 1, FOLD_FIELD: 1})
+        if found is None:
+            if upsert:
+                self.insert_one({**_equalities(filter), **replacement})
+            return int(upsert)
+        kept = {key: found[key] for key in ("_id", FOLD_FIELD) if key in found}
+        document = self._prepare({**replacement, "_id": kept["_id"]} | kept)
+        return int(self.raw.replace_one({"_id": kept["_id"]}, document).modified_count)
+
+    def delete_many(self, filter: Mapping[str, Any]) -> int:
+        """Delete the documents that match.
+
+        Returns:
+            How many there were.
+        """
+        return int(self.raw.delete_many(dict(filter)).deleted_count)
+
+    def count(self, filter: Mapping[str, Any] | None = None) -> int:
+        """How many documents match."""
+        return int(self.raw.count_documents(dict(filter or {})))
+
+    def assign_folds(self, valid_fraction: float | None = None) -> int:
+        """Decide the fold of the documents that have none, because they came another way.
+
+        Args:
+            valid_fraction: Share that goes to `valid`, 0 to 1; None is the datalayer's setting (0.05).
+
+        Returns:
+            How many were given one.
+        """
+        return assign_folds(self.raw, self._valid_fraction if valid_fraction is None else valid_fraction)
+
+    def _prepare(self, document: Mapping[str, Any]) -> dict[str, Any]:
+        encoded = encode_document(document)
+        encoded = {"_id": encoded.pop("_id", None) or ObjectId(), **encoded} if "_id" not in document else encoded
+        fold = encoded.setdefault(FOLD_FIELD, fold_of(encoded["_id"], self._valid_fraction))
+        if fold not in FOLDS:
+            raise DataError(
+                f"document {encoded['_id']!r}: {FOLD_FIELD!r} is {fold!r}; it must be 'train' or 'valid', "
+                "or left out",
+                document_id=encoded["_id"],
+                field=FOLD_FIELD,
+            )
+        return encoded
+
+
+def read_documents(database: Any, query: Query) -> Iterator[dict[str, Any]]:
+    """The documents of a query, one by one, arrays as tensors; the cursor is closed at the end."""
+    source = database[query.collection]
+    if query.is_pipeline:
+        cursor = source.aggregate(query.stages)
+    else:
+        cursor = source.find(query.where, query.projection_document, skip=query.skipped)
+        cursor = cursor.sort(list(query.ordering)) if query.ordering else cursor
+        cursor = cursor.limit(query.limited) if query.limited else cursor
+    try:
+        for document in cursor:
+            yield decode_document(document)
+    finally:
+        cursor.close()
+
+
+def _equalities(filter: Mapping[str, Any]) -> dict[str, Any]:
+    # What MongoDB itself would put into an upserted document.
+    return {
+        key: value
+        for key, value in filter.items()
+        if not key.startswith("$") and "." not in key and not isinstance(value, Mapping)
+    }

@@ -1,0 +1,1 @@
+"""BSON replies to columns."""

@@ -1,0 +1,261 @@
+"""A 64-bit key for each `_id`: what shuffling and sharding hash, stable across runs, machines and versions.
+
+Always: equal `_id`s have equal keys, whatever way they were decoded, and numbers that MongoDB treats as equal
+(int32 5, int64 5, double 5.0, decimal 5) too. The mix is the finalizer of splitmix64 (Steele, Lea and Flood,
+"Fast splittable pseudorandom number generators", 2014), folded over little-endian 8-byte words.
+
+MongoDB's own order of `_id`s, in Python, for what the server cannot be asked.
+
+Always: `sort_key` orders any two `_id`s as a sort of MongoDB does, across types as well (the order is that of
+the manual, "Comparison/Sort Order"); `same_type` says whether `$gte` and `$lt` reach from one to the other.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import uuid
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+import bson
+import numpy as np
+import numpy.typing as npt
+from bson import Binary, Code, DBRef, Decimal128, MaxKey, MinKey, ObjectId, Regex, Timestamp
+from numpy.typing import NDArray
+
+from mongotorch.data.decode.column import Column
+
+U64 = npt.NDArray[np.uint64]
+_MASK = 2**64 - 1
+
+
+def mix(values: U64) -> U64:
+    """The output function of splitmix64 at each value; shape and dtype (uint64) are kept."""
+    z = values + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def salt(*parts: int) -> np.uint64:
+    """One number out of several integers of any size and sign, the order of them counting."""
+    state = np.zeros(1, dtype=np.uint64)
+    for part in parts:
+        state = mix(state ^ np.array([part & _MASK], dtype=np.uint64))
+    return np.uint64(state[0])
+
+
+def pack_ids(ids: Column) -> bytes:
+    """Documents that hold an `_id` and nothing else, as concatenated BSON; numbers that are equal stay equal."""
+    width, tag = {"oid": (12, 7), "int64": (8, 0x12), "float64": (8, 1)}.get(
+        "oid" if ids.kind == "oid" else ids.dtype if ids.kind == "number" else "", (0, 0)
+    )
+    if not width or not isinstance(ids.data, np.ndarray):
+        return b"".join(bson.encode({"_id": document_id}) for document_id in ids.values())
+    frame = struct.pack("<iB", width + 10, tag) + b"_id\0" + bytes(width + 1)
+    rows = np.tile(np.frombuffer(frame, np.uint8), (len(ids), 1))
+    rows[:, 9 : 9 + width] = np.ascontiguousarray(ids.data).view(np.uint8).reshape(len(ids), width)
+    return rows.tobytes()
+
+
+Keys = NDArray[np.uint64]
+_GOLDEN = 0x9E3779B97F4A7C15
+_DOUBLE, _STRING, _DOCUMENT, _BINARY, _OBJECT_ID, _BOOL, _DATE = 0x01, 0x02, 0x03, 0x05, 0x07, 0x08, 0x09
+_INTEGER, _DECIMAL, _OTHER = 0x12, 0x13, 0x7F
+_NAIVE_EPOCH = datetime(1970, 1, 1)  # BSON dates decode to naive UTC
+
+
+def id_keys(ids: Column) -> Keys:
+    """The keys of a column of `_id`s, (n,) uint64."""
+    data = ids.data
+    if isinstance(data, list) or ids.kind == "array" or data.ndim > 2 or (ids.kind == "number" and data.ndim > 1):
+        return _keys_of_values(ids.values())
+    if ids.kind == "oid":
+        return _fold(_OBJECT_ID, data)
+    if ids.kind == "date":
+        return _fold(_DATE, _octets(data.astype("<i8")))
+    if data.dtype == np.bool_:
+        return _fold(_BOOL, _octets(data))
+    return _fold(_INTEGER, _octets(data.astype("<i8"))) if data.dtype.kind == "i" else _doubles(data)
+
+
+def _fold(tag: int, rows: NDArray[np.uint8]) -> Keys:
+    """One key for each row of an (n, size) array of bytes; the size counts too."""
+    count, size = rows.shape
+    padded = np.zeros((count, -(-size // 8) * 8), np.uint8)
+    padded[:, :size] = rows
+    keys = np.full(count, (tag << 32) + size, np.uint64)
+    for word in padded.view("<u8").T:
+        keys = _mix(keys ^ word.astype(np.uint64))
+    return _mix(keys)
+
+
+def _mix(words: Keys) -> Keys:
+    words = words + np.uint64(_GOLDEN)
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+def _octets(data: NDArray[Any]) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(data).view(np.uint8).reshape(len(data), -1)
+
+
+def _doubles(data: NDArray[np.float64]) -> Keys:
+    whole = (data == np.floor(data)) & (data >= -(2.0**63)) & (data < 2.0**63)
+    cleaned = np.where(np.isnan(data), np.nan, data)
+    keys = _fold(_DOUBLE, _octets(cleaned.astype("<f8")))
+    integers = np.where(whole, data, 0.0).astype("<i8")
+    return np.where(whole, _fold(_INTEGER, _octets(integers)), keys)
+
+
+def _keys_of_values(values: list[Any]) -> Keys:
+    keys = np.empty(len(values), np.uint64)
+    groups: dict[tuple[int, int], tuple[list[int], list[bytes]]] = {}
+    for row, value in enumerate(values):
+        tag, content = _canonical(value)
+        rows, contents = groups.setdefault((tag, len(content)), ([], []))
+        rows.append(row)
+        contents.append(content)
+    for (tag, size), (rows, contents) in groups.items():
+        octets = np.frombuffer(b"".join(contents), np.uint8).reshape(len(rows), size)
+        keys[np.array(rows)] = _fold(tag, octets)
+    return keys
+
+
+def _canonical(value: Any) -> tuple[int, bytes]:
+    """The type tag and the bytes of a value, one and the same for values that are equal in MongoDB."""
+    if isinstance(value, str) and type(value) is str:
+        return _STRING, value.encode()
+    if isinstance(value, ObjectId):
+        return _OBJECT_ID, value.binary
+    if isinstance(value, bool):
+        return _BOOL, bytes([value])
+    if isinstance(value, int | float | Decimal128):
+        return _number_bytes(value)
+    if isinstance(value, bytes):
+        return _BINARY, bytes([value.subtype if isinstance(value, Binary) else 0]) + value
+    if isinstance(value, datetime):
+        return _DATE, struct.pack("<q", (value - _NAIVE_EPOCH) // timedelta(milliseconds=1))
+    tag = _DOCUMENT if isinstance(value, dict) else _OTHER
+    return tag, bson.encode({"": _plain(value)})
+
+
+def _number_bytes(value: Any) -> tuple[int, bytes]:
+    exact = value.to_decimal() if isinstance(value, Decimal128) else value
+    if isinstance(exact, Decimal) and exact.is_nan():
+        exact = math.nan
+    if isinstance(exact, float) and math.isnan(exact):
+        return _DOUBLE, struct.pack("<d", np.nan)
+    if math.isfinite(exact) and -(2**63) <= exact < 2**63 and exact == int(exact):
+        return _INTEGER, struct.pack("<q", int(exact))
+    if isinstance(exact, float) or float(exact) == exact:
+        return _DOUBLE, struct.pack("<d", float(exact))
+    return _DECIMAL, str(exact.normalize()).encode()
+
+
+def _plain(value: Any) -> Any:
+    """Equal numbers inside sub-documents in one BSON form."""
+    if isinstance(value, DBRef):
+        value = value.as_doc()
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal128):
+        return value
+    tag, content = _number_bytes(value)
+    if tag == _INTEGER:
+        return struct.unpack("<q", content)[0]
+    return struct.unpack("<d", content)[0] if tag == _DOUBLE else Decimal128(content.decode())
+
+
+# The server's canonical types: what compares by value has one number.
+MIN_KEY, NULL, NUMBER, STRING, OBJECT, ARRAY, BINARY, OBJECT_ID = -1, 5, 10, 15, 20, 25, 30, 35
+BOOL, DATE, TIMESTAMP, REGEX, CODE, MAX_KEY = 40, 45, 47, 50, 60, 127
+_TYPES: tuple[tuple[Any, int], ...] = (
+    (type(None), NULL),
+    (bool, BOOL),  # before int, which it is
+    ((int, float, Decimal128), NUMBER),
+    (Code, CODE),  # before str, which it is
+    (str, STRING),
+    ((bytes, uuid.UUID), BINARY),
+    (ObjectId, OBJECT_ID),
+    (datetime, DATE),
+    (Timestamp, TIMESTAMP),
+    (Regex, REGEX),
+    (Mapping, OBJECT),
+    ((list, tuple), ARRAY),
+    (MinKey, MIN_KEY),
+    (MaxKey, MAX_KEY),
+)
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def canonical_type(value: Any) -> int:
+    """The server's number for the type of a value.
+
+    Raises:
+        TypeError: No type that BSON has.
+    """
+    for types, number in _TYPES:
+        if isinstance(value, types):
+            return number
+    raise TypeError(f"{type(value).__name__} has no place in MongoDB's order")
+
+
+def same_type(first: Any, second: Any) -> bool:
+    """Whether `{"$gte": first, "$lte": second}` reaches every value that sorts between the two."""
+    kind = canonical_type(first)
+    nan = kind == NUMBER and math.isnan(_number(first))
+    return kind == canonical_type(second) and not nan
+
+
+def milliseconds(value: datetime) -> int:
+    """Milliseconds since 1970 as BSON stores them; a naive datetime is UTC."""
+    aware = value if value.tzinfo else value.replace(tzinfo=UTC)
+    since = aware - _EPOCH
+    return (since.days * 86_400 + since.seconds) * 1000 + since.microseconds // 1000
+
+
+def sort_key(value: Any) -> tuple[Any, ...]:
+    """A tuple that sorts as MongoDB sorts the value.
+
+    Raises:
+        TypeError: No type that BSON has.
+    """
+    kind = canonical_type(value)
+    if kind == NUMBER:
+        exact = value.to_decimal() if isinstance(value, Decimal128) else value
+        return (kind, 0, 0) if math.isnan(exact) else (kind, 1, exact)
+    if kind == STRING:
+        return kind, value.encode()
+    if kind == BINARY:
+        data, subtype = _binary(value)
+        return kind, len(data), subtype, data
+    if kind == OBJECT:
+        return kind, tuple((canonical_type(v), k.encode(), sort_key(v)) for k, v in value.items())
+    if kind == ARRAY:
+        return kind, tuple(sort_key(item) for item in value)
+    if kind == DATE:
+        return kind, milliseconds(value)
+    if kind == TIMESTAMP:
+        return kind, value.time, value.inc
+    if kind == OBJECT_ID:
+        return kind, value.binary
+    if kind == BOOL:
+        return kind, value
+    return kind, str(value) if kind in (REGEX, CODE) else 0
+
+
+def _number(value: Any) -> float:
+    return float(value.to_decimal()) if isinstance(value, Decimal128) else float(value)
+
+
+def _binary(value: Any) -> tuple[bytes, int]:
+    if isinstance(value, uuid.UUID):
+        return value.bytes, 4
+    return bytes(value), value.subtype if isinstance(value, Binary) else 0

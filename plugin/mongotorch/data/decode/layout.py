@@ -1,0 +1,335 @@
+"""Where the values of documents of one shape lie: read from one document, true for all that match it.
+
+Always: a document whose structural bytes (types, names, lengths, array headers) equal those of the layout's
+document holds every wanted value at the same offset, in the same type. A value that has no fixed form is
+left to `bson`, alone, see `slots`.
+
+One value's place in documents of one layout, and how it is read from many of them at once.
+
+Always: what is read may be kept and is never written to. It is the column's own, but for an array that is at
+least half of its documents: that is a view of them, so that a large value is copied once, to where it is used.
+What has no fixed form is cut out as a small document of its own and decoded by `bson`.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal
+
+import bson
+import numpy as np
+from bson.binary import VECTOR_SUBTYPE
+from numpy.typing import NDArray
+
+from mongotorch.codecs.arrays import dtype_name, from_parts, restore, vector_type
+from mongotorch.data.decode.column import Column, build
+
+Bytes = NDArray[np.uint8]
+_DATE_RANGE = (-62_135_596_800_000, 253_402_300_799_999)  # years 1 to 9999: what Python can say
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """Where one value lies, and how it is read.
+
+    Attributes:
+        form: `number`, `array`, `date`, `oid` at a fixed offset, `list` (numbers among their keys), `null`,
+            or `opaque` (a whole element, from its type byte).
+        start: Offset of the first byte in the document.
+        stop: Offset after the last byte.
+        dtype: The type of the numbers as stored.
+        shape: The shape of an array.
+        name: The dtype name of an array; the field's own name for an opaque element.
+        runs: For a list: (offset, first index, count, stride) of each run of keys of one width.
+    """
+
+    form: Literal["number", "array", "date", "oid", "list", "null", "opaque"]
+    start: int
+    stop: int
+    dtype: np.dtype[Any] | None = None
+    shape: tuple[int, ...] = ()
+    name: str = ""
+    runs: tuple[tuple[int, int, int, int], ...] = ()
+
+    def read(self, rows: Bytes, *, identity: bool) -> Column:
+        """The values in rows, an (n, length) array of documents.
+
+        Args:
+            rows: Contiguous documents that all have the layout of this slot.
+            identity: These are `_id`s: kept as `bson.decode` gives them.
+        """
+        if self.form == "null":
+            return build([None] * len(rows))
+        if self.form == "opaque":
+            return self._opaque(rows, identity=identity)
+        if self.form == "list":
+            return self._list(rows)
+        if self.form == "number":
+            return _number(self._strided(rows, self.start))
+        if self.form == "array":
+            return self._array(rows)
+        data = rows[:, self.start : self.stop].copy()
+        if self.form == "oid":
+            return Column(kind="oid", data=data, dtype="uint8")
+        return self._dates(rows, data.view("<i8")[:, 0], identity=identity)
+
+    def _strided(self, rows: Bytes, offset: int, *runs: tuple[int, int]) -> NDArray[Any]:
+        """Numbers where they lie: one a row, or (count, stride) of them."""
+        shape = (len(rows), *(count for count, _ in runs))
+        strides = (rows.strides[0], *(stride for _, stride in runs))
+        return np.ndarray(shape, self.dtype, rows.data, offset, strides)
+
+    def _list(self, rows: Bytes) -> Column:
+        _, first, count, _ = self.runs[-1]
+        data = np.empty((len(rows), first + count), self.dtype)
+        for offset, begin, size, stride in self.runs:
+            data[:, begin : begin + size] = self._strided(rows, offset, (size, stride))
+        return _number(data)
+
+    def _array(self, rows: Bytes) -> Column:
+        data = rows[:, self.start : self.stop]
+        if data.shape[1] * 2 < rows.shape[1]:
+            data = data.copy()
+        shape = (len(rows), *self.shape)
+        shaped = data.view(np.dtype(self.dtype)).reshape(shape) if data.size else np.empty(shape, self.dtype)
+        return Column(kind="array", data=shaped, dtype=self.name)
+
+    def _dates(self, rows: Bytes, data: NDArray[np.int64], *, identity: bool) -> Column:
+        if _DATE_RANGE[0] <= data.min() and data.max() <= _DATE_RANGE[1]:
+            return Column(kind="date", data=data, dtype="int64")
+        element = self.start - len(self.name.encode()) - 2
+        opaque = Slot(form="opaque", start=element, stop=self.stop, name=self.name)
+        return opaque.read(rows, identity=identity)
+
+    def _opaque(self, rows: Bytes, *, identity: bool) -> Column:
+        """Decode an element alone: cut out of each row as a document with this one field."""
+        size = self.stop - self.start + 5
+        cut = np.zeros((len(rows), size), np.uint8)
+        cut[:, :4] = np.frombuffer(struct.pack("<i", size), np.uint8)
+        cut[:, 4:-1] = rows[:, self.start : self.stop]
+        found = [document[self.name] for document in bson.decode_all(cut.tobytes())]
+        return build(found if identity else [restore(value) for value in found], identity=identity)
+
+
+def _number(data: NDArray[Any]) -> Column:
+    wide = np.dtype(np.bool_ if data.dtype.itemsize == 1 else np.int64 if data.dtype.kind == "i" else np.float64)
+    owned = data.astype(wide, copy=data.base is not None)
+    return Column(kind="number", data=owned, dtype=wide.name)
+
+
+ID = "_id"
+_INT32 = struct.Struct("<i")
+_NUMBERS: dict[int, np.dtype[Any]] = {
+    0x01: np.dtype("<f8"),
+    0x08: np.dtype("u1"),
+    0x10: np.dtype("<i4"),
+    0x12: np.dtype("<i8"),
+}
+_FIXED = {0x01: 8, 0x06: 0, 0x07: 12, 0x08: 1, 0x09: 8, 0x0A: 0, 0x10: 4, 0x11: 8, 0x12: 8, 0x13: 16}
+_FIXED |= {0x7F: 0, 0xFF: 0}
+_PREFIXED = {0x02: 4, 0x03: 0, 0x04: 0, 0x05: 5, 0x0C: 16, 0x0D: 4, 0x0E: 4, 0x0F: 0}
+_REFERENCE = b"$ref"
+_FEW = 16  # runs of structural bytes that are worth looking at one by one
+
+
+class LayoutError(ValueError):
+    """A document that has to be decoded whole: a database reference, a type unknown here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """A tree of the wanted field names."""
+
+    path: str | None = None
+    below: dict[bytes, Wanted] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, paths: Iterable[str]) -> Wanted:
+        """The tree of these dotted paths."""
+        root = cls()
+        for path in paths:
+            node = root
+            *parents, leaf = path.encode().split(b".")
+            for name in parents:
+                node = node.below.setdefault(name, cls())
+            known = node.below.get(leaf)
+            node.below[leaf] = cls(path=path, below=known.below if known else {})
+        return root
+
+    def paths(self) -> list[str]:
+        """Every path at or under this node."""
+        own = [] if self.path is None else [self.path]
+        return own + [path for node in self.below.values() for path in node.paths()]
+
+
+class Layout:
+    """The layout of one document."""
+
+    def __init__(self, row: bytes, wanted: Wanted) -> None:
+        """Read it.
+
+        Raises:
+            LayoutError: The document has to be decoded whole.
+        """
+        self._row = row
+        self._first = np.frombuffer(row, np.uint8)
+        self._mask = np.zeros(len(row), np.uint8)
+        self.slots: dict[str, Slot] = {}
+        try:
+            self._document(0, wanted)
+        except (struct.error, IndexError, ValueError) as error:
+            raise LayoutError(str(error)) from error
+
+    def matching(self, rows: Bytes) -> NDArray[np.bool_] | None:
+        """Which rows (an (n, length) array) have this layout; None: all of them."""
+        runs = self._runs()
+        if len(runs) > _FEW:
+            differing = np.bitwise_xor(rows, self._first)
+            np.bitwise_and(differing, self._mask, out=differing)
+            return np.equal(differing.max(axis=1), 0) if differing.any() else None
+        # Few structural bytes between large values: only they are looked at.
+        equal = [rows[:, start:stop] == self._first[start:stop] for start, stop in runs]
+        if all(part.all() for part in equal):
+            return None
+        alike = np.ones(len(rows), np.bool_)
+        for part in equal:
+            alike &= part.all(axis=1)
+        return alike
+
+    def _runs(self) -> list[tuple[int, int]]:
+        """Where structural bytes start and stop; they are compared as a whole or not at all."""
+        edges = np.flatnonzero(np.diff(self._mask, prepend=0, append=0))
+        return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+
+    def column(self, path: str, rows: Bytes) -> Column:
+        """The values of one path in rows that all have this layout."""
+        return self.slots[path].read(rows, identity=path == ID)
+
+    def _document(self, at: int, wanted: Wanted) -> None:
+        row, mask = self._row, self._mask
+        end = at + _INT32.unpack_from(row, at)[0] - 1
+        mask[at : at + 4] = mask[end] = 0xFF
+        at += 4
+        while at < end:
+            name_end = row.index(0, at + 1)
+            kind, name, value = row[at], row[at + 1 : name_end], name_end + 1
+            if name == _REFERENCE:
+                raise LayoutError("a database reference")
+            mask[at:value] = 0xFF
+            after = self._skip(kind, value)
+            node = wanted.below.get(name)
+            if node is not None:
+                self._wanted(node, kind, at, value, after)
+            at = after
+        if at != end:
+            raise LayoutError("a document that does not end where it says")
+
+    def _skip(self, kind: int, value: int) -> int:
+        """Where the value ends; what its length depends on becomes structural."""
+        fixed = _FIXED.get(kind)
+        if fixed is not None:
+            return value + fixed
+        extra = _PREFIXED.get(kind)
+        if extra is not None:
+            self._mask[value : value + 4] = 0xFF
+            return int(value + extra + _INT32.unpack_from(self._row, value)[0])
+        if kind != 0x0B:
+            raise LayoutError(f"BSON type {kind:#04x}")
+        after = self._row.index(0, self._row.index(0, value) + 1) + 1
+        self._mask[value:after] = 0xFF
+        return after
+
+    def _wanted(self, node: Wanted, kind: int, at: int, value: int, after: int) -> None:
+        for path in node.paths():
+            self.slots.pop(path, None)  # of two fields of one name the last one counts
+        if node.path is not None:
+            opaque = Slot(form="opaque", start=at, stop=after, name=self._row[at + 1 : value - 1].decode())
+            self.slots[node.path] = self._slot(node.path, kind, value, after) or opaque
+        if node.below and kind == 0x03:
+            self._document(value, node)
+
+    def _slot(self, path: str, kind: int, value: int, after: int) -> Slot | None:
+        if kind in _NUMBERS:
+            return Slot(form="number", start=value, stop=after, dtype=_NUMBERS[kind])
+        if kind == 0x0A:
+            return Slot(form="null", start=value, stop=after)
+        if kind == 0x07:
+            return Slot(form="oid", start=value, stop=after)
+        if kind == 0x09:
+            return Slot(form="date", start=value, stop=after, name=path.rpartition(".")[2])
+        if path == ID:
+            return None  # an `_id` is never an array
+        if kind == 0x04:
+            return self._list(value, after)
+        if kind == 0x05:
+            return self._vector(value, after)
+        return self._array(value, after) if kind == 0x03 else None
+
+    def _list(self, value: int, after: int) -> Slot | None:
+        dtype = _NUMBERS.get(self._row[value + 4])
+        if dtype is None:
+            return None
+        found = _skeleton(self._row[value + 4], dtype.itemsize, after - value)
+        if found is None:
+            return None
+        content, mask, runs = found
+        if np.bitwise_and(np.bitwise_xor(content, self._first[value:after]), mask).any():
+            return None
+        self._mask[value:after] = mask
+        moved = tuple((value + offset, first, count, stride) for offset, first, count, stride in runs)
+        return Slot(form="list", start=value, stop=after, dtype=dtype, runs=moved)
+
+    def _vector(self, value: int, after: int) -> Slot | None:
+        start = value + 7
+        dtype = vector_type(self._row[value + 5 : start], after - start)
+        if self._row[value + 4] != VECTOR_SUBTYPE or dtype is None:
+            return None
+        self._mask[value:start] = 0xFF
+        shape = ((after - start) // dtype.itemsize,)
+        return Slot(form="array", start=start, stop=after, dtype=dtype, shape=shape, name=dtype.name)
+
+    def _array(self, value: int, after: int) -> Slot | None:
+        parts = bson.decode(self._row[value:after])
+        array = from_parts(parts)
+        if array is None:
+            return None
+        start = after - 1 - array.nbytes
+        header = b"\x05data\x00" + _INT32.pack(array.nbytes) + b"\x00"
+        if self._row[start - len(header) : start] != header:
+            return None  # the same keys in another order
+        self._mask[value:start] = self._mask[after - 1] = 0xFF
+        name = dtype_name(array)
+        return Slot(form="array", start=start, stop=after - 1, dtype=array.dtype, shape=array.shape, name=name)
+
+
+@lru_cache(maxsize=64)
+def _skeleton(
+    kind: int, width: int, size: int
+) -> tuple[Bytes, Bytes, tuple[tuple[int, int, int, int], ...]] | None:
+    """What a list of so many bytes looks like if it holds only this type: content, mask, runs of values.
+
+    The keys of a BSON list are "0", "1", ...: the stride of the values grows with the digits of the key.
+    """
+    content, mask = np.zeros(size, np.uint8), np.zeros(size, np.uint8)
+    content[:4] = np.frombuffer(_INT32.pack(size), np.uint8)
+    mask[:4] = mask[-1] = 0xFF
+    at, first, digits = 4, 0, 1
+    runs = []
+    while at < size - 1:
+        head = 2 + digits
+        count, rest = divmod(size - 1 - at, head + width)
+        most = 10**digits - first
+        if rest and count < most:
+            return None
+        count = min(count, most)
+        end = at + count * (head + width)
+        block, covered = content[at:end].reshape(count, -1), mask[at:end].reshape(count, -1)
+        block[:, 0], covered[:, :head] = kind, 0xFF
+        for digit in range(digits):
+            block[:, 1 + digit] = np.arange(first, first + count) // 10 ** (digits - 1 - digit) % 10 + 0x30
+        runs.append((at + head, first, count, head + width))
+        at, first, digits = end, first + count, digits + 1
+    return (content, mask, tuple(runs)) if runs else None

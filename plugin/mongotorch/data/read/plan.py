@@ -1,0 +1,265 @@
+"""The plan: bounds on `_id` that cut a select into ranges of about equal size, found once and kept.
+
+Always: the ranges of a plan do not overlap and leave no gap between the first and the last `_id` that the
+select had when the plan was made (the watermark); a plan is never changed. Collections of up to 200,000
+documents are walked, so that two databases with the same documents have the same plan; larger ones are
+sampled, and the plan that was stored first is everybody's. A resumed run asks for its plan by digest.
+
+Bounds of about equal ranges of a large collection, without reading its index from end to end.
+
+`$sample` picks documents by a random walk down a tree, which visits a part of a collection that grew unevenly far
+too seldom: of a million documents inserted in one go it leaves ranges of 50,000 where there should be 1,000. Where
+`_id`s ascend as documents were inserted, the server's record numbers say how many documents lie between two of
+them; bounds are chosen by those, and the gaps that are still too wide are walked, for a limited time.
+
+Always: bounds ascend and are inside of the select; the time is bounded, whatever the collection's size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, final
+
+import bson
+from pymongo.errors import DuplicateKeyError, PyMongoError
+
+from mongotorch.codecs import WRITTEN, check_format
+from mongotorch.data.decode.ids import same_type, sort_key
+from mongotorch.data.decode.replies import Chunk, offsets
+from mongotorch.data.prefetch import in_order
+from mongotorch.data.read.reader import Reader, Span
+from mongotorch.errors import DataError, EmptySelectError
+from mongotorch.query import Query
+
+_SAMPLES = 8  # a range: with fewer the ranges differ too much in size
+_SHARE = 0.04  # of a collection that is sampled at most: from 5 % on the server scans it all
+_MOST = 100_000  # samples; each costs about 10 microseconds
+_FEWEST = 8  # samples; with fewer the select is walked
+_ASCENDING = 0.95  # of neighbours, for record numbers to mean something
+_WIDE = 1.75  # times the wanted size, from where on a gap is walked
+_WALK_S = 0.25  # seconds that walking may take
+
+
+def sampled(reader: Reader, whole: Span, rows: int, size: int, *, most: int) -> tuple[Any, ...] | None:
+    """The first `_id` of each range, ascending; None where too few documents of a sample match the select.
+
+    Args:
+        reader: Of the select.
+        whole: All of the select.
+        rows: Documents that a range should have.
+        size: Documents of the collection.
+        most: Ranges, at most.
+    """
+    rows = max(rows, -(-size // most))
+    wanted = max(min(_SAMPLES * size // rows, int(size * _SHARE), _MOST), _FEWEST)
+    ids = reader.sample(wanted)
+    if len(ids) < _FEWEST:
+        return None
+    low, high = sort_key(whole.lower), sort_key(whole.upper)
+    keyed = {sort_key(document_id): document_id for document_id in ids}
+    inside = [whole.lower, *(keyed[key] for key in sorted(keyed) if low < key < high)]
+    numbers = reader.record_numbers([*inside, whole.upper])
+    gaps = [after - before for before, after in itertools.pairwise(numbers)]
+    if not gaps or sum(gap > 0 for gap in gaps) < _ASCENDING * len(gaps):
+        step = max(round(wanted * rows / size), 1)
+        return tuple(inside[::step])
+    # Record numbers count the documents of the collection, of which the select may have a part only.
+    target = rows * wanted / len(ids)
+    chosen, sizes = _evenly(inside, gaps, target)
+    return tuple(_walked(reader, whole, chosen, sizes, target, rows))
+
+
+def _evenly(ids: list[Any], gaps: list[int], target: float) -> tuple[list[Any], list[int]]:
+    """The `_id`s that start ranges of about `target` documents, and how many lie behind each."""
+    chosen: list[Any] = []
+    sizes: list[int] = []
+    for document_id, gap in zip(ids, gaps, strict=True):
+        if not sizes or sizes[-1] >= target * 0.9:
+            chosen.append(document_id)
+            sizes.append(0)
+        sizes[-1] += max(gap, 0)
+    return chosen, sizes
+
+
+def _walked(
+    reader: Reader, whole: Span, starts: list[Any], sizes: list[int], target: float, rows: int
+) -> Iterator[Any]:
+    """The same starts, and more of them in wide gaps, the widest first as long as there is time."""
+    wide = sorted((n for n, size in enumerate(sizes) if size > _WIDE * target), key=lambda n: -sizes[n])
+    deadline = time.monotonic() + _WALK_S
+
+    def more(n: int) -> tuple[int, list[Any]]:
+        found: list[Any] = []
+        if time.monotonic() < deadline:
+            upper = starts[n + 1] if n + 1 < len(starts) else whole.upper
+            span = Span(lower=starts[n], upper=upper, closed=False, uniform=whole.uniform)
+            for start in reader.walk(span, rows):
+                found.append(start)
+                if time.monotonic() > deadline:
+                    break
+        return n, found
+
+    results = in_order(more, iter(wide), threads=reader.threads, most=64, most_bytes=64, weigh=lambda _: 1)
+    between = dict(results)
+    for n, start in enumerate(starts):
+        yield start
+        yield from between.get(n, [])
+
+
+COLLECTION = "mt.plans"
+WINDOW = 64  # ranges that are shuffled together, at most
+_WALKED = 200_000  # documents; more are sampled
+_RANGES = 50_000  # at most, so that a plan fits into a document
+_PROBED = 64  # documents whose size is measured
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a select is cut.
+
+    Attributes:
+        digest: Names the plan; 64 hexadecimal digits.
+        starts: The first `_id` of each range, ascending; never empty.
+        last: The last `_id` of the last range.
+        rows: About how many documents a range has.
+        window: How many ranges are shuffled together.
+        exact: Whether each range, but for the last, had exactly `rows` documents when the plan was made.
+    """
+
+    digest: str
+    starts: tuple[Any, ...]
+    last: Any
+    rows: int
+    window: int
+    exact: bool = False
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def counted(self, index: int) -> int | None:
+        """How many documents a range had when the plan was made; None where they were not counted."""
+        return self.rows if self.exact and index < len(self.starts) - 1 else None
+
+    def span(self, index: int) -> Span:
+        """The bounds of a range."""
+        final_one = index == len(self.starts) - 1
+        return Span(
+            lower=self.starts[index],
+            upper=self.last if final_one else self.starts[index + 1],
+            closed=final_one,
+            uniform=same_type(self.starts[0], self.last),
+        )
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What bounds a plan, as the trainer and the settings give it."""
+
+    prefetch_size: int
+    prefetch_factor: int
+    prefetch_bytes: int
+
+    def cut(self, row_bytes: float) -> tuple[int, int]:
+        """Documents a range and ranges a window, for documents of so many bytes.
+
+        One window is served while the next is put together, so each may have half of the bounds.
+        """
+        most = max(int(self.prefetch_bytes / 2 / max(row_bytes, 1.0)), 1)
+        rows = max(min(self.prefetch_size, most // 2), 1)
+        return rows, max(min(WINDOW, self.prefetch_factor // 2, most // rows), 1)
+
+
+def make_plan(database: Any, reader: Reader, sizes: Sizes) -> Plan:
+    """Find the ranges of a select, or the plan that was stored for it.
+
+    Raises:
+        EmptySelectError: The select matches no document.
+        ServerUnavailableError: The server cannot be read.
+    """
+    ends = reader.ends()
+    if ends is None:
+        raise EmptySelectError(f"the select matches no document in collection {reader.query.collection!r}")
+    raws = reader.head(_PROBED)
+    row_bytes = sum(map(len, raws)) / max(sum(_count(raw) for raw in raws), 1)
+    rows, window = sizes.cut(row_bytes)
+    whole = Span(lower=ends[0], upper=ends[1], closed=True, uniform=same_type(*ends))
+    size = reader.size()
+    if size > _WALKED:
+        request = _digest(reader.query, [*ends, size, rows, window])
+        if (kept := load_plan(database, request)) is not None:
+            return kept
+        if (found := sampled(reader, whole, rows, size, most=_RANGES)) is not None:
+            plan = Plan(digest=request, starts=found, last=ends[1], rows=rows, window=window)
+            return _store(database, plan)
+    walked = (whole.lower, *reader.walk(whole, rows))
+    # More ranges than a document can hold become fewer, larger ones.
+    step = -(-len(walked) // _RANGES)
+    starts, rows = walked[::step], rows * step
+    digest = _digest(reader.query, [*starts, ends[1], rows, window])
+    plan = Plan(digest=digest, starts=starts, last=ends[1], rows=rows, window=window, exact=True)
+    return _store(database, plan)
+
+
+def load_plan(database: Any, digest: str) -> Plan | None:
+    """The plan of a digest, or None where it is not stored. Raises: FormatError."""
+    found = database[COLLECTION].find_one({"_id": digest})
+    if found is None:
+        return None
+    check_format(found, "plan")
+    return Plan(
+        digest=digest,
+        starts=tuple(found["starts"]),
+        last=found["last"],
+        rows=found["rows"],
+        window=found["window"],
+        exact=found.get("exact", False),
+    )
+
+
+def resume_plan(database: Any, reader: Reader, sizes: Sizes, digest: str) -> Plan:
+    """The plan that a stream stopped in.
+
+    Raises:
+        DataError: It is not stored (a read-only user), and the documents have changed since.
+    """
+    plan = load_plan(database, digest) or make_plan(database, reader, sizes)
+    if plan.digest != digest:
+        raise DataError(
+            f"plan {digest[:12]}… of the stopped stream is not in {COLLECTION!r}, and the documents or "
+            "the prefetch settings have changed since; start a new epoch, or use the query that it stopped in"
+        )
+    return plan
+
+
+def _store(database: Any, plan: Plan) -> Plan:
+    document = {
+        "_id": plan.digest,
+        **WRITTEN,
+        "starts": list(plan.starts),
+        "last": plan.last,
+        "rows": plan.rows,
+        "window": plan.window,
+        "exact": plan.exact,
+    }
+    try:
+        database[COLLECTION].insert_one(document)
+    except DuplicateKeyError:
+        return load_plan(database, plan.digest) or plan
+    except PyMongoError:  # a read-only user streams as well, he only cannot resume after changes
+        return plan
+    return plan
+
+
+def _digest(query: Query, parts: list[Any]) -> str:
+    what = {"collection": query.collection, "where": query.where, "parts": parts}
+    return hashlib.sha256(bson.encode(what)).hexdigest()
+
+
+def _count(raw: Chunk) -> int:
+    return sum(1 for _ in offsets(raw))

@@ -1,0 +1,419 @@
+"""What the plan and the stream ask of a collection, whatever stands behind it.
+
+Always: a reader returns each document of a range exactly once, in `_id` order, as bytes; the reader of a server
+and that of mongomock give the same meaning in the same order.
+
+Raw BSON out of a real server, range by range, whatever happens to the connection on the way.
+
+Always: a range is asked for with single questions, so that no cursor has to live on the server; one that breaks
+is asked again for what comes after the last `_id` seen, until the deadline.
+
+Reading from mongomock, and the choice between it and a real server.
+
+Always: mongomock, which has no raw batches and sorts mixed types otherwise, gives the same documents in the
+same order as a server would.
+
+The database in whichever process asks for it.
+
+Always: a client is never used in another process than the one that opened it; what was opened here is closed
+here, and what was given is left open.
+"""
+
+from __future__ import annotations
+
+import abc
+import bisect
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import bson
+from bson import Int64
+from bson.raw_bson import RawBSONDocument
+from pymongo.errors import PyMongoError
+
+from mongotorch.data.decode.ids import sort_key
+from mongotorch.data.decode.replies import Chunk, find_command, found, last_id, offsets
+from mongotorch.data.prefetch import crowded
+from mongotorch.mongo.retry import Patience
+from mongotorch.query import Query
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """The documents whose `_id` is between two bounds.
+
+    Attributes:
+        lower: The first `_id`, included.
+        upper: The last one.
+        closed: Whether `upper` is included.
+        uniform: Whether all `_id`s of the collection's select have one type, so that `$gte` reaches them all.
+    """
+
+    lower: Any
+    upper: Any
+    closed: bool
+    uniform: bool
+
+
+class Reader(abc.ABC):
+    """What the plan and the stream ask of a collection; one per process.
+
+    Args:
+        database: A pymongo (or mongomock) database.
+        query: What to read; its sort, skip and limit are only honoured by `drain`.
+        projection: What of each document.
+        patience: How long broken reads are tried again.
+
+    Attributes:
+        threads: How many spans may be read at a time.
+    """
+
+    threads = 1
+
+    def __init__(self, database: Any, query: Query, projection: Mapping[str, Any], patience: Patience) -> None:
+        self.collection = database[query.collection]
+        self.query = query
+        self.patience = patience
+        own = query.projection_document or {}
+        computed = any(not isinstance(value, int | float) for value in own.values())
+        self.projection = dict(own) if computed else dict(projection)
+
+    @abc.abstractmethod
+    def ends(self) -> tuple[Any, Any] | None:
+        """The first and the last `_id` of the select, or None where it is empty."""
+
+    @abc.abstractmethod
+    def walk(self, span: Span, step: int) -> Iterator[Any]:
+        """Every `step`-th `_id` of the span after its first one, in order."""
+
+    @abc.abstractmethod
+    def head(self, count: int) -> list[Chunk]:
+        """The first documents by `_id`, as chunks of concatenated BSON."""
+
+    @abc.abstractmethod
+    def read(self, span: Span, expected: int) -> list[Chunk]:
+        """The documents of a span by `_id`, as chunks of concatenated BSON; about `expected` of them."""
+
+    @abc.abstractmethod
+    def drain(self, skip: int, chunk: int) -> Iterator[Chunk]:
+        """The documents of the query in its own order from the `skip`-th on, about `chunk` at a time."""
+
+    @abc.abstractmethod
+    def size(self) -> int:
+        """About how many documents the collection has, without counting them."""
+
+    def crowded(self) -> bool:
+        """Whether there are too few cores for the server, this reader and somebody who trains."""
+        return False
+
+    def membership(self) -> list[Any]:
+        """What changes when documents come or go: the collection itself, how many match, and the last `_id`.
+
+        For a pipeline it is that of its whole collection.
+        """
+        source = self.collection
+        where = {} if self.query.is_pipeline else self.query.where
+        newest = source.find_one(where, {"_id": 1}, sort=[("_id", -1)])
+        # A collection that is dropped and made again has another uuid; a server on another port has not.
+        known: dict[str, Any] = next(iter(source.database.list_collections(filter={"name": source.name})), {})
+        return [source.name, known.get("info", {}).get("uuid"), source.count_documents(where), newest]
+
+    def record_numbers(self, ids: list[Any]) -> list[int]:  # noqa: ARG002 - of the interface
+        """The server's own number of each of these documents; they ascend with insertion, where there are any.
+
+        An empty list where they are not known, or mean nothing (a clustered collection has none, and those of
+        several shards do not compare).
+        """
+        return []
+
+    def sample(self, count: int) -> list[Any]:
+        """The `_id`s of those that match among `count` random documents of the collection."""
+        stages = [{"$sample": {"size": count}}, {"$match": self.query.where}, {"$project": {"_id": 1}}]
+        return self.patience.run(
+            lambda: [d["_id"] for d in self.collection.aggregate(stages)],
+            f"sampling {self.query.collection!r}",
+        )
+
+
+def total_order(query: Query) -> list[tuple[str, int]]:
+    """The query's sort, made total by `_id`, so that a skip means the same each time."""
+    ordering = list(query.ordering)
+    return ordering if any(name == "_id" for name, _ in ordering) else [*ordering, ("_id", 1)]
+
+
+@final
+class ServerReader(Reader):
+    """Reads from a real server, as bytes, one question a range."""
+
+    threads = 2
+
+    def ends(self) -> tuple[Any, Any] | None:
+        """See `Reader.ends`."""
+
+        def find(direction: int) -> list[Any]:
+            cursor = self.collection.find(self.query.where, {"_id": 1}, sort=[("_id", direction)], limit=1)
+            return [document["_id"] for document in cursor]
+
+        first = self.patience.run(lambda: find(1), self._what())
+        last = self.patience.run(lambda: find(-1), self._what()) if first else []
+        return (first[0], last[0]) if first and last else None
+
+    def walk(self, span: Span, step: int) -> Iterator[Any]:
+        """See `Reader.walk`."""
+
+        def following(lower: Any) -> list[Any]:
+            where, options = self.bounded(replace(span, lower=lower))
+            command = find_command(self.collection, where, {"_id": 1}, 1, skip=step, limit=1, **options)
+            return [document["_id"] for document in self._command(command, dict)["cursor"]["firstBatch"]]
+
+        found = self.patience.run(lambda: following(span.lower), self._what())
+        while found:
+            lower = found[0]
+            yield lower
+            found = self.patience.run(lambda lower=lower: following(lower), self._what())  # type: ignore[misc]
+
+    def record_numbers(self, ids: list[Any]) -> list[int]:
+        """See `Reader.record_numbers`."""
+
+        def find() -> list[Any]:
+            return list(
+                self.collection.find({"_id": {"$in": ids}}, {"_id": 1}, sort=[("_id", 1)], show_record_id=True)
+            )
+
+        numbers = [document.get("$recordId") for document in self.patience.run(find, self._what())]
+        # A document may be gone since the sample was taken: then they cannot be told apart any more.
+        return numbers if len(numbers) == len(ids) and all(type(n) in (int, Int64) for n in numbers) else []
+
+    def head(self, count: int) -> list[Chunk]:
+        """See `Reader.head`."""
+        return self.patience.run(
+            lambda: list(
+                self.collection.find_raw_batches(self.query.where, self.projection, sort=[("_id", 1)], limit=count)
+            ),
+            self._what(),
+        )
+
+    def read(self, span: Span, expected: int) -> list[Chunk]:
+        """See `Reader.read`."""
+        chunks: list[Chunk] = []
+        attempts = self.patience.attempts(self._what())
+        while True:
+            try:
+                for chunk in self._range(span, chunks, expected):
+                    attempts.succeeded()
+                    chunks.append(chunk)
+            except PyMongoError as error:
+                attempts.failed(error)
+            else:
+                return chunks
+
+    def _range(self, span: Span, seen: list[Chunk], expected: int) -> Iterator[Chunk]:
+        """What is left of a span, asked for with one question a reply: no cursor has to live on the server."""
+        after = next((last_id(chunk) for chunk in reversed(seen) if chunk), None)
+        while True:
+            where, options = self.bounded(span, after)
+            command = find_command(self.collection, where, self.projection, max(2 * expected, 101), **options)
+            part = found(self._command(command, RawBSONDocument).raw)
+            if part.documents:
+                yield part.documents
+            if not part.cursor:
+                return
+            with contextlib.suppress(PyMongoError):  # it would time out by itself
+                self.collection.database.command("killCursors", self.collection.name, cursors=[part.cursor])
+            after = last_id(part.documents)
+
+    def _command(self, command: dict[str, Any], document_class: Any) -> Any:
+        source = self.collection
+        options = source.codec_options.with_options(document_class=document_class)
+        return source.database.command(command, codec_options=options, read_preference=source.read_preference)
+
+    def bounded(self, span: Span, after: tuple[Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The filter of a span, from behind `after`, and what else `find` needs."""
+        if span.uniform:
+            upper = "$lte" if span.closed else "$lt"
+            lower = {"$gte": span.lower} if after is None else {"$gt": after[0]}
+            return _both(self.query.where, {"_id": {**lower, upper: span.upper}}), {}
+        # `$gte` and `$lt` stay inside one type. Index bounds and `$expr` do not.
+        start = span.lower if after is None else after[0]
+        exact = [
+            {"$gte" if after is None else "$gt": ["$_id", {"$literal": start}]},
+            {"$lte" if span.closed else "$lt": ["$_id", {"$literal": span.upper}]},
+        ]
+        options: dict[str, Any] = {"hint": {"_id": 1}, "min": {"_id": start}}
+        if not span.closed:
+            options["max"] = {"_id": span.upper}
+        return _both(self.query.where, {"$expr": {"$and": exact}}), options
+
+    def drain(self, skip: int, chunk: int) -> Iterator[Chunk]:
+        """See `Reader.drain`; a broken cursor is replaced by one that skips what was seen."""
+        attempts = self.patience.attempts(self._what())
+        while True:
+            try:
+                for raw in self._own(skip, chunk):
+                    attempts.succeeded()
+                    skip += sum(1 for _ in offsets(raw))
+                    yield raw
+            except PyMongoError as error:
+                attempts.failed(error)
+            else:
+                return
+
+    def _own(self, skip: int, chunk: int) -> Iterator[Chunk]:
+        query = self.query
+        if query.is_pipeline:
+            stages = [
+                *(query.stages or []),
+                *([{"$skip": skip}] if skip else []),
+                {"$project": self.projection},
+            ]
+            with self.collection.aggregate_raw_batches(stages, batchSize=chunk) as results:
+                yield from results
+            return
+        left = 0 if query.limited is None else query.limited - skip
+        if query.limited is not None and left <= 0:
+            return
+        with self.collection.find_raw_batches(
+            query.where, self.projection, sort=total_order(query), skip=query.skipped + skip, limit=left,
+            batch_size=chunk,
+        ) as cursor:  # fmt: skip
+            yield from cursor
+
+    def crowded(self) -> bool:
+        """See `Reader.crowded`."""
+        return crowded(self.collection.database.client)
+
+    def size(self) -> int:
+        """See `Reader.size`."""
+        return int(self.patience.run(self.collection.estimated_document_count, self._what()))
+
+    def _what(self) -> str:
+        return f"reading collection {self.query.collection!r}"
+
+
+def _both(where: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    return {"$and": [dict(where), dict(more)]} if where else dict(more)
+
+
+@final
+class MockReader(Reader):
+    """Reads from mongomock: takes the select once, sorted as a server sorts, and encodes it when asked."""
+
+    def __init__(self, database: Any, query: Query, projection: Mapping[str, Any], patience: Patience) -> None:
+        super().__init__(database, query, projection, patience)
+        self._documents: list[dict[str, Any]] | None = None
+        self._keys: list[Any] = []
+
+    def _snapshot(self) -> list[dict[str, Any]]:
+        if self._documents is None:
+            found = list(self.collection.find(self.query.where, self.projection))
+            keyed = sorted(((sort_key(d["_id"]), n) for n, d in enumerate(found)))
+            self._keys = [key for key, _ in keyed]
+            self._documents = [found[n] for _, n in keyed]
+        return self._documents
+
+    def _slice(self, span: Span) -> tuple[int, int]:
+        self._snapshot()
+        upper = sort_key(span.upper)
+        end = (bisect.bisect_right if span.closed else bisect.bisect_left)(self._keys, upper)
+        return bisect.bisect_left(self._keys, sort_key(span.lower)), end
+
+    def ends(self) -> tuple[Any, Any] | None:
+        """See `Reader.ends`."""
+        documents = self._snapshot()
+        return (documents[0]["_id"], documents[-1]["_id"]) if documents else None
+
+    def walk(self, span: Span, step: int) -> Iterator[Any]:
+        """See `Reader.walk`."""
+        first, end = self._slice(span)
+        documents = self._snapshot()
+        yield from (documents[index]["_id"] for index in range(first + step, end, step))
+
+    def head(self, count: int) -> list[Chunk]:
+        """See `Reader.head`."""
+        return [b"".join(map(bson.encode, self._snapshot()[:count]))]
+
+    def read(self, span: Span, expected: int) -> list[Chunk]:  # noqa: ARG002 - of the interface
+        """See `Reader.read`."""
+        first, end = self._slice(span)
+        return [b"".join(map(bson.encode, self._snapshot()[first:end]))]
+
+    def drain(self, skip: int, chunk: int) -> Iterator[Chunk]:
+        """See `Reader.drain`."""
+        query = self.query
+        if query.is_pipeline:
+            found = list(self.collection.aggregate([*(query.stages or []), {"$project": self.projection}]))
+        else:
+            cursor = self.collection.find(query.where, self.projection).sort(total_order(query))
+            found = list(cursor.skip(query.skipped).limit(query.limited or 0))
+        for first in range(skip, len(found), chunk):
+            yield b"".join(map(bson.encode, found[first : first + chunk]))
+
+    def membership(self) -> list[Any]:
+        """See `Reader.membership`; the content itself, since such a collection has no identity."""
+        content = b"".join(map(bson.encode, self.collection.find({}, {**self.projection})))
+        return [hashlib.sha256(content).hexdigest()]
+
+    def size(self) -> int:
+        """See `Reader.size`."""
+        return int(self.collection.estimated_document_count())
+
+
+def open_reader(database: Any, query: Query, projection: Mapping[str, Any], patience: Patience) -> Reader:
+    """The reader that fits the database."""
+    mock = type(database).__module__.startswith("mongomock")
+    return (MockReader if mock else ServerReader)(database, query, projection, patience)
+
+
+@final
+class Access:
+    """The database, opened once in each process and closed by who opened it.
+
+    Args:
+        open_database: Opens the database; picklable where processes are spawned.
+        database: An open database for this process, which is left open.
+        query: What is read.
+        projection: The fields.
+        deadline_s: Seconds after which a broken read is given up.
+    """
+
+    def __init__(
+        self,
+        open_database: Callable[[], Any],
+        database: Any,
+        *,
+        query: Query,
+        projection: Mapping[str, Any],
+        deadline_s: float,
+    ) -> None:
+        self._open_database = open_database
+        self._query, self._projection = query, projection
+        self._patience = Patience(deadline_s=deadline_s)
+        self._given = database
+        self._home = os.getpid()
+        self._opened: tuple[int, Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_given": None, "_opened": None, "_home": -1}
+
+    def database(self) -> Any:
+        """The database in this process: a client does not survive a fork."""
+        if self._given is not None and self._home == os.getpid():
+            return self._given
+        if self._opened is None or self._opened[0] != os.getpid():
+            self._opened = (os.getpid(), self._open_database())
+        return self._opened[1]
+
+    def reader(self) -> Reader:
+        """A reader in this process."""
+        return open_reader(self.database(), self._query, self._projection, self._patience)
+
+    def close(self) -> None:
+        """Close what was opened in this process."""
+        if self._opened is not None and self._opened[0] == os.getpid():
+            self._opened[1].client.close()
+        self._opened = None

@@ -1,0 +1,1 @@
+"""The training stream: windows, order, batches, position."""

@@ -1,0 +1,231 @@
+"""Single samples, for a `transform` or a `collate_fn`; without those nobody builds samples.
+
+Always: a sample has the structure of the key; arrays are tensors in it, plain numbers Python numbers, plain
+lists Python lists; what a transform returns is the sample, and samples are stacked by the rule of `tensors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import numpy as np
+from torch import Tensor
+
+from mongotorch.data.decode.decoder import Columns
+from mongotorch.data.stream.position import Place
+from mongotorch.data.stream.rows import Rows, column_tensor
+from mongotorch.errors import ShapeError
+from mongotorch.signature import Key, check_signature
+from mongotorch.tensors import join, one_tensor, stack
+
+Piece = tuple[Rows, int, int]
+
+
+def columns_of(pieces: list[Piece]) -> Columns:
+    """The columns of a batch's rows."""
+    parts = [rows.columns(start, stop) for rows, start, stop in pieces]
+    return parts[0] if len(parts) == 1 else Columns.concat(parts)
+
+
+def batch_of(pieces: list[Piece], key: Key) -> Any:
+    """The batch in the structure of the key, each field a tensor of shape (n, ...).
+
+    Raises:
+        ShapeError: Shapes differ; `field` and `document_id` name where.
+        DataError: A value has no tensor.
+    """
+    return key.arrange(_once(lambda path: _field(pieces, path)))
+
+
+def _once(value: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
+    known: dict[str, Tensor] = {}
+    return lambda path: known[path] if path in known else known.setdefault(path, value(path))
+
+
+def _field(pieces: list[Piece], path: str) -> Tensor:
+    tensors = [rows.tensor(path, start, stop) for rows, start, stop in pieces]
+    found = [tensor for tensor in tensors if tensor is not None]
+    if len(found) == len(tensors):
+        return join(found, field=path)
+    values: list[Any] = []
+    ids: list[Any] = []
+    for tensor, (rows, start, stop) in zip(tensors, pieces, strict=True):
+        values.extend(rows.columns(start, stop)[path].values() if tensor is None else tensor.unbind())
+        ids.extend(rows.ids(start, stop))
+    return stack(values, field=path, ids=ids)
+
+
+def cut(
+    windows: Iterator[tuple[int, Rows]],
+    start: Place,
+    *,
+    batch_size: int,
+    drop_last: bool,
+    shard: tuple[int, int],
+) -> Iterator[tuple[list[Piece], Place]]:
+    """The pieces of one batch after the other, for one shard, each with the place behind it.
+
+    `world` batches make a round, one for each rank; a round that the rows do not fill is dealt out evenly, so
+    that all ranks take the same number of steps. Up to `world - 1` rows of an epoch are left over that way.
+
+    Args:
+        windows: The rows from `start.window` on.
+        start: Where to start.
+        batch_size: Rows of a batch.
+        drop_last: Leave out a last round that is not full.
+        shard: (rank, world).
+    """
+    rank, world = shard
+    size = batch_size * world
+    held: list[Piece] = []
+    have, step = 0, start.step
+    for window, rows in windows:
+        at = start.row(rows.marks) if window == start.window else 0
+        while have + len(rows) - at >= size:
+            end = at + size - have
+            step += 1
+            yield (
+                _share([*held, (rows, at, end)], rank * batch_size, (rank + 1) * batch_size),
+                Place(window=window, offset=end, step=step, marks=rows.marks),
+            )
+            held, have, at = [], 0, end
+        if at < len(rows):
+            held.append((rows, at, len(rows)))
+            have += len(rows) - at
+    each = have // world
+    if each and not drop_last:
+        yield _share(held, rank * each, (rank + 1) * each), Place(window=-1, offset=0, step=step + 1)
+
+
+def _share(pieces: list[Piece], start: int, stop: int) -> list[Piece]:
+    """Rows `start` to `stop` of the pieces taken together."""
+    chosen: list[Piece] = []
+    seen = 0
+    for rows, first, last in pieces:
+        low, high = max(start - seen, 0), min(stop - seen, last - first)
+        if low < high:
+            chosen.append((rows, first + low, first + high))
+        seen += last - first
+    return chosen
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class SampleBuilder:
+    """Builds a batch out of columns by way of samples; runs in a worker as well as here.
+
+    Attributes:
+        key: The structure of a sample.
+        transform: What makes of it the sample that counts; None takes it as it is.
+        signature: How the sample goes into `transform`.
+        collate_fn: Makes a batch of a list of samples; None stacks them.
+    """
+
+    key: Key
+    transform: Callable[..., Any] | None = None
+    signature: str = "*args"
+    collate_fn: Callable[[list[Any]], Any] | None = None
+
+    def __call__(self, columns: Columns) -> Any:
+        """The batch of the rows.
+
+        Raises:
+            DataError: Samples that cannot be stacked; what `transform` and `collate_fn` raise goes through.
+        """
+        samples = build(columns, self.key)
+        if self.transform is not None:
+            samples = [call(self.transform, sample, self.key, self.signature) for sample in samples]
+        if self.collate_fn is not None:
+            return self.collate_fn(samples)
+        return collate(samples, columns.ids.values())
+
+
+def build(columns: Columns, key: Key) -> list[Any]:
+    """The samples of the rows, in the structure of the key."""
+    values = {path: _values(columns, path) for path in key.paths}
+    return [key.arrange(lambda path, row=row: values[path][row]) for row in range(len(columns))]  # type: ignore[misc]
+
+
+def call(function: Callable[..., Any], sample: Any, key: Key, signature: str) -> Any:
+    """What `function` returns for a sample that goes in by `signature`.
+
+    Raises:
+        SignatureError: No such signature.
+    """
+    check_signature(signature)
+    if signature == "singleton":
+        return function(sample)
+    positional, named = _arguments(sample, key)
+    if signature == "*args":
+        return function(*positional, *named.values())
+    if signature == "**kwargs":
+        return function(**dict(zip(key.names(), [*positional, *named.values()], strict=True)))
+    return function(*positional, **named)
+
+
+def collate(samples: Sequence[Any], ids: Sequence[Any] | None = None, field: str = "sample") -> Any:
+    """The batch of samples: tuples, lists and dicts are kept, what is inside them is stacked.
+
+    Args:
+        samples: What the transform returned, one each row.
+        ids: The `_id`s of the rows, for errors.
+        field: What errors call the place.
+
+    Raises:
+        DataError: Something that has no tensor (strings, dates and the like stay lists).
+        ShapeError: Samples of different structure or shape.
+    """
+    first = samples[0]
+    if isinstance(first, str | bytes) or first is None:
+        return list(samples)
+    if isinstance(first, Mapping):
+        _alike(samples, ids, field, Mapping, set(first))
+        return {k: collate([s[k] for s in samples], ids, f"{field}[{k!r}]") for k in first}
+    if isinstance(first, tuple) or (isinstance(first, list) and not _numbers(first)):
+        _alike(samples, ids, field, tuple | list, len(first))
+        parts = [collate([s[n] for s in samples], ids, f"{field}[{n}]") for n in range(len(first))]
+        if isinstance(first, list):
+            return parts
+        return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
+    if isinstance(first, Tensor | np.ndarray | np.generic | bool | int | float | list):
+        return stack(samples, field=field, ids=ids)
+    return list(samples)
+
+
+def _arguments(sample: Any, key: Key) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    if key.form == "single":
+        return [sample], {}
+    if key.form == "tuple":
+        return sample, {}
+    return ([], sample) if key.form == "dict" else sample
+
+
+def _values(columns: Columns, path: str) -> Sequence[Any]:
+    column = columns[path]
+    if column.kind != "array":
+        return [_value(value) for value in column.values()]
+    whole = column_tensor(columns, path)
+    return [] if whole is None else whole.unbind()
+
+
+def _value(value: Any) -> Any:
+    return one_tensor(value) if isinstance(value, np.ndarray) else value
+
+
+def _numbers(value: list[Any]) -> bool:
+    return all(_numbers(v) if isinstance(v, list) else isinstance(v, bool | int | float) for v in value)
+
+
+def _alike(samples: Sequence[Any], ids: Sequence[Any] | None, field: str, kind: Any, shape: Any) -> None:
+    for n, sample in enumerate(samples):
+        same = isinstance(sample, kind) and (set(sample) if kind is Mapping else len(sample)) == shape
+        if not same:
+            document_id = None if ids is None else ids[n]
+            raise ShapeError(
+                f"{field} of document {document_id!r} has another structure than the first of its batch; "
+                "let transform return the same structure for every document",
+                document_id=document_id,
+                field=field,
+            )

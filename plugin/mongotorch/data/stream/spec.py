@@ -1,0 +1,116 @@
+"""What a stream is asked for, as one frozen value.
+
+Always: a spec that exists can be streamed: numbers are in range, options are known, the key is understood.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, final
+
+from mongotorch.data.read.plan import Sizes
+from mongotorch.data.read.reader import Access
+from mongotorch.errors import ParameterError
+from mongotorch.loader_options import check_loader_options
+from mongotorch.query import Query
+from mongotorch.signature import Key, check_signature
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class StreamSpec:
+    """What to stream, and how.
+
+    Attributes:
+        query: The documents.
+        key: The fields; anything that `Key.parse` reads.
+        batch_size: Documents of a batch.
+        shuffle: A new order each epoch; else the query's sort, else `_id`.
+        seed: Of the order.
+        shard: (rank, world): disjoint parts with equal numbers of batches.
+        drop_last: Leave out a last batch that is not full.
+        transform: Makes a sample of a sample; None builds no samples.
+        signature: How a sample goes into `transform`.
+        collate_fn: Makes a batch of a list of samples.
+        mode: `stream` reads each epoch anew; `memory` and `download` read once.
+        data_prefetch: Read ahead in a thread.
+        across_epochs: What reads ahead, a thread or workers, goes on across the end of an epoch: the first windows
+            of the next one are read while the last ones of this are served, up to the same bounds.
+        prefetch_size: Documents that are read at a time.
+        prefetch_factor: Times `prefetch_size` that may be ready or under way; half of it, 64 at most, is shuffled
+            together.
+        prefetch_bytes: Bytes that may be ready.
+        loader: Options of `torch.utils.data.DataLoader`: `num_workers`, `pin_memory` and the like.
+        cache_dir: Folder for `download`.
+        read_deadline_s: Seconds after which a broken read is given up.
+    """
+
+    query: Query
+    key: Any
+    batch_size: int = 1
+    shuffle: bool = False
+    seed: int = 0
+    shard: tuple[int, int] = (0, 1)
+    drop_last: bool = False
+    transform: Callable[..., Any] | None = None
+    signature: str = "*args"
+    collate_fn: Callable[[list[Any]], Any] | None = None
+    mode: Literal["stream", "memory", "download"] = "stream"
+    data_prefetch: bool = False
+    across_epochs: bool = False
+    prefetch_size: int = 1000
+    prefetch_factor: int = 100
+    prefetch_bytes: int = 256 * 2**20
+    loader: Mapping[str, Any] = field(default_factory=dict)
+    cache_dir: Path | None = None
+    read_deadline_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        """Check it all.
+
+        Raises:
+            ParameterError: A value that cannot be used; `field` names it.
+        """
+        object.__setattr__(self, "key", Key.parse(self.key))
+        for name in ("batch_size", "prefetch_size", "prefetch_factor", "prefetch_bytes"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ParameterError(f"{name}={value!r}: it must be a whole number from 1 on", field=name)
+        rank, world = self.shard
+        if not 0 <= rank < world:
+            raise ParameterError(f"shard={self.shard!r}: it is (rank, world), 0 <= rank < world", field="shard")
+        check_signature(self.signature)
+        if self.mode not in ("stream", "memory", "download"):
+            raise ParameterError(f"mode={self.mode!r}: 'stream', 'memory' or 'download'", field="mode")
+        check_loader_options(self.loader)
+
+    @property
+    def builds_samples(self) -> bool:
+        """Whether batches are made of samples and not of columns."""
+        return self.transform is not None or self.collate_fn is not None
+
+    def open_access(self, open_database: Callable[[], Any], database: Any = None) -> Access:
+        """The database as a stream of this spec reads it; see `Access`."""
+        return Access(
+            open_database,
+            database,
+            query=self.query,
+            projection=self.key.projection,
+            deadline_s=self.read_deadline_s,
+        )
+
+    @property
+    def sizes(self) -> Sizes:
+        """What bounds the plan."""
+        return Sizes(
+            prefetch_size=self.prefetch_size,
+            prefetch_factor=self.prefetch_factor,
+            prefetch_bytes=self.prefetch_bytes,
+        )
+
+    @property
+    def workers(self) -> int:
+        """Worker processes."""
+        return int(self.loader.get("num_workers", 0))

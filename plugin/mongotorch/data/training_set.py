@@ -1,0 +1,287 @@
+"""Reads a set of documents and says which they are: what a run was trained on, and what is new since.
+
+Always: the digest does not depend on the order in which documents are read; memory is 16 bytes a document up to
+`MOST_MEMBERS` and constant above, where there are only the count and the digest.
+
+The digest is the sum, modulo 2**256, of BLAKE2b-256 over each document as it was read: `_id` and the key's fields,
+as raw BSON in the order in which they are stored (so a rewrite that only reorders fields counts as a change).
+That is the additive hash of sets of Bellare and Micciancio ("A New Paradigm for Collision-Free Hashing", 1997): no
+accident goes unnoticed, and it could be kept up to date document by document. It is no proof against somebody
+who may choose thousands of documents freely (Wagner, "A Generalized Birthday Problem", 2002); signatures are.
+
+Which documents a set holds: a row of two 64-bit hashes for each, and one digest over them all.
+
+Always: it is a value; equal `_id`s have equal hashes, also `5`, `NumberLong(5)` and `5.0`, which MongoDB takes for
+one; as bytes it is the same on every machine.
+
+When it is in the database: the moment up to which a run can have seen its documents.
+
+Always: on a replica set it is a cluster time, which orders all writes; elsewhere it is the server's own clock.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import struct
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from typing import Any, Final, Self, final
+
+import bson
+import numpy as np
+from bson import Timestamp
+from bson.binary import UuidRepresentation
+from bson.codec_options import CodecOptions
+from bson.errors import BSONError
+from bson.raw_bson import RawBSONDocument
+from numpy.typing import NDArray
+
+from mongotorch.data.decode.decoder import decode
+from mongotorch.data.decode.replies import Chunk, offsets
+from mongotorch.data.prefetch import Ahead
+from mongotorch.data.read.reader import MockReader, open_reader
+from mongotorch.errors import DataError
+from mongotorch.mongo.retry import Patience
+from mongotorch.query import Query
+from mongotorch.signature import Key
+
+Hashes = NDArray[np.uint64]
+DIGEST_BYTES: Final = 32
+MOST_MEMBERS: Final = 5_000_000
+"""Documents, above which a set is known by its count and digest only."""
+_MAGIC: Final = b"mtmember"
+_HEAD: Final = struct.Struct(f"<8s{DIGEST_BYTES}s")
+_BSON: CodecOptions[dict[str, Any]] = CodecOptions(uuid_representation=UuidRepresentation.STANDARD)
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Difference:
+    """How many documents one set has that another has not.
+
+    Attributes:
+        added: Documents that only the later set holds.
+        removed: Documents that only the earlier set holds.
+        changed: Documents in both, whose fields differ.
+    """
+
+    added: int
+    removed: int
+    changed: int
+
+    def __bool__(self) -> bool:
+        return bool(self.added or self.removed or self.changed)
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Members:
+    """The documents of a set.
+
+    Attributes:
+        count: How many there are.
+        digest: Over all of them, in hex; see `membership`.
+        rows: (count, 2) uint64, sorted: the hash of each `_id` and the hash of its content; None where there are
+            more than `MOST_MEMBERS`.
+    """
+
+    count: int
+    digest: str
+    rows: Hashes | None = dataclasses.field(repr=False)
+
+    @property
+    def ids(self) -> Hashes:
+        """The hashes of the `_id`s, ascending. Raises: DataError where the set is too large to be kept."""
+        return self._rows()[:, 0]
+
+    def holds(self, document_id: Any) -> bool:
+        """Whether the set holds the document of an `_id`; two `_id`s in 2**64 are taken for one.
+
+        Raises:
+            DataError: The set is too large to be kept, or BSON cannot hold such an `_id`.
+        """
+        return bool(among(np.array([id_hash(document_id)], np.uint64), self.ids)[0])
+
+    def difference(self, other: Members) -> Difference:
+        """What came, went and changed from this set to a later one, counted by `_id`.
+
+        Raises:
+            DataError: One of them is too large to be kept.
+        """
+        before, after = _by_id(self._rows()), _by_id(other._rows())
+        common, here, there = np.intersect1d(before[0], after[0], assume_unique=True, return_indices=True)
+        changed = (before[1][here] != after[1][there]) | (before[2][here] != after[2][there])
+        return Difference(
+            added=len(after[0]) - len(common),
+            removed=len(before[0]) - len(common),
+            changed=int(np.count_nonzero(changed)),
+        )
+
+    def to_bytes(self) -> bytes:
+        """All of it, as a blob. Raises: DataError where the set is too large to be kept."""
+        return _HEAD.pack(_MAGIC, bytes.fromhex(self.digest)) + self._rows().astype("<u8").tobytes()
+
+    @classmethod
+    def from_bytes(cls, blob: bytes) -> Self:
+        """The set that `to_bytes` gave. Raises: DataError for anything else."""
+        size = len(blob) - _HEAD.size
+        if size < 0 or size % 16 or bytes(blob[:8]) != _MAGIC:
+            raise DataError("these bytes are not the members of a set of documents")
+        rows = np.frombuffer(blob, "<u8", offset=_HEAD.size).reshape(-1, 2).astype(np.uint64)
+        return cls(count=len(rows), digest=_HEAD.unpack_from(blob)[1].hex(), rows=rows)
+
+    def _rows(self) -> Hashes:
+        if self.rows is None:
+            raise DataError(
+                f"the members of a set of {self.count} documents were not kept: more than {MOST_MEMBERS}"
+            )
+        return self.rows
+
+
+def id_hash(document_id: Any) -> int:
+    """The hash of an `_id`, 64 bits, as it stands in the rows. Raises: DataError where BSON cannot hold it."""
+    try:
+        # As the server would give it back: with a date's zone and a UUID's class gone.
+        raw = bson.encode({"_id": document_id}, codec_options=_BSON)
+    except (BSONError, OverflowError, TypeError, ValueError) as error:
+        raise DataError(f"BSON cannot hold the _id {document_id!r}: {error}", field="_id") from error
+    return int(decode(raw, ()).id_keys()[0])
+
+
+def _by_id(rows: Hashes) -> tuple[Hashes, Hashes, NDArray[np.int64]]:
+    """Each `_id` once, with the sum of its contents and how many it has: a pipeline may give one several times."""
+    ids, starts, counts = np.unique(rows[:, 0], return_index=True, return_counts=True)
+    sums = np.add.reduceat(rows[:, 1], starts) if len(ids) else rows[:0, 1]
+    return ids, sums, counts
+
+
+def among(hashes: Hashes, ascending: Hashes) -> NDArray[np.bool_]:
+    """Which of the hashes are among others that ascend."""
+    if not len(ascending):
+        return np.zeros(len(hashes), np.bool_)
+    found: NDArray[np.bool_] = ascending[np.searchsorted(ascending[:-1], hashes)] == hashes
+    return found
+
+
+_READ: Final = 5_000  # documents a reply
+_AHEAD_BYTES: Final = 64 * 2**20
+
+
+def scan_members(
+    database: Any, query: Query, key: Any, *, read_deadline_s: float = 60.0, most: int = MOST_MEMBERS
+) -> Members:
+    """Read a set of documents once, and say which they are.
+
+    It is no snapshot: documents that change meanwhile are seen as they are when they are read.
+
+    Args:
+        database: A pymongo (or mongomock) database.
+        query: The documents, the fold included.
+        key: The fields that count besides `_id`; anything that `Key.parse` reads.
+        read_deadline_s: How long a broken read is tried again, in seconds.
+        most: Documents, above which `rows` is None.
+
+    Raises:
+        QueryError: The server refuses the query.
+        ServerUnavailableError: The server could not be read for `read_deadline_s`.
+    """
+    return members_of(_chunks(database, query, Key.parse(key).projection, read_deadline_s), most=most)
+
+
+def members_of(chunks: Iterable[Chunk], *, most: int = MOST_MEMBERS) -> Members:
+    """The set of documents that are given as concatenated BSON, none of them empty; see `scan_members`."""
+    kept: list[Hashes] | None = []
+    count, total = 0, 0
+    for chunk in chunks:
+        digests = _digests(chunk)
+        count += len(digests)
+        # Sums of 32-bit words cannot overflow 64 bits below 2**32 documents a chunk.
+        words = digests.sum(axis=0, dtype=np.uint64)
+        total += sum(int(word) << (32 * n) for n, word in enumerate(words))
+        kept = None if kept is None or count > most else [*kept, _hashes(chunk, digests)]
+    digest = (total % 2 ** (8 * DIGEST_BYTES)).to_bytes(DIGEST_BYTES, "little").hex()
+    if kept is None:
+        return Members(count=count, digest=digest, rows=None)
+    rows = np.concatenate([np.empty((0, 2), np.uint64), *kept])
+    return Members(count=count, digest=digest, rows=rows[np.lexsort((rows[:, 1], rows[:, 0]))])
+
+
+def unseen(
+    database: Any, query: Query, seen: Hashes, *, limit: int | None = None, read_deadline_s: float = 60.0
+) -> list[Any]:
+    """The `_id`s of a query that are not among those of a set, in the order in which they are read.
+
+    Args:
+        database: A pymongo (or mongomock) database.
+        query: The documents, the fold included.
+        seen: Hashes of `_id`s, as `Members.ids` gives them, ascending.
+        limit: The most `_id`s to give; None is all.
+        read_deadline_s: How long a broken read is tried again, in seconds.
+
+    Raises:
+        QueryError: The server refuses the query.
+        ServerUnavailableError: The server could not be read for `read_deadline_s`.
+    """
+    found: list[Any] = []
+    for chunk in _chunks(database, query, {"_id": 1}, read_deadline_s):
+        columns = decode(chunk, ())
+        new = np.flatnonzero(~among(columns.id_keys(), seen))
+        if len(new):
+            values = columns.ids.values()
+            found += [values[row] for row in new.tolist()]
+        if limit is not None and len(found) >= limit:
+            return found[:limit]
+    return found
+
+
+def _chunks(database: Any, query: Query, projection: dict[str, int], deadline_s: float) -> Iterator[Chunk]:
+    """The documents, as concatenated BSON: the server reads the next ones while some are looked at."""
+    whole = not query.is_pipeline and query.limited is None and not query.skipped
+    # Where all are read, the order of `_id` needs no sort, and a broken cursor is resumed by an index.
+    query = dataclasses.replace(query, ordering=()) if whole else query
+    reader = open_reader(database, query, projection, Patience(deadline_s=deadline_s))
+    if whole and isinstance(reader, MockReader):  # mongomock cannot sort `_id`s of every type, its reader can
+        yield from (chunk for chunk in reader.head(reader.size()) if len(chunk))
+        return
+    chunks = Ahead(reader.drain(0, _READ), most=3, most_bytes=_AHEAD_BYTES, weigh=len)
+    try:
+        yield from (chunk for chunk in chunks if len(chunk))
+    finally:
+        chunks.close()
+
+
+def _digests(chunk: Chunk) -> NDArray[np.uint32]:
+    """BLAKE2b-256 of each document, as (n, 8) words."""
+    view, blake = memoryview(chunk), hashlib.blake2b
+    parts = [blake(view[start:end], digest_size=DIGEST_BYTES).digest() for start, end in offsets(chunk)]
+    return np.frombuffer(b"".join(parts), "<u4").reshape(-1, 8)
+
+
+def _hashes(chunk: Chunk, digests: NDArray[np.uint32]) -> Hashes:
+    """The rows of a chunk's documents; one without an `_id` (of a pipeline) is known by its content."""
+    columns = decode(chunk, ())
+    contents = np.ascontiguousarray(digests[:, :2]).view("<u8").astype(np.uint64).reshape(-1)
+    ids = columns.id_keys()
+    if isinstance(columns.ids.data, list) and None in columns.ids.data:
+        there = ["_id" in RawBSONDocument(chunk[start:end]) for start, end in offsets(chunk)]
+        ids = np.where(there, ids, contents)
+    return np.stack([ids, contents], axis=1)
+
+
+def watermark(database: Any, *, read_deadline_s: float = 60.0) -> Timestamp | datetime:
+    """The cluster time; the server's time, naive UTC, on a standalone server, and this machine's on mongomock.
+
+    Args:
+        database: A pymongo (or mongomock) database.
+        read_deadline_s: How long a server that does not answer is asked again, in seconds.
+
+    Raises:
+        ServerUnavailableError: It did not answer.
+    """
+    if type(database).__module__.startswith("mongomock"):
+        now = datetime.now(UTC).replace(tzinfo=None)
+        return now.replace(microsecond=now.microsecond // 1000 * 1000)  # what BSON keeps
+    told = Patience(deadline_s=read_deadline_s).run(lambda: database.command("hello"), "asking for the time")
+    time: Timestamp | datetime = told.get("operationTime", told["localTime"])
+    return time

@@ -1,0 +1,1 @@
+"""The MongoDB driver's facts, once: addresses, connections, errors, retries, change streams."""

@@ -1,0 +1,115 @@
+"""What an address says, before anything is opened.
+
+Always: the same address, with the database named in it, comes out of every way of writing it; adding the
+database changes nothing else, the place where the user is authenticated included; `repr` hides the password.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Literal
+from urllib.parse import parse_qsl, unquote
+
+from mongotorch.errors import SettingError
+from mongotorch.mongo.redact import redact
+
+DEFAULT_DATABASE = "mongotorch"
+Kind = Literal["mongodb", "mongomock", "embedded"]
+_DATABASE = re.compile(r"[^/\\. \"$*<>:|?\0]+")
+_MAX_NAME = 63  # bytes, MongoDB's limit
+_SCHEMES = "mongodb://HOST/DATABASE, mongodb+srv://…, mongomock://NAME or embedded:PATH"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Address:
+    """An address that can be opened.
+
+    Attributes:
+        kind: What stands behind it.
+        uri: The address with the database in it; may hold a password.
+        database: The database's name.
+        path: The folder of an embedded server, absolute.
+        options: The lower-case names of the options that the address sets itself.
+    """
+
+    kind: Kind
+    uri: str = dataclasses.field(repr=False)
+    database: str
+    path: Path | None = None
+    options: frozenset[str] = frozenset()
+
+
+def parse_uri(uri: str) -> Address:
+    """Read an address; nothing is opened or looked up.
+
+    Args:
+        uri: `mongodb://…`, `mongodb+srv://…`, `mongomock://NAME` or `embedded:PATH[?db=NAME]`. Without a
+            database in it, the database is `mongotorch`.
+
+    Raises:
+        SettingError: It is none of these, or the database's name is none.
+    """
+    scheme, _, rest = uri.partition(":")
+    match scheme.lower():
+        case "mongodb" | "mongodb+srv" if rest.startswith("//"):
+            return _parse_server(scheme.lower(), rest[2:])
+        case "mongomock" if rest.startswith("//"):
+            name = _checked(rest[2:].rstrip("/"), uri)
+            return Address(kind="mongomock", uri=f"mongomock://{name}", database=name)
+        case "embedded":
+            return _parse_embedded(uri, rest)
+        case _:
+            raise _refused(uri, f"is no address; use {_SCHEMES}")
+
+
+def _parse_server(scheme: str, rest: str) -> Address:
+    uri = f"{scheme}://{rest}"
+    body, _, query = rest.partition("?")
+    user, at, place = body.rpartition("@")
+    hosts, _, name = place.partition("/")
+    if not hosts:
+        raise _refused(uri, "names no host")
+    options = {key.lower(): value for key, value in parse_qsl(query, keep_blank_values=True)}
+    if not name and user and "authsource" not in options:
+        # Without a database the driver authenticates against `admin`; naming one must not move that.
+        source = _auth_source(options.get("authmechanism", ""))
+        query = "&".join(part for part in (query, source) if part)
+    database = _checked(unquote(name) or DEFAULT_DATABASE, uri)
+    full = f"{scheme}://{user}{at}{hosts}/{name or DEFAULT_DATABASE}" + (f"?{query}" if query else "")
+    return Address(kind="mongodb", uri=full, database=database, options=frozenset(options))
+
+
+def _auth_source(mechanism: str) -> str:
+    if not mechanism or mechanism.upper().startswith(("DEFAULT", "SCRAM")):
+        return "authSource=admin"
+    return "authSource=$external"
+
+
+def _parse_embedded(uri: str, rest: str) -> Address:
+    place, _, query = rest.partition("?")
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    name = options.pop("db", DEFAULT_DATABASE)
+    if options:
+        raise _refused(uri, f"has options {sorted(options)}; an embedded address takes only `db`")
+    if place.startswith("//"):
+        place = place[2:]  # written like a URL
+    if not place:
+        raise _refused(uri, "names no folder")
+    path = Path(place).expanduser().absolute()
+    return Address(
+        kind="embedded", uri=f"embedded:{path}?db={_checked(name, uri)}", database=name, path=path.resolve()
+    )
+
+
+def _checked(name: str, uri: str) -> str:
+    if not _DATABASE.fullmatch(name) or len(name.encode()) > _MAX_NAME:
+        raise _refused(
+            uri, f"names the database {name!r}; MongoDB allows up to {_MAX_NAME} bytes without / \\ . $ or spaces"
+        )
+    return name
+
+
+def _refused(uri: str, why: str) -> SettingError:
+    return SettingError(f"uri {redact(uri)!r} {why}", setting="uri")

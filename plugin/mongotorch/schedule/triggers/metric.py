@@ -1,0 +1,126 @@
+"""The triggers of how good the live model still is.
+
+Always: one measurement is judged once; one that is no number, or lacks the metric, fires nothing and says so.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from datetime import datetime, timedelta
+from typing import final
+
+from mongotorch.errors import ParameterError
+from mongotorch.schedule.triggers.base import (
+    SCORES,
+    Decision,
+    State,
+    Trigger,
+    check_count,
+    check_seconds,
+    is_number,
+    moment,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured(Trigger):
+    """A trigger of one metric of the live model on recent documents."""
+
+    metric: str
+    threshold: float
+    every_s: float = dataclasses.field(default=3600.0, kw_only=True)
+    documents: int = dataclasses.field(default=1000, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.metric, str) or not self.metric:
+            raise ParameterError(
+                f"metric={self.metric!r}: give the name of a metric, or 'objective'", field="metric"
+            )
+        if not is_number(self.threshold):
+            raise ParameterError(f"threshold={self.threshold!r}: it must be a finite number", field="threshold")
+        check_seconds("every_s", self.every_s)
+        check_count("documents", self.documents)
+
+    @abc.abstractmethod
+    def crosses(self, value: float) -> bool:
+        """Whether a value is on the bad side of the threshold."""
+
+    @property
+    def watches(self) -> frozenset[str]:
+        """Measurements of the live model."""
+        return frozenset({SCORES})
+
+    @property
+    def score_every_s(self) -> float:
+        """How often the live model is to be measured, in seconds."""
+        return self.every_s
+
+    @property
+    def score_documents(self) -> int:
+        """On how many documents, the newest."""
+        return self.documents
+
+    def due(self, now: datetime, state: State) -> tuple[Decision, State]:
+        """Whether there is a new measurement, and it crosses the threshold; see `Trigger.due`."""
+        now = moment(now)
+        every = timedelta(seconds=self.every_s)
+        # Where a measurement is overdue, somebody could not take it; it is looked for again an interval later.
+        next_at = now + every if state.scored is None or state.scored + every <= now else state.scored + every
+        judged = state.memory.get("scored")
+        if state.scored is None or (judged is not None and state.scored <= judged):
+            return Decision(False, f"no new measurement of {self.metric}", next_at), state
+        seen = state.remembering({"scored": state.scored})
+        if self.metric not in state.scores:
+            there = ", ".join(sorted(state.scores)) or "nothing"
+            return Decision(False, f"{self.metric} was not measured; there is {there}", next_at), seen
+        value = state.scores[self.metric]
+        if math.isnan(value):
+            return Decision(False, f"{self.metric} was measured as NaN, which says nothing", next_at), seen
+        said = (
+            f"{self.metric} is {value:.4g}, {'below' if value < self.threshold else 'above'} {self.threshold:.4g}"
+        )
+        if value == self.threshold:
+            said = f"{self.metric} is {value:.4g}, just the threshold"
+        return Decision(self.crosses(value), said, next_at), seen.consumed() if self.crosses(value) else seen
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class MetricBelow(Measured):
+    """Fires when a new measurement of the live model is below a threshold; each measurement anew.
+
+    Args:
+        metric: `objective`, or the name of a metric of the model's validation.
+        threshold: What it must not fall below.
+        every_s: How often the live model is measured, in seconds.
+        documents: On how many documents, the newest.
+
+    Raises:
+        ParameterError: An argument cannot be used; `field` names it.
+    """
+
+    def crosses(self, value: float) -> bool:
+        """Whether a value is below the threshold."""
+        return value < self.threshold
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class MetricAbove(Measured):
+    """Fires when a new measurement of the live model is above a threshold; each measurement anew.
+
+    Args:
+        metric: `objective`, or the name of a metric of the model's validation.
+        threshold: What it must not exceed.
+        every_s: How often the live model is measured, in seconds.
+        documents: On how many documents, the newest.
+
+    Raises:
+        ParameterError: An argument cannot be used; `field` names it.
+    """
+
+    def crosses(self, value: float) -> bool:
+        """Whether a value is above the threshold."""
+        return value > self.threshold

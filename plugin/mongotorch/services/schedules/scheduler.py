@@ -1,0 +1,377 @@
+"""The scheduler: watches what schedules look at, and fires what is due. Any number may run; one at a time leads.
+
+Always: what happened while nobody led is counted when somebody leads again; a lost lease, or another scheduler's
+write, is noticed before anything is written; an unreadable schedule stops no other one.
+
+What changed for a schedule: from the changes of a collection to the numbers that its trigger decides by.
+
+Always: a change is counted once, since what was counted and the place behind it are written together; a document
+counts as arrived when it is in the select and was inserted, or when an update touched what the select asks for and
+it is in the select now; folds that are given to documents are no change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import threading
+import time
+import uuid as uuids
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import Any, Final, final
+
+from mongotorch.errors import MongotorchError
+from mongotorch.mongo.change_stream import Baseline, Change, HistoryLostError, Watch, baseline, counted
+from mongotorch.query import FOLD_FIELD, Query
+from mongotorch.schedule import State
+from mongotorch.services.schedules.firing import Firings
+from mongotorch.store import Schedules
+
+_AT_ONCE: Final = 1000
+Record = Mapping[str, Any]
+
+
+@final
+class Counts:
+    """Counts documents of selects; the same ones once, however many schedules look at them.
+
+    Args:
+        database: The driver's database.
+    """
+
+    def __init__(self, database: Any) -> None:
+        self._database = database
+        self._known: dict[tuple[Query, str], int] = {}
+
+    def __call__(self, query: Query, ids: Sequence[Any]) -> int:
+        """How many of these documents are in the select now."""
+        key = (query, repr(ids))
+        if key not in self._known:
+            parts = (ids[at : at + _AT_ONCE] for at in range(0, len(ids), _AT_ONCE))
+            self._known[key] = sum(counted(self._database, query, part) for part in parts)
+        return self._known[key]
+
+
+def tally(count: Counts, document: Record, changes: Sequence[Change], now: datetime) -> dict[str, Any]:
+    """What a schedule's document has to say after some changes.
+
+    Args:
+        count: Counts documents.
+        document: The schedule's.
+        changes: In their order, of any collection, read behind the document's token or before it.
+        now: When they were noticed.
+
+    Returns:
+        The fields to write; empty where none of the changes is new to this schedule.
+    """
+    among = [change for change in changes if change.collection == document["collection"]]
+    mine = [change for change in among if is_behind(change.token, document["token"])]
+    if not mine:
+        return {}
+    query = Query.from_document(document["select"])
+    where = {} if query.is_pipeline else query.where
+    asked = frozenset(paths_of(where))
+    updates = [change for change in mine if change.kind in ("update", "replace") and not _is_fold(change)]
+    inserted = _ids(change for change in mine if change.kind == "insert")
+    entered = _ids(change for change in updates if _touches(change, asked))
+    gone = sum(change.kind in ("delete", "drop") for change in mine)
+    born = count(query, inserted)
+    arrived = born + count(query, [key for key in entered if key not in inserted])
+    changed = born + count(query, _ids(updates)) + gone
+    # Whether a deleted document was in the select, or a changed one left it, only a new count can tell.
+    unsure = bool(where) and (gone > 0 or bool(entered))
+    return {
+        "token": mine[-1].token,
+        "known": document["known"] + born - (0 if where else gone),
+        "stale": document["stale"] or unsure or any(change.kind == "drop" for change in mine),
+        **_observed(document, arrived, changed, now),
+    }
+
+
+def recounted(document: Record, found: Baseline, now: datetime) -> dict[str, Any]:
+    """What a schedule's document has to say after its documents were counted, where no change tells.
+
+    Of documents that went and came in between, only what is left over is seen.
+    """
+    more = found.count - document["known"]
+    if not more and found.token is None:
+        return {}
+    return {
+        "token": found.token,
+        "known": found.count,
+        "stale": False,
+        **_observed(document, max(more, 0), abs(more), now),
+    }
+
+
+def is_behind(token: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether one place in the order of changes comes after another: tokens compare as text."""
+    return bool(token["_data"] > other["_data"])
+
+
+def paths_of(where: Any) -> Iterator[str]:
+    """The paths that a filter names; those of an `$expr` are not looked for."""
+    if isinstance(where, list):
+        for part in where:
+            yield from paths_of(part)
+    elif isinstance(where, Mapping):
+        for name, part in where.items():
+            if name.startswith("$"):
+                yield from paths_of(part) if name in ("$and", "$or", "$nor") else ()
+            else:
+                yield name
+
+
+def _observed(document: Record, arrived: int, changed: int, now: datetime) -> dict[str, Any]:
+    if not arrived and not changed:
+        return {}
+    state = State.from_document(document["state"])
+    state = dataclasses.replace(
+        state,
+        inserted=state.inserted + arrived,
+        changed=state.changed + changed,
+        arrived=state.arrived or now,
+    )
+    return {"state": state.to_document(), "next_at": now}
+
+
+def _is_fold(change: Change) -> bool:
+    return change.fields == {FOLD_FIELD}
+
+
+def _touches(change: Change, asked: frozenset[str]) -> bool:
+    if change.kind == "replace":
+        return bool(asked)
+    tops = {path.partition(".")[0] for path in asked}
+    return any(field.partition(".")[0] in tops for field in change.fields)
+
+
+def _ids(changes: Any) -> list[Any]:
+    """The `_id`s, each once; they need not be hashable."""
+    seen: dict[str, Any] = {}
+    for change in changes:
+        seen.setdefault(repr(change.document_id), change.document_id)
+    return list(seen.values())
+
+
+_POLL_S: Final = 0.2
+_REFRESH_S: Final = 1.0
+"""So old may be what is known of the schedules that there are."""
+_MARK_S: Final = 30.0
+"""So often the place in the order of changes is kept also where nothing happens, lest it be forgotten there."""
+_PAUSE_S: Final = 1.0
+Document = dict[str, Any]
+Measure = Callable[[Document, datetime], Mapping[str, Any]]
+"""From a schedule's document to what a measurement of the live model changes in it; empty where none is due."""
+_log = logging.getLogger("mongotorch.scheduler")
+
+
+@final
+class Scheduler:
+    """Looks after the schedules of one database.
+
+    Args:
+        database: The driver's database.
+        schedules: The runtime documents.
+        firings: Decides and fires.
+        measure: Measures live models, for the triggers that look at that.
+        lease_s: For how many seconds others wait when this one goes silent.
+        name: Who this is, for people.
+    """
+
+    def __init__(
+        self,
+        *,
+        database: Any,
+        schedules: Schedules,
+        firings: Firings,
+        measure: Measure,
+        lease_s: float,
+        name: str,
+    ) -> None:
+        self._database, self._schedules, self._firings = database, schedules, firings
+        self._measure = measure
+        self._lease_s, self._who = lease_s, f"{name}/{uuids.uuid4().hex[:8]}"
+        self._known: dict[str, Document] = {}
+        self._refreshed = self._marked = self._renewed = float("-inf")
+
+    def run(self, stop: threading.Event) -> None:
+        """Lead, or wait to lead, until told to stop. Errors of the database are waited out."""
+        while not stop.is_set():
+            try:
+                if self._lead():
+                    self._reign(stop)
+                else:
+                    stop.wait(min(_PAUSE_S, self._lease_s / 3))
+            except MongotorchError as error:
+                _log.warning("the scheduler pauses: %s", error)
+                stop.wait(_PAUSE_S)
+            except Exception:  # noqa: BLE001 - see below
+                # A mistake of ours must not end the watching for good, unseen, while the worker works on.
+                _log.exception("the scheduler pauses")
+                stop.wait(_PAUSE_S)
+        with contextlib.suppress(MongotorchError):
+            self._resign()
+
+    def step(self) -> bool:
+        """Count what has changed and fire what is due, once. False: another scheduler leads.
+
+        Raises:
+            ServerUnavailableError: The database cannot be reached.
+        """
+        self._refresh()
+        if not self._known:
+            return True  # nobody needs a leader
+        if not self._lead():
+            return False
+        try:
+            self._catch_up()
+            self._poll()
+            self._fire()
+        finally:
+            self._resign()
+        return True
+
+    def _catch_up(self) -> None:
+        """Count all that has changed up to now."""
+        try:
+            with self._watching() as watch:
+                while watch is not None and self._count(watch.read()):
+                    pass
+                if watch is not None:
+                    self._mark(watch)
+        except HistoryLostError:
+            self._recount(self._oldest())
+
+    def _reign(self, stop: threading.Event) -> None:
+        while not stop.is_set():
+            try:
+                with self._watching() as watch:
+                    while not stop.is_set() and self._lead() and not self._is_stale(watch):
+                        self._turn(watch, stop)
+            except HistoryLostError:
+                self._recount(self._oldest())
+            if not self._lead():
+                return
+
+    def _turn(self, watch: Watch | None, stop: threading.Event) -> None:
+        """One look at what has changed, and at what is due."""
+        if watch is None:
+            stop.wait(_POLL_S)
+        elif not self._count(watch.read()):
+            self._mark(watch)
+        if time.monotonic() - self._refreshed > _REFRESH_S:
+            self._refresh()
+            self._poll()
+        self._fire()
+
+    def _lead(self) -> bool:
+        """Whether this is the scheduler that looks; the lease is renewed three times in its length."""
+        if time.monotonic() - self._renewed < self._lease_s / 3:
+            return True
+        asked = time.monotonic()
+        leads = self._schedules.lead(self._who, self._lease_s)
+        self._renewed = asked if leads else float("-inf")
+        return leads
+
+    def _resign(self) -> None:
+        self._renewed = float("-inf")
+        self._schedules.resign(self._who)
+
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[Watch | None]:
+        """The changes behind the oldest place that a schedule has; None where nothing can be watched."""
+        self._refresh()
+        watch = None
+        while watch is None and (watched := self._watched()):
+            names = {document["collection"] for document in watched}
+            try:
+                watch = Watch(self._database, names, self._oldest()["token"])
+            except HistoryLostError:
+                self._recount(self._oldest())
+        if watch is None:
+            yield None
+            return
+        with watch:
+            yield watch
+
+    def _is_stale(self, watch: Watch | None) -> bool:
+        """Whether other collections have to be watched by now."""
+        names = {document["collection"] for document in self._watched()}
+        return bool(names) if watch is None else not names <= watch.collections
+
+    def _watched(self) -> list[Document]:
+        return [document for document in self._known.values() if document["watches"] and document["token"]]
+
+    def _oldest(self) -> Document:
+        return min(self._watched(), key=lambda document: str(document["token"]["_data"]))
+
+    def _refresh(self) -> None:
+        self._known = {document["_id"]: document for document in self._schedules.readable()}
+        self._refreshed = time.monotonic()
+
+    def _write(self, identifier: str, change: Callable[[Document], Mapping[str, Any]]) -> None:
+        """Change a schedule's document by what it says, read again where somebody else has written it."""
+        document: Document | None = self._known[identifier]
+        while document is not None and (changes := change(document)):
+            written = self._schedules.write(document, changes)
+            if written is not None:
+                self._known[identifier] = written
+                return
+            self._refresh()
+            document = self._known.get(identifier)
+
+    def _count(self, changes: list[Change]) -> bool:
+        """Count changes for every schedule; whether there were any."""
+        if changes:
+            now, count = self._schedules.now(), Counts(self._database)
+            for document in self._watched():
+                self._write(document["_id"], lambda said: tally(count, said, changes, now))
+        return bool(changes)
+
+    def _mark(self, watch: Watch) -> None:
+        """Nothing has changed: keep the place, and count anew what deletions have made unsure."""
+        for document in self._watched():
+            if document["stale"]:
+                self._write(document["_id"], self._sure)
+        if time.monotonic() - self._marked > _MARK_S:
+            self._marked, token = time.monotonic(), watch.token
+            for document in self._watched():
+                self._write(document["_id"], lambda said: _moved(said, token))
+
+    def _sure(self, document: Document) -> Mapping[str, Any]:
+        # It counts only where the place is lost later, and then by what came and went in between, no more.
+        return {"known": counted(self._database, Query.from_document(document["select"])), "stale": False}
+
+    def _poll(self) -> None:
+        """Count the documents of schedules whose changes cannot be watched."""
+        for document in list(self._known.values()):
+            if document["watches"] and not document["token"]:
+                self._recount(document)
+
+    def _recount(self, document: Document) -> None:
+        found = baseline(self._database, Query.from_document(document["select"]))
+        if document["token"]:
+            _log.warning(
+                "schedule %r: changes were forgotten before they were read; counted anew", document["_id"]
+            )
+        now = self._schedules.now()
+        self._write(document["_id"], lambda said: recounted(said, found, now))
+
+    def _fire(self) -> None:
+        """Look at what is due; what is due again then is looked at the next time."""
+        now = self._schedules.now()
+        for document in self._schedules.due(now):
+            if self._renewed == float("-inf"):
+                return
+            measured = {} if document["paused"] else self._measure(document, now)
+            current = self._schedules.write(document, measured) if measured else document
+            looked = self._firings.look(current, now) if current is not None else None
+            if looked is not None:
+                self._known[looked["_id"]] = looked
+
+
+def _moved(document: Document, token: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {"token": token} if document["token"] and is_behind(token, document["token"]) else {}

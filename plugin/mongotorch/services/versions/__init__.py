@@ -1,0 +1,1 @@
+"""Published versions: loading, publishing, promotion."""

@@ -1,0 +1,99 @@
+"""To go on where another run ended: its weights, and the state of its optimizer.
+
+Always: what is gone on with is copied into what was given to train, whose own options stay: a learning rate that
+the trainer names counts over the one that the other run ended with.
+
+Whether two results of training are the same, bit for bit, and where they are not.
+
+Always: what is compared is the memory of the tensors, so that 0.0 and -0.0 differ and a NaN equals itself; dtypes
+and shapes count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mongotorch.tensors import copied
+from mongotorch.train.model import TorchModel
+from mongotorch.train.trainer import TorchTrainer
+
+
+def is_alike(model: TorchModel, other: TorchModel) -> bool:
+    """Whether the weights of one model fit into the other: the same names, shapes and dtypes."""
+    return _structure(model) == _structure(other)
+
+
+def warmed(trainer: TorchTrainer, model: TorchModel, source: TorchModel) -> TorchTrainer:
+    """Let a run start where the one that trained `source` ended.
+
+    Args:
+        trainer: How the run trains.
+        model: What it trains; its weights become those of `source`, which must be alike.
+        source: The trained model, with the trainer that was published with it.
+
+    Returns:
+        The trainer, under the same uuid, with the state of the optimizer, where that was one of the same class.
+    """
+    model.object.load_state_dict(source.object.state_dict())
+    before = source.trainer
+    if not isinstance(before, TorchTrainer) or before.optimizer_state is None:
+        return trainer
+    if before.optimizer_cls != trainer.optimizer_cls:
+        return trainer
+    state = _with_options(before.optimizer_state, trainer.optimizer_kwargs or {})
+    return trainer.replace(uuid=trainer.uuid, optimizer_state=state)
+
+
+def _with_options(state: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of one or of several optimizers, with the options that are named now."""
+    new: dict[str, Any] = copied(state)
+    for one in new.get("optimizers", [new]):
+        for group in one.get("param_groups", ()):
+            group.update({name: value for name, value in options.items() if name in group})
+    return new
+
+
+def _structure(model: TorchModel) -> dict[str, tuple[Any, ...]]:
+    state = model.object.state_dict()
+    return {
+        name: (tuple(getattr(part, "shape", ())), str(getattr(part, "dtype", type(part))))
+        for name, part in state.items()
+    }
+
+
+def differing(first: Any, second: Any, where: str = "") -> Iterator[str]:
+    """The names of what is not the same in two modules, states, or structures of tensors and plain values.
+
+    Args:
+        first: One of them.
+        second: The other.
+        where: The name of the whole.
+    """
+    if isinstance(first, nn.Module) and isinstance(second, nn.Module):
+        first, second = first.state_dict(), second.state_dict()
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        if not _same_bits(first, second):
+            yield where
+    elif isinstance(first, Mapping) and isinstance(second, Mapping):
+        for key in dict.fromkeys([*first, *second]):
+            name = f"{where}.{key}" if where else str(key)
+            if key in first and key in second:
+                yield from differing(first[key], second[key], name)
+            else:
+                yield name
+    elif isinstance(first, list | tuple) and isinstance(second, list | tuple) and len(first) == len(second):
+        for at, (one, other) in enumerate(zip(first, second, strict=True)):
+            yield from differing(one, other, f"{where}[{at}]")
+    elif type(first) is not type(second) or first != second:
+        yield where
+
+
+def _same_bits(first: Tensor, second: Tensor) -> bool:
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    one, other = (part.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for part in (first, second))
+    return torch.equal(one, other)

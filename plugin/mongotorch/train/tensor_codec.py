@@ -1,0 +1,235 @@
+"""Modules and states as a small skeleton plus one blob a storage, so that versions share what did not change.
+
+Always: no tensor is inside the pickle; what was one tensor comes back as one (tied weights stay tied) and what
+only has equal content stays apart; blobs are device-free bytes, so a model of a GPU loads on a CPU; views of
+one storage stay views of one storage, but a lone slice of a large storage takes only its own bytes along.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from mongotorch.codecs import Codec, Get, Put, check_python, dumps, loads
+from mongotorch.errors import CodecError
+
+SMALL_BYTES = 4096
+"""Storages below this many bytes share one blob: a blob each would cost more than it could save."""
+_KINDS = (Tensor, nn.Parameter)
+_READERS = 2
+"""Blobs that are read at once: while one waits for its first bytes or ends its hash, the other is on its way.
+More only cost memory."""
+
+
+@final
+class TorchCodec(Codec):
+    """`nn.Module`s, tensors, and lists, tuples and dicts that hold some.
+
+    The record: `skeleton` (blob of the pickle), `python` (of its bytecode, or None), `tensors` (dtype, shape,
+    stride, offset in elements, which storage, whether a parameter and whether it wants a gradient, its name in
+    the state dict of a module), `storages` (a blob of its own and its size in bytes, or where it is among the
+    small ones) and `small` (one blob of all storages below `SMALL_BYTES`).
+    """
+
+    name = "torch"
+
+    def handles(self, value: Any) -> bool:
+        """Whether it is a module or tensor, or a container that holds one."""
+        return any(isinstance(part, (nn.Module, Tensor)) for part in _flat(value))
+
+    def encode(self, value: Any, put: Put, *, where: str) -> dict[str, Any]:
+        """Skeleton and storages. Raises: UnsafeClosureError, CodecError; then nothing was put."""
+        taken: dict[int, int] = {}
+        tensors: list[Tensor] = []
+
+        def external(part: Any) -> int | None:
+            if type(part) not in _KINDS or not _is_plain(part):
+                return None  # sparse, quantised and subclasses: they pickle as torch pickles them
+            if id(part) not in taken:
+                taken[id(part)] = len(tensors)
+                tensors.append(part)  # kept alive, or its id could come back as another's
+            return taken[id(part)]
+
+        with torch.no_grad():
+            skeleton = dumps(value, where=where, external=external)
+            records, storages = _layout(tensors, _names(value))
+            return {
+                "skeleton": put(skeleton.data),
+                "python": skeleton.python,
+                "tensors": records,
+                **_put_storages(storages, put),
+            }
+
+    def decode(self, record: Mapping[str, Any], get: Get) -> Any:
+        """The value, on the CPU. Raises: PythonVersionError before reading, CodecError."""
+        check_python(record["python"])
+        return loads(get(record["skeleton"]), python=record["python"], external=Tensors(record, get))
+
+
+@final
+class Tensors:
+    """The tensors of a record, on the CPU, each made when it is asked for and then the same again.
+
+    Args:
+        record: What `TorchCodec.encode` gave.
+        get: Gives blobs; all of them are asked for at once, from several threads.
+    """
+
+    def __init__(self, record: Mapping[str, Any], get: Get) -> None:
+        self._record = record
+        self._made: dict[int, Tensor] = {}
+        self._small = get(record["small"]) if record.get("small") else b""
+        kept = record["storages"]
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="mongotorch-blobs") as pool:
+            try:
+                self._storages = list(pool.map(lambda one: self._storage(one, get), kept))
+            finally:
+                pool.shutdown(cancel_futures=True)  # after an error: nothing more is read
+
+    def __call__(self, index: int) -> Tensor:
+        """The tensor of an index."""
+        if index not in self._made:
+            self._made[index] = _rebuild(self._record["tensors"][index], self._storages)
+        return self._made[index]
+
+    def _storage(self, kept: Mapping[str, Any], get: Get) -> Tensor:
+        at, small = kept.get("at", 0), self._small
+        data = get(kept["blob"]) if "blob" in kept else small[at : at + kept["nbytes"]]
+        # The store gives a buffer of the reader's own: the tensor lives in it, without a copy.
+        own = data if isinstance(data, bytearray) else bytearray(data)
+        return torch.frombuffer(own, dtype=torch.uint8) if own else torch.empty(0, dtype=torch.uint8)
+
+
+def fill_module(module: nn.Module, record: Mapping[str, Any], get: Get) -> None:
+    """Give a module the stored parameters and buffers of the same names; nothing is unpickled or imported.
+
+    Args:
+        module: Of the same structure as the stored one.
+        record: What `TorchCodec.encode` gave for that.
+        get: Gives blobs.
+
+    Raises:
+        CodecError: A name, shape or dtype differs; the module is unchanged.
+    """
+    parts = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    own, tensors = dict(parts), Tensors(record, get)
+    stored = {kept["name"]: tensors(n) for n, kept in enumerate(record["tensors"]) if "name" in kept}
+    covered = {id(own[name]) for name in stored if name in own}
+    differing = sorted(
+        {name for name, tensor in own.items() if id(tensor) not in covered}
+        | {name for name, tensor in stored.items() if name not in own or not _alike(own[name], tensor)}
+    )
+    if differing:
+        raise CodecError(f"the module given as code is not of the stored structure: {differing[:5]} differ")
+    with torch.no_grad():
+        for name, tensor in stored.items():
+            own[name].copy_(tensor)
+
+
+def _alike(left: Tensor, right: Tensor) -> bool:
+    return left.shape == right.shape and left.dtype == right.dtype
+
+
+def _put_storages(storages: Sequence[memoryview], put: Put) -> dict[str, Any]:
+    records: list[dict[str, Any]] = []
+    small = bytearray()
+    for data in storages:
+        if data.nbytes < SMALL_BYTES:
+            records.append({"at": len(small), "nbytes": data.nbytes})
+            small += data
+        else:
+            records.append({"blob": put(data), "nbytes": data.nbytes})
+    return {"storages": records, "small": put(bytes(small)) if small else None}
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        for part in value.values():
+            yield from _flat(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _flat(part)
+    else:
+        yield value
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    if tensor.grad_fn is not None:
+        raise CodecError("a tensor with a graph behind it cannot be stored; detach it")
+    return tensor.layout is torch.strided and not tensor.is_quantized and tensor.device.type != "meta"
+
+
+def _names(value: Any) -> dict[int, str]:
+    if not isinstance(value, nn.Module):
+        return {}
+    tensors = [*value.named_parameters(remove_duplicate=False), *value.named_buffers(remove_duplicate=False)]
+    return {id(tensor): name for name, tensor in reversed(tensors)}
+
+
+def _layout(tensors: Sequence[Tensor], names: Mapping[int, str]) -> tuple[list[dict[str, Any]], list[memoryview]]:
+    users = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel())
+    shared: dict[int, int] = {}
+    storages: list[memoryview] = []
+    records = []
+    for tensor in tensors:
+        pointer = tensor.untyped_storage().data_ptr()
+        lazy = tensor.is_conj() or tensor.is_neg()  # what it shows is not what is in its memory
+        if tensor.numel() and users[pointer] > 1 and not lazy:
+            if pointer not in shared:
+                shared[pointer] = len(storages)
+                whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+                storages.append(_bytes(whole))
+            index, stride, offset = shared[pointer], list(tensor.stride()), tensor.storage_offset()
+        else:
+            alone = tensor.detach().resolve_conj().resolve_neg()
+            alone = alone if _is_dense(alone) else alone.contiguous()
+            index, stride, offset = len(storages), list(alone.stride()), 0
+            storages.append(_dense_bytes(alone))
+        record = {
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "shape": list(tensor.shape),
+            "stride": stride,
+            "offset": offset,
+            "storage": index,
+            "requires_grad": tensor.requires_grad,
+            "parameter": isinstance(tensor, nn.Parameter),
+        }
+        records.append(record | ({"name": names[id(tensor)]} if id(tensor) in names else {}))
+    return records, storages
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether its elements fill one stretch of memory, in whatever order (channels last does)."""
+    expected = 1
+    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda pair: pair[1]):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size if size != 1 else 1
+    return not (tensor.is_conj() or tensor.is_neg())
+
+
+def _dense_bytes(tensor: Tensor) -> memoryview:
+    if not tensor.numel():
+        return memoryview(b"")
+    return _bytes(tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    # On the CPU this is the tensor's own memory; from another device it is the one copy that is needed.
+    array: Any = tensor.detach().reshape(-1).cpu().view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def _rebuild(record: Mapping[str, Any], storages: Sequence[Tensor]) -> Tensor:
+    dtype = getattr(torch, record["dtype"])
+    whole = storages[record["storage"]] if 0 not in record["shape"] else torch.empty(0, dtype=torch.uint8)
+    flat = torch.empty(0, dtype=dtype).set_(whole.untyped_storage())
+    tensor = flat.as_strided(record["shape"], record["stride"], record["offset"])
+    if record["parameter"]:
+        return nn.Parameter(tensor, requires_grad=record["requires_grad"])
+    return tensor.requires_grad_(record["requires_grad"])
