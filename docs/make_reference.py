@@ -23,7 +23,14 @@ import mongotorch
 
 TARGET = Path(__file__).parent / "reference"
 # Public, but reached through their own module rather than through `mongotorch`.
-MODULES = ("mongotorch.errors", "mongotorch.settings", "mongotorch.codecs", "mongotorch.jobs", "mongotorch.schedule", "mongotorch.testing")
+MODULES = (
+    "mongotorch.errors",
+    "mongotorch.settings",
+    "mongotorch.codecs",
+    "mongotorch.jobs",
+    "mongotorch.schedule",
+    "mongotorch.testing",
+)
 MORE = ("mongotorch.data.stream.stream.Stream", "mongotorch.train.mapping.Passed")
 SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises", "Source")
 LISTS = ("Args", "Attributes", "Raises")

@@ -12,10 +12,24 @@ from typing import Any
 
 import pymongo
 import pytest
+from hypothesis import settings
 
 from mongotorch.datalayer import Datalayer
 from mongotorch.mongo.connection import Connection, open_address
 from mongotorch.settings import read_settings
+
+# How long an example takes says nothing on a machine that is shared.
+settings.register_profile("mongotorch", deadline=None)
+settings.load_profile("mongotorch")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs the real server `server`, so that `-m "not server"` runs without one."""
+    for item in items:
+        names = set(getattr(item, "fixturenames", ()))
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        if params.get("uri") == "mongod" or ("mongod" in names and "uri" not in params):
+            item.add_marker("server")
 
 
 @pytest.fixture(scope="session")
