@@ -50,12 +50,12 @@ from mongotorch.mongo.connection import Connection, open_address
 from mongotorch.query import Fold, Query
 from mongotorch.resources import Owner
 from mongotorch.schedule import Firing, Schedule
-from mongotorch.services.composition import Parts
+from mongotorch.services.composition import Services
 from mongotorch.services.lineage import Diff, Reproduction, TrainedOn
 from mongotorch.services.training.streams import stream_spec, training_spec
 from mongotorch.services.versions.live import Live, OnPromote
 from mongotorch.settings import Settings, read_settings
-from mongotorch.store import LIVE, Collected, Garbage, Move, Verified
+from mongotorch.store import LIVE, Collected, GarbageCollector, Move, Verified
 from mongotorch.train import TorchTrainer
 
 
@@ -67,7 +67,7 @@ class Opened(Owner):
     def __init__(self, connection: Connection, settings: Settings) -> None:
         self.settings = settings
         self._connection = connection
-        self._parts = Parts(connection, settings)
+        self._parts = Services(connection, settings)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._connection!r})"
@@ -504,7 +504,7 @@ class Versions(Opened):
             dry_run: Only say what would be collected.
             grace_s: For how long something must have been unreached, in seconds; 0 only where nobody writes.
         """
-        return Garbage(self._connection.database, grace_s=grace_s).collect(dry_run=dry_run)
+        return GarbageCollector(self._connection.database, grace_s=grace_s).collect(dry_run=dry_run)
 
     def verify(self) -> Verified:
         """Read and hash every blob, check every component and alias; problems are reported, not raised."""

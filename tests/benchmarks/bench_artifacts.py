@@ -34,7 +34,7 @@ from torch import nn
 from mongotorch.codecs import Codecs
 from mongotorch.mongo.connection import open_address
 from mongotorch.settings import read_settings
-from mongotorch.store import Artifacts
+from mongotorch.store import BlobStore
 from mongotorch.train.tensor_codec import TorchCodec
 
 MB = 1_000_000
@@ -93,7 +93,7 @@ def one_round(database: Any, megabytes: int, seed: int, readings: int = 3) -> di
     model = model_of(megabytes, seed)
     parts: list[memoryview] = [p.detach().numpy().data.cast("B") for p in model.parameters()]
     bucket = gridfs.GridFSBucket(database, bucket_name="raw")
-    artifacts, codecs = Artifacts(database), Codecs.builtin(TorchCodec())
+    artifacts, codecs = BlobStore(database), Codecs.builtin(TorchCodec())
     said: dict[str, list[float]] = {}
 
     def measure(name: str, work: Callable[[], Any]) -> Any:
@@ -150,7 +150,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         uri = given.uri or f"embedded:{folder}?db=bench_artifacts"
         with open_address(uri, read_settings()) as connection:
-            Artifacts(connection.database).ensure_indexes()
+            BlobStore(connection.database).ensure_indexes()
             one_round(connection.database, 20, 0)  # warm: indexes, pools, imports
             rounds = [one_round(connection.database, given.mb, seed) for seed in range(given.rounds)]
             connection.client.drop_database(connection.database.name)

@@ -4,7 +4,7 @@
 
 Without a URI it starts an embedded server in a temporary folder. It trains a model with Adam, whose state is three
 times the model, as a run does. In each round it measures, one after the other: some steps alone, a copy of all
-tensors of the state (what issue 4 compares with), the stall (`Fit.capture` and `Scribe.write`, all that a
+tensors of the state (the yardstick), the stall (`Fit.capture` and `CheckpointWriter.write`, all that a
 checkpoint costs the training thread), and the steps during which the checkpoint is written.
 """
 
@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from mongotorch import Query, TorchModel, TorchTrainer
 from mongotorch.codecs import Codecs
 from mongotorch.mongo.connection import open_address
-from mongotorch.services.training.checkpoints import Checkpointing, Scribe
+from mongotorch.services.training.checkpoints import CheckpointWriter, RunCheckpoints
 from mongotorch.settings import read_settings
-from mongotorch.store import Artifacts, Checkpoints, Jobs
+from mongotorch.store import BlobStore, Checkpoints, Jobs
 from mongotorch.train import Fit
 from mongotorch.train.tensor_codec import TorchCodec
 
@@ -84,7 +84,7 @@ def tensors_of(state: Any) -> list[Tensor]:
 
 
 def one_round(
-    fit: Fit, events: Iterator[Any], scribe: Scribe, live: list[Tensor], written: threading.Event
+    fit: Fit, events: Iterator[Any], scribe: CheckpointWriter, live: list[Tensor], written: threading.Event
 ) -> dict[str, float]:
     """Seconds of each; `live` are the tensors of the run itself, `written` is set when a checkpoint is stored."""
     written.clear()
@@ -109,14 +109,14 @@ def one_round(
 
 def measure(database: Any, megabytes: int, rounds: int) -> list[dict[str, float]]:
     """All rounds; the first, which warms everything up, is left out."""
-    jobs, artifacts = Jobs(database), Artifacts(database)
+    jobs, artifacts = Jobs(database), BlobStore(database)
     checkpoints = Checkpoints(database)
     for part in (jobs, artifacts, checkpoints):
         part.ensure_indexes()
     job, _ = jobs.add(component="stall", type_id="trainer", identifier="stall-trainer")
     claimed = jobs.claim(worker="bench", lease_s=36_000)
     assert claimed is not None
-    checkpointing = Checkpointing(checkpoints, artifacts, Codecs.builtin(TorchCodec()))
+    checkpointing = RunCheckpoints(checkpoints, artifacts, Codecs.builtin(TorchCodec()))
     fit = fit_of(megabytes)
     events = fit.run()
     next(events)  # only now it has an optimizer, with a state
@@ -128,7 +128,7 @@ def measure(database: Any, megabytes: int, rounds: int) -> list[dict[str, float]
         checkpointing.save(job, claimed["attempt"], state)
         written.set()
 
-    with Scribe(save, interval_s=0) as scribe:
+    with CheckpointWriter(save, interval_s=0) as scribe:
         return [one_round(fit, events, scribe, live, written) for _ in range(rounds + 1)][1:]
 
 

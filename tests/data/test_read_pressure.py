@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import pytest
 
 from mongotorch.data import prefetch as module
-from mongotorch.data.prefetch import Ahead, Demand, crowded, in_order
+from mongotorch.data.prefetch import ReadPressure, ThreadPrefetcher, crowded, map_ordered
 
 
 def test_with_room_it_is_always_high() -> None:
-    demand = Demand(crowded=False)
+    demand = ReadPressure(crowded=False)
     demand.met()
     assert demand.high()
 
@@ -23,7 +23,7 @@ def test_with_room_it_is_always_high() -> None:
 def test_in_a_crowd_it_is_high_only_while_somebody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now=10.0)
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    demand = Demand(crowded=True)
+    demand = ReadPressure(crowded=True)
     assert demand.high()  # nothing was given yet
     demand.met()
     assert not demand.high()
@@ -59,7 +59,7 @@ def test_without_demand_items_are_done_here_and_in_order() -> None:
         where.append(threading.current_thread() is threading.main_thread())
         return item
 
-    results = in_order(
+    results = map_ordered(
         work, iter(range(12)), threads=2, most=4, most_bytes=99, weigh=lambda _: 1, eager=lambda: high[0]
     )
     found = [next(results)]
@@ -75,7 +75,7 @@ def test_without_demand_items_are_done_here_and_in_order() -> None:
 def test_nothing_overtakes_what_is_under_way_when_demand_changes_at_any_question() -> None:
     draw = random.Random(0)
     for _ in range(20):
-        results = in_order(
+        results = map_ordered(
             lambda item: item,
             iter(range(60)),
             threads=2,
@@ -88,14 +88,14 @@ def test_nothing_overtakes_what_is_under_way_when_demand_changes_at_any_question
 
 
 def test_who_waits_for_an_item_says_so() -> None:
-    demand, go = Demand(crowded=True), threading.Event()
+    demand, go = ReadPressure(crowded=True), threading.Event()
 
     def items() -> Iterator[int]:
         for item in range(3):
             assert go.wait(5)
             yield item
 
-    ahead = Ahead(items(), most=2, most_bytes=9, weigh=lambda _: 1, demand=demand)
+    ahead = ThreadPrefetcher(items(), most=2, most_bytes=9, weigh=lambda _: 1, demand=demand)
     seen = []
 
     def watch() -> None:

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from mongotorch.data.prefetch import Demand, Workers
+from mongotorch.data.prefetch import ReadPressure, Workers
 
 
 def niceness(_item: int) -> int:
@@ -15,7 +15,7 @@ def niceness(_item: int) -> int:
 
 @pytest.mark.parametrize(("crowded", "more"), [(True, 10), (False, 0)])
 def test_a_worker_gives_way_where_it_is_crowded(crowded: bool, more: int) -> None:
-    workers = Workers(niceness, {"num_workers": 1}, Demand(crowded=crowded))
+    workers = Workers(niceness, {"num_workers": 1}, ReadPressure(crowded=crowded))
     assert list(workers.map(iter([0, 1]), 0)) == [min(os.nice(0) + more, 19)] * 2
     workers.close()
 

@@ -24,7 +24,16 @@ from mongotorch.mongo.connection import Connection, open_address
 from mongotorch.services.versions.catalog import Loader, Publisher
 from mongotorch.services.versions.promotion import Promoter
 from mongotorch.settings import read_settings
-from mongotorch.store import Aliases, Artifacts, Checkpoints, Components, Garbage, Jobs, Points, following
+from mongotorch.store import (
+    Aliases,
+    BlobStore,
+    Checkpoints,
+    Components,
+    GarbageCollector,
+    Jobs,
+    MetricLog,
+    follow_alias,
+)
 from mongotorch.store.access_roles import ROLES, role_document
 from mongotorch.train.tensor_codec import TorchCodec
 
@@ -124,8 +133,8 @@ def _set_up(secured: Secured) -> None:
 class House:
     def __init__(self, connection: Connection) -> None:
         database = self.database = connection.database
-        self.artifacts, self.components = Artifacts(database), Components(database)
-        self.jobs, self.points, self.checkpoints = Jobs(database), Points(database), Checkpoints(database)
+        self.artifacts, self.components = BlobStore(database), Components(database)
+        self.jobs, self.points, self.checkpoints = Jobs(database), MetricLog(database), Checkpoints(database)
         self.aliases = Aliases(database)
         codecs = Codecs.builtin(TorchCodec())
         self.publisher = Publisher(self.components, self.artifacts, codecs)
@@ -183,7 +192,7 @@ def test_who_says_no_name_is_refused_at_the_first_read_and_write(secured: Secure
             lambda: house.jobs.add(component="c", type_id="t", identifier="i"),
             lambda: house.jobs.claim(worker="w", lease_s=1),
             lambda: house.components.find("thing", "a"),
-            lambda: Garbage(house.database).collect(),
+            lambda: GarbageCollector(house.database).collect(),
         ):
             with pytest.raises(SettingError, match="does not allow it"):
                 act()
@@ -203,7 +212,7 @@ def test_who_may_only_read_writes_nothing(secured: Secured, user: str) -> None:
             lambda: house.jobs.claim(worker="w", lease_s=1),
             lambda: house.aliases.move("thing", "a", to=None, expected=None, who="w", why=""),
             lambda: house.points.add(job="j", component="c", step=1, kind="valid", values={}),
-            lambda: Garbage(house.database).collect(),
+            lambda: GarbageCollector(house.database).collect(),
         ):
             with pytest.raises(SettingError, match="does not allow it"):
                 act()
@@ -231,7 +240,7 @@ def test_a_trainer_publishes_and_a_reader_loads(secured: Secured) -> None:
         assert isinstance(loaded, Thing)
         assert torch.equal(loaded.value, torch.arange(3.0))
         assert [move.to_uuid for move in House(connection).aliases.history("thing", "a")] == [uuid]
-        with following(connection.database, "thing", "a", "live") as wake:
+        with follow_alias(connection.database, "thing", "a", "live") as wake:
             wake(1.0)
         assert House(connection).jobs.wait(job, 10)["result"] == uuid
         assert connection.database["digits"].find_one({}) is not None

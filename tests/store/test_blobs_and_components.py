@@ -11,7 +11,7 @@ import pytest
 from pymongo.errors import PyMongoError
 
 from mongotorch.errors import ConflictError, IntegrityError, NotFoundError, StoreError
-from mongotorch.store import Artifacts, Components
+from mongotorch.store import BlobStore, Components
 from mongotorch.store.blobs import CHUNK_BYTES
 
 
@@ -23,8 +23,8 @@ def database() -> Iterator[Any]:
 
 
 @pytest.fixture
-def artifacts(database: Any) -> Artifacts:
-    artifacts = Artifacts(database)
+def artifacts(database: Any) -> BlobStore:
+    artifacts = BlobStore(database)
     artifacts.ensure_indexes()
     return artifacts
 
@@ -41,7 +41,7 @@ def document(uuid: str, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("size", [0, 1, CHUNK_BYTES, CHUNK_BYTES + 1, 9 * CHUNK_BYTES + 5])
-def test_a_blob_comes_back_by_the_sha256_of_its_bytes(artifacts: Artifacts, size: int) -> None:
+def test_a_blob_comes_back_by_the_sha256_of_its_bytes(artifacts: BlobStore, size: int) -> None:
     data = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
 
     name = artifacts.put(memoryview(data))
@@ -50,7 +50,7 @@ def test_a_blob_comes_back_by_the_sha256_of_its_bytes(artifacts: Artifacts, size
     assert artifacts.get(name) == data
 
 
-def test_the_same_bytes_are_stored_once(artifacts: Artifacts, database: Any) -> None:
+def test_the_same_bytes_are_stored_once(artifacts: BlobStore, database: Any) -> None:
     artifacts.put(b"abc")
     artifacts.put(b"abc")
 
@@ -59,17 +59,17 @@ def test_the_same_bytes_are_stored_once(artifacts: Artifacts, database: Any) -> 
 
 
 def test_the_second_of_two_writers_leaves_nothing_of_its_own(
-    artifacts: Artifacts, database: Any, monkeypatch: pytest.MonkeyPatch
+    artifacts: BlobStore, database: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     artifacts.put(b"abc")
-    monkeypatch.setattr(Artifacts, "touch", lambda self, names: names)  # both looked before either wrote
+    monkeypatch.setattr(BlobStore, "touch", lambda self, names: names)  # both looked before either wrote
 
     assert artifacts.get(artifacts.put(b"abc")) == b"abc"
     assert database["mt.artifacts.chunks"].count_documents({}) == 1
 
 
 def test_a_blob_whose_writer_died_is_not_there_and_can_be_written_again(
-    artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch
+    artifacts: BlobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def die(*args: Any, **kwargs: Any) -> None:
         raise PyMongoError("killed")
@@ -86,7 +86,7 @@ def test_a_blob_whose_writer_died_is_not_there_and_can_be_written_again(
     assert artifacts.get(artifacts.put(b"abc")) == b"abc"
 
 
-def test_bytes_that_were_changed_are_refused(artifacts: Artifacts, database: Any) -> None:
+def test_bytes_that_were_changed_are_refused(artifacts: BlobStore, database: Any) -> None:
     name = artifacts.put(b"abc")
     database["mt.artifacts.chunks"].update_one({}, {"$set": {"data": b"abd"}})
 

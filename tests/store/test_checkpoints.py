@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from mongotorch.errors import IntegrityError
-from mongotorch.store import Artifacts, Checkpoints, Jobs
+from mongotorch.store import BlobStore, Checkpoints, Jobs
 
 
 class Run:
     def __init__(self, database: Any) -> None:
-        self.checkpoints, self.artifacts, self.jobs = Checkpoints(database), Artifacts(database), Jobs(database)
+        self.checkpoints, self.artifacts, self.jobs = Checkpoints(database), BlobStore(database), Jobs(database)
         for room in (self.checkpoints, self.artifacts, self.jobs):
             room.ensure_indexes()
         self.job, _ = self.jobs.add(component="c", type_id="trainer", identifier="digits")

@@ -9,7 +9,7 @@ import pytest
 
 from mongotorch.errors import ConflictError, IntegrityError
 from mongotorch.mongo.server_features import utc_now
-from mongotorch.store import Artifacts, Checkpoints, Components, Garbage, Jobs
+from mongotorch.store import BlobStore, Checkpoints, Components, GarbageCollector, Jobs
 from mongotorch.store.maintenance import GRACE_S, Collected
 
 
@@ -26,7 +26,7 @@ class Later:
 class House:
     def __init__(self, database: Any) -> None:
         self.database = database
-        self.artifacts, self.components = Artifacts(database), Components(database)
+        self.artifacts, self.components = BlobStore(database), Components(database)
         self.checkpoints, self.jobs = Checkpoints(database), Jobs(database)
         for room in (self.artifacts, self.components, self.checkpoints, self.jobs):
             room.ensure_indexes()
@@ -42,7 +42,7 @@ class House:
         return job, claimed["attempt"]
 
     def collect(self, after_s: float = 2 * GRACE_S, **more: Any) -> Collected:
-        return Garbage(self.database, now=Later(after_s)).collect(**more)
+        return GarbageCollector(self.database, now=Later(after_s)).collect(**more)
 
     def chunks(self) -> int:
         return int(self.database["mt.artifacts.chunks"].count_documents({}))
@@ -95,7 +95,7 @@ def test_a_blob_that_is_put_again_starts_its_grace_anew(database: Any) -> None:
     database["mt.artifacts.files"].update_one({}, {"$set": {"touched": ancient, "uploadDate": ancient}})
 
     assert house.artifacts.put(b"old") == name  # by a publication that is now in flight
-    assert Garbage(database).collect().blobs == ()
+    assert GarbageCollector(database).collect().blobs == ()
     house.publish("a", name)
 
     assert house.collect().blobs == ()
@@ -107,7 +107,7 @@ def test_a_blob_that_is_touched_between_the_decision_and_the_delete_stays(
     name = house.artifacts.put(b"old")
     ancient = utc_now() - timedelta(days=30)
     house.database["mt.artifacts.files"].update_one({}, {"$set": {"touched": ancient}})
-    garbage = Garbage(house.database)
+    garbage = GarbageCollector(house.database)
     reached = garbage._reached
 
     def slow(*args: Any) -> set[str]:
@@ -214,7 +214,7 @@ def test_with_no_grace_everything_goes_at_once(house: House) -> None:
     house.publish("half", house.artifacts.put(b"half"), anchor="nothing")
     house.database["mt.artifacts.chunks"].insert_one({"files_id": 7, "n": 0, "data": b"x"})
     house.jobs.cancel(job)
-    garbage = Garbage(house.database, grace_s=0)
+    garbage = GarbageCollector(house.database, grace_s=0)
 
     said = garbage.collect(dry_run=True)
     assert garbage.collect() == said

@@ -15,7 +15,7 @@ from pymongo import monitoring
 from tests import run_processes as runs
 
 from mongotorch import Datalayer, TorchModel
-from mongotorch.store import Artifacts, Checkpoints, Components, Jobs
+from mongotorch.store import BlobStore, Checkpoints, Components, Jobs
 from mongotorch.store.blobs import CHUNK_BYTES
 
 pytestmark = pytest.mark.fault
@@ -39,7 +39,7 @@ def net(seed: int) -> torch.nn.Linear:
 def litter(db: Datalayer, number: int) -> None:
     """One of everything that a collection takes away, whatever it has to do for that."""
     database: Any = db["mt.jobs"].raw.database
-    artifacts, components, jobs = Artifacts(database), Components(database), Jobs(database)
+    artifacts, components, jobs = BlobStore(database), Components(database), Jobs(database)
     job, _ = jobs.add(component=f"c{number}", type_id="trainer", identifier="t")
     claimed = jobs.claim(worker="w", lease_s=600, job_id=job)
     assert claimed is not None

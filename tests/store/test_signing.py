@@ -31,12 +31,12 @@ from mongotorch.errors import (
 )
 from mongotorch.services.versions.catalog import Loader, Publisher
 from mongotorch.settings import read_settings
-from mongotorch.store import Aliases, Artifacts, Checker, Checkpoints, Components, Jobs, Trust, trust_of
-from mongotorch.store.signing import HmacKey, Signer, Verifier, canonical
+from mongotorch.store import Aliases, BlobStore, Checkpoints, Components, Jobs, Trust, Verifier, trust_of
+from mongotorch.store.signing import HmacKey, SignatureVerifier, Signer, canonical
 from mongotorch.train.tensor_codec import TorchCodec
 
 KEY, OLD, FOREIGN = HmacKey(b"k" * 16), HmacKey(b"o" * 16), HmacKey(b"f" * 16)
-SIGNED = Trust(Signer(KEY), Verifier.of(KEY))
+SIGNED = Trust(Signer(KEY), SignatureVerifier.of(KEY))
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -50,7 +50,7 @@ class House:
     def __init__(self, database: Any, trust: Trust | None = SIGNED) -> None:
         self.database = database
         codecs = Codecs.builtin(TorchCodec())
-        self.artifacts, self.components = Artifacts(database), Components(database, trust)
+        self.artifacts, self.components = BlobStore(database), Components(database, trust)
         self.aliases = Aliases(database, trust)
         self.artifacts.ensure_indexes()
         self.components.ensure_indexes()
@@ -111,7 +111,7 @@ def test_what_no_accepted_key_signed_is_refused(house: House, trust: Trust | Non
 
 
 def test_without_the_demand_an_unsigned_document_loads_but_a_changed_one_does_not(house: House) -> None:
-    lenient = house.trusting(Trust(None, Verifier.of(KEY, required=False)))
+    lenient = house.trusting(Trust(None, SignatureVerifier.of(KEY, required=False)))
     unsigned, signed = house.trusting(None).store("plain"), house.store("signed")
 
     assert lenient.loader.by_uuid(unsigned)
@@ -179,8 +179,8 @@ def test_a_blob_in_the_place_of_another_valid_one_is_refused(house: House) -> No
 
 
 def test_keys_are_rotated_without_a_pause(house: House) -> None:
-    before = house.trusting(Trust(Signer(OLD), Verifier.of(OLD))).store("before")
-    both = house.trusting(Trust(Signer(KEY), Verifier.of(KEY, OLD)))
+    before = house.trusting(Trust(Signer(OLD), SignatureVerifier.of(OLD))).store("before")
+    both = house.trusting(Trust(Signer(KEY), SignatureVerifier.of(KEY, OLD)))
     after = both.store("after")
 
     assert both.loader.by_uuid(before)
@@ -199,7 +199,7 @@ def test_a_checkpoint_is_signed_too_and_does_not_pass_for_a_component(database: 
     assert Checkpoints(database, SIGNED).newest(job)
     document = database["mt.checkpoints"].find_one({})
     with pytest.raises(TrustError):
-        Verifier.of(KEY).check(document, kind="component")
+        SignatureVerifier.of(KEY).check(document, kind="component")
     database["mt.checkpoints"].update_one({}, {"$set": {"body.rng": b"2"}})
     with pytest.raises(TrustError):
         checkpoints.newest(job)
@@ -215,7 +215,7 @@ def test_verifying_names_everything_that_is_broken(house: House) -> None:
     file = house.database["mt.artifacts.files"].find_one({"filename": broken})
     house.database["mt.artifacts.chunks"].update_one({"files_id": file["_id"]}, {"$set": {"data": b"wrong"}})
 
-    said = Checker(house.database, SIGNED).verify()
+    said = Verifier(house.database, SIGNED).verify()
 
     assert said.components == 3
     assert len(said.problems) == 3

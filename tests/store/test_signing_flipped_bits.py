@@ -20,8 +20,8 @@ from mongotorch.codecs import Codecs, pickles
 from mongotorch.component import Component
 from mongotorch.errors import MongotorchError
 from mongotorch.services.versions.catalog import Loader, Publisher
-from mongotorch.store import Aliases, Artifacts, Components, Trust
-from mongotorch.store.signing import HmacKey, Signer, Verifier
+from mongotorch.store import Aliases, BlobStore, Components, Trust
+from mongotorch.store.signing import HmacKey, SignatureVerifier, Signer
 from mongotorch.train.tensor_codec import TorchCodec
 
 pytestmark = pytest.mark.property
@@ -42,8 +42,8 @@ class House:
     def __init__(self) -> None:
         self.database: Any = mongomock.MongoClient()["flips"]
         key = HmacKey(b"k" * 16)
-        codecs, artifacts = Codecs.builtin(TorchCodec()), Artifacts(self.database)
-        components = Components(self.database, Trust(Signer(key), Verifier.of(key)))
+        codecs, artifacts = Codecs.builtin(TorchCodec()), BlobStore(self.database)
+        components = Components(self.database, Trust(Signer(key), SignatureVerifier.of(key)))
         self.loader = Loader(components, artifacts, Aliases(self.database), codecs)
         self.module = torch.nn.Sequential(torch.nn.Linear(40, 40), torch.nn.BatchNorm1d(40))
         stored = Publisher(components, artifacts, codecs).store(Net("n", module=self.module))

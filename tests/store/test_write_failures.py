@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mongotorch.store import Artifacts, Checkpoints, Components, Garbage, Jobs
+from mongotorch.store import BlobStore, Checkpoints, Components, GarbageCollector, Jobs
 from mongotorch.store.blobs import CHUNK_BYTES
 
 pytestmark = pytest.mark.fault
@@ -29,7 +29,7 @@ def mortal(room: Any, patch: pytest.MonkeyPatch, kill_at: int, *, after: bool) -
     """Count every write of a room, and end it at the n-th, before or after it reached the database."""
     count = iter(range(10**6))
     for part in vars(room).values():
-        if isinstance(part, Artifacts):
+        if isinstance(part, BlobStore):
             _patch_collections(part, patch, count, kill_at, after)
     _patch_collections(room, patch, count, kill_at, after)
 
@@ -77,7 +77,7 @@ def at_every_write(prepare: Callable[[], Any], act: Callable[[Any], Any], check:
 class House:
     def __init__(self, database: Any) -> None:
         self.database = database
-        self.artifacts, self.components = Artifacts(database), Components(database)
+        self.artifacts, self.components = BlobStore(database), Components(database)
         self.jobs = Jobs(database)
         for room in (self.artifacts, self.components, self.jobs, Checkpoints(database)):
             room.ensure_indexes()
@@ -97,7 +97,7 @@ class House:
         return job, claimed["attempt"]
 
     def nothing_is_left_but_what_is_kept(self) -> None:
-        Garbage(self.database, grace_s=0).collect()
+        GarbageCollector(self.database, grace_s=0).collect()
         count = {name: self.database[name].count_documents({}) for name in self.database.list_collection_names()}
         assert count.get("mt.artifacts.files") == 1
         assert count.get("mt.artifacts.chunks") == 4
@@ -114,14 +114,14 @@ def house(database: Any) -> House:
 
 
 def test_a_collection_that_dies_at_any_write_leaves_what_the_next_one_collects(house: House) -> None:
-    def litter() -> Garbage:
+    def litter() -> GarbageCollector:
         job, attempt = house.run()
         Checkpoints(house.database).put(job, attempt, 1, {}, [house.artifacts.put(b"state")])
         house.publish("half", house.artifacts.put(b"half"), anchor="nothing")
         house.artifacts.put(b"unused" * CHUNK_BYTES)
         house.database["mt.artifacts.chunks"].insert_one({"files_id": "dead", "n": 0, "data": b"x"})
         house.jobs.cancel(job)
-        return Garbage(house.database, grace_s=0)
+        return GarbageCollector(house.database, grace_s=0)
 
     writes = at_every_write(litter, lambda garbage: garbage.collect(), house.nothing_is_left_but_what_is_kept)
 
@@ -137,7 +137,7 @@ def test_an_upload_that_dies_at_any_write_leaves_nothing_after_a_collection(hous
         house.nothing_is_left_but_what_is_kept()
 
     writes = at_every_write(
-        lambda: Artifacts(house.database), lambda artifacts: artifacts.put(data), put_again_and_check
+        lambda: BlobStore(house.database), lambda artifacts: artifacts.put(data), put_again_and_check
     )
 
     assert writes >= 3
@@ -165,7 +165,7 @@ def test_a_checkpoint_that_dies_at_any_write_leaves_the_one_before(house: House)
         assert newest is not None
         assert newest["step"] in (state["last"], state["last"] + 1)
         assert house.artifacts.get(newest["blobs"][0]) == f"state {newest['step']}".encode()
-        Garbage(house.database, grace_s=0).collect()
+        GarbageCollector(house.database, grace_s=0).collect()
         assert house.artifacts.has(newest["blobs"][0])  # the job still runs
         house.jobs.cancel(state["job"])
         house.nothing_is_left_but_what_is_kept()

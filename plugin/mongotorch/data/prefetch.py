@@ -43,7 +43,7 @@ _WAITING_S = 0.001  # what was ready is taken sooner
 
 
 @final
-class Demand:
+class ReadPressure:
     """Told by who takes windows, asked by who reads them. A new one is that of somebody who waits.
 
     It may be handed to worker processes when they are started: they see what this process says later. What another
@@ -108,7 +108,7 @@ _THREAD = "mongotorch-prefetch"
 
 
 @final
-class Ahead(Generic[T]):
+class ThreadPrefetcher(Generic[T]):
     """An iterator whose source is read by a thread of its own, up to a bound.
 
     Args:
@@ -128,12 +128,12 @@ class Ahead(Generic[T]):
         most: int,
         most_bytes: int,
         weigh: Callable[[T], int],
-        demand: Demand | None = None,
+        demand: ReadPressure | None = None,
         sizes: Iterator[int] | None = None,
     ) -> None:
         self._source = source
         self._sizes = itertools.repeat(1) if sizes is None else sizes
-        self._demand = demand or Demand(crowded=False)
+        self._demand = demand or ReadPressure(crowded=False)
         self._most, self._most_bytes, self._weigh = most, most_bytes, weigh
         self._ready: deque[tuple[T, int, int]] = deque()
         self._bytes = self._held = self._taken = 0
@@ -208,7 +208,7 @@ class Ahead(Generic[T]):
             return True
 
 
-def in_order(
+def map_ordered(
     function: Callable[[S], T],
     items: Iterator[S],
     *,
@@ -327,9 +327,9 @@ class Workers:
     """
 
     def __init__(
-        self, function: Callable[[Any], Any], options: Mapping[str, Any], demand: Demand | None = None
+        self, function: Callable[[Any], Any], options: Mapping[str, Any], demand: ReadPressure | None = None
     ) -> None:
-        self.demand = demand or Demand(crowded=False)
+        self.demand = demand or ReadPressure(crowded=False)
         self._feed = _Feed()
         self._options = dict(options)
         self._generator = self._options.pop("generator", None)

@@ -38,11 +38,11 @@ from bson.raw_bson import RawBSONDocument
 from numpy.typing import NDArray
 
 from mongotorch.data.decode.decoder import decode
-from mongotorch.data.decode.replies import Chunk, offsets
-from mongotorch.data.prefetch import Ahead
+from mongotorch.data.decode.replies import Reply, offsets
+from mongotorch.data.prefetch import ThreadPrefetcher
 from mongotorch.data.read.reader import MockReader, open_reader
 from mongotorch.errors import DataError
-from mongotorch.mongo.retry import Patience
+from mongotorch.mongo.retry import RetryPolicy
 from mongotorch.query import Query
 from mongotorch.signature import Key
 
@@ -189,7 +189,7 @@ def scan_members(
     return members_of(_chunks(database, query, Key.parse(key).projection, read_deadline_s), most=most)
 
 
-def members_of(chunks: Iterable[Chunk], *, most: int = MOST_MEMBERS) -> Members:
+def members_of(chunks: Iterable[Reply], *, most: int = MOST_MEMBERS) -> Members:
     """The set of documents that are given as concatenated BSON, none of them empty; see `scan_members`."""
     kept: list[Hashes] | None = []
     count, total = 0, 0
@@ -235,30 +235,30 @@ def unseen(
     return found
 
 
-def _chunks(database: Any, query: Query, projection: dict[str, int], deadline_s: float) -> Iterator[Chunk]:
+def _chunks(database: Any, query: Query, projection: dict[str, int], deadline_s: float) -> Iterator[Reply]:
     """The documents, as concatenated BSON: the server reads the next ones while some are looked at."""
     whole = not query.is_pipeline and query.limited is None and not query.skipped
     # Where all are read, the order of `_id` needs no sort, and a broken cursor is resumed by an index.
     query = dataclasses.replace(query, ordering=()) if whole else query
-    reader = open_reader(database, query, projection, Patience(deadline_s=deadline_s))
+    reader = open_reader(database, query, projection, RetryPolicy(deadline_s=deadline_s))
     if whole and isinstance(reader, MockReader):  # mongomock cannot sort `_id`s of every type, its reader can
         yield from (chunk for chunk in reader.head(reader.size()) if len(chunk))
         return
-    chunks = Ahead(reader.drain(0, _READ), most=3, most_bytes=_AHEAD_BYTES, weigh=len)
+    chunks = ThreadPrefetcher(reader.drain(0, _READ), most=3, most_bytes=_AHEAD_BYTES, weigh=len)
     try:
         yield from (chunk for chunk in chunks if len(chunk))
     finally:
         chunks.close()
 
 
-def _digests(chunk: Chunk) -> NDArray[np.uint32]:
+def _digests(chunk: Reply) -> NDArray[np.uint32]:
     """BLAKE2b-256 of each document, as (n, 8) words."""
     view, blake = memoryview(chunk), hashlib.blake2b
     parts = [blake(view[start:end], digest_size=DIGEST_BYTES).digest() for start, end in offsets(chunk)]
     return np.frombuffer(b"".join(parts), "<u4").reshape(-1, 8)
 
 
-def _hashes(chunk: Chunk, digests: NDArray[np.uint32]) -> Hashes:
+def _hashes(chunk: Reply, digests: NDArray[np.uint32]) -> Hashes:
     """The rows of a chunk's documents; one without an `_id` (of a pipeline) is known by its content."""
     columns = decode(chunk, ())
     contents = np.ascontiguousarray(digests[:, :2]).view("<u8").astype(np.uint64).reshape(-1)
@@ -282,6 +282,6 @@ def watermark(database: Any, *, read_deadline_s: float = 60.0) -> Timestamp | da
     if type(database).__module__.startswith("mongomock"):
         now = datetime.now(UTC).replace(tzinfo=None)
         return now.replace(microsecond=now.microsecond // 1000 * 1000)  # what BSON keeps
-    told = Patience(deadline_s=read_deadline_s).run(lambda: database.command("hello"), "asking for the time")
+    told = RetryPolicy(deadline_s=read_deadline_s).run(lambda: database.command("hello"), "asking for the time")
     time: Timestamp | datetime = told.get("operationTime", told["localTime"])
     return time

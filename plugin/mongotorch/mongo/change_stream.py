@@ -80,7 +80,7 @@ class Baseline:
 
 
 @final
-class Watch(Owner):
+class ChangeWatcher(Owner):
     """The changes of some collections, behind a token.
 
     Args:
@@ -95,7 +95,7 @@ class Watch(Owner):
 
     def __init__(self, database: Any, collections: Collection[str], after: Token) -> None:
         self.collections = frozenset(collections)
-        with _told_apart("watching for changes"):
+        with _translate_errors("watching for changes"):
             self._stream = database.watch(
                 _pipeline(self.collections),
                 resume_after=after,
@@ -117,7 +117,7 @@ class Watch(Owner):
             ServerUnavailableError: The server cannot be reached.
         """
         found: list[Change] = []
-        with _told_apart("reading changes"):
+        with _translate_errors("reading changes"):
             while len(found) < _MOST and (event := self._stream.try_next()) is not None:
                 found.append(_change(event))
         return found
@@ -218,7 +218,7 @@ def _change(event: Mapping[str, Any]) -> Change:
 
 
 @contextlib.contextmanager
-def _told_apart(doing: str) -> Iterator[None]:
+def _translate_errors(doing: str) -> Iterator[None]:
     """Errors of the tree, and lost history told apart from the rest."""
     with driver_errors(doing):
         try:

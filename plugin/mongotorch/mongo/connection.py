@@ -35,7 +35,7 @@ from mongotorch.settings import Settings
 
 
 @final
-class MockStore:
+class MockServer:
     """The data behind one name; whoever holds this keeps the data alive."""
 
     def __init__(self, name: str) -> None:
@@ -54,20 +54,20 @@ class MockStore:
 
 
 # By name, since two connections of a process must meet; it holds nothing alive.
-_stores: weakref.WeakValueDictionary[str, MockStore] = weakref.WeakValueDictionary()
+_stores: weakref.WeakValueDictionary[str, MockServer] = weakref.WeakValueDictionary()
 _lock = threading.Lock()
 
 
-def store_named(name: str) -> MockStore:
+def store_named(name: str) -> MockServer:
     """The store of a name: the one that is alive in this process, else a new and empty one."""
     with _lock:
         store = _stores.get(name)
         if store is None:
-            store = _stores[name] = MockStore(name)
+            store = _stores[name] = MockServer(name)
         return store
 
 
-def _found(name: str, token: str) -> MockStore:
+def _found(name: str, token: str) -> MockServer:
     store = _stores.get(name)
     if store is None or store.token != token:
         raise UnsupportedError(
@@ -89,7 +89,7 @@ class Opener:
     database: str
     timeout_s: float
     options: frozenset[str] = frozenset()
-    memory: MockStore | None = dataclasses.field(default=None, repr=False)
+    memory: MockServer | None = dataclasses.field(default=None, repr=False)
 
     def __call__(self) -> Any:
         """The driver's database; who calls it closes its client. Raises: SettingError."""

@@ -24,7 +24,7 @@ _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.05, 2.0
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Patience:
+class RetryPolicy:
     """How long a broken read is tried again.
 
     Attributes:
@@ -55,7 +55,7 @@ class Patience:
 class Attempts:
     """Counts the failures of one read since its last success."""
 
-    patience: Patience
+    patience: RetryPolicy
     what: str
     since: float | None = None
     delay: float = field(default=_FIRST_DELAY_S)

@@ -23,34 +23,34 @@ from mongotorch.mongo.connection import Connection
 from mongotorch.schedule import Schedule
 from mongotorch.services.apply import Applier
 from mongotorch.services.lineage import Comparer, Reproducer
-from mongotorch.services.schedules.firing import Firings, Gauges
+from mongotorch.services.schedules.firing import Firings, LiveMetrics
 from mongotorch.services.schedules.judging import Judge
 from mongotorch.services.schedules.register import Register
-from mongotorch.services.schedules.retraining import News, Retraining
+from mongotorch.services.schedules.retraining import NewDocumentFinder, Retraining
 from mongotorch.services.schedules.scheduler import Scheduler
-from mongotorch.services.training.checkpoints import Checkpointing
-from mongotorch.services.training.heartbeat import Heart
-from mongotorch.services.training.job_runner import Performer, Work, worker_name
-from mongotorch.services.training.recipe import Facts
-from mongotorch.services.training.training_run import Training
+from mongotorch.services.training.checkpoints import RunCheckpoints
+from mongotorch.services.training.heartbeat import Heartbeat
+from mongotorch.services.training.job_runner import JobHandler, JobRunner, worker_name
+from mongotorch.services.training.recipe import DataProvenance
+from mongotorch.services.training.training_run import TrainingRun
 from mongotorch.services.versions.catalog import Loader, Publisher
 from mongotorch.services.versions.promotion import Promoter, Remover
 from mongotorch.settings import Settings
 from mongotorch.store import (
     Aliases,
-    Artifacts,
-    Checker,
+    BlobStore,
     Checkpoints,
     Components,
     Jobs,
-    Points,
+    MetricLog,
     Schedules,
+    Verifier,
     trust_of,
 )
 
 
 @final
-class ScheduleParts:
+class ScheduleServices:
     """What watches, fires, judges and remembers.
 
     Args:
@@ -71,12 +71,12 @@ class ScheduleParts:
         connection: Connection,
         settings: Settings,
         components: Components,
-        artifacts: Artifacts,
+        artifacts: BlobStore,
         aliases: Aliases,
         jobs: Jobs,
         loader: Loader,
         promoter: Promoter,
-        training: Training,
+        training: TrainingRun,
     ) -> None:
         database = connection.database
         schedules = Schedules(database)
@@ -99,10 +99,10 @@ class ScheduleParts:
             loader=loader,
             training=training,
             judge=judge,
-            news=News(database, components, artifacts),
+            news=NewDocumentFinder(database, components, artifacts),
             told=self.register.told,
         )
-        gauges = Gauges(connection=connection, settings=settings, firings=firings, loader=loader, judge=judge)
+        gauges = LiveMetrics(connection=connection, settings=settings, firings=firings, loader=loader, judge=judge)
         self.scheduler = Scheduler(
             database=database,
             schedules=schedules,
@@ -122,16 +122,16 @@ class Works:
         special: What is done for the others.
     """
 
-    def __init__(self, usual: Work, special: Mapping[str, Work]) -> None:
+    def __init__(self, usual: JobHandler, special: Mapping[str, JobHandler]) -> None:
         self._usual, self._special = usual, special
 
-    def run(self, job: Mapping[str, Any], heart: Heart) -> str:
-        """See `Work.run`."""
+    def run(self, job: Mapping[str, Any], heart: Heartbeat) -> str:
+        """See `JobHandler.run`."""
         return self._special.get(job["type_id"], self._usual).run(job, heart)
 
 
 @final
-class Parts:
+class Services:
     """What a datalayer hands out.
 
     Args:
@@ -144,19 +144,19 @@ class Parts:
         database, codecs = connection.database, Codecs.default()
         secret = settings.signing_key.get_secret_value() if settings.signing_key is not None else None
         trust = trust_of(key=secret, key_file=settings.signing_key_file, policy=settings.trust)
-        self.components, self.artifacts = Components(database, trust), Artifacts(database)
-        self.jobs, self.points = Jobs(database), Points(database)
+        self.components, self.artifacts = Components(database, trust), BlobStore(database)
+        self.jobs, self.points = Jobs(database), MetricLog(database)
         self.checkpoints = Checkpoints(database, trust)
-        self.aliases, self.checker = Aliases(database, trust), Checker(database, trust)
+        self.aliases, self.checker = Aliases(database, trust), Verifier(database, trust)
         for part in (self.components, self.artifacts, self.jobs, self.points, self.checkpoints, self.aliases):
             part.ensure_indexes()
         self.loader = Loader(self.components, self.artifacts, self.aliases, codecs)
         self.publisher = Publisher(self.components, self.artifacts, codecs)
         self.promoter = Promoter(self.components, self.aliases)
         self.remover = Remover(self.components, self.artifacts, self.promoter)
-        checkpointing = Checkpointing(self.checkpoints, self.artifacts, codecs)
+        checkpointing = RunCheckpoints(self.checkpoints, self.artifacts, codecs)
         training = self._training(checkpointing)
-        standing = ScheduleParts(
+        standing = ScheduleServices(
             connection=connection,
             settings=settings,
             components=self.components,
@@ -169,7 +169,7 @@ class Parts:
         )
         self.register, self.scheduler = standing.register, standing.scheduler
         works = Works(training, {Schedule.type_id: standing.retraining})
-        self.performer = Performer(self.jobs, works, settings)
+        self.performer = JobRunner(self.jobs, works, settings)
         self.applier = Applier(
             components=self.components,
             jobs=self.jobs,
@@ -181,8 +181,8 @@ class Parts:
             register=self.register,
         )
 
-    def _training(self, checkpointing: Checkpointing) -> Training:
-        return Training(
+    def _training(self, checkpointing: RunCheckpoints) -> TrainingRun:
+        return TrainingRun(
             connection=self._connection,
             settings=self._settings,
             components=self.components,
@@ -191,7 +191,7 @@ class Parts:
             publisher=self.publisher,
             checkpointing=checkpointing,
             jobs=self.jobs,
-            facts=Facts(self._connection, self._settings),
+            facts=DataProvenance(self._connection, self._settings),
         )
 
     @functools.cached_property
@@ -208,5 +208,5 @@ class Parts:
             components=self.components,
             artifacts=self.artifacts,
             loader=self.loader,
-            facts=Facts(self._connection, self._settings),
+            facts=DataProvenance(self._connection, self._settings),
         )

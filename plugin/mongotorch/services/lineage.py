@@ -20,10 +20,16 @@ from mongotorch.errors import DataError, NotFoundError, ParameterError
 from mongotorch.mongo.connection import Connection
 from mongotorch.query import Query
 from mongotorch.services.training.job_runner import environment
-from mongotorch.services.training.recipe import Course, Facts, follow_quietly, members_of_facts, summary
+from mongotorch.services.training.recipe import (
+    DataProvenance,
+    TrainingRecipe,
+    follow_quietly,
+    members_of_facts,
+    summary,
+)
 from mongotorch.services.versions.catalog import Loader
 from mongotorch.settings import Settings
-from mongotorch.store import Artifacts, Components
+from mongotorch.store import BlobStore, Components
 from mongotorch.train import TorchModel, TorchTrainer, differing, warmed
 
 CHANGED: Final = "changed"
@@ -109,7 +115,7 @@ class Comparer:
         artifacts: The blobs.
     """
 
-    def __init__(self, components: Components, artifacts: Artifacts) -> None:
+    def __init__(self, components: Components, artifacts: BlobStore) -> None:
         self._components, self._artifacts = components, artifacts
 
     def diff(self, old: str, new: str) -> Diff:
@@ -268,9 +274,9 @@ class Reproducer:
         connection: Connection,
         settings: Settings,
         components: Components,
-        artifacts: Artifacts,
+        artifacts: BlobStore,
         loader: Loader,
-        facts: Facts,
+        facts: DataProvenance,
     ) -> None:
         self._connection, self._settings = connection, settings
         self._components, self._artifacts = components, artifacts
@@ -301,7 +307,7 @@ class Reproducer:
         changed += [f"weight {name!r} came out otherwise" for name in weights]
         return Reproduction(same=not weights, trained=True, changed=changed)
 
-    def _course(self, document: Mapping[str, Any]) -> Course:
+    def _course(self, document: Mapping[str, Any]) -> TrainingRecipe:
         """The very course that a version came from."""
         if document["type_id"] != TorchModel.type_id or "job" not in document or "data" not in document:
             raise ParameterError(
@@ -322,9 +328,9 @@ class Reproducer:
         if isinstance(live, TorchModel):
             trainer = warmed(trainer, model, live)
         query = Query.from_document(document["data"]["query"])
-        return Course(trainer=trainer, model=model, train_query=query)
+        return TrainingRecipe(trainer=trainer, model=model, train_query=query)
 
-    def _data(self, document: Mapping[str, Any], course: Course) -> list[str]:
+    def _data(self, document: Mapping[str, Any], course: TrainingRecipe) -> list[str]:
         """What has changed in the data."""
         said, changed = document["data"], []
         for fold, query in (("train", course.training), ("valid", course.validation)):

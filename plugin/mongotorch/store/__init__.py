@@ -1,30 +1,30 @@
 """What MongoDB keeps: blobs by content, component documents by version, behind a connection by address."""
 
-from mongotorch.store.aliases import LIVE, Aliases, Move, following
-from mongotorch.store.blobs import Artifacts
+from mongotorch.store.aliases import LIVE, Aliases, Move, follow_alias
+from mongotorch.store.blobs import BlobStore
 from mongotorch.store.checkpoints import Checkpoints
 from mongotorch.store.components import Components
 from mongotorch.store.jobs import Jobs
-from mongotorch.store.maintenance import Checker, Collected, Garbage, Verified
-from mongotorch.store.metrics import Points
+from mongotorch.store.maintenance import Collected, GarbageCollector, Verified, Verifier
+from mongotorch.store.metrics import MetricLog
 from mongotorch.store.schedules import Schedules
 from mongotorch.store.signing import Trust, trust_of
 
 __all__ = [
     "LIVE",
     "Aliases",
-    "Artifacts",
-    "Checker",
+    "BlobStore",
     "Checkpoints",
     "Collected",
     "Components",
-    "Garbage",
+    "GarbageCollector",
     "Jobs",
+    "MetricLog",
     "Move",
-    "Points",
     "Schedules",
     "Trust",
     "Verified",
-    "following",
+    "Verifier",
+    "follow_alias",
     "trust_of",
 ]

@@ -256,7 +256,7 @@ def _until(moment: datetime) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def following(database: Any, type_id: str, identifier: str, alias: str) -> Iterator[Wake]:
+def follow_alias(database: Any, type_id: str, identifier: str, alias: str) -> Iterator[Wake]:
     """Follow an alias.
 
     Args:

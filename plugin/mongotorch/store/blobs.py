@@ -147,7 +147,7 @@ _NAMES_A_TOUCH = 1000
 
 
 @final
-class Artifacts:
+class BlobStore:
     """The blobs of one database.
 
     Args:

@@ -14,7 +14,7 @@ from mongotorch.codecs import WRITTEN, check_format
 from mongotorch.errors import IntegrityError
 from mongotorch.mongo.error_translation import driver_errors
 from mongotorch.mongo.server_features import ensure_index
-from mongotorch.store.blobs import Artifacts
+from mongotorch.store.blobs import BlobStore
 from mongotorch.store.jobs import COLLECTION as JOBS
 from mongotorch.store.signing import Trust
 
@@ -36,7 +36,7 @@ class Checkpoints:
     def __init__(self, database: Any, trust: Trust | None = None) -> None:
         self._documents = database[COLLECTION]
         self._jobs = database[JOBS]
-        self._artifacts = Artifacts(database)
+        self._artifacts = BlobStore(database)
         self._trust = trust or Trust()
 
     @driver_errors("preparing the checkpoints")

@@ -18,7 +18,7 @@ from mongotorch.codecs import WRITTEN, check_format
 from mongotorch.errors import ConflictError, IntegrityError, NotFoundError
 from mongotorch.mongo.error_translation import driver_errors
 from mongotorch.mongo.server_features import ensure_index
-from mongotorch.store.blobs import Artifacts
+from mongotorch.store.blobs import BlobStore
 from mongotorch.store.signing import Trust
 
 COLLECTION: Final = "mt.components"
@@ -38,7 +38,7 @@ class Components:
 
     def __init__(self, database: Any, trust: Trust | None = None) -> None:
         self._documents = database[COLLECTION]
-        self._artifacts = Artifacts(database)
+        self._artifacts = BlobStore(database)
         self._trust = trust or Trust()
 
     @driver_errors("preparing the components")

@@ -37,7 +37,7 @@ MOST_LOSSES: Final = 20
 QUEUED: Final = {"status": "queued", "lease_until": None, "worker": None}
 
 
-class Leases:
+class JobLeases:
     """What a worker does with the jobs of one database; see `Jobs` for the rest.
 
     Args:
@@ -174,7 +174,7 @@ _EMPTY = ("started", "finished", "lease_until", "worker", "error", "result")
 
 
 @final
-class Jobs(Leases):
+class Jobs(JobLeases):
     """The job documents of one database.
 
     Args:

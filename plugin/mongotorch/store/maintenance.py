@@ -30,7 +30,7 @@ from mongotorch.mongo.server_features import Later, Now, clock_of
 from mongotorch.store.aliases import COLLECTION as ALIASES
 from mongotorch.store.aliases import KIND as ALIAS
 from mongotorch.store.aliases import Move
-from mongotorch.store.blobs import BUCKET, Artifacts
+from mongotorch.store.blobs import BUCKET, BlobStore
 from mongotorch.store.checkpoints import COLLECTION as CHECKPOINTS
 from mongotorch.store.components import COLLECTION as COMPONENTS
 from mongotorch.store.components import KIND
@@ -64,7 +64,7 @@ class Collected:
 
 
 @final
-class Garbage:
+class GarbageCollector:
     """Collects in one database.
 
     Args:
@@ -230,7 +230,7 @@ class Verified:
 
 
 @final
-class Checker:
+class Verifier:
     """Verifies one database.
 
     Args:
@@ -241,7 +241,7 @@ class Checker:
     def __init__(self, database: Any, trust: Trust | None = None) -> None:
         self._files = database[f"{BUCKET}.files"]
         self._documents, self._moves = database[COMPONENTS], database[ALIASES]
-        self._artifacts = Artifacts(database)
+        self._artifacts = BlobStore(database)
         self._trust = trust or Trust()
 
     @driver_errors("verifying")

@@ -17,7 +17,7 @@ COLLECTION = "mt.metrics"
 
 
 @final
-class Points:
+class MetricLog:
     """The measured points of one database.
 
     Args:

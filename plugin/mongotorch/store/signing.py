@@ -118,7 +118,7 @@ class Signer:
 
 @final
 @dataclasses.dataclass(frozen=True)
-class Verifier:
+class SignatureVerifier:
     """Checks documents against the accepted keys.
 
     Args:
@@ -171,7 +171,7 @@ class Trust:
     """How one datalayer signs and checks; without either, every document is taken as it is."""
 
     signer: Signer | None = None
-    verifier: Verifier | None = None
+    verifier: SignatureVerifier | None = None
 
     def sign(self, document: Mapping[str, Any], *, kind: str) -> dict[str, Any]:
         """The document, signed where there is a signer. Raises: CodecError."""
@@ -318,7 +318,7 @@ def trust_of(*, key: str | None, key_file: Path | None, policy: Policy) -> Trust
             )
         return Trust()
     signing = next((each for each in keys if each.can_sign), None)
-    verifier = Verifier.of(*keys, required=policy == "signed")
+    verifier = SignatureVerifier.of(*keys, required=policy == "signed")
     return Trust(None if signing is None else Signer(signing), verifier)
 
 

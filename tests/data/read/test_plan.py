@@ -9,10 +9,10 @@ import pytest
 
 from mongotorch.data.read import plan as sampling
 from mongotorch.data.read.plan import sampled
-from mongotorch.data.read.reader import Span
+from mongotorch.data.read.reader import IdRange
 
 SIZE, ROWS = 100_000, 500
-WHOLE = Span(lower=0, upper=SIZE - 1, closed=True, uniform=True)
+WHOLE = IdRange(lower=0, upper=SIZE - 1, closed=True, uniform=True)
 
 
 class Clumped:
@@ -32,7 +32,7 @@ class Clumped:
     def record_numbers(self, ids: list[int]) -> list[int]:
         return [n * 3 for n in ids] if self._numbers is None else self._numbers(ids)
 
-    def walk(self, span: Span, step: int) -> Iterator[int]:
+    def walk(self, span: IdRange, step: int) -> Iterator[int]:
         self.walked += 1
         yield from range(span.lower + step, span.upper, step)
 

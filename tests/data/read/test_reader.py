@@ -11,15 +11,15 @@ from bson.raw_bson import RawBSONDocument
 from pymongo.errors import AutoReconnect, CursorNotFound, OperationFailure
 from pymongo.read_concern import ReadConcern
 
-from mongotorch.data.decode.replies import Chunk, found, last_id, offsets
-from mongotorch.data.prefetch import in_order
+from mongotorch.data.decode.replies import Reply, found, last_id, offsets
+from mongotorch.data.prefetch import map_ordered
 from mongotorch.data.read.plan import Sizes, make_plan
-from mongotorch.data.read.reader import ServerReader, Span, open_reader
+from mongotorch.data.read.reader import IdRange, ServerReader, open_reader
 from mongotorch.errors import DataError, EmptySelectError, QueryError, ServerUnavailableError
-from mongotorch.mongo.retry import Patience, is_passing
+from mongotorch.mongo.retry import RetryPolicy, is_passing
 from mongotorch.query import Query
 
-ALL = Span(lower=0, upper=99, closed=True, uniform=True)
+ALL = IdRange(lower=0, upper=99, closed=True, uniform=True)
 
 
 class Collection:
@@ -55,15 +55,15 @@ class Clock:
     def sleep(self, seconds: float) -> None:
         self.now += seconds
 
-    def patience(self) -> Patience:
-        return Patience(deadline_s=3.0, sleep=self.sleep, clock=lambda: self.now)
+    def patience(self) -> RetryPolicy:
+        return RetryPolicy(deadline_s=3.0, sleep=self.sleep, clock=lambda: self.now)
 
 
 def server_reader(collection: Any, clock: Clock) -> ServerReader:
     return ServerReader({"c": collection}, Query.find("c"), {"_id": 1}, clock.patience())
 
 
-def ids(chunks: list[Chunk]) -> list[Any]:
+def ids(chunks: list[Reply]) -> list[Any]:
     return [bson.decode(raw[a:b])["_id"] for raw in chunks for a, b in offsets(raw)]
 
 
@@ -115,7 +115,7 @@ def test_a_plan_cuts_without_gap_or_overlap() -> None:
     client: Any = mongomock.MongoClient()
     database = client["plans"]
     database.c.insert_many([{"_id": n if n % 2 else str(n), "x": 1.0} for n in range(95)])
-    reader = open_reader(database, Query.find("c"), {"_id": 1, "x": 1}, Patience())
+    reader = open_reader(database, Query.find("c"), {"_id": 1, "x": 1}, RetryPolicy())
     plan = make_plan(database, reader, Sizes(prefetch_size=10, prefetch_factor=7, prefetch_bytes=2**20))
     found = [ids(reader.read(plan.span(index), 10)) for index in range(len(plan))]
     assert [len(part) for part in found] == [10] * 9 + [5]
@@ -131,7 +131,7 @@ def test_large_documents_make_smaller_ranges_and_windows() -> None:
 
 def test_an_empty_select_has_no_plan() -> None:
     client: Any = mongomock.MongoClient()
-    reader = open_reader(client["empty"], Query.find("c"), {"_id": 1}, Patience())
+    reader = open_reader(client["empty"], Query.find("c"), {"_id": 1}, RetryPolicy())
     with pytest.raises(EmptySelectError):
         make_plan(client["empty"], reader, Sizes(prefetch_size=10, prefetch_factor=3, prefetch_bytes=2**20))
 
@@ -168,11 +168,11 @@ def test_results_come_in_order_from_several_threads_and_never_too_many() -> None
             yield n
 
     seen = []
-    for n in in_order(work, items(), threads=2, most=4, most_bytes=10**9, weigh=lambda _: 1):
+    for n in map_ordered(work, items(), threads=2, most=4, most_bytes=10**9, weigh=lambda _: 1):
         seen.append(n)
         assert len(under_way) - len(seen) <= 4
     assert seen == list(range(50))
-    heavy = in_order(work, iter(range(4, 9)), threads=2, most=4, most_bytes=10, weigh=lambda _: 10)
+    heavy = map_ordered(work, iter(range(4, 9)), threads=2, most=4, most_bytes=10, weigh=lambda _: 10)
     assert list(heavy) == [4, 5, 6, 7, 8]
 
 
@@ -182,7 +182,7 @@ def test_an_error_in_a_thread_comes_out_in_its_place() -> None:
             raise EmptySelectError("three")
         return n
 
-    results = in_order(work, iter(range(9)), threads=2, most=4, most_bytes=10, weigh=lambda _: 1)
+    results = map_ordered(work, iter(range(9)), threads=2, most=4, most_bytes=10, weigh=lambda _: 1)
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(EmptySelectError):
         next(results)

@@ -10,8 +10,8 @@ from mongotorch.data.decode.column import build
 from mongotorch.data.decode.ids import sort_key
 from mongotorch.data.stream.batches import cut
 from mongotorch.data.stream.order import Order
-from mongotorch.data.stream.position import IdMarks, Place, RankMarks
-from mongotorch.data.stream.rows import TableRows
+from mongotorch.data.stream.position import EpochOffset, HashMarkers, IdMarkers
+from mongotorch.data.stream.rows import CachedRows
 
 pytestmark = pytest.mark.property
 
@@ -57,9 +57,9 @@ def test_shards_are_disjoint_with_equal_steps_and_resume_anywhere(
 ) -> None:
     starts = np.cumsum([0, *sizes])
 
-    def batches(rank: int, start: Place) -> list[tuple[list[int], Place]]:
+    def batches(rank: int, start: EpochOffset) -> list[tuple[list[int], EpochOffset]]:
         windows = (
-            (n, TableRows({}, np.arange(starts[n], starts[n + 1]))) for n in range(start.window, len(sizes))
+            (n, CachedRows({}, np.arange(starts[n], starts[n + 1]))) for n in range(start.window, len(sizes))
         )
         return [
             ([int(starts[0]) + int(i) for rows, a, b in pieces for i in rows.indices[a:b]], place)  # type: ignore[attr-defined]
@@ -68,7 +68,7 @@ def test_shards_are_disjoint_with_equal_steps_and_resume_anywhere(
             )
         ]
 
-    ranks = [batches(rank, Place()) for rank in range(world)]
+    ranks = [batches(rank, EpochOffset()) for rank in range(world)]
     seen = [row for rank in ranks for rows, _ in rank for row in rows]
     assert len(seen) == len(set(seen))
     assert len({len(rank) for rank in ranks}) == 1
@@ -89,14 +89,14 @@ def test_a_mark_finds_the_place_behind_its_row_whoever_comes_or_goes(
 ) -> None:
     ranks = np.array([rank for rank in sorted(rows) for _ in range(rows[rank])], np.uint64)
     row = data.draw(st.integers(1, len(ranks)))
-    mark = RankMarks(ranks).before(row)
+    mark = HashMarkers(ranks).before(row)
     assert mark is not None
-    assert RankMarks(ranks).behind(mark) == row
+    assert HashMarkers(ranks).behind(mark) == row
     last = int(ranks[row - 1])
     keep = {rank: data.draw(st.booleans()) for rank in rows if rank != last}
     keep[last] = data.draw(st.booleans()) if rows[last] == 1 else True
     now = np.array([rank for rank in ranks.tolist() if keep[rank]], np.uint64)
-    behind = RankMarks(now).behind(mark)
+    behind = HashMarkers(now).behind(mark)
     assert now[behind:].tolist() == [rank for rank in ranks[row:].tolist() if keep[rank]]
 
 
@@ -108,16 +108,16 @@ def test_a_mark_of_an_id_finds_what_sorts_behind_it(ids: list[Any], data: st.Dat
     ordered = [found for found, _ in itertools.groupby(sorted(ids, key=sort_key), key=sort_key)]
     values = [next(value for value in ids if sort_key(value) == key) for key in ordered]
     row = data.draw(st.integers(1, len(values)))
-    mark = IdMarks(build(values)).before(row)
+    mark = IdMarkers(build(values)).before(row)
     assert mark is not None
     left = [value for value in values if data.draw(st.booleans())]
-    behind = IdMarks(build(left)).behind(mark)
+    behind = IdMarkers(build(left)).behind(mark)
     assert left[behind:] == [value for value in values[row:] if value in left]
 
 
 def test_marks_of_one_kind_mean_nothing_to_the_other() -> None:
-    ranks, ids = RankMarks(np.arange(5, dtype=np.uint64)), IdMarks(build([1, 2, 3]))
+    ranks, ids = HashMarkers(np.arange(5, dtype=np.uint64)), IdMarkers(build([1, 2, 3]))
     assert ranks.behind(str(ids.before(2))) is None
     assert ids.behind(str(ranks.before(2))) is None
-    assert IdMarks(build(["x" * 1000])).before(1) is None
+    assert IdMarkers(build(["x" * 1000])).before(1) is None
     assert ids.before(0) is None

@@ -11,10 +11,10 @@ import pytest
 
 from mongotorch.data.decode.decoder import Columns
 from mongotorch.data.decode.ids import U64
-from mongotorch.data.prefetch import Demand
+from mongotorch.data.prefetch import ReadPressure
 from mongotorch.data.read.source import Source
 from mongotorch.data.stream.order import Order
-from mongotorch.data.stream.windows import Task, errands, joined, orders, tasks_of
+from mongotorch.data.stream.windows import WindowSpec, errands, joined, orders, tasks_of
 
 ORDER = Order(seed=1, epoch=0, shuffle=False, window=4)
 
@@ -35,7 +35,7 @@ class Counted(Source):
         raise NotImplementedError(index, block)
 
 
-def tasks(count: int, shuffle: bool) -> Iterator[Task]:
+def tasks(count: int, shuffle: bool) -> Iterator[WindowSpec]:
     order = Order(seed=1, epoch=0, shuffle=shuffle, window=4)
     return (task for epoch in orders(order, 0, onward=True) for task in tasks_of(Counted(count), *epoch))
 
@@ -53,13 +53,13 @@ def test_an_epoch_counts_as_two_windows_at_least(count: int, shuffle: bool) -> N
 def test_the_end_of_an_epoch_is_read_with_the_beginning_of_the_next() -> None:
     numbers = [
         [(task.order.epoch, task.number) for task in errand.tasks]
-        for errand in islice(errands(tasks(13, shuffle=True), 4, Demand(crowded=False)), 7)
+        for errand in islice(errands(tasks(13, shuffle=True), 4, ReadPressure(crowded=False)), 7)
     ]
     # Windows of 4, 4, 4 and 1 ranges: the last one does not fill an errand.
     assert numbers == [[(0, 0)], [(0, 1)], [(0, 2)], [(0, 3)], [(1, 0)], [(1, 1)], [(1, 2)]]
     numbers = [
         [(task.order.epoch, task.number) for task in errand.tasks]
-        for errand in islice(errands(tasks(10, shuffle=False), 4, Demand(crowded=False)), 9, 13)
+        for errand in islice(errands(tasks(10, shuffle=False), 4, ReadPressure(crowded=False)), 9, 13)
     ]
     assert numbers == [
         [(0, 9), (1, 0), (1, 1), (1, 2)],
@@ -77,7 +77,7 @@ def test_workers_read_no_more_than_one_epoch_ahead(count: int, lead: int, expect
 
 
 def test_items_end_where_their_turn_is_dropped() -> None:
-    demand = Demand(crowded=False)
+    demand = ReadPressure(crowded=False)
     items = demand.wanted(range(9), demand.turn)
     assert [next(items), next(items)] == [0, 1]
     demand.drop()
@@ -86,7 +86,7 @@ def test_items_end_where_their_turn_is_dropped() -> None:
 
 
 def test_a_process_that_holds_a_copy_drops_nothing_here() -> None:
-    demand = Demand(crowded=True)
+    demand = ReadPressure(crowded=True)
     demand.met()
     turn = demand.turn
 
@@ -103,7 +103,7 @@ def test_a_process_that_holds_a_copy_drops_nothing_here() -> None:
 
 
 def test_a_worker_hears_what_is_said_after_it_was_started() -> None:
-    demand, context = Demand(crowded=True), multiprocessing.get_context("fork")
+    demand, context = ReadPressure(crowded=True), multiprocessing.get_context("fork")
     started, said, heard = context.Event(), context.Event(), context.Queue()
 
     def listen() -> None:

@@ -10,7 +10,7 @@ from tests.helpers import SELECT, fit, net, trainer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mongotorch.services.training.checkpoints import Scribe
+from mongotorch.services.training.checkpoints import CheckpointWriter
 from mongotorch.train import Fit, Stepped, Validated
 
 
@@ -36,7 +36,7 @@ def nbytes(state: Any) -> int:
     return sum(map(nbytes, parts))
 
 
-def stall(run: Fit, scribe: Scribe) -> tuple[int, int]:
+def stall(run: Fit, scribe: CheckpointWriter) -> tuple[int, int]:
     """Bytes that were copied for a checkpoint, and bytes of model and optimizer in it."""
     with Copied() as copied:
         state = run.capture()
@@ -47,7 +47,7 @@ def stall(run: Fit, scribe: Scribe) -> tuple[int, int]:
 def test_between_two_validations_a_checkpoint_copies_the_state_once() -> None:
     written: list[Any] = []
     run = fit(trainer(SELECT, max_iterations=3, validation_interval=None), net())
-    with Scribe(written.append, interval_s=0) as scribe:
+    with CheckpointWriter(written.append, interval_s=0) as scribe:
         for event in run.run():
             assert isinstance(event, Stepped)
             copied, held = stall(run, scribe)
@@ -60,7 +60,7 @@ def test_between_two_validations_a_checkpoint_copies_the_state_once() -> None:
 def test_after_a_better_validation_the_copy_of_the_best_is_the_checkpoint() -> None:
     run = fit(trainer(SELECT, max_iterations=4, validation_interval=2), net())
     seen = 0
-    with Scribe(lambda state: None, interval_s=0) as scribe:
+    with CheckpointWriter(lambda state: None, interval_s=0) as scribe:
         for event in run.run():
             if isinstance(event, Validated) and event.improved:
                 seen += 1
@@ -79,7 +79,7 @@ def test_writing_never_makes_the_run_wait() -> None:
         free.wait(30)
         written.append(state["step"])
 
-    with Scribe(save, interval_s=0) as scribe:
+    with CheckpointWriter(save, interval_s=0) as scribe:
         for step in range(50):
             scribe.write({"step": step})
         free.set()

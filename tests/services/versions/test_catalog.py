@@ -14,7 +14,7 @@ from mongotorch.codecs import Codecs
 from mongotorch.component import Component
 from mongotorch.errors import ConflictError, NotFoundError, UnsafeClosureError
 from mongotorch.services.versions.catalog import Loader, Publisher
-from mongotorch.store import Aliases, Artifacts, Components
+from mongotorch.store import Aliases, BlobStore, Components
 from mongotorch.train.tensor_codec import TorchCodec
 
 
@@ -30,7 +30,7 @@ class House:
     def __init__(self, database: Any) -> None:
         self.database = database
         codecs = Codecs.builtin(TorchCodec())
-        self.artifacts, self.components = Artifacts(database), Components(database)
+        self.artifacts, self.components = BlobStore(database), Components(database)
         self.aliases = Aliases(database)
         self.artifacts.ensure_indexes()
         self.components.ensure_indexes()

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from mongotorch.codecs.arrays import restore
 from mongotorch.data.decode.column import Array, Column, build, merge
 from mongotorch.data.decode.ids import id_keys
-from mongotorch.data.decode.layout import ID, Bytes, Layout, LayoutError, Wanted
-from mongotorch.data.decode.replies import Chunk, Group, Rows, by_length
+from mongotorch.data.decode.layout import ID, Bytes, Layout, LayoutError, PathTree
+from mongotorch.data.decode.replies import Group, Reply, Rows, by_length
 from mongotorch.errors import DataError, FieldMissingError
 
 _MISSING = object()
@@ -106,7 +106,7 @@ class Columns:
 
 
 def decode(
-    raw: bytes | memoryview | Sequence[Chunk],
+    raw: bytes | memoryview | Sequence[Reply],
     paths: Sequence[str],
     *,
     smallest_group: int = 32,
@@ -148,7 +148,7 @@ class _Work:
 
     def __init__(self, paths: tuple[str, ...]) -> None:
         self._paths = paths
-        self._wanted = Wanted.of((*paths, ID))
+        self._wanted = PathTree.of((*paths, ID))
         self._pieces: dict[str, list[tuple[Rows | None, Column]]] = {path: [] for path in (*paths, ID)}
         self._missing: tuple[int, str, Any] | None = None
 

@@ -32,7 +32,7 @@ _DATE_RANGE = (-62_135_596_800_000, 253_402_300_799_999)  # years 1 to 9999: wha
 
 
 @dataclass(frozen=True, kw_only=True)
-class Slot:
+class FieldReader:
     """Where one value lies, and how it is read.
 
     Attributes:
@@ -101,7 +101,7 @@ class Slot:
         if _DATE_RANGE[0] <= data.min() and data.max() <= _DATE_RANGE[1]:
             return Column(kind="date", data=data, dtype="int64")
         element = self.start - len(self.name.encode()) - 2
-        opaque = Slot(form="opaque", start=element, stop=self.stop, name=self.name)
+        opaque = FieldReader(form="opaque", start=element, stop=self.stop, name=self.name)
         return opaque.read(rows, identity=identity)
 
     def _opaque(self, rows: Bytes, *, identity: bool) -> Column:
@@ -140,14 +140,14 @@ class LayoutError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class PathTree:
     """A tree of the wanted field names."""
 
     path: str | None = None
-    below: dict[bytes, Wanted] = field(default_factory=dict)
+    below: dict[bytes, PathTree] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, paths: Iterable[str]) -> Wanted:
+    def of(cls, paths: Iterable[str]) -> PathTree:
         """The tree of these dotted paths."""
         root = cls()
         for path in paths:
@@ -168,7 +168,7 @@ class Wanted:
 class Layout:
     """The layout of one document."""
 
-    def __init__(self, row: bytes, wanted: Wanted) -> None:
+    def __init__(self, row: bytes, wanted: PathTree) -> None:
         """Read it.
 
         Raises:
@@ -177,7 +177,7 @@ class Layout:
         self._row = row
         self._first = np.frombuffer(row, np.uint8)
         self._mask = np.zeros(len(row), np.uint8)
-        self.slots: dict[str, Slot] = {}
+        self.slots: dict[str, FieldReader] = {}
         try:
             self._document(0, wanted)
         except (struct.error, IndexError, ValueError) as error:
@@ -208,7 +208,7 @@ class Layout:
         """The values of one path in rows that all have this layout."""
         return self.slots[path].read(rows, identity=path == ID)
 
-    def _document(self, at: int, wanted: Wanted) -> None:
+    def _document(self, at: int, wanted: PathTree) -> None:
         row, mask = self._row, self._mask
         end = at + _INT32.unpack_from(row, at)[0] - 1
         mask[at : at + 4] = mask[end] = 0xFF
@@ -242,24 +242,24 @@ class Layout:
         self._mask[value:after] = 0xFF
         return after
 
-    def _wanted(self, node: Wanted, kind: int, at: int, value: int, after: int) -> None:
+    def _wanted(self, node: PathTree, kind: int, at: int, value: int, after: int) -> None:
         for path in node.paths():
             self.slots.pop(path, None)  # of two fields of one name the last one counts
         if node.path is not None:
-            opaque = Slot(form="opaque", start=at, stop=after, name=self._row[at + 1 : value - 1].decode())
+            opaque = FieldReader(form="opaque", start=at, stop=after, name=self._row[at + 1 : value - 1].decode())
             self.slots[node.path] = self._slot(node.path, kind, value, after) or opaque
         if node.below and kind == 0x03:
             self._document(value, node)
 
-    def _slot(self, path: str, kind: int, value: int, after: int) -> Slot | None:
+    def _slot(self, path: str, kind: int, value: int, after: int) -> FieldReader | None:
         if kind in _NUMBERS:
-            return Slot(form="number", start=value, stop=after, dtype=_NUMBERS[kind])
+            return FieldReader(form="number", start=value, stop=after, dtype=_NUMBERS[kind])
         if kind == 0x0A:
-            return Slot(form="null", start=value, stop=after)
+            return FieldReader(form="null", start=value, stop=after)
         if kind == 0x07:
-            return Slot(form="oid", start=value, stop=after)
+            return FieldReader(form="oid", start=value, stop=after)
         if kind == 0x09:
-            return Slot(form="date", start=value, stop=after, name=path.rpartition(".")[2])
+            return FieldReader(form="date", start=value, stop=after, name=path.rpartition(".")[2])
         if path == ID:
             return None  # an `_id` is never an array
         if kind == 0x04:
@@ -268,7 +268,7 @@ class Layout:
             return self._vector(value, after)
         return self._array(value, after) if kind == 0x03 else None
 
-    def _list(self, value: int, after: int) -> Slot | None:
+    def _list(self, value: int, after: int) -> FieldReader | None:
         dtype = _NUMBERS.get(self._row[value + 4])
         if dtype is None:
             return None
@@ -280,18 +280,18 @@ class Layout:
             return None
         self._mask[value:after] = mask
         moved = tuple((value + offset, first, count, stride) for offset, first, count, stride in runs)
-        return Slot(form="list", start=value, stop=after, dtype=dtype, runs=moved)
+        return FieldReader(form="list", start=value, stop=after, dtype=dtype, runs=moved)
 
-    def _vector(self, value: int, after: int) -> Slot | None:
+    def _vector(self, value: int, after: int) -> FieldReader | None:
         start = value + 7
         dtype = vector_type(self._row[value + 5 : start], after - start)
         if self._row[value + 4] != VECTOR_SUBTYPE or dtype is None:
             return None
         self._mask[value:start] = 0xFF
         shape = ((after - start) // dtype.itemsize,)
-        return Slot(form="array", start=start, stop=after, dtype=dtype, shape=shape, name=dtype.name)
+        return FieldReader(form="array", start=start, stop=after, dtype=dtype, shape=shape, name=dtype.name)
 
-    def _array(self, value: int, after: int) -> Slot | None:
+    def _array(self, value: int, after: int) -> FieldReader | None:
         parts = bson.decode(self._row[value:after])
         array = from_parts(parts)
         if array is None:
@@ -302,7 +302,9 @@ class Layout:
             return None  # the same keys in another order
         self._mask[value:start] = self._mask[after - 1] = 0xFF
         name = dtype_name(array)
-        return Slot(form="array", start=start, stop=after - 1, dtype=array.dtype, shape=array.shape, name=name)
+        return FieldReader(
+            form="array", start=start, stop=after - 1, dtype=array.dtype, shape=array.shape, name=name
+        )
 
 
 @lru_cache(maxsize=64)

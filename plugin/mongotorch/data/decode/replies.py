@@ -25,7 +25,7 @@ from mongotorch.data.decode.layout import Bytes
 from mongotorch.errors import DataError
 
 
-def offsets(raw: Chunk) -> Iterator[tuple[int, int]]:
+def offsets(raw: Reply) -> Iterator[tuple[int, int]]:
     """Where each document of concatenated BSON starts and ends."""
     start = 0
     while start < len(raw):
@@ -34,13 +34,13 @@ def offsets(raw: Chunk) -> Iterator[tuple[int, int]]:
         start = end
 
 
-def last_id(raw: Chunk) -> tuple[Any]:
+def last_id(raw: Reply) -> tuple[Any]:
     """The `_id` of the last document of concatenated BSON, in a tuple because it may be None."""
     start, end = max(offsets(raw))
     return (bson.decode(raw[start:end])["_id"],)
 
 
-Chunk = bytes | memoryview  # concatenated BSON documents
+Reply = bytes | memoryview  # concatenated BSON documents
 _INT32 = struct.Struct("<i")
 _INT64 = struct.Struct("<q")
 _FIXED = {0x01: 8, 0x08: 1, 0x09: 8, 0x0A: 0, 0x10: 4, 0x11: 8, 0x12: 8, 0x07: 12}
@@ -57,7 +57,7 @@ class Found:
         cursor: The id of the cursor that has more; 0 where there is no more.
     """
 
-    documents: Chunk
+    documents: Reply
     cursor: int
 
 
@@ -77,7 +77,7 @@ def found(reply: bytes | memoryview) -> Found:
         raise DataError(f"the server's reply to a find is not understood: {error!r}") from error
 
 
-def documents(array: memoryview) -> Chunk:
+def documents(array: memoryview) -> Reply:
     """The documents of a BSON array of documents, one after the other."""
     if len(array) == 5:
         return b""
@@ -85,7 +85,7 @@ def documents(array: memoryview) -> Chunk:
     return alike if alike is not None else b"".join(_each(array))
 
 
-def _alike(array: memoryview) -> Chunk | None:
+def _alike(array: memoryview) -> Reply | None:
     """The documents where all are of one length: the headers between them have the width of their number."""
     size = int(_INT32.unpack_from(array, 7)[0])
     octets = np.frombuffer(array, np.uint8)

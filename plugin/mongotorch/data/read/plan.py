@@ -29,9 +29,9 @@ from pymongo.errors import DuplicateKeyError, PyMongoError
 
 from mongotorch.codecs import WRITTEN, check_format
 from mongotorch.data.decode.ids import same_type, sort_key
-from mongotorch.data.decode.replies import Chunk, offsets
-from mongotorch.data.prefetch import in_order
-from mongotorch.data.read.reader import Reader, Span
+from mongotorch.data.decode.replies import Reply, offsets
+from mongotorch.data.prefetch import map_ordered
+from mongotorch.data.read.reader import IdRange, Reader
 from mongotorch.errors import DataError, EmptySelectError
 from mongotorch.query import Query
 
@@ -44,7 +44,7 @@ _WIDE = 1.75  # times the wanted size, from where on a gap is walked
 _WALK_S = 0.25  # seconds that walking may take
 
 
-def sampled(reader: Reader, whole: Span, rows: int, size: int, *, most: int) -> tuple[Any, ...] | None:
+def sampled(reader: Reader, whole: IdRange, rows: int, size: int, *, most: int) -> tuple[Any, ...] | None:
     """The first `_id` of each range, ascending; None where too few documents of a sample match the select.
 
     Args:
@@ -86,7 +86,7 @@ def _evenly(ids: list[Any], gaps: list[int], target: float) -> tuple[list[Any], 
 
 
 def _walked(
-    reader: Reader, whole: Span, starts: list[Any], sizes: list[int], target: float, rows: int
+    reader: Reader, whole: IdRange, starts: list[Any], sizes: list[int], target: float, rows: int
 ) -> Iterator[Any]:
     """The same starts, and more of them in wide gaps, the widest first as long as there is time."""
     wide = sorted((n for n, size in enumerate(sizes) if size > _WIDE * target), key=lambda n: -sizes[n])
@@ -96,14 +96,14 @@ def _walked(
         found: list[Any] = []
         if time.monotonic() < deadline:
             upper = starts[n + 1] if n + 1 < len(starts) else whole.upper
-            span = Span(lower=starts[n], upper=upper, closed=False, uniform=whole.uniform)
+            span = IdRange(lower=starts[n], upper=upper, closed=False, uniform=whole.uniform)
             for start in reader.walk(span, rows):
                 found.append(start)
                 if time.monotonic() > deadline:
                     break
         return n, found
 
-    results = in_order(more, iter(wide), threads=reader.threads, most=64, most_bytes=64, weigh=lambda _: 1)
+    results = map_ordered(more, iter(wide), threads=reader.threads, most=64, most_bytes=64, weigh=lambda _: 1)
     between = dict(results)
     for n, start in enumerate(starts):
         yield start
@@ -145,10 +145,10 @@ class Plan:
         """How many documents a range had when the plan was made; None where they were not counted."""
         return self.rows if self.exact and index < len(self.starts) - 1 else None
 
-    def span(self, index: int) -> Span:
+    def span(self, index: int) -> IdRange:
         """The bounds of a range."""
         final_one = index == len(self.starts) - 1
-        return Span(
+        return IdRange(
             lower=self.starts[index],
             upper=self.last if final_one else self.starts[index + 1],
             closed=final_one,
@@ -188,7 +188,7 @@ def make_plan(database: Any, reader: Reader, sizes: Sizes) -> Plan:
     raws = reader.head(_PROBED)
     row_bytes = sum(map(len, raws)) / max(sum(_count(raw) for raw in raws), 1)
     rows, window = sizes.cut(row_bytes)
-    whole = Span(lower=ends[0], upper=ends[1], closed=True, uniform=same_type(*ends))
+    whole = IdRange(lower=ends[0], upper=ends[1], closed=True, uniform=same_type(*ends))
     size = reader.size()
     if size > _WALKED:
         request = _digest(reader.query, [*ends, size, rows, window])
@@ -261,5 +261,5 @@ def _digest(query: Query, parts: list[Any]) -> str:
     return hashlib.sha256(bson.encode(what)).hexdigest()
 
 
-def _count(raw: Chunk) -> int:
+def _count(raw: Reply) -> int:
     return sum(1 for _ in offsets(raw))

@@ -36,15 +36,15 @@ from bson.raw_bson import RawBSONDocument
 from pymongo.errors import PyMongoError
 
 from mongotorch.data.decode.ids import sort_key
-from mongotorch.data.decode.replies import Chunk, find_command, found, last_id, offsets
+from mongotorch.data.decode.replies import Reply, find_command, found, last_id, offsets
 from mongotorch.data.prefetch import crowded
-from mongotorch.mongo.retry import Patience
+from mongotorch.mongo.retry import RetryPolicy
 from mongotorch.query import Query
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Span:
+class IdRange:
     """The documents whose `_id` is between two bounds.
 
     Attributes:
@@ -75,7 +75,7 @@ class Reader(abc.ABC):
 
     threads = 1
 
-    def __init__(self, database: Any, query: Query, projection: Mapping[str, Any], patience: Patience) -> None:
+    def __init__(self, database: Any, query: Query, projection: Mapping[str, Any], patience: RetryPolicy) -> None:
         self.collection = database[query.collection]
         self.query = query
         self.patience = patience
@@ -88,19 +88,19 @@ class Reader(abc.ABC):
         """The first and the last `_id` of the select, or None where it is empty."""
 
     @abc.abstractmethod
-    def walk(self, span: Span, step: int) -> Iterator[Any]:
+    def walk(self, span: IdRange, step: int) -> Iterator[Any]:
         """Every `step`-th `_id` of the span after its first one, in order."""
 
     @abc.abstractmethod
-    def head(self, count: int) -> list[Chunk]:
+    def head(self, count: int) -> list[Reply]:
         """The first documents by `_id`, as chunks of concatenated BSON."""
 
     @abc.abstractmethod
-    def read(self, span: Span, expected: int) -> list[Chunk]:
+    def read(self, span: IdRange, expected: int) -> list[Reply]:
         """The documents of a span by `_id`, as chunks of concatenated BSON; about `expected` of them."""
 
     @abc.abstractmethod
-    def drain(self, skip: int, chunk: int) -> Iterator[Chunk]:
+    def drain(self, skip: int, chunk: int) -> Iterator[Reply]:
         """The documents of the query in its own order from the `skip`-th on, about `chunk` at a time."""
 
     @abc.abstractmethod
@@ -163,7 +163,7 @@ class ServerReader(Reader):
         last = self.patience.run(lambda: find(-1), self._what()) if first else []
         return (first[0], last[0]) if first and last else None
 
-    def walk(self, span: Span, step: int) -> Iterator[Any]:
+    def walk(self, span: IdRange, step: int) -> Iterator[Any]:
         """See `Reader.walk`."""
 
         def following(lower: Any) -> list[Any]:
@@ -189,7 +189,7 @@ class ServerReader(Reader):
         # A document may be gone since the sample was taken: then they cannot be told apart any more.
         return numbers if len(numbers) == len(ids) and all(type(n) in (int, Int64) for n in numbers) else []
 
-    def head(self, count: int) -> list[Chunk]:
+    def head(self, count: int) -> list[Reply]:
         """See `Reader.head`."""
         return self.patience.run(
             lambda: list(
@@ -198,9 +198,9 @@ class ServerReader(Reader):
             self._what(),
         )
 
-    def read(self, span: Span, expected: int) -> list[Chunk]:
+    def read(self, span: IdRange, expected: int) -> list[Reply]:
         """See `Reader.read`."""
-        chunks: list[Chunk] = []
+        chunks: list[Reply] = []
         attempts = self.patience.attempts(self._what())
         while True:
             try:
@@ -212,7 +212,7 @@ class ServerReader(Reader):
             else:
                 return chunks
 
-    def _range(self, span: Span, seen: list[Chunk], expected: int) -> Iterator[Chunk]:
+    def _range(self, span: IdRange, seen: list[Reply], expected: int) -> Iterator[Reply]:
         """What is left of a span, asked for with one question a reply: no cursor has to live on the server."""
         after = next((last_id(chunk) for chunk in reversed(seen) if chunk), None)
         while True:
@@ -232,7 +232,7 @@ class ServerReader(Reader):
         options = source.codec_options.with_options(document_class=document_class)
         return source.database.command(command, codec_options=options, read_preference=source.read_preference)
 
-    def bounded(self, span: Span, after: tuple[Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    def bounded(self, span: IdRange, after: tuple[Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
         """The filter of a span, from behind `after`, and what else `find` needs."""
         if span.uniform:
             upper = "$lte" if span.closed else "$lt"
@@ -249,7 +249,7 @@ class ServerReader(Reader):
             options["max"] = {"_id": span.upper}
         return _both(self.query.where, {"$expr": {"$and": exact}}), options
 
-    def drain(self, skip: int, chunk: int) -> Iterator[Chunk]:
+    def drain(self, skip: int, chunk: int) -> Iterator[Reply]:
         """See `Reader.drain`; a broken cursor is replaced by one that skips what was seen."""
         attempts = self.patience.attempts(self._what())
         while True:
@@ -263,7 +263,7 @@ class ServerReader(Reader):
             else:
                 return
 
-    def _own(self, skip: int, chunk: int) -> Iterator[Chunk]:
+    def _own(self, skip: int, chunk: int) -> Iterator[Reply]:
         query = self.query
         if query.is_pipeline:
             stages = [
@@ -303,7 +303,7 @@ def _both(where: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
 class MockReader(Reader):
     """Reads from mongomock: takes the select once, sorted as a server sorts, and encodes it when asked."""
 
-    def __init__(self, database: Any, query: Query, projection: Mapping[str, Any], patience: Patience) -> None:
+    def __init__(self, database: Any, query: Query, projection: Mapping[str, Any], patience: RetryPolicy) -> None:
         super().__init__(database, query, projection, patience)
         self._documents: list[dict[str, Any]] | None = None
         self._keys: list[Any] = []
@@ -316,7 +316,7 @@ class MockReader(Reader):
             self._documents = [found[n] for _, n in keyed]
         return self._documents
 
-    def _slice(self, span: Span) -> tuple[int, int]:
+    def _slice(self, span: IdRange) -> tuple[int, int]:
         self._snapshot()
         upper = sort_key(span.upper)
         end = (bisect.bisect_right if span.closed else bisect.bisect_left)(self._keys, upper)
@@ -327,22 +327,22 @@ class MockReader(Reader):
         documents = self._snapshot()
         return (documents[0]["_id"], documents[-1]["_id"]) if documents else None
 
-    def walk(self, span: Span, step: int) -> Iterator[Any]:
+    def walk(self, span: IdRange, step: int) -> Iterator[Any]:
         """See `Reader.walk`."""
         first, end = self._slice(span)
         documents = self._snapshot()
         yield from (documents[index]["_id"] for index in range(first + step, end, step))
 
-    def head(self, count: int) -> list[Chunk]:
+    def head(self, count: int) -> list[Reply]:
         """See `Reader.head`."""
         return [b"".join(map(bson.encode, self._snapshot()[:count]))]
 
-    def read(self, span: Span, expected: int) -> list[Chunk]:  # noqa: ARG002 - of the interface
+    def read(self, span: IdRange, expected: int) -> list[Reply]:  # noqa: ARG002 - of the interface
         """See `Reader.read`."""
         first, end = self._slice(span)
         return [b"".join(map(bson.encode, self._snapshot()[first:end]))]
 
-    def drain(self, skip: int, chunk: int) -> Iterator[Chunk]:
+    def drain(self, skip: int, chunk: int) -> Iterator[Reply]:
         """See `Reader.drain`."""
         query = self.query
         if query.is_pipeline:
@@ -363,14 +363,14 @@ class MockReader(Reader):
         return int(self.collection.estimated_document_count())
 
 
-def open_reader(database: Any, query: Query, projection: Mapping[str, Any], patience: Patience) -> Reader:
+def open_reader(database: Any, query: Query, projection: Mapping[str, Any], patience: RetryPolicy) -> Reader:
     """The reader that fits the database."""
     mock = type(database).__module__.startswith("mongomock")
     return (MockReader if mock else ServerReader)(database, query, projection, patience)
 
 
 @final
-class Access:
+class DatabaseAccess:
     """The database, opened once in each process and closed by who opened it.
 
     Args:
@@ -392,7 +392,7 @@ class Access:
     ) -> None:
         self._open_database = open_database
         self._query, self._projection = query, projection
-        self._patience = Patience(deadline_s=deadline_s)
+        self._patience = RetryPolicy(deadline_s=deadline_s)
         self._given = database
         self._home = os.getpid()
         self._opened: tuple[int, Any] | None = None

@@ -16,8 +16,8 @@ import numpy as np
 
 from mongotorch.data.decode.decoder import Columns, decode
 from mongotorch.data.decode.ids import U64, mix
-from mongotorch.data.decode.replies import Chunk, offsets
-from mongotorch.data.prefetch import Ahead, Demand, close_iterator, in_order
+from mongotorch.data.decode.replies import Reply, offsets
+from mongotorch.data.prefetch import ReadPressure, ThreadPrefetcher, close_iterator, map_ordered
 from mongotorch.data.read.plan import WINDOW, Plan, Sizes, make_plan, resume_plan
 from mongotorch.data.read.reader import Reader
 from mongotorch.errors import DataError
@@ -45,7 +45,7 @@ class Source(abc.ABC):
         self.paths = paths
 
     @abc.abstractmethod
-    def raws(self, indices: Iterable[int]) -> Iterator[list[Chunk]]:
+    def raws(self, indices: Iterable[int]) -> Iterator[list[Reply]]:
         """The blocks of these indices as BSON; ascending ones without a gap where `count` is None."""
 
     def blocks(self, indices: Iterable[int]) -> Iterator[Columns]:
@@ -61,7 +61,7 @@ class Source(abc.ABC):
         self,
         indices: Iterable[int],
         most_bytes: int,
-        demand: Demand | None = None,  # noqa: ARG002 - for those that can choose
+        demand: ReadPressure | None = None,  # noqa: ARG002 - for those that can choose
     ) -> Iterator[Columns]:
         """Like `blocks`, but the server reads the next ones while one is decoded.
 
@@ -70,16 +70,16 @@ class Source(abc.ABC):
             most_bytes: Bytes that may be under way.
             demand: How hard to read ahead, where that can be chosen; None is as hard as possible.
         """
-        raws = Ahead(self.raws(indices), most=_UNDER_WAY + 1, most_bytes=most_bytes, weigh=_weight)
+        raws = ThreadPrefetcher(self.raws(indices), most=_UNDER_WAY + 1, most_bytes=most_bytes, weigh=_weight)
         return self._decoded(raws)
 
-    def _decoded(self, raws: Iterator[list[Chunk]]) -> Iterator[Columns]:
+    def _decoded(self, raws: Iterator[list[Reply]]) -> Iterator[Columns]:
         try:
             yield from map(self.decode, raws)
         finally:
             close_iterator(raws)
 
-    def decode(self, raws: list[Chunk]) -> Columns:
+    def decode(self, raws: list[Reply]) -> Columns:
         """The columns of a block."""
         return decode(raws, self.paths)
 
@@ -100,15 +100,17 @@ class PlannedSource(Source):
         self.plan = plan
         self.digest, self.window, self.count = plan.digest, plan.window, len(plan)
 
-    def raws(self, indices: Iterable[int]) -> Iterator[list[Chunk]]:
+    def raws(self, indices: Iterable[int]) -> Iterator[list[Reply]]:
         """See `Source.raws`."""
         reader = self._open_reader()
         return (reader.read(self.plan.span(int(index)), self.plan.rows) for index in indices)
 
-    def ahead(self, indices: Iterable[int], most_bytes: int, demand: Demand | None = None) -> Iterator[Columns]:
+    def ahead(
+        self, indices: Iterable[int], most_bytes: int, demand: ReadPressure | None = None
+    ) -> Iterator[Columns]:
         """See `Source.ahead`: ranges are independent, so two can be asked for at a time, or none ahead."""
         reader = self._open_reader()
-        raws = in_order(
+        raws = map_ordered(
             lambda index: reader.read(self.plan.span(int(index)), self.plan.rows),
             iter(indices),
             threads=reader.threads,
@@ -138,7 +140,7 @@ class OwnOrderSource(Source):
         self.rows, self.window, self.count = rows, window, None
         self.digest = f"own:{rows}:{window}:{query.digest()[:32]}"
 
-    def raws(self, indices: Iterable[int]) -> Iterator[list[Chunk]]:
+    def raws(self, indices: Iterable[int]) -> Iterator[list[Reply]]:
         """See `Source.raws`; ends where the query ends."""
         indices = iter(indices)
         start = next(indices, None)
@@ -201,9 +203,9 @@ def _sizes_of(digest: str) -> tuple[int, int]:
     return int(parts[1]), int(parts[2])
 
 
-def _pieces(chunks: Iterator[Chunk], rows: int) -> Iterator[list[Chunk]]:
+def _pieces(chunks: Iterator[Reply], rows: int) -> Iterator[list[Reply]]:
     """The same BSON in pieces of exactly so many documents, the last one shorter."""
-    piece: list[Chunk] = []
+    piece: list[Reply] = []
     room = rows
     for chunk in chunks:
         first = 0
@@ -218,5 +220,5 @@ def _pieces(chunks: Iterator[Chunk], rows: int) -> Iterator[list[Chunk]]:
         yield piece
 
 
-def _weight(raws: list[Chunk]) -> int:
+def _weight(raws: list[Reply]) -> int:
     return sum(map(len, raws))

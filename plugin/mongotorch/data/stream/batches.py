@@ -14,22 +14,22 @@ import numpy as np
 from torch import Tensor
 
 from mongotorch.data.decode.decoder import Columns
-from mongotorch.data.stream.position import Place
+from mongotorch.data.stream.position import EpochOffset
 from mongotorch.data.stream.rows import Rows, column_tensor
 from mongotorch.errors import ShapeError
 from mongotorch.signature import Key, check_signature
 from mongotorch.tensors import join, one_tensor, stack
 
-Piece = tuple[Rows, int, int]
+RowSlice = tuple[Rows, int, int]
 
 
-def columns_of(pieces: list[Piece]) -> Columns:
+def columns_of(pieces: list[RowSlice]) -> Columns:
     """The columns of a batch's rows."""
     parts = [rows.columns(start, stop) for rows, start, stop in pieces]
     return parts[0] if len(parts) == 1 else Columns.concat(parts)
 
 
-def batch_of(pieces: list[Piece], key: Key) -> Any:
+def batch_of(pieces: list[RowSlice], key: Key) -> Any:
     """The batch in the structure of the key, each field a tensor of shape (n, ...).
 
     Raises:
@@ -44,7 +44,7 @@ def _once(value: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
     return lambda path: known[path] if path in known else known.setdefault(path, value(path))
 
 
-def _field(pieces: list[Piece], path: str) -> Tensor:
+def _field(pieces: list[RowSlice], path: str) -> Tensor:
     tensors = [rows.tensor(path, start, stop) for rows, start, stop in pieces]
     found = [tensor for tensor in tensors if tensor is not None]
     if len(found) == len(tensors):
@@ -59,12 +59,12 @@ def _field(pieces: list[Piece], path: str) -> Tensor:
 
 def cut(
     windows: Iterator[tuple[int, Rows]],
-    start: Place,
+    start: EpochOffset,
     *,
     batch_size: int,
     drop_last: bool,
     shard: tuple[int, int],
-) -> Iterator[tuple[list[Piece], Place]]:
+) -> Iterator[tuple[list[RowSlice], EpochOffset]]:
     """The pieces of one batch after the other, for one shard, each with the place behind it.
 
     `world` batches make a round, one for each rank; a round that the rows do not fill is dealt out evenly, so
@@ -79,7 +79,7 @@ def cut(
     """
     rank, world = shard
     size = batch_size * world
-    held: list[Piece] = []
+    held: list[RowSlice] = []
     have, step = 0, start.step
     for window, rows in windows:
         at = start.row(rows.marks) if window == start.window else 0
@@ -88,7 +88,7 @@ def cut(
             step += 1
             yield (
                 _share([*held, (rows, at, end)], rank * batch_size, (rank + 1) * batch_size),
-                Place(window=window, offset=end, step=step, marks=rows.marks),
+                EpochOffset(window=window, offset=end, step=step, marks=rows.marks),
             )
             held, have, at = [], 0, end
         if at < len(rows):
@@ -96,12 +96,12 @@ def cut(
             have += len(rows) - at
     each = have // world
     if each and not drop_last:
-        yield _share(held, rank * each, (rank + 1) * each), Place(window=-1, offset=0, step=step + 1)
+        yield _share(held, rank * each, (rank + 1) * each), EpochOffset(window=-1, offset=0, step=step + 1)
 
 
-def _share(pieces: list[Piece], start: int, stop: int) -> list[Piece]:
+def _share(pieces: list[RowSlice], start: int, stop: int) -> list[RowSlice]:
     """Rows `start` to `stop` of the pieces taken together."""
-    chosen: list[Piece] = []
+    chosen: list[RowSlice] = []
     seen = 0
     for rows, first, last in pieces:
         low, high = max(start - seen, 0), min(stop - seen, last - first)

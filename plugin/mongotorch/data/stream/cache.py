@@ -34,10 +34,10 @@ from torch import Tensor
 from mongotorch.data.decode.column import Column
 from mongotorch.data.decode.decoder import Columns, decode
 from mongotorch.data.decode.ids import U64, pack_ids
-from mongotorch.data.decode.replies import Chunk
+from mongotorch.data.decode.replies import Reply
 from mongotorch.data.prefetch import close_iterator
 from mongotorch.data.read.source import Source
-from mongotorch.data.stream.rows import Rows, TableRows, _tensor, column_tensor, layout, ordered
+from mongotorch.data.stream.rows import CachedRows, Rows, _tensor, column_tensor, layout, ordered
 
 
 class BlockSequence(Protocol):
@@ -48,7 +48,7 @@ class BlockSequence(Protocol):
         ...
 
 
-class Held:
+class CachedSelect:
     """All rows of a source."""
 
     window: int
@@ -80,7 +80,7 @@ class Held:
 
 
 @final
-class Table(Held):
+class CachedTensors(CachedSelect):
     """Rows as tensors."""
 
     def __init__(self, keys: list[U64], ids: BlockSequence, tensors: dict[str, Tensor]) -> None:
@@ -88,14 +88,14 @@ class Table(Held):
         self._tensors = tensors
 
     def rows(self, indices: npt.NDArray[np.int64], order: npt.NDArray[np.int64] | None) -> Rows:
-        """See `Held.rows`."""
+        """See `CachedSelect.rows`."""
         spans = [np.arange(self._starts[i], self._starts[i + 1], dtype=np.int64) for i in indices]
         flat = np.concatenate(spans)
-        return TableRows(self._tensors, flat if order is None else flat[order])
+        return CachedRows(self._tensors, flat if order is None else flat[order])
 
 
 @final
-class Blocks(Held):
+class CachedBlocks(CachedSelect):
     """Rows as blocks of columns, in memory or decoded from mapped BSON when asked for."""
 
     def __init__(self, keys: list[U64], blocks: BlockSequence) -> None:
@@ -103,11 +103,11 @@ class Blocks(Held):
         self._blocks = blocks
 
     def rows(self, indices: npt.NDArray[np.int64], order: npt.NDArray[np.int64] | None) -> Rows:
-        """See `Held.rows`."""
+        """See `CachedSelect.rows`."""
         return ordered([self._blocks[int(index)] for index in indices], order, owned=False)
 
 
-def hold(source: Source, *, samples: bool, most_bytes: int) -> Held:
+def hold(source: Source, *, samples: bool, most_bytes: int) -> CachedSelect:
     """Read a source into memory.
 
     Args:
@@ -119,10 +119,10 @@ def hold(source: Source, *, samples: bool, most_bytes: int) -> Held:
     if table is not None:
         return table
     blocks = [block.owned() for block in source.ahead(every(source), most_bytes)]
-    return Blocks([source.keys(n, block) for n, block in enumerate(blocks)], blocks)
+    return CachedBlocks([source.keys(n, block) for n, block in enumerate(blocks)], blocks)
 
 
-def _table(source: Source, most_bytes: int) -> Table | None:
+def _table(source: Source, most_bytes: int) -> CachedTensors | None:
     """One tensor a field, or None as soon as one block is not like the others."""
     keys: list[U64] = []
     ids: list[Columns] = []
@@ -142,7 +142,7 @@ def _table(source: Source, most_bytes: int) -> Table | None:
             tensors.append(_tensor(block, path))
     if not layouts:
         return None
-    return Table(keys, ids, {path: torch.cat(tensors) for path, tensors in parts.items()})
+    return CachedTensors(keys, ids, {path: torch.cat(tensors) for path, tensors in parts.items()})
 
 
 def every(source: Source) -> Iterator[int]:
@@ -153,7 +153,7 @@ def every(source: Source) -> Iterator[int]:
 _FORMAT = 2
 
 
-def download(source: Source, folder: Path, name: str, *, samples: bool, most_bytes: int) -> Held:
+def download(source: Source, folder: Path, name: str, *, samples: bool, most_bytes: int) -> CachedSelect:
     """Read a source into memory-mapped files, or find them from an earlier run.
 
     Args:
@@ -185,7 +185,7 @@ def cache_name(*parts: Any) -> str:
 class _MappedBlocks:
     """BSON in one mapped file, decoded block by block."""
 
-    def __init__(self, decode: Callable[[list[Chunk]], Columns], path: Path, ends: list[int]) -> None:
+    def __init__(self, decode: Callable[[list[Reply]], Columns], path: Path, ends: list[int]) -> None:
         self._decode = decode
         self._ends = [0, *ends]
         with path.open("rb") as file:  # an empty file cannot be mapped
@@ -266,13 +266,13 @@ def _rename(building: Path, target: Path) -> None:
             raise
 
 
-def _open(source: Source, folder: Path) -> Held:
+def _open(source: Source, folder: Path) -> CachedSelect:
     meta = json.loads((folder / "meta.json").read_text())
     lengths = meta["lengths"]
     flat = np.fromfile(folder / "keys", dtype=np.uint64)
     keys = np.split(flat, np.cumsum(lengths)[:-1]) if lengths else []
     if meta["fields"] is None:
-        return Blocks(keys, _MappedBlocks(source.decode, folder / "rows.bson", meta["ends"]))
+        return CachedBlocks(keys, _MappedBlocks(source.decode, folder / "rows.bson", meta["ends"]))
     tensors = {}
     for n, (path, field) in enumerate(zip(source.paths, meta["fields"], strict=True)):
         shape = [sum(lengths), *field["shape"]]
@@ -283,4 +283,4 @@ def _open(source: Source, folder: Path) -> Held:
             dtype=getattr(torch, field["dtype"]),
         ).reshape(shape)
     ids = _MappedBlocks(lambda raws: decode(raws, ()), folder / "ids.bson", meta["ends"])
-    return Table(keys, ids, tensors)
+    return CachedTensors(keys, ids, tensors)

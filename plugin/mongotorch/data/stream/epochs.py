@@ -25,13 +25,13 @@ from typing import Any, TypeGuard, final
 
 from torch.utils.data import get_worker_info
 
-from mongotorch.data.prefetch import Ahead, Demand, Workers, close_iterator
+from mongotorch.data.prefetch import ReadPressure, ThreadPrefetcher, Workers, close_iterator
 from mongotorch.data.read.plan import Plan
-from mongotorch.data.read.reader import Access
+from mongotorch.data.read.reader import DatabaseAccess
 from mongotorch.data.read.source import PlannedSource, Source, open_source
-from mongotorch.data.stream.cache import Held, cache_name, download, hold
+from mongotorch.data.stream.cache import CachedSelect, cache_name, download, hold
 from mongotorch.data.stream.order import Order, worker_seed
-from mongotorch.data.stream.position import IdMarks, RankMarks
+from mongotorch.data.stream.position import HashMarkers, IdMarkers
 from mongotorch.data.stream.rows import Rows
 from mongotorch.data.stream.spec import StreamSpec
 from mongotorch.data.stream.windows import (
@@ -49,7 +49,7 @@ from mongotorch.errors import DataError
 
 
 @final
-class Onward:
+class NextEpoch:
     """Windows from the first one of an epoch on.
 
     Args:
@@ -139,7 +139,7 @@ class Tally:
 
 
 @final
-class Feed:
+class EpochReader:
     """The rows of a stream in one process.
 
     Args:
@@ -147,13 +147,13 @@ class Feed:
         access: The database.
     """
 
-    def __init__(self, spec: StreamSpec, access: Access) -> None:
+    def __init__(self, spec: StreamSpec, access: DatabaseAccess) -> None:
         self.spec = spec
         self._access = access
         self.source: Source | None = None
-        self._held: Held | None = None
+        self._held: CachedSelect | None = None
         self._workers: Workers | None = None
-        self._onward: Onward | None = None
+        self._onward: NextEpoch | None = None
         self.tally = Tally()
 
     def close(self) -> None:
@@ -193,9 +193,9 @@ class Feed:
             permutation, ranks = order.rows(keys) if order.shuffle else (None, None)
             rows = held.rows(indices, permutation)
             if ranks is not None:
-                rows.marks = RankMarks(ranks)
+                rows.marks = HashMarkers(ranks)
             elif source.by_id:
-                rows.marks = IdMarks(held.ids(int(indices[0])))
+                rows.marks = IdMarkers(held.ids(int(indices[0])))
             yield window, rows
 
     def _read(self, source: Source, order: Order, start: int) -> Iterator[tuple[int, Rows]]:
@@ -210,7 +210,7 @@ class Feed:
                 if len(window.rows):
                     yield window.number, window.rows
                 if window.last and onward:
-                    self._onward = Onward(self, replace(order, epoch=order.epoch + 1), windows)
+                    self._onward = NextEpoch(self, replace(order, epoch=order.epoch + 1), windows)
                     windows = iter(())
                     return
         finally:
@@ -246,10 +246,10 @@ class Feed:
         )
         if get_worker_info() is not None or not spec.data_prefetch:
             return read(None)
-        demand = Demand(crowded=self._access.reader().crowded())
+        demand = ReadPressure(crowded=self._access.reader().crowded())
         # A shuffled window is half of the bounds at most: one is trained on while the next is put together.
         most = 2 * order.window if order.shuffle else max(spec.prefetch_factor, 2)
-        return Ahead(
+        return ThreadPrefetcher(
             read(demand),
             most=most,
             most_bytes=spec.prefetch_bytes,
@@ -266,7 +266,7 @@ class Feed:
     def _reading_workers(self, source: PlannedSource) -> Workers:
         if self._workers is None:
             options = {n: v for n, v in self.spec.loader.items() if not n.startswith("pin_memory")}
-            demand = Demand(crowded=self._access.reader().crowded())
+            demand = ReadPressure(crowded=self._access.reader().crowded())
             reader = WindowReader(self._access, source, self.spec.prefetch_bytes // 8, demand)
             options["prefetch_factor"] = self._lead // self.spec.workers
             self._workers = Workers(reader, options, demand)
@@ -286,7 +286,7 @@ class Feed:
             self.tally = Tally(self.source.plan if isinstance(self.source, PlannedSource) else None)
         return self.source
 
-    def _hold(self, source: Source) -> Held:
+    def _hold(self, source: Source) -> CachedSelect:
         if self.spec.mode == "memory":
             return hold(source, samples=self.spec.builds_samples, most_bytes=self.spec.prefetch_bytes // 8)
         membership = self._access.reader().membership()

@@ -26,7 +26,7 @@ from mongotorch.data.decode.ids import U64, sort_key
 _LONGEST = 256  # bytes of an `_id` that a state may hold
 
 
-class Marks(abc.ABC):
+class RowMarkers(abc.ABC):
     """The marks of the rows of one window, in their order."""
 
     @abc.abstractmethod
@@ -39,7 +39,7 @@ class Marks(abc.ABC):
 
 
 @final
-class RankMarks(Marks):
+class HashMarkers(RowMarkers):
     """Rows in the ascending order of their hashes.
 
     Args:
@@ -50,14 +50,14 @@ class RankMarks(Marks):
         self._ranks = ranks
 
     def before(self, row: int) -> str | None:
-        """See `Marks.before`: the hash, and how many rows of that very hash lie before."""
+        """See `RowMarkers.before`: the hash, and how many rows of that very hash lie before."""
         if row < 1:
             return None
         rank = self._ranks[row - 1]
         return f"{int(rank):016x}:{row - int(np.searchsorted(self._ranks, rank))}"
 
     def behind(self, mark: str) -> int | None:
-        """See `Marks.behind`."""
+        """See `RowMarkers.behind`."""
         rank, colon, equal = mark.partition(":")
         if not colon:
             return None
@@ -67,7 +67,7 @@ class RankMarks(Marks):
 
 
 @final
-class IdMarks(Marks):
+class IdMarkers(RowMarkers):
     """Rows in the ascending order of their `_id`s.
 
     Args:
@@ -78,12 +78,12 @@ class IdMarks(Marks):
         self._ids = ids
 
     def before(self, row: int) -> str | None:
-        """See `Marks.before`: the `_id` as BSON; None also for one that is too long for a state."""
+        """See `RowMarkers.before`: the `_id` as BSON; None also for one that is too long for a state."""
         encoded = bson.encode({"": self._ids[row - 1]}) if row > 0 else b""
         return encoded.hex() if 0 < len(encoded) <= _LONGEST else None
 
     def behind(self, mark: str) -> int | None:
-        """See `Marks.behind`."""
+        """See `RowMarkers.behind`."""
         if ":" in mark:
             return None
         last: Any = sort_key(bson.decode(bytes.fromhex(mark))[""])
@@ -92,7 +92,7 @@ class IdMarks(Marks):
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class EpochOffset:
     """A place between two rows of an epoch.
 
     Attributes:
@@ -107,14 +107,14 @@ class Place:
     offset: int = 0
     step: int = 0
     after: str | None = None
-    marks: Marks | None = field(default=None, repr=False, compare=False)
+    marks: RowMarkers | None = field(default=None, repr=False, compare=False)
 
     def state(self) -> dict[str, Any]:
         """The place as numbers and a text; the mark is made here, because few places are ever kept."""
         after = self.after if self.marks is None else self.marks.before(self.offset)
         return {"window": self.window, "offset": self.offset, "step": self.step, "after": after}
 
-    def row(self, marks: Marks | None) -> int:
+    def row(self, marks: RowMarkers | None) -> int:
         """The first row behind the place in what is now in its window, which has these marks."""
         found = None if marks is None or self.after is None else marks.behind(self.after)
         return self.offset if found is None else found
@@ -126,4 +126,4 @@ class Position:
     """Where a stream is: in which epoch, and how far."""
 
     epoch: int = 0
-    place: Place = field(default_factory=Place)
+    place: EpochOffset = field(default_factory=EpochOffset)

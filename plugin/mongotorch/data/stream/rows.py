@@ -30,7 +30,7 @@ from torch import Tensor
 from mongotorch.codecs.arrays import BFLOAT16
 from mongotorch.data.decode.column import Column, build, merge
 from mongotorch.data.decode.decoder import Columns
-from mongotorch.data.stream.position import Marks
+from mongotorch.data.stream.position import RowMarkers
 from mongotorch.tensors import array_tensor
 
 
@@ -110,7 +110,7 @@ class Rows(abc.ABC):
         marks: What is remembered of a row to find the place behind it again; None counts rows instead.
     """
 
-    marks: Marks | None = None
+    marks: RowMarkers | None = None
 
     @abc.abstractmethod
     def __len__(self) -> int: ...
@@ -205,7 +205,7 @@ NO_ROWS = TensorRows({}, build([]), None)
 
 
 @final
-class TableRows(Rows):
+class CachedRows(Rows):
     """Rows of a table of tensors, by index."""
 
     def __init__(self, tensors: dict[str, Tensor], indices: npt.NDArray[np.int64]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, final
 
 from mongotorch.data.read.plan import Sizes
-from mongotorch.data.read.reader import Access
+from mongotorch.data.read.reader import DatabaseAccess
 from mongotorch.errors import ParameterError
 from mongotorch.loader_options import check_loader_options
 from mongotorch.query import Query
@@ -91,9 +91,9 @@ class StreamSpec:
         """Whether batches are made of samples and not of columns."""
         return self.transform is not None or self.collate_fn is not None
 
-    def open_access(self, open_database: Callable[[], Any], database: Any = None) -> Access:
-        """The database as a stream of this spec reads it; see `Access`."""
-        return Access(
+    def open_access(self, open_database: Callable[[], Any], database: Any = None) -> DatabaseAccess:
+        """The database as a stream of this spec reads it; see `DatabaseAccess`."""
+        return DatabaseAccess(
             open_database,
             database,
             query=self.query,

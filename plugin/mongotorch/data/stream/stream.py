@@ -18,10 +18,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from mongotorch.data.decode.decoder import Columns
 from mongotorch.data.prefetch import Workers, close_iterator
-from mongotorch.data.stream.batches import Piece, SampleBuilder, batch_of, columns_of, cut
-from mongotorch.data.stream.epochs import Feed, Report
+from mongotorch.data.stream.batches import RowSlice, SampleBuilder, batch_of, columns_of, cut
+from mongotorch.data.stream.epochs import EpochReader, Report
 from mongotorch.data.stream.order import worker_seed
-from mongotorch.data.stream.position import Place, Position
+from mongotorch.data.stream.position import EpochOffset, Position
 from mongotorch.data.stream.spec import StreamSpec
 from mongotorch.errors import DataError, EmptySelectError
 from mongotorch.resources import Owner
@@ -78,14 +78,15 @@ class Stream(Owner, IterableDataset[Any]):
         self._position = Position()
         self._resume: str | None = None  # the digest of the source to go on in
         self._pending = True  # whether the position is where the next iteration starts
-        self._feed = Feed(spec, self._access)
+        self._feed = EpochReader(spec, self._access)
         self._workers: Workers | None = None
         self._running: Iterator[Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        place = Place(**self._position.place.state())
+        place = EpochOffset(**self._position.place.state())
         position = Position(epoch=self._position.epoch, place=place)  # without the marks of a window
-        fresh = {"_feed": Feed(self.spec, self._access), "_workers": None, "_running": None, "_position": position}
+        feed = EpochReader(self.spec, self._access)
+        fresh = {"_feed": feed, "_workers": None, "_running": None, "_position": position}
         return {**self.__dict__, **fresh, "_resume": self._digest()}
 
     def __iter__(self) -> Iterator[Any]:
@@ -142,7 +143,7 @@ class Stream(Owner, IterableDataset[Any]):
         self._feed.expect(state["epoch"])
         self._resume = state["source"]
         self._seed = state["seed"]
-        place = Place(**{name: state[name] for name in ("window", "offset", "step", "after")})
+        place = EpochOffset(**{name: state[name] for name in ("window", "offset", "step", "after")})
         self._position, self._pending = Position(epoch=state["epoch"], place=place), True
 
     def close(self) -> None:
@@ -167,7 +168,7 @@ class Stream(Owner, IterableDataset[Any]):
     def _epoch(self, position: Position) -> Iterator[Any]:
         """The batches; `_position` is moved before each is yielded, and to the next epoch at the end."""
         batches = self._placed(position)
-        any_batch = position.place != Place()
+        any_batch = position.place != EpochOffset()
         try:
             for batch, place in batches:
                 any_batch = True
@@ -187,7 +188,7 @@ class Stream(Owner, IterableDataset[Any]):
             return EmptySelectError(f"the select matches no document in {self.spec.query.collection!r}")
         return DataError(f"an epoch has no batch: the select has too few documents for {rows}")
 
-    def _placed(self, position: Position) -> Iterator[tuple[Any, Place]]:
+    def _placed(self, position: Position) -> Iterator[tuple[Any, EpochOffset]]:
         """Batches with the places behind them; samples are built in workers where there are some."""
         cuts = self._cuts(position)
         try:
@@ -201,8 +202,10 @@ class Stream(Owner, IterableDataset[Any]):
         finally:
             close_iterator(cuts)
 
-    def _built(self, cuts: Iterator[tuple[list[Piece], Place]], epoch: int) -> Iterator[tuple[Any, Place]]:
-        places: deque[Place] = deque()
+    def _built(
+        self, cuts: Iterator[tuple[list[RowSlice], EpochOffset]], epoch: int
+    ) -> Iterator[tuple[Any, EpochOffset]]:
+        places: deque[EpochOffset] = deque()
 
         def feed() -> Iterator[Columns]:
             for pieces, place in cuts:
@@ -223,7 +226,7 @@ class Stream(Owner, IterableDataset[Any]):
             return on_tensors(Tensor.clone, batch)
         return pinned(batch) if self.spec.loader.get("pin_memory") else batch
 
-    def _cuts(self, position: Position) -> Iterator[tuple[list[Piece], Place]]:
+    def _cuts(self, position: Position) -> Iterator[tuple[list[RowSlice], EpochOffset]]:
         """The pieces of each batch of this shard, and of this worker's turns under a user's loader."""
         spec, info = self.spec, get_worker_info()
         place = position.place

@@ -20,18 +20,18 @@ from typing import Any, final
 import numpy as np
 
 from mongotorch.data.decode.decoder import Columns
-from mongotorch.data.prefetch import Demand, close_iterator
-from mongotorch.data.read.reader import Access
+from mongotorch.data.prefetch import ReadPressure, close_iterator
+from mongotorch.data.read.reader import DatabaseAccess
 from mongotorch.data.read.source import PlannedSource, Source
 from mongotorch.data.stream.order import Order
-from mongotorch.data.stream.position import IdMarks, RankMarks
+from mongotorch.data.stream.position import HashMarkers, IdMarkers
 from mongotorch.data.stream.rows import NO_ROWS, Rows, gathered, ordered
 from mongotorch.errors import MongotorchError
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class WindowSpec:
     """A window to read.
 
     Attributes:
@@ -52,15 +52,15 @@ class Task:
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Errand:
+class WindowRequest:
     """What a worker is sent for in one go.
 
     Attributes:
         tasks: The windows.
-        turn: See `Demand.turn`.
+        turn: See `ReadPressure.turn`.
     """
 
-    tasks: list[Task]
+    tasks: list[WindowSpec]
     turn: int
 
 
@@ -71,7 +71,7 @@ def orders(order: Order, start: int, *, onward: bool) -> Iterator[tuple[Order, i
         yield replace(order, epoch=epoch), 0
 
 
-def tasks_of(source: Source, order: Order, start: int) -> Iterator[Task]:
+def tasks_of(source: Source, order: Order, start: int) -> Iterator[WindowSpec]:
     """The windows of an epoch from window `start` on."""
     numbered = enumerate(schedule(source, order, source.count, start), start)
     blocks = 0
@@ -81,10 +81,10 @@ def tasks_of(source: Source, order: Order, start: int) -> Iterator[Task]:
         last = following is None
         size = max(len(indices), 2 * order.window - blocks) if last else len(indices)
         blocks += len(indices)
-        yield Task(order=order, number=number, indices=[int(i) for i in indices], last=last, size=size)
+        yield WindowSpec(order=order, number=number, indices=[int(i) for i in indices], last=last, size=size)
 
 
-def errands(tasks: Iterator[Task], most: int, demand: Demand) -> Iterator[Errand]:
+def errands(tasks: Iterator[WindowSpec], most: int, demand: ReadPressure) -> Iterator[WindowRequest]:
     """The windows as what a worker is sent for.
 
     The last window of an epoch and the first ones of the next are small: they go together, so that they last as
@@ -95,18 +95,18 @@ def errands(tasks: Iterator[Task], most: int, demand: Demand) -> Iterator[Errand
         most: The size that windows have together at most.
         demand: For them.
     """
-    held: list[Task] = []
+    held: list[WindowSpec] = []
     first: Order | None = None
     turn = demand.turn
     for task in tasks:
         first = first or task.order
         joins = task.order != first and sum(t.size for t in held) + task.size <= most
         if held and not joins:
-            yield Errand(tasks=held, turn=turn)
+            yield WindowRequest(tasks=held, turn=turn)
             held = []
         held.append(task)
     if held:
-        yield Errand(tasks=held, turn=turn)
+        yield WindowRequest(tasks=held, turn=turn)
 
 
 def joined(source: Source, order: Order, lead: int) -> int | None:
@@ -137,7 +137,7 @@ class Window:
         number: Which window of the epoch.
         rows: Its rows.
         lengths: Pairs of (index of a block, documents that it had).
-        last: Whether it ends its epoch, see `Task`.
+        last: Whether it ends its epoch, see `WindowSpec`.
         complete: Whether no block was missing, because the source ends.
     """
 
@@ -155,7 +155,7 @@ class Window:
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Brought:
+class WindowReply:
     """What came of an errand.
 
     Attributes:
@@ -167,7 +167,7 @@ class Brought:
     error: MongotorchError | None
 
 
-def put_together(source: Source, task: Task, blocks: list[Columns], *, samples: bool) -> Window:
+def put_together(source: Source, task: WindowSpec, blocks: list[Columns], *, samples: bool) -> Window:
     """The window of these blocks; fewer blocks than indices where the source ends.
 
     Args:
@@ -189,14 +189,14 @@ def put_together(source: Source, task: Task, blocks: list[Columns], *, samples: 
         permutation, ranks = order.rows(np.concatenate([source.keys(*pair) for pair in pairs]))
     rows = ordered(parts, permutation, owned=True) if samples else gathered(parts, permutation)
     if ranks is not None:
-        rows.marks = RankMarks(ranks)
+        rows.marks = HashMarkers(ranks)
     elif source.by_id:
-        rows.marks = IdMarks(parts[0].ids)
+        rows.marks = IdMarkers(parts[0].ids)
     return Window(number=task.number, rows=rows, lengths=lengths, last=task.last, complete=complete)
 
 
 def assembled(
-    source: Source, tasks: Iterator[Task], blocks: Iterator[Columns], *, samples: bool
+    source: Source, tasks: Iterator[WindowSpec], blocks: Iterator[Columns], *, samples: bool
 ) -> Iterator[Window]:
     """The windows of these tasks, put together from the blocks that follow one another."""
     try:
@@ -211,7 +211,7 @@ def assembled(
         close_iterator(blocks)
 
 
-def brought(errands: Iterator[Brought]) -> Iterator[Window]:
+def brought(errands: Iterator[WindowReply]) -> Iterator[Window]:
     """The windows that workers bring, and their errors where those belong."""
     try:
         for one in errands:
@@ -226,7 +226,7 @@ def brought(errands: Iterator[Brought]) -> Iterator[Window]:
 def read_epochs(
     source: Source,
     epochs: Iterable[tuple[Order, int]],
-    demand: Demand | None,
+    demand: ReadPressure | None,
     *,
     most_bytes: int,
     samples: bool,
@@ -264,13 +264,15 @@ class WindowReader:
         demand: How hard to read ahead, and until when.
     """
 
-    def __init__(self, access: Access, source: PlannedSource, most_bytes: int, demand: Demand) -> None:
+    def __init__(
+        self, access: DatabaseAccess, source: PlannedSource, most_bytes: int, demand: ReadPressure
+    ) -> None:
         self._access = access
         self._plan, self._paths = source.plan, source.paths
         self._most_bytes = most_bytes
         self._demand = demand
 
-    def __call__(self, errand: Errand) -> Brought:
+    def __call__(self, errand: WindowRequest) -> WindowReply:
         """The windows of an errand; an error waits behind those that were read before it."""
         source, tasks = PlannedSource(self._access.reader, self._plan, self._paths), errand.tasks
         indices = self._demand.wanted((index for task in tasks for index in task.indices), errand.turn)
@@ -279,5 +281,5 @@ class WindowReader:
         try:
             windows.extend(assembled(source, iter(tasks), blocks, samples=False))
         except MongotorchError as error:
-            return Brought(windows=windows, error=error)
-        return Brought(windows=windows, error=None)
+            return WindowReply(windows=windows, error=error)
+        return WindowReply(windows=windows, error=None)

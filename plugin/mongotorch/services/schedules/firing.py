@@ -118,7 +118,7 @@ Record = Mapping[str, Any]
 
 
 @final
-class Gauges:
+class LiveMetrics:
     """Measures the live models of one database.
 
     Args:

@@ -24,12 +24,12 @@ from mongotorch.mongo.error_translation import driver_errors
 from mongotorch.query import FOLD_FIELD, FOLDS, Query
 from mongotorch.schedule import Schedule, gate_of
 from mongotorch.services.schedules.judging import Judge
-from mongotorch.services.training.heartbeat import Heart
-from mongotorch.services.training.recipe import Course, pair
-from mongotorch.services.training.training_run import Training
+from mongotorch.services.training.heartbeat import Heartbeat
+from mongotorch.services.training.recipe import TrainingRecipe, pair
+from mongotorch.services.training.training_run import TrainingRun
 from mongotorch.services.versions.catalog import Loader
 from mongotorch.settings import Settings
-from mongotorch.store import Artifacts, Components
+from mongotorch.store import BlobStore, Components
 from mongotorch.train import TorchModel, TorchTrainer, is_alike, warmed
 
 MOST: Final = 100_000
@@ -38,7 +38,7 @@ MOST: Final = 100_000
 
 @final
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class New:
+class NewDocumentSet:
     """What is new.
 
     Attributes:
@@ -51,7 +51,7 @@ class New:
 
 
 @final
-class News:
+class NewDocumentFinder:
     """Finds new documents.
 
     Args:
@@ -60,10 +60,10 @@ class News:
         artifacts: The blobs.
     """
 
-    def __init__(self, database: Any, components: Components, artifacts: Artifacts) -> None:
+    def __init__(self, database: Any, components: Components, artifacts: BlobStore) -> None:
         self._database, self._components, self._artifacts = database, components, artifacts
 
-    def of(self, trainer: TorchTrainer, model: TorchModel) -> New:
+    def of(self, trainer: TorchTrainer, model: TorchModel) -> NewDocumentSet:
         """The training documents of a trainer's select that are new to a model's name.
 
         Raises:
@@ -75,14 +75,15 @@ class News:
             if data is None:
                 continue  # it was applied, not trained
             if data.get("members") is None:
-                return New(ids=None, why=f"version {number} does not say which documents it was trained on")
+                why = f"version {number} does not say which documents it was trained on"
+                return NewDocumentSet(ids=None, why=why)
             seen.append(Members.from_bytes(self._artifacts.get(data["members"])).ids)
         if not seen:
-            return New(ids=None, why="no version was trained yet")
+            return NewDocumentSet(ids=None, why="no version was trained yet")
         ids = unseen(self._database, trainer.select.fold("train"), np.unique(np.concatenate(seen)), limit=MOST + 1)
         if len(ids) > MOST:
-            return New(ids=None, why=f"more than {MOST:,} documents are new")
-        return New(ids=ids, why=f"{len(ids):,} new documents")
+            return NewDocumentSet(ids=None, why=f"more than {MOST:,} documents are new")
+        return NewDocumentSet(ids=ids, why=f"{len(ids):,} new documents")
 
 
 Document = Mapping[str, Any]
@@ -110,16 +111,16 @@ class Retraining:
         settings: Settings,
         components: Components,
         loader: Loader,
-        training: Training,
+        training: TrainingRun,
         judge: Judge,
-        news: News,
+        news: NewDocumentFinder,
         told: Callable[[str, Document], Any],
     ) -> None:
         self._connection, self._settings = connection, settings
         self._components, self._loader, self._training = components, loader, training
         self._judge, self._news, self._told = judge, news, told
 
-    def run(self, job: Document, heart: Heart) -> str:
+    def run(self, job: Document, heart: Heartbeat) -> str:
         """Train what a schedule says, judge it, publish it, and promote it if the gate lets it through.
 
         Args:
@@ -156,7 +157,7 @@ class Retraining:
         self._told(schedule.identifier, _outcome(job, served, promoted=False, why="no document is new"))
         return str(served["_id"])
 
-    def _train(self, schedule: Schedule, origin: Document, job: Document, heart: Heart) -> dict[str, Any]:
+    def _train(self, schedule: Schedule, origin: Document, job: Document, heart: Heartbeat) -> dict[str, Any]:
         course = self._course(schedule, origin)
         outcome = self._training.follow(course, job, heart)
         why = f"served when schedule {schedule.identifier!r} brought its first version"
@@ -188,14 +189,14 @@ class Retraining:
             start = {"model": served["_id"], "trainer": self._trainer_of(served)}
         return {"start": start, "ids": ids, "data": data}
 
-    def _course(self, schedule: Schedule, origin: Document) -> Course:
+    def _course(self, schedule: Schedule, origin: Document) -> TrainingRecipe:
         trainer, model = pair(schedule.trainer)
         query = None
         if origin["ids"] is not None:
             query = trainer.select.fold("train").filter({"_id": {"$in": origin["ids"]}})
         if origin["start"] is not None:
             trainer = warmed(trainer, model, self._model(origin["start"]["model"]))
-        return Course(trainer=trainer, model=model, train_query=query, origin=dict(origin))
+        return TrainingRecipe(trainer=trainer, model=model, train_query=query, origin=dict(origin))
 
     def _model(self, uuid: str) -> TorchModel:
         model = self._loader.by_uuid(uuid)

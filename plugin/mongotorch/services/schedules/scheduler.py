@@ -23,7 +23,7 @@ from datetime import datetime
 from typing import Any, Final, final
 
 from mongotorch.errors import MongotorchError
-from mongotorch.mongo.change_stream import Baseline, Change, HistoryLostError, Watch, baseline, counted
+from mongotorch.mongo.change_stream import Baseline, Change, ChangeWatcher, HistoryLostError, baseline, counted
 from mongotorch.query import FOLD_FIELD, Query
 from mongotorch.schedule import State
 from mongotorch.services.schedules.firing import Firings
@@ -202,7 +202,7 @@ class Scheduler:
         while not stop.is_set():
             try:
                 if self._lead():
-                    self._reign(stop)
+                    self._lead_until(stop)
                 else:
                     stop.wait(min(_PAUSE_S, self._lease_s / 3))
             except MongotorchError as error:
@@ -245,7 +245,7 @@ class Scheduler:
         except HistoryLostError:
             self._recount(self._oldest())
 
-    def _reign(self, stop: threading.Event) -> None:
+    def _lead_until(self, stop: threading.Event) -> None:
         while not stop.is_set():
             try:
                 with self._watching() as watch:
@@ -256,7 +256,7 @@ class Scheduler:
             if not self._lead():
                 return
 
-    def _turn(self, watch: Watch | None, stop: threading.Event) -> None:
+    def _turn(self, watch: ChangeWatcher | None, stop: threading.Event) -> None:
         """One look at what has changed, and at what is due."""
         if watch is None:
             stop.wait(_POLL_S)
@@ -281,14 +281,14 @@ class Scheduler:
         self._schedules.resign(self._who)
 
     @contextlib.contextmanager
-    def _watching(self) -> Iterator[Watch | None]:
+    def _watching(self) -> Iterator[ChangeWatcher | None]:
         """The changes behind the oldest place that a schedule has; None where nothing can be watched."""
         self._refresh()
         watch = None
         while watch is None and (watched := self._watched()):
             names = {document["collection"] for document in watched}
             try:
-                watch = Watch(self._database, names, self._oldest()["token"])
+                watch = ChangeWatcher(self._database, names, self._oldest()["token"])
             except HistoryLostError:
                 self._recount(self._oldest())
         if watch is None:
@@ -297,7 +297,7 @@ class Scheduler:
         with watch:
             yield watch
 
-    def _is_stale(self, watch: Watch | None) -> bool:
+    def _is_stale(self, watch: ChangeWatcher | None) -> bool:
         """Whether other collections have to be watched by now."""
         names = {document["collection"] for document in self._watched()}
         return bool(names) if watch is None else not names <= watch.collections
@@ -331,17 +331,17 @@ class Scheduler:
                 self._write(document["_id"], lambda said: tally(count, said, changes, now))
         return bool(changes)
 
-    def _mark(self, watch: Watch) -> None:
+    def _mark(self, watch: ChangeWatcher) -> None:
         """Nothing has changed: keep the place, and count anew what deletions have made unsure."""
         for document in self._watched():
             if document["stale"]:
-                self._write(document["_id"], self._sure)
+                self._write(document["_id"], self._recount_exact)
         if time.monotonic() - self._marked > _MARK_S:
             self._marked, token = time.monotonic(), watch.token
             for document in self._watched():
                 self._write(document["_id"], lambda said: _moved(said, token))
 
-    def _sure(self, document: Document) -> Mapping[str, Any]:
+    def _recount_exact(self, document: Document) -> Mapping[str, Any]:
         # It counts only where the place is lost later, and then by what came and went in between, no more.
         return {"known": counted(self._database, Query.from_document(document["select"])), "stale": False}
 

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self, final
 
 from mongotorch.codecs import Codecs
-from mongotorch.store import Artifacts, Checkpoints
+from mongotorch.store import BlobStore, Checkpoints
 
 
 @final
@@ -34,7 +34,7 @@ class Resumed:
 
 
 @final
-class Checkpointing:
+class RunCheckpoints:
     """The checkpoints of one database.
 
     Args:
@@ -43,7 +43,7 @@ class Checkpointing:
         codecs: Write and read a state.
     """
 
-    def __init__(self, checkpoints: Checkpoints, artifacts: Artifacts, codecs: Codecs) -> None:
+    def __init__(self, checkpoints: Checkpoints, artifacts: BlobStore, codecs: Codecs) -> None:
         self._checkpoints, self._artifacts, self._codecs = checkpoints, artifacts, codecs
 
     def load(self, job_id: str) -> Resumed | None:
@@ -102,7 +102,7 @@ class Checkpointing:
 
 
 @final
-class Scribe:
+class CheckpointWriter:
     """Writes the checkpoints of one run from a thread of its own; a context manager that ends the thread.
 
     Args:

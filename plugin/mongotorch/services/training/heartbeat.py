@@ -15,7 +15,7 @@ from mongotorch.store import Jobs
 
 
 @final
-class Heart:
+class Heartbeat:
     """Keeps one attempt of one job alive; a context manager that stops the thread.
 
     Args:

@@ -19,20 +19,20 @@ from typing import Any, Protocol, final
 from mongotorch._version import __version__
 from mongotorch.errors import JobCancelledError, JobReleasedError, MongotorchError, ServerUnavailableError
 from mongotorch.mongo.redact import redact
-from mongotorch.services.training.heartbeat import Heart
+from mongotorch.services.training.heartbeat import Heartbeat
 from mongotorch.settings import Settings
 from mongotorch.store import Jobs
 
 
-class Work(Protocol):
+class JobHandler(Protocol):
     """What is done for a claimed job."""
 
-    def run(self, job: Mapping[str, Any], heart: Heart) -> str:
+    def run(self, job: Mapping[str, Any], heart: Heartbeat) -> str:
         """Do it; the uuid of what was published."""
 
 
 @final
-class Performer:
+class JobRunner:
     """Performs jobs in this process.
 
     Args:
@@ -41,7 +41,7 @@ class Performer:
         settings: `lease_s`.
     """
 
-    def __init__(self, jobs: Jobs, work: Work, settings: Settings) -> None:
+    def __init__(self, jobs: Jobs, work: JobHandler, settings: Settings) -> None:
         self._jobs, self._work, self._settings = jobs, work, settings
 
     def perform(self, job_id: str) -> None:
@@ -80,7 +80,7 @@ class Performer:
 
     def _run(self, job: Mapping[str, Any], *, stop: threading.Event | None, retry: bool) -> None:
         job_id, attempt = job["_id"], job["attempt"]
-        with Heart(self._jobs, job_id, attempt, lease_s=self._settings.lease_s, stop=stop) as heart:
+        with Heartbeat(self._jobs, job_id, attempt, lease_s=self._settings.lease_s, stop=stop) as heart:
             try:
                 result = self._work.run(job, heart)
             except JobReleasedError:

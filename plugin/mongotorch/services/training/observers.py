@@ -21,7 +21,7 @@ from mongotorch.train import Event, Stepped
 
 
 @final
-class Ledger:
+class JobProgress:
     """The progress of one run.
 
     Args:

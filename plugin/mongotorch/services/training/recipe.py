@@ -32,7 +32,7 @@ _NAMESPACE = uuids.UUID("a3f4c1de-6a0f-4b0e-9d0c-2f1f5e7f8b11")
 
 @final
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Course:
+class TrainingRecipe:
     """What one run trains.
 
     Attributes:
@@ -41,7 +41,7 @@ class Course:
         train_query: The training documents, its fold included; None: the fold `train` of the trainer's select.
         source: What the model's document says besides of where the run came from; plain BSON.
         origin: What whoever made this course needs to make it again; plain BSON. It is kept in each checkpoint,
-            and `Training.origin` gives it back.
+            and `TrainingRun.origin` gives it back.
     """
 
     trainer: TorchTrainer
@@ -63,7 +63,7 @@ class Course:
 
 @final
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataFacts:
+class TrainingData:
     """What is known of the data of a run, from before its first step.
 
     Attributes:
@@ -77,7 +77,7 @@ class DataFacts:
 
 @final
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Outcome:
+class TrainingResult:
     """What a run came to.
 
     Attributes:
@@ -86,12 +86,12 @@ class Outcome:
     """
 
     trained: Trained
-    data: DataFacts
+    data: TrainingData
 
 
 @contextlib.contextmanager
 def opened_fit(
-    course: Course, connection: Connection, settings: Settings, *, state: Mapping[str, Any] | None = None
+    course: TrainingRecipe, connection: Connection, settings: Settings, *, state: Mapping[str, Any] | None = None
 ) -> Iterator[Fit]:
     """The run of a course, ready for its first step; its streams are closed behind it.
 
@@ -109,7 +109,7 @@ def opened_fit(
         yield Fit(trainer, model, batches=streams.batches, sets=streams.sets, state=state)
 
 
-def follow_quietly(course: Course, connection: Connection, settings: Settings) -> Trained:
+def follow_quietly(course: TrainingRecipe, connection: Connection, settings: Settings) -> Trained:
     """Train a course to its end, and keep nothing but the result. Raises: as the run raises."""
     with opened_fit(course, connection, settings) as fit:
         for _ in fit.run():
@@ -117,7 +117,9 @@ def follow_quietly(course: Course, connection: Connection, settings: Settings) -
     return fit.trained()
 
 
-def trained_pair(job: Mapping[str, Any], course: Course, trained: Trained) -> tuple[TorchModel, TorchTrainer]:
+def trained_pair(
+    job: Mapping[str, Any], course: TrainingRecipe, trained: Trained
+) -> tuple[TorchModel, TorchTrainer]:
     """What a run publishes: the model, and the trainer with the state of its optimizer, each naming the other."""
     new_model = course.model.replace(uuid=attempt_uuid(job, "model"), trainer=None)
     new_trainer = course.trainer.replace(
@@ -152,7 +154,7 @@ def pair(component: Component) -> tuple[TorchTrainer, TorchModel]:
 
 
 @final
-class Facts:
+class DataProvenance:
     """Finds the facts of the data of runs.
 
     Args:
@@ -164,7 +166,7 @@ class Facts:
         self._database: Any = connection.database
         self._settings = settings
 
-    def of(self, course: Course) -> DataFacts:
+    def of(self, course: TrainingRecipe) -> TrainingData:
         """The facts of a course's data: only its query, where the setting `lineage` is off.
 
         Raises:
@@ -173,18 +175,18 @@ class Facts:
         """
         said: dict[str, Any] = {"query": course.training.to_document()}
         if not self._settings.lineage:
-            return DataFacts(said=said)
+            return TrainingData(said=said)
         said["watermark"] = watermark(self._database, read_deadline_s=self._settings.read_deadline_s)
         train = self.scan(course.training, course)
         said["train"] = summary(train)
         said["valid"] = None if course.validation is None else summary(self.scan(course.validation, course))
         if train.rows is None:
-            return DataFacts(said={**said, "members": None})
+            return TrainingData(said={**said, "members": None})
         blob = train.to_bytes()
         name = hashlib.sha256(blob).hexdigest()
-        return DataFacts(said={**said, "members": name}, blobs={name: blob})
+        return TrainingData(said={**said, "members": name}, blobs={name: blob})
 
-    def scan(self, query: Query, course: Course) -> Members:
+    def scan(self, query: Query, course: TrainingRecipe) -> Members:
         """The documents of a query as they are now. Raises: as `of`."""
         deadline_s = self._settings.read_deadline_s
         return scan_members(self._database, query, course.trainer.key, read_deadline_s=deadline_s)

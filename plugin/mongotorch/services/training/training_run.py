@@ -13,21 +13,29 @@ from typing import Any, final
 from mongotorch.errors import ConflictError, JobCancelledError, JobReleasedError
 from mongotorch.mongo.connection import Connection
 from mongotorch.mongo.redact import plain
-from mongotorch.services.training.checkpoints import Checkpointing, Scribe
-from mongotorch.services.training.heartbeat import Heart
+from mongotorch.services.training.checkpoints import CheckpointWriter, RunCheckpoints
+from mongotorch.services.training.heartbeat import Heartbeat
 from mongotorch.services.training.job_runner import environment
-from mongotorch.services.training.observers import Ledger, ProgressBar
-from mongotorch.services.training.recipe import Course, DataFacts, Facts, Outcome, opened_fit, pair, trained_pair
+from mongotorch.services.training.observers import JobProgress, ProgressBar
+from mongotorch.services.training.recipe import (
+    DataProvenance,
+    TrainingData,
+    TrainingRecipe,
+    TrainingResult,
+    opened_fit,
+    pair,
+    trained_pair,
+)
 from mongotorch.services.versions.catalog import Loader, Publisher
 from mongotorch.settings import Settings
-from mongotorch.store import Components, Jobs, Points
+from mongotorch.store import Components, Jobs, MetricLog
 from mongotorch.train import Fit, Stepped, TorchModel, TorchTrainer, Validated
 
 _SHOWN_MOST = 10**9  # steps; more is no total that a bar could show
 
 
 @final
-class Training:
+class TrainingRun:
     """Trains what a job names.
 
     Args:
@@ -48,19 +56,19 @@ class Training:
         connection: Connection,
         settings: Settings,
         components: Components,
-        points: Points,
+        points: MetricLog,
         loader: Loader,
         publisher: Publisher,
-        checkpointing: Checkpointing,
+        checkpointing: RunCheckpoints,
         jobs: Jobs,
-        facts: Facts,
+        facts: DataProvenance,
     ) -> None:
         self._checkpointing, self._jobs, self._facts = checkpointing, jobs, facts
         self._connection, self._settings = connection, settings
         self._components, self._points = components, points
         self._loader, self._publisher = loader, publisher
 
-    def run(self, job: Mapping[str, Any], heart: Heart) -> str:
+    def run(self, job: Mapping[str, Any], heart: Heartbeat) -> str:
         """Train what a job names, and publish it.
 
         Args:
@@ -78,7 +86,7 @@ class Training:
         published = self.published(job)
         if published is None:
             trainer, model = pair(self._loader.by_uuid(job["component"]))
-            course = Course(trainer=trainer, model=model)
+            course = TrainingRecipe(trainer=trainer, model=model)
             published = self.publish(job, course, self.follow(course, job, heart))
         self.forget(job)
         return str(published["_id"])
@@ -96,7 +104,7 @@ class Training:
         """Drop the checkpoints of a job that has published."""
         self._checkpointing.drop(job["_id"])
 
-    def follow(self, course: Course, job: Mapping[str, Any], heart: Heart) -> Outcome:
+    def follow(self, course: TrainingRecipe, job: Mapping[str, Any], heart: Heartbeat) -> TrainingResult:
         """Train a course for a job, from its newest checkpoint where it has one.
 
         Args:
@@ -115,7 +123,7 @@ class Training:
             if resumed is None:
                 data, origin = self._facts.of(course), course.origin
             else:
-                data = DataFacts(said=resumed.run.get("data", {}), blobs=resumed.blobs)
+                data = TrainingData(said=resumed.run.get("data", {}), blobs=resumed.blobs)
                 origin = resumed.run.get("origin", {})
 
             def save(state: Mapping[str, Any]) -> None:
@@ -125,21 +133,21 @@ class Training:
             self._follow(fit, course.trainer, job, heart, save)
         trained = fit.trained()
         heart.check()
-        return Outcome(trained=trained, data=data)
+        return TrainingResult(trained=trained, data=data)
 
     def _follow(
         self,
         fit: Fit,
         trainer: TorchTrainer,
         job: Mapping[str, Any],
-        heart: Heart,
+        heart: Heartbeat,
         save: Callable[[Mapping[str, Any]], None],
     ) -> None:
         """Train; say how far it is, keep what was measured, and write checkpoints."""
         limit = trainer.max_iterations if trainer.max_iterations <= _SHOWN_MOST else None
-        ledger = Ledger(limit=limit)
+        ledger = JobProgress(limit=limit)
         bar = ProgressBar(trainer.identifier, max_steps=limit, show=self._settings.progress)
-        scribe = Scribe(save, interval_s=self._settings.checkpoint_seconds)
+        scribe = CheckpointWriter(save, interval_s=self._settings.checkpoint_seconds)
         with bar, scribe, contextlib.closing(fit.run()) as events:
             for event in events:
                 heart.check()
@@ -165,8 +173,8 @@ class Training:
     def publish(
         self,
         job: Mapping[str, Any],
-        course: Course,
-        outcome: Outcome,
+        course: TrainingRecipe,
+        outcome: TrainingResult,
         facts: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Make the model of a course visible, and its trainer with it.
@@ -202,8 +210,8 @@ class Training:
     def _said(
         self,
         job: Mapping[str, Any],
-        course: Course,
-        outcome: Outcome,
+        course: TrainingRecipe,
+        outcome: TrainingResult,
         new_model: TorchModel,
         new_trainer: TorchTrainer,
     ) -> dict[str, dict[str, Any]]:

@@ -22,7 +22,7 @@ from typing import Any, final
 from mongotorch.codecs import Codecs
 from mongotorch.component import Component, begin_component, content_digest, encode_component, fill_component
 from mongotorch.errors import CodecError, ConflictError, NotFoundError, ParameterError, TrustError
-from mongotorch.store import LIVE, Aliases, Artifacts, Components, Move
+from mongotorch.store import LIVE, Aliases, BlobStore, Components, Move
 from mongotorch.train import TorchModel, fill_module
 
 
@@ -59,7 +59,7 @@ class Publisher:
         codecs: The codecs that write fields.
     """
 
-    def __init__(self, components: Components, artifacts: Artifacts, codecs: Codecs) -> None:
+    def __init__(self, components: Components, artifacts: BlobStore, codecs: Codecs) -> None:
         self._components = components
         self._artifacts = artifacts
         self._codecs = codecs
@@ -208,7 +208,7 @@ class Loader:
         codecs: The codecs that read fields.
     """
 
-    def __init__(self, components: Components, artifacts: Artifacts, aliases: Aliases, codecs: Codecs) -> None:
+    def __init__(self, components: Components, artifacts: BlobStore, aliases: Aliases, codecs: Codecs) -> None:
         self._components = components
         self._artifacts = artifacts
         self._aliases = aliases

@@ -17,7 +17,7 @@ from mongotorch.errors import NotFoundError, ParameterError, ServerUnavailableEr
 from mongotorch.mongo.connection import Connection
 from mongotorch.resources import Owner
 from mongotorch.services.versions.catalog import Loader
-from mongotorch.store import LIVE, Aliases, Components, Move, following
+from mongotorch.store import LIVE, Aliases, Components, Move, follow_alias
 from mongotorch.train import TorchModel
 
 OnPromote = Callable[[TorchModel, TorchModel], object]
@@ -139,7 +139,7 @@ class Live(Owner):
         pause = _FIRST_PAUSE_S
         while not self._is_over():
             try:
-                with following(self._connection.database, *self._name) as wake:
+                with follow_alias(self._connection.database, *self._name) as wake:
                     while not self._is_over():
                         self._look()
                         self._lost, pause = None, _FIRST_PAUSE_S

@@ -19,7 +19,7 @@ from types import EllipsisType
 from typing import Any, final
 
 from mongotorch.errors import ConflictError, InUseError, NotFoundError, ParameterError
-from mongotorch.store import LIVE, Aliases, Artifacts, Components, Move
+from mongotorch.store import LIVE, Aliases, BlobStore, Components, Move
 
 REMOVED = "removed"
 
@@ -168,7 +168,7 @@ class Remover:
         promoter: Knows what aliases name.
     """
 
-    def __init__(self, components: Components, artifacts: Artifacts, promoter: Promoter) -> None:
+    def __init__(self, components: Components, artifacts: BlobStore, promoter: Promoter) -> None:
         self._components, self._artifacts, self._promoter = components, artifacts, promoter
 
     def remove(self, type_id: str, identifier: str, version: int | None = None, *, force: bool = False) -> int:
