@@ -16,7 +16,17 @@ from typing import Any, ClassVar, Final, Self
 
 import bson
 
-from mongotorch.codecs import Codecs, Get, Put, first_names
+from mongotorch.codecs import (
+    CODEC,
+    Codecs,
+    Get,
+    Put,
+    codec_of,
+    first_names,
+    reference,
+    referenced,
+    sequence_record,
+)
 from mongotorch.errors import CodecError, IdentifierError, ParameterError
 from mongotorch.query import Query
 
@@ -183,21 +193,22 @@ def _digest(component: Component, codecs: Codecs, met: dict[int, str]) -> str:
 
 def _encode(value: Any, codecs: Codecs, put: Put, ref: Ref, where: str, codec: str | None) -> Any:
     if isinstance(value, Component):
-        return {"_ref": ref(value), "type_id": value.type_id, "identifier": value.identifier}
+        return reference(ref(value), type_id=value.type_id, identifier=value.identifier)
     if isinstance(value, Query):
-        return {"_codec": "query", **value.to_document()}
+        return {CODEC: "query", **value.to_document()}
     if codec is None and type(value) in (list, tuple) and any(True for _ in _components(value)):
         items = [_encode(v, codecs, put, ref, f"{where}[{n}]", None) for n, v in enumerate(value)]
-        return items if isinstance(value, list) else {"_codec": "tuple", "items": items}
+        return sequence_record(value, items)
     return codecs.encode(value, put, codec=codec, where=where)
 
 
 def _decode(record: Any, codecs: Codecs, get: Get, load_ref: LoadRef) -> Any:
-    if isinstance(record, Mapping) and "_ref" in record:
-        return load_ref(record["_ref"])
-    if isinstance(record, Mapping) and record.get("_codec") == "query":
+    uuid, codec = referenced(record), codec_of(record)
+    if uuid is not None:
+        return load_ref(uuid)
+    if codec == "query":
         return Query.from_document(record)
-    if isinstance(record, Mapping) and record.get("_codec") == "tuple":
+    if codec == "tuple":
         return tuple(_decode(part, codecs, get, load_ref) for part in record["items"])
     if isinstance(record, list):
         return [_decode(part, codecs, get, load_ref) for part in record]

@@ -14,7 +14,7 @@ import importlib
 import sys
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any, Final
+from typing import Final
 
 PACKAGE: Final = "mongotorch"
 PUBLIC_MODULES: Final = ("mongotorch.codecs", "mongotorch.demo", "mongotorch.testing")
@@ -98,22 +98,6 @@ def current_name(name: str) -> str:
         if public is not None:
             return ".".join([public, *parts[length:]])
     return name
-
-
-def renamed(record: Any) -> Any:
-    """A stored record with today's names in it, so that records of two releases can be compared."""
-    if isinstance(record, list):
-        return [renamed(part) for part in record]
-    if not isinstance(record, Mapping):
-        return record
-    found = {key: renamed(part) for key, part in record.items()}
-    if record.get("_codec") == "name":
-        found["name"] = current_name(record["name"])
-    elif record.get("_codec") == "value":
-        module, _, name = record["class"].partition(":")
-        module = current_name(f"{module}.{name}").removesuffix(f".{name}")
-        found["class"] = f"{module}:{name}"
-    return found
 
 
 @contextlib.contextmanager

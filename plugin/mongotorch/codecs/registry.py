@@ -19,6 +19,7 @@ from bson import Decimal128, Int64, MaxKey, MinKey, ObjectId, Regex, Timestamp
 from mongotorch.codecs.arrays import ArrayCodec
 from mongotorch.codecs.base import Codec, Get, Put
 from mongotorch.codecs.pickles import DillCodec
+from mongotorch.codecs.records import CODEC, REFERENCE, codec_of, sequence_record
 from mongotorch.codecs.values import NameCodec, ValueCodec
 from mongotorch.errors import CodecError, MongotorchError
 
@@ -28,7 +29,7 @@ _PLAIN = (
     *(ObjectId, Regex, Int64, Decimal128, Timestamp, MinKey, MaxKey),
 )
 _OWN = ("int", "tuple", "dict", "query")  # records that the registry or the component reads itself
-_RESERVED = frozenset({"_codec", "_ref"})
+_RESERVED = frozenset({CODEC, REFERENCE})
 _INT64 = range(-(2**63), 2**63)
 
 
@@ -110,14 +111,14 @@ class Codecs:
 
     def _encode(self, value: Any, put: Put, codec: str | None, where: str) -> Any:
         if codec is not None:
-            return {"_codec": codec, **self._named(codec, where).encode(value, put, where=where)}
+            return {CODEC: codec, **self._named(codec, where).encode(value, put, where=where)}
         plain, record = _plain(value)
         if plain:
             return record
         if type(value) in (list, tuple, dict) and not any(c.handles(value) for c in self._special):
             return self._container(value, put, where)
         chosen = next(c for c in self._codecs.values() if c.handles(value))
-        return {"_codec": chosen.name, **chosen.encode(value, put, where=where)}
+        return {CODEC: chosen.name, **chosen.encode(value, put, where=where)}
 
     def decode(self, record: Any, get: Get) -> Any:
         """The value of what `encode` gave. Raises: CodecError, PythonVersionError."""
@@ -134,7 +135,7 @@ class Codecs:
         if not isinstance(record, Mapping):
             # BSON gives integers beyond 32 bits back as a type of its own.
             return int(record) if type(record) is Int64 else record
-        name = record.get("_codec")
+        name = codec_of(record)
         if name is None:
             return {key: self._decode(part, get) for key, part in record.items()}
         if name == "int":
@@ -158,9 +159,9 @@ class Codecs:
                 [self._encode(k, put, None, where), self._encode(v, put, None, f"{where}[{k!r}]")]
                 for k, v in pairs
             ]
-            return {"_codec": "dict", "items": items}
+            return {CODEC: "dict", "items": items}
         items = [self._encode(part, put, None, f"{where}[{n}]") for n, part in enumerate(value)]
-        return items if isinstance(value, list) else {"_codec": "tuple", "items": items}
+        return sequence_record(value, items)
 
     def _named(self, name: str, where: str) -> Codec:
         if name not in self._codecs:
@@ -198,7 +199,7 @@ def _plain(value: Any) -> tuple[bool, Any]:
     # Exact types only: a subclass (an enum, a numpy float) would come back as its base.
     kind = type(value)
     if kind is int and value not in _INT64:
-        return True, {"_codec": "int", "value": str(value)}
+        return True, {CODEC: "int", "value": str(value)}
     if kind is str and not _is_text(value):
         return False, value
     # BSON dates are milliseconds without a zone; any other date goes to dill, which keeps it whole.

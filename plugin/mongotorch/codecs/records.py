@@ -1,0 +1,86 @@
+"""What stored records look like, for whoever reads one without decoding it.
+
+A field of a component is stored as plain BSON, as a record `{"_codec": name, ...}` that a codec reads, or as a
+reference `{"_ref": uuid, "type_id", "identifier"}` to another component. Lists and dicts hold such parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, final
+
+from mongotorch.codecs.public_names import current_name
+
+CODEC: Final = "_codec"
+"""The key that names the codec of a record."""
+REFERENCE: Final = "_ref"
+"""The key that holds the uuid in a reference."""
+
+
+@final
+class Opaque(str):
+    """Describes a value that only its codec can read: `<torch>`, `<dill>`."""
+
+    __slots__ = ()
+
+
+def codec_of(record: Any) -> str | None:
+    """The name of the codec that reads a record; None for plain values, references, lists and dicts."""
+    return record.get(CODEC) if isinstance(record, Mapping) else None
+
+
+def reference(uuid: str, *, type_id: str, identifier: str) -> dict[str, Any]:
+    """The record of a reference to a component."""
+    return {REFERENCE: uuid, "type_id": type_id, "identifier": identifier}
+
+
+def referenced(record: Any) -> str | None:
+    """The uuid of the component that a record refers to; None for every other record."""
+    return record.get(REFERENCE) if isinstance(record, Mapping) else None
+
+
+def sequence_record(value: Sequence[Any], items: list[Any]) -> Any:
+    """The record of a list or a tuple, of which `items` are the encoded parts."""
+    return items if isinstance(value, list) else {CODEC: "tuple", "items": items}
+
+
+def describe(record: Any) -> Any:
+    """A stored field in plain values, without reading a blob or importing anything.
+
+    Args:
+        record: As it is stored.
+
+    Returns:
+        Plain values as they are; tuples as tuples; a function or class as its dotted name of today; a value class
+        as `{"class", "fields"}`; a query or reference as a dict; an `Opaque` for what is kept in blobs.
+    """
+    if isinstance(record, list):
+        return [describe(part) for part in record]
+    if not isinstance(record, Mapping):
+        return record
+    codec = codec_of(record)
+    if codec == "name":
+        return current_name(record["name"])
+    if codec == "int":
+        return int(record["value"])
+    if codec == "tuple":
+        return tuple(describe(part) for part in record["items"])
+    if codec in (None, "query", "value"):
+        return {key: describe(part) for key, part in renamed(record).items() if key != CODEC}
+    return Opaque(f"<{codec}>")
+
+
+def renamed(record: Any) -> Any:
+    """A stored record with today's names in it, so that records of two releases can be compared."""
+    if isinstance(record, list):
+        return [renamed(part) for part in record]
+    if not isinstance(record, Mapping):
+        return record
+    found = {key: renamed(part) for key, part in record.items()}
+    if codec_of(record) == "name":
+        found["name"] = current_name(record["name"])
+    elif codec_of(record) == "value":
+        module, _, name = record["class"].partition(":")
+        module = current_name(f"{module}.{name}").removesuffix(f".{name}")
+        found["class"] = f"{module}:{name}"
+    return found
