@@ -85,7 +85,7 @@ _HOMES = {
     "Trigger": "mongotorch.schedule",
     "Validation": "mongotorch.train",
     "Verdict": "mongotorch.schedule",
-    "Waited": "mongotorch.schedule.triggers",
+    "Waited": "mongotorch.schedule.triggers.documents",
     "Worker": "mongotorch.jobs",
     "preview": "mongotorch.schedule",
 }
