@@ -34,7 +34,7 @@ from mongotorch.errors import (
     UnsupportedError,
 )
 from mongotorch.mongo.address import DEFAULT_DATABASE, parse_uri
-from mongotorch.mongo.connection import open_address, store_named
+from mongotorch.mongo.connection import mock_server, open_address
 from mongotorch.mongo.error_translation import driver_errors, translated
 from mongotorch.mongo.redact import redact
 from mongotorch.settings import read_settings
@@ -180,7 +180,7 @@ def test_the_data_of_mongomock_lives_as_long_as_somebody_holds_it() -> None:
 
 
 def test_a_store_of_mongomock_is_found_again_here_and_refused_in_another_process() -> None:
-    store = store_named("here")
+    store = mock_server("here")
     sent = pickle.dumps(store)
     assert pickle.loads(sent) is store
 
@@ -196,7 +196,7 @@ def test_many_threads_get_one_store_of_a_name() -> None:
 
     def look() -> None:
         together.wait()
-        found.append(store_named("many"))
+        found.append(mock_server("many"))
 
     threads = [threading.Thread(target=look) for _ in range(8)]
     for thread in threads:

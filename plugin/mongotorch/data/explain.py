@@ -30,9 +30,8 @@ from mongotorch.data.stream.order import Order
 from mongotorch.data.stream.rows import gathered
 from mongotorch.data.stream.spec import StreamSpec
 from mongotorch.data.stream.stream import Stream
+from mongotorch.mongo.error_translation import ServerCode, has_code
 from mongotorch.query import Query
-
-_TOO_LONG = 50  # the server's error code for a question that took longer than it may
 
 
 @final
@@ -126,7 +125,7 @@ def count(collection: Any, query: Query, *, mock: bool, seconds: float) -> tuple
         else:
             found = int(collection.count_documents(query.where, **limits))
     except OperationFailure as error:
-        if error.code != _TOO_LONG:
+        if not has_code(error, ServerCode.MAX_TIME_MS_EXPIRED):
             raise
         return int(collection.estimated_document_count()), False
     found = max(found - query.skipped, 0)

@@ -33,7 +33,8 @@ from mongotorch.errors import (
     QueryError,
     ServerUnavailableError,
 )
-from mongotorch.mongo.retry import is_passing
+from mongotorch.mongo.error_translation import NO_SUCH_OPERATOR, has_code, is_transient
+from mongotorch.mongo.server_features import is_mock
 from mongotorch.query import FOLD_FIELD, FOLDS, Fold, Query
 
 _PARTS = 1_000_000  # folds are decided in millionths, in whole numbers, because those are exact everywhere
@@ -87,7 +88,7 @@ def assign_folds(collection: Any, valid_fraction: float = 0.05) -> int:
     """
     threshold = _threshold(valid_fraction)
     done = 0
-    if not type(collection).__module__.startswith("mongomock"):
+    if not is_mock(collection):
         done = _assign_on_server(collection, threshold)
     unassigned = (found["_id"] for found in collection.find(_UNASSIGNED, {"_id": 1}))
     for batch in _batches(unassigned):
@@ -110,7 +111,7 @@ def _assign_on_server(collection: Any, threshold: int) -> int:
     try:
         return int(collection.update_many(where, update).modified_count)
     except OperationFailure as error:
-        if error.code not in (31325, 168, 40324):  # an older server without `$toHashedIndexKey`
+        if not has_code(error, NO_SUCH_OPERATOR):  # an older server without `$toHashedIndexKey`
             raise
         return 0
 
@@ -196,5 +197,5 @@ def first(database: Any, query: Query) -> dict[str, Any] | None:
         cursor = source.find(query.where, {"_id": 1, FOLD_FIELD: 1}).skip(query.skipped).limit(1)
         return next(iter(cursor), None)
     except PyMongoError as error:
-        kind = ServerUnavailableError if is_passing(error) else QueryError
+        kind = ServerUnavailableError if is_transient(error) else QueryError
         raise kind(f"reading collection {query.collection!r} failed: {error}") from error

@@ -25,7 +25,7 @@ import dataclasses
 import hashlib
 import struct
 from collections.abc import Iterable, Iterator
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Final, Self, final
 
 import bson
@@ -43,6 +43,7 @@ from mongotorch.data.prefetch import ThreadPrefetcher
 from mongotorch.data.read.reader import MockReader, open_reader
 from mongotorch.errors import DataError
 from mongotorch.mongo.retry import RetryPolicy
+from mongotorch.mongo.server_features import is_mock, utc_now
 from mongotorch.query import Query
 from mongotorch.signature import Key
 
@@ -279,9 +280,8 @@ def watermark(database: Any, *, read_deadline_s: float = 60.0) -> Timestamp | da
     Raises:
         ServerUnavailableError: It did not answer.
     """
-    if type(database).__module__.startswith("mongomock"):
-        now = datetime.now(UTC).replace(tzinfo=None)
-        return now.replace(microsecond=now.microsecond // 1000 * 1000)  # what BSON keeps
+    if is_mock(database):
+        return utc_now()
     told = RetryPolicy(deadline_s=read_deadline_s).run(lambda: database.command("hello"), "asking for the time")
     time: Timestamp | datetime = told.get("operationTime", told["localTime"])
     return time

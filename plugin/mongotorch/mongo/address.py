@@ -1,7 +1,7 @@
-"""What an address says, before anything is opened.
+"""Parses the address of a database, without opening anything.
 
-Always: the same address, with the database named in it, comes out of every way of writing it; adding the
-database changes nothing else, the place where the user is authenticated included; `repr` hides the password.
+Guarantees: every way of writing an address gives the same `Address`, with the database in it; adding the database
+does not change where the user is authenticated; `repr` hides the password.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from mongotorch.mongo.redact import redact
 DEFAULT_DATABASE = "mongotorch"
 Kind = Literal["mongodb", "mongomock", "embedded"]
 _DATABASE = re.compile(r"[^/\\. \"$*<>:|?\0]+")
-_MAX_NAME = 63  # bytes, MongoDB's limit
+_MAX_BYTES = 63  # MongoDB's limit
 _SCHEMES = "mongodb://HOST/DATABASE, mongodb+srv://…, mongomock://NAME or embedded:PATH"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Address:
-    """An address that can be opened.
+    """A parsed address.
 
     Attributes:
-        kind: What stands behind it.
-        uri: The address with the database in it; may hold a password.
+        kind: `mongodb`, `mongomock` or `embedded`.
+        uri: The address with the database in it; may contain a password.
         database: The database's name.
-        path: The folder of an embedded server, absolute.
-        options: The lower-case names of the options that the address sets itself.
+        path: The absolute folder of an embedded server; None for the other kinds.
+        options: The lower-case names of the options in the address.
     """
 
     kind: Kind
@@ -42,14 +42,14 @@ class Address:
 
 
 def parse_uri(uri: str) -> Address:
-    """Read an address; nothing is opened or looked up.
+    """Parse an address; nothing is opened or resolved.
 
     Args:
-        uri: `mongodb://…`, `mongodb+srv://…`, `mongomock://NAME` or `embedded:PATH[?db=NAME]`. Without a
+        uri: `mongodb://…`, `mongodb+srv://…`, `mongomock://NAME` or `embedded:PATH[?db=NAME]`; without a
             database in it, the database is `mongotorch`.
 
     Raises:
-        SettingError: It is none of these, or the database's name is none.
+        SettingError: It is none of these, or the name of the database is not valid.
     """
     scheme, _, rest = uri.partition(":")
     match scheme.lower():
@@ -67,8 +67,8 @@ def parse_uri(uri: str) -> Address:
 def _parse_server(scheme: str, rest: str) -> Address:
     uri = f"{scheme}://{rest}"
     body, _, query = rest.partition("?")
-    user, at, place = body.rpartition("@")
-    hosts, _, name = place.partition("/")
+    user, at, location = body.rpartition("@")
+    hosts, _, name = location.partition("/")
     if not hosts:
         raise _refused(uri, "names no host")
     options = {key.lower(): value for key, value in parse_qsl(query, keep_blank_values=True)}
@@ -88,25 +88,25 @@ def _auth_source(mechanism: str) -> str:
 
 
 def _parse_embedded(uri: str, rest: str) -> Address:
-    place, _, query = rest.partition("?")
+    folder, _, query = rest.partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))
     name = options.pop("db", DEFAULT_DATABASE)
     if options:
         raise _refused(uri, f"has options {sorted(options)}; an embedded address takes only `db`")
-    if place.startswith("//"):
-        place = place[2:]  # written like a URL
-    if not place:
+    folder = folder.removeprefix("//")  # written like a URL
+    if not folder:
         raise _refused(uri, "names no folder")
-    path = Path(place).expanduser().absolute()
+    path = Path(folder).expanduser().absolute()
     return Address(
         kind="embedded", uri=f"embedded:{path}?db={_checked(name, uri)}", database=name, path=path.resolve()
     )
 
 
 def _checked(name: str, uri: str) -> str:
-    if not _DATABASE.fullmatch(name) or len(name.encode()) > _MAX_NAME:
+    if not _DATABASE.fullmatch(name) or len(name.encode()) > _MAX_BYTES:
         raise _refused(
-            uri, f"names the database {name!r}; MongoDB allows up to {_MAX_NAME} bytes without / \\ . $ or spaces"
+            uri,
+            f"names the database {name!r}; MongoDB allows up to {_MAX_BYTES} bytes without / \\ . $ or spaces",
         )
     return name
 

@@ -1,16 +1,16 @@
-"""What changes in a database: one change stream over the collections that schedules look at.
+"""Reads what changes in a database, and waits for changes, by MongoDB's change streams.
 
-Source: MongoDB manual, "Change Streams": a resume token names a place in the order of all changes, and tokens
-compare as their text does.
+- `baseline` counts a query's documents and gives the resume token of that moment; `ChangeWatcher` reads the
+  changes after a token. Schedules count documents with the two.
+- `open_stream`, `poller` and `wait_until` wait for one document to change. Where there are no change streams
+  (mongomock, a standalone server, a user who may not watch) they look again after a pause.
 
-Always: reading goes on behind a token, whoever held it before; a place that the server no longer knows is said
-so (`HistoryLostError`), never passed over; a baseline's count and its token are of one moment, so that no change
-is in both and none in neither.
+Source: MongoDB manual, "Change Streams": a resume token is a position in the order of all changes; tokens compare
+as their text does.
 
-Waiting for a document to reach a state: woken by the server where it can, by looking again where it cannot.
-
-Always: the change stream is open before the first look, so that no change falls between the two; a wait ends
-in the document or in an error.
+Guarantees: a change is either counted by a baseline or read after its token, never both and never neither; a
+token that the server no longer knows is an error, never passed over; a stream is open before the first look, so
+that no change falls between.
 """
 
 from __future__ import annotations
@@ -25,24 +25,27 @@ from bson import Timestamp
 from pymongo.errors import OperationFailure, PyMongoError
 
 from mongotorch.errors import JobTimeoutError, StoreError
-from mongotorch.mongo.error_translation import driver_errors
+from mongotorch.mongo.error_translation import HISTORY_LOST, NO_CHANGE_STREAMS, driver_errors, has_code
 from mongotorch.mongo.server_features import is_mock
 from mongotorch.query import Query
 from mongotorch.resources import Owner
 
 KINDS: Final = ("insert", "update", "replace", "delete")
-_DROPS: Final = ("drop", "rename", "dropDatabase")
-# ChangeStreamFatalError, ChangeStreamHistoryLost, InvalidResumeToken, and tokens that are not even text of one.
-_LOST: Final = frozenset({260, 280, 286, 9, 14, 40647, 40649, 50811})
-_NO_STREAMS: Final = frozenset({40573, 13})  # no replica set; a user who may not watch
-_MOST: Final = 1000
 AWAIT_S: Final = 0.1
-"""For so long the server holds a question for changes back when there are none."""
+"""How long the server holds back the answer to `ChangeWatcher.read` when there are no changes, in seconds."""
+POLL_S: Final = 0.05
+_DROPS: Final = ("drop", "rename", "dropDatabase")
+_MAX_CHANGES: Final = 1000
+_MAX_POLL_S: Final = 1.0
+_AWAIT_ONE_S: Final = 1.0
 Token = dict[str, Any]
+Document = dict[str, Any]
+Wake = Callable[[float], None]
+"""Waits until something may have changed, for so many seconds at most."""
 
 
 class HistoryLostError(StoreError):
-    """The changes behind a token are no longer known; count anew. It never leaves the scheduler."""
+    """The changes after a token are no longer known: count again. The scheduler handles it; no user sees it."""
 
 
 @final
@@ -51,11 +54,11 @@ class Change:
     """One change of one document.
 
     Attributes:
-        collection: Where.
-        kind: `insert`, `update`, `replace` or `delete`; `drop` where a whole collection went.
+        collection: The name of its collection.
+        kind: `insert`, `update`, `replace` or `delete`; `drop` where the whole collection was dropped or renamed.
         document_id: The document's `_id`; None for a drop.
         fields: The paths that an update set or removed; empty for every other kind.
-        token: The place right behind it.
+        token: The position right after the change.
     """
 
     collection: str
@@ -68,11 +71,11 @@ class Change:
 @final
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """How many documents a query has at a moment.
+    """How many documents a query had at a moment.
 
     Attributes:
-        count: The documents.
-        token: The place in the order of changes at that moment; None where nothing can be watched.
+        count: The number of documents.
+        token: The position in the order of changes at that moment; None where there are no change streams.
     """
 
     count: int
@@ -81,11 +84,11 @@ class Baseline:
 
 @final
 class ChangeWatcher(Owner):
-    """The changes of some collections, behind a token.
+    """Reads the changes of some collections after a token.
 
     Args:
         database: The driver's database.
-        collections: The names.
+        collections: The names of the collections.
         after: The token.
 
     Raises:
@@ -99,18 +102,18 @@ class ChangeWatcher(Owner):
             self._stream = database.watch(
                 _pipeline(self.collections),
                 resume_after=after,
-                batch_size=_MOST,
+                batch_size=_MAX_CHANGES,
                 max_await_time_ms=int(AWAIT_S * 1000),
             )
         self._after = after
 
     @property
     def token(self) -> Token:
-        """The place behind everything that was read, moved on by the server also where nothing happens."""
+        """The position after everything that was read; it advances also while nothing happens."""
         return dict(self._stream.resume_token or self._after)
 
     def read(self) -> list[Change]:
-        """The changes that have come, at most 1,000; after `AWAIT_S` seconds without any, none.
+        """The next changes, at most 1,000; empty after `AWAIT_S` seconds without any.
 
         Raises:
             HistoryLostError: The server has dropped changes that were not read yet.
@@ -118,22 +121,22 @@ class ChangeWatcher(Owner):
         """
         found: list[Change] = []
         with _translate_errors("reading changes"):
-            while len(found) < _MOST and (event := self._stream.try_next()) is not None:
+            while len(found) < _MAX_CHANGES and (event := self._stream.try_next()) is not None:
                 found.append(_change(event))
         return found
 
     def close(self) -> None:
-        """End the stream. Again: nothing."""
+        """Close the stream; does nothing the second time."""
         with contextlib.suppress(PyMongoError):
             self._stream.close()
 
 
 def baseline(database: Any, query: Query) -> Baseline:
-    """Count a query's documents and mark the place in the order of changes, at one moment.
+    """Count a query's documents, and get the resume token of the same moment.
 
     Args:
         database: The driver's database.
-        query: What to count, by its filter; a pipeline's collection is counted whole.
+        query: What is counted, by its filter; for a pipeline, the whole collection.
 
     Raises:
         ServerUnavailableError: The server cannot be reached.
@@ -143,16 +146,16 @@ def baseline(database: Any, query: Query) -> Baseline:
             return Baseline(count=counted(database, query), token=None)
         count = _count_at(database, query, at)
         try:
-            return Baseline(count=count, token=_token_behind(database, at))
+            return Baseline(count=count, token=_token_after(database, at))
         except OperationFailure as error:
-            if error.code not in _NO_STREAMS:
+            if not has_code(error, NO_CHANGE_STREAMS):
                 raise
             return Baseline(count=count, token=None)
 
 
 @driver_errors("counting documents")
 def counted(database: Any, query: Query, ids: Collection[Any] | None = None) -> int:
-    """How many documents match a query's filter now, of these `_id`s where they are given."""
+    """How many documents match a query's filter now, among these `_id`s if they are given."""
     where = {} if query.is_pipeline else query.where
     if ids is not None:
         among = {"_id": {"$in": list(ids)}}
@@ -161,8 +164,8 @@ def counted(database: Any, query: Query, ids: Collection[Any] | None = None) -> 
 
 
 def _operation_time(database: Any) -> Timestamp | None:
-    said: Timestamp | None = database.command("hello").get("operationTime")
-    return said
+    time: Timestamp | None = database.command("hello").get("operationTime")
+    return time
 
 
 def _count_at(database: Any, query: Query, at: Timestamp) -> int:
@@ -178,8 +181,8 @@ def _count_at(database: Any, query: Query, at: Timestamp) -> int:
     return int(first[0]["n"]) if first else 0
 
 
-def _token_behind(database: Any, at: Timestamp) -> Token:
-    """The place right behind a cluster time: that of a stream that has not given anything yet."""
+def _token_after(database: Any, at: Timestamp) -> Token:
+    """The position right after a cluster time: that of a stream that has not given anything yet."""
     stage = {"$changeStream": {"startAtOperationTime": Timestamp(at.time, at.inc + 1)}}
     reply = database.command("aggregate", 1, pipeline=[stage], cursor={"batchSize": 0})
     cursor = reply["cursor"]
@@ -189,17 +192,16 @@ def _token_behind(database: Any, at: Timestamp) -> Token:
 
 
 def _pipeline(collections: frozenset[str]) -> list[dict[str, Any]]:
-    set_ones = {"$objectToArray": {"$ifNull": ["$updateDescription.updatedFields", {}]}}
-    fields = {"$map": {"input": set_ones, "in": "$$this.k"}}
+    updated = {"$objectToArray": {"$ifNull": ["$updateDescription.updatedFields", {}]}}
     return [
         {"$match": {"ns.coll": {"$in": sorted(collections)}, "operationType": {"$in": [*KINDS, *_DROPS]}}},
-        # Only names leave the server: what was written may be large, and is nobody's business here.
+        # Only the names of fields leave the server: the values may be large, and nobody here needs them.
         {
             "$project": {
                 "operationType": 1,
                 "ns.coll": 1,
                 "documentKey._id": 1,
-                "set": fields,
+                "set": {"$map": {"input": updated, "in": "$$this.k"}},
                 "unset": "$updateDescription.removedFields",
             }
         },
@@ -219,21 +221,14 @@ def _change(event: Mapping[str, Any]) -> Change:
 
 @contextlib.contextmanager
 def _translate_errors(doing: str) -> Iterator[None]:
-    """Errors of the tree, and lost history told apart from the rest."""
+    """Translate driver errors as `driver_errors` does, but lost history into `HistoryLostError`."""
     with driver_errors(doing):
         try:
             yield
         except OperationFailure as error:
-            if error.code in _LOST or error.has_error_label("NonResumableChangeStreamError"):
-                raise HistoryLostError(f"{doing}: the place is no longer known ({error.code})") from error
+            if has_code(error, HISTORY_LOST) or error.has_error_label("NonResumableChangeStreamError"):
+                raise HistoryLostError(f"{doing}: the resume token is no longer known ({error.code})") from error
             raise
-
-
-POLL_S: Final = 0.05
-_MOST_POLL_S: Final = 1.0
-_AWAIT_S: Final = 1.0
-Document = dict[str, Any]
-Wake = Callable[[float], None]
 
 
 def wait_until(
@@ -243,22 +238,23 @@ def wait_until(
     done: Callable[[Document], bool],
     timeout_s: float | None,
 ) -> Document:
-    """Wait for a document.
+    """Wait until a job's document fulfils a condition, and return it.
 
     Args:
-        collection: Where it is.
+        collection: The driver's collection that contains it.
         key: Its `_id`.
         read: Reads it.
-        done: Whether it is as wanted.
-        timeout_s: Seconds to wait at most; None waits for ever.
+        done: The condition.
+        timeout_s: The longest wait in seconds; None: no limit.
 
     Raises:
-        JobTimeoutError: It is not, by then.
+        JobTimeoutError: It does not fulfil the condition in that time.
+        ServerUnavailableError: The server cannot be reached.
     """
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     with _waker(collection, key) as wake:
         while not done(document := read()):
-            left = _AWAIT_S if deadline is None else deadline - time.monotonic()
+            left = _AWAIT_ONE_S if deadline is None else deadline - time.monotonic()
             if left <= 0:
                 raise JobTimeoutError(f"job {key} is still {document['status']} after {timeout_s} s; it goes on")
             wake(left)
@@ -268,30 +264,30 @@ def wait_until(
 @contextlib.contextmanager
 def _waker(collection: Any, key: str) -> Iterator[Wake]:
     stream = open_stream(collection, {"documentKey._id": key}, doing="waiting for a job")
+    poll = poller()
     if stream is None:
-        yield poller()
+        yield poll
         return
+
+    def wake(left: float) -> None:
+        try:
+            if stream.alive and stream.try_next() is not None:
+                return
+        except PyMongoError:
+            # The stream cannot be resumed (history lost, rights revoked): polling does as well.
+            stream.close()
+        if not stream.alive:
+            poll(left)
+
     with stream:
-        poll = poller()
-
-        def wake(left: float) -> None:
-            try:
-                if stream.alive and stream.try_next() is not None:
-                    return
-            except PyMongoError:
-                # The stream broke for good (history lost, rights taken): looking again is as good.
-                stream.close()
-            if not stream.alive:
-                poll(left)
-
         yield wake
 
 
 def open_stream(collection: Any, match: Document, *, doing: str) -> Any:
-    """A change stream whose `try_next` waits for a second at most; None where there is none.
+    """A change stream whose `try_next` waits for up to a second; None where there are no change streams.
 
     Args:
-        collection: What is watched.
+        collection: The driver's collection.
         match: Which changes.
         doing: What it is for, for the message of an error.
 
@@ -302,18 +298,18 @@ def open_stream(collection: Any, match: Document, *, doing: str) -> Any:
         return None
     with driver_errors(doing):
         try:
-            return collection.watch([{"$match": match}], max_await_time_ms=int(_AWAIT_S * 1000))
-        except OperationFailure:  # no replica set, or a user who may not watch: look again instead
+            return collection.watch([{"$match": match}], max_await_time_ms=int(_AWAIT_ONE_S * 1000))
+        except OperationFailure:  # a standalone server, or a user who may not watch
             return None
 
 
 def poller() -> Wake:
-    """A wait that is short at first and longer each time, up to a second."""
-    pause = POLL_S
+    """A wait by sleeping: 50 ms at first and half as long again each time, up to a second."""
+    pause_s = POLL_S
 
     def poll(left: float) -> None:
-        nonlocal pause
-        time.sleep(min(pause, left))
-        pause = min(pause * 1.5, _MOST_POLL_S)
+        nonlocal pause_s
+        time.sleep(min(pause_s, left))
+        pause_s = min(pause_s * 1.5, _MAX_POLL_S)
 
     return poll

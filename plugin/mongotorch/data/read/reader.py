@@ -39,6 +39,7 @@ from mongotorch.data.decode.ids import sort_key
 from mongotorch.data.decode.replies import Reply, find_command, found, last_id, offsets
 from mongotorch.data.prefetch import crowded
 from mongotorch.mongo.retry import RetryPolicy
+from mongotorch.mongo.server_features import is_mock
 from mongotorch.query import Query
 
 
@@ -365,8 +366,7 @@ class MockReader(Reader):
 
 def open_reader(database: Any, query: Query, projection: Mapping[str, Any], patience: RetryPolicy) -> Reader:
     """The reader that fits the database."""
-    mock = type(database).__module__.startswith("mongomock")
-    return (MockReader if mock else ServerReader)(database, query, projection, patience)
+    return (MockReader if is_mock(database) else ServerReader)(database, query, projection, patience)
 
 
 @final
