@@ -1,4 +1,12 @@
-from typing import Any
+"""Documents to tensors, and every operation on tensors in every kind of container."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict, UserDict, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import bson
 import numpy as np
@@ -6,11 +14,22 @@ import pytest
 import torch
 
 from mongotorch.data.decode.decoder import decode
-from mongotorch.data.stream.batches import SampleBuilder, build, collate
+from mongotorch.data.stream.batches import SampleBuilder, build
 from mongotorch.data.stream.rows import column_tensor
 from mongotorch.errors import DataError, ShapeError
 from mongotorch.signature import Key
-from mongotorch.tensors import stack
+from mongotorch.tensors import (
+    collate,
+    copy_tensors,
+    count_rows,
+    leaves,
+    map_tensors,
+    pin_memory,
+    stack,
+    stack_inputs,
+    to_device,
+    unstack,
+)
 
 
 def columns(*values: Any) -> Any:
@@ -103,3 +122,169 @@ def test_samples_of_different_structure_name_the_document() -> None:
     with pytest.raises(ShapeError) as caught:
         collate([(1, 2), (1,)], ids=["a", "b"])
     assert caught.value.document_id == "b"
+
+
+class Pair(NamedTuple):
+    image: Any
+    label: Any
+
+
+class Named(dict[str, Any]):
+    """A dict with an attribute of its own."""
+
+    origin = "nowhere"
+
+
+@dataclasses.dataclass
+class Output(OrderedDict[str, Any]):
+    """As the outputs of transformers are: a dataclass and a dict, each item an attribute too."""
+
+    logits: Any = None
+
+    def __post_init__(self) -> None:
+        super().__setitem__("logits", self.logits)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        super().__setattr__(key, value)
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.logits,)
+
+
+class Frozen(Mapping[str, Any]):
+    """A mapping that cannot be made of a dict alone."""
+
+    def __init__(self, parts: dict[str, Any], version: int) -> None:
+        self.parts, self.version = parts, version
+
+    def __getitem__(self, key: str) -> Any:
+        return self.parts[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+
+def named(x: Any) -> Named:
+    made = Named(a=x)
+    made.origin = "here"
+    return made
+
+
+def default(x: Any) -> defaultdict[str, Any]:
+    return defaultdict(list, {"a": x})
+
+
+CONTAINERS: dict[str, Callable[[Any], Any]] = {
+    "list": lambda x: [x],
+    "tuple": lambda x: (x,),
+    "dict": lambda x: {"a": x},
+    "namedtuple": lambda x: Pair(x, x),
+    "OrderedDict": lambda x: OrderedDict(a=x),
+    "defaultdict": default,
+    "dict subclass": named,
+    "dataclass dict": Output,
+    "UserDict": lambda x: UserDict(a=x),
+    "nested": lambda x: {"a": (OrderedDict(b=[Pair(x, {"c": x})]),)},
+}
+each_container = pytest.mark.parametrize("make", CONTAINERS.values(), ids=CONTAINERS)
+
+
+def kinds(value: Any) -> Any:
+    """The types in a structure, at every place."""
+    if isinstance(value, Mapping):
+        return type(value), {name: kinds(part) for name, part in value.items()}
+    return (type(value), [kinds(part) for part in value]) if isinstance(value, list | tuple) else None
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    found = list(leaves(value))
+    assert found
+    return found
+
+
+@each_container
+def test_a_container_is_mapped_and_keeps_its_type(make: Callable[[Any], Any]) -> None:
+    value = make(torch.ones(2))
+    found = map_tensors(lambda tensor: tensor + 1, value)
+    assert kinds(found) == kinds(value)
+    assert all(tensor.tolist() == [2, 2] for tensor in tensors(found))
+    assert all(tensor.tolist() == [1, 1] for tensor in tensors(value))
+
+
+@each_container
+def test_a_container_is_copied_and_shares_no_memory(make: Callable[[Any], Any]) -> None:
+    value = make(torch.ones(2, requires_grad=True))
+    found = copy_tensors(value)
+    assert kinds(found) == kinds(value)
+    for tensor in tensors(found):
+        assert not tensor.requires_grad
+        tensor += 1
+    assert all(tensor.tolist() == [1, 1] for tensor in tensors(value))
+
+
+@each_container
+def test_a_container_is_moved(make: Callable[[Any], Any]) -> None:
+    found = to_device(make(torch.ones(2)), torch.device("meta"))
+    assert kinds(found) == kinds(make(None))
+    assert {tensor.device.type for tensor in tensors(found)} == {"meta"}
+
+
+@each_container
+def test_a_container_is_pinned(make: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor * 3)
+    found = pin_memory(make(torch.ones(2)))
+    assert kinds(found) == kinds(make(None))
+    assert all(tensor.tolist() == [3, 3] for tensor in tensors(found))
+
+
+@each_container
+def test_samples_in_a_container_are_stacked_into_one(make: Callable[[Any], Any]) -> None:
+    found = collate([make(torch.tensor([1.0])), make(torch.tensor([2.0]))])
+    assert kinds(found) == kinds(make(None))
+    assert all(tensor.tolist() == [[1], [2]] for tensor in tensors(found))
+
+
+@each_container
+def test_inputs_in_a_container_are_stacked_and_outputs_taken_apart(make: Callable[[Any], Any]) -> None:
+    items = [make(torch.tensor(1.0)), make(torch.tensor(2.0))]
+    if "list" not in str(kinds(items[0])):  # a list is one value there
+        found = stack_inputs(items)
+        assert kinds(found) == kinds(items[0])
+        assert all(tensor.tolist() == [1, 2] for tensor in tensors(found))
+    apart = unstack(make(torch.tensor([1.0, 2.0])), 2)
+    assert [kinds(item) for item in apart] == [kinds(item) for item in items]
+    assert [[tensor.item() for tensor in tensors(item)] for item in apart] == [
+        [tensor.item() for tensor in tensors(item)] for item in items
+    ]
+
+
+@each_container
+def test_the_rows_of_a_container_are_those_of_its_tensors(make: Callable[[Any], Any]) -> None:
+    assert count_rows(make(torch.ones(5, 2))) == 5
+    assert count_rows(make(torch.tensor(1.0))) == count_rows(make("text")) == 1
+
+
+def test_what_else_a_container_holds_stays() -> None:
+    assert copy_tensors(default(torch.ones(1)))["missing"] == []
+    assert copy_tensors(named(torch.ones(1))).origin == "here"
+    output = map_tensors(lambda tensor: tensor + 1, Output(torch.ones(1)))
+    assert output.logits is output["logits"]
+    assert output.logits.tolist() == [2]
+
+
+@pytest.mark.parametrize("mapping", [Frozen({"a": torch.ones(1)}, 3), MappingProxyType({"a": torch.ones(1)})])
+def test_a_mapping_that_cannot_be_rebuilt_becomes_a_dict(mapping: Mapping[str, Any]) -> None:
+    found = to_device(mapping, torch.device("cpu"))
+    assert type(found) in (dict, MappingProxyType)
+    assert found["a"].tolist() == [1]
+
+
+@pytest.mark.parametrize("items", [[(1.0, 2.0), (1.0,)], [{"a": 1.0}, {"b": 1.0}], [{"a": 1.0}, 2.0]])
+def test_inputs_of_different_structure_are_refused(items: list[Any]) -> None:
+    with pytest.raises(ShapeError, match="another structure"):
+        stack_inputs(items)

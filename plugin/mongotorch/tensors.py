@@ -1,18 +1,18 @@
-"""From columns to tensors, by one rule of dtypes.
+"""Maps, copies, moves, stacks and splits tensors, alone or in any nesting of lists, tuples and dicts.
 
-Always: plain floats and lists of floats become torch's default dtype, integers int64, booleans bool; arrays
-keep their dtype and shape; what has no tensor, or another shape than its neighbours, ends in an error that
-names the field and the `_id`.
+A structure is a tensor, or a list, tuple or mapping of structures; everything else in it is left as it is. What
+comes out has the same types as what went in: namedtuples, `OrderedDict`s and other subclasses are rebuilt, and a
+mapping that cannot be rebuilt becomes a dict.
 
-From the items that `predict` gets to one batch, and from the output back to one result an item.
-
-Always: the rule of dtypes is that of training: plain floats become torch's default dtype, integers int64,
-booleans bool; arrays and tensors keep theirs.
+Dtypes: plain floats and lists of them become torch's default dtype, integers int64, booleans bool; arrays and
+tensors keep theirs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,41 +24,68 @@ from mongotorch.codecs.arrays import BFloat16
 from mongotorch.errors import DataError, ShapeError
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
-    """The same structure with its tensors on a device."""
-    return on_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
-
-
-def on_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
-    """The same structure with a function done on its tensors."""
-    if isinstance(batch, Tensor):
-        return function(batch)
-    if isinstance(batch, Mapping):
-        return {name: on_tensors(function, part) for name, part in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(on_tensors(function, part) for part in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)(on_tensors(function, part) for part in batch)
-    return batch
-
-
-def copied(value: Any) -> Any:
-    """The same structure with its tensors copied."""
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """The same structure with a function applied to its tensors."""
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        return function(value)
     if isinstance(value, Mapping):
-        return {key: copied(part) for key, part in value.items()}
+        return _rebuild(value, {name: map_tensors(function, part) for name, part in value.items()})
     if isinstance(value, list | tuple):
-        return type(value)(copied(part) for part in value)
+        return _rebuild(value, [map_tensors(function, part) for part in value])
     return value
 
 
-def pinned(batch: Any) -> Any:
-    """The batch in page-locked memory, where there is an accelerator to copy it to."""
-    return on_tensors(Tensor.pin_memory, batch) if torch.cuda.is_available() else batch
+def leaves(value: Any) -> Iterator[Any]:
+    """Everything in a structure that is no list, tuple or mapping, in order."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from leaves(part)
+    else:
+        yield value
 
 
-def array_tensor(values: npt.NDArray[Any], *, plain: bool) -> Tensor:
+def copy_tensors(value: Any) -> Any:
+    """The same structure with detached copies of its tensors."""
+    return map_tensors(lambda tensor: tensor.detach().clone(), value)
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """The same structure with its tensors on a device."""
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), value)
+
+
+def pin_memory(value: Any) -> Any:
+    """The same structure in page-locked memory, where there is an accelerator to copy it to."""
+    return map_tensors(Tensor.pin_memory, value) if torch.cuda.is_available() else value
+
+
+def count_rows(batch: Any) -> int:
+    """How many samples a batch has: the first dimension of its first tensor with more than one row, else 1."""
+    sizes = (len(part) for part in leaves(batch) if isinstance(part, Tensor) and part.ndim)
+    return next((size for size in sizes if size != 1), 1)
+
+
+def _rebuild(container: Any, parts: Any) -> Any:
+    """A container of the type of another: of a list of parts for a sequence, of a dict of them for a mapping."""
+    kind = type(container)
+    if kind in (list, dict):
+        return parts
+    if isinstance(container, tuple) and hasattr(container, "_fields"):
+        return kind(*parts)
+    try:
+        if isinstance(container, dict | UserDict):  # a copy keeps what else it holds, such as a default factory
+            built = copy.copy(container)
+            for name, part in parts.items():
+                built[name] = part
+            return built
+        return kind(parts)
+    except TypeError:
+        return tuple(parts) if isinstance(container, tuple) else parts
+
+
+def from_array(values: npt.NDArray[Any], *, plain: bool) -> Tensor:
     """A tensor of an array, writable and contiguous; it shares the array's memory where that is possible.
 
     Args:
@@ -72,8 +99,43 @@ def array_tensor(values: npt.NDArray[Any], *, plain: bool) -> Tensor:
     return tensor.to(torch.get_default_dtype()) if plain and tensor.dtype == torch.float64 else tensor
 
 
+def one_tensor(value: Any, field: str = "value", document_id: Any = None) -> Tensor:
+    """The tensor of one value: a tensor, an array, a number, or a rectangular list of numbers.
+
+    Args:
+        value: The value.
+        field: Its name, for errors.
+        document_id: The `_id` of its document, for errors.
+
+    Raises:
+        DataError: It has none.
+    """
+    if isinstance(value, Tensor):
+        return value
+    array: npt.NDArray[Any] | None
+    if isinstance(value, np.ndarray | np.generic):
+        array, plain = np.asarray(value), False
+    else:
+        array, plain = _plain_array(value), True
+    if array is None or array.dtype.kind not in "biufc":
+        where = "" if document_id is None else f" of document {document_id!r}"
+        raise DataError(
+            f"field {field!r}{where} holds {_describe(value)}, of which torch has no tensor; "
+            "turn it into numbers in a transform, or batch it in a collate_fn",
+            document_id=document_id,
+            field=field,
+        )
+    tensor = from_array(array.reshape(-1), plain=plain).reshape(array.shape)
+    return tensor.view(torch.bfloat16) if isinstance(value, BFloat16) else tensor
+
+
 def stack(values: Sequence[Any], *, field: str, ids: Sequence[Any] | None = None) -> Tensor:
     """One tensor of single values, shape (n, ...); dtypes that differ are promoted as torch promotes.
+
+    Args:
+        values: What `one_tensor` takes, n of them.
+        field: Their name, for errors.
+        ids: The `_id`s of their documents, for errors.
 
     Raises:
         DataError: A value has no tensor.
@@ -95,12 +157,8 @@ def stack(values: Sequence[Any], *, field: str, ids: Sequence[Any] | None = None
     return torch.stack([tensor.to(dtype) for tensor in tensors])
 
 
-def join(parts: Sequence[Tensor], *, field: str) -> Tensor:
-    """The rows of several tensors, one after the other.
-
-    Raises:
-        ShapeError: Shapes differ.
-    """
+def concat(parts: Sequence[Tensor], *, field: str) -> Tensor:
+    """The rows of several tensors, one after the other. Raises: ShapeError when their rows differ in shape."""
     if len(parts) == 1:
         return parts[0]
     if len({part.shape[1:] for part in parts}) > 1:
@@ -113,32 +171,88 @@ def join(parts: Sequence[Tensor], *, field: str) -> Tensor:
     return torch.cat(list(parts))
 
 
-def one_tensor(value: Any, field: str = "value", document_id: Any = None) -> Tensor:
-    """The tensor of one value: a tensor, an array, a number, or a rectangular list of numbers.
+def collate(samples: Sequence[Any], ids: Sequence[Any] | None = None, field: str = "sample") -> Any:
+    """The batch of training samples: their structure, with what is inside stacked by `stack`.
+
+    Args:
+        samples: One for each row. A list of numbers is one value; strings, dates and the like become lists.
+        ids: The `_id`s of the rows, for errors.
+        field: The name of the samples, for errors.
 
     Raises:
-        DataError: It has none.
+        DataError: A value that has no tensor among values that have one.
+        ShapeError: Samples of different structure or shape.
     """
-    if isinstance(value, Tensor):
-        return value
-    array: npt.NDArray[Any] | None
-    if isinstance(value, np.ndarray | np.generic):
-        array, plain = np.asarray(value), False
-    else:
-        array, plain = _plain(value), True
-    if array is None or array.dtype.kind not in "biufc":
-        where = "" if document_id is None else f" of document {document_id!r}"
-        raise DataError(
-            f"field {field!r}{where} holds {_describe(value)}, of which torch has no tensor; "
-            "turn it into numbers in a transform, or batch it in a collate_fn",
-            document_id=document_id,
-            field=field,
+    first = samples[0]
+    if isinstance(first, Mapping | tuple) or (isinstance(first, list) and not _is_numbers(first)):
+        return _transpose(samples, lambda parts, name: collate(parts, ids, name), ids, field)
+    if isinstance(first, Tensor | np.ndarray | np.generic | bool | int | float | list):
+        return stack(samples, field=field, ids=ids)
+    return list(samples)
+
+
+def stack_inputs(items: Sequence[Any]) -> Any:
+    """The batch of items to predict: tuples and mappings keep their structure, and a list is one value.
+
+    Raises:
+        ShapeError: Items of different structure or shape, or that have no tensor.
+    """
+    if isinstance(items[0], tuple | Mapping):
+        return _transpose(items, lambda parts, _: stack_inputs(parts), None, "input")
+    try:
+        return torch.stack([_input_tensor(item) for item in items])
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ShapeError(
+            f"the items cannot be stacked into a batch ({error}); let preprocess return tensors of one shape"
+        ) from error
+
+
+def unstack(output: Any, count: int) -> list[Any]:
+    """What a module gave for `count` items, taken apart: one structure an item, without the batch dimension.
+
+    Raises:
+        ShapeError: A tensor whose first dimension is not the batch.
+    """
+    if isinstance(output, Tensor):
+        if output.ndim and len(output) == count:
+            return list(output.unbind())
+        raise ShapeError(
+            f"the output has shape {tuple(output.shape)} for {count} items; its first dimension must be the batch"
         )
-    tensor = array_tensor(array.reshape(-1), plain=plain).reshape(array.shape)
-    return tensor.view(torch.bfloat16) if isinstance(value, BFloat16) else tensor
+    if isinstance(output, Mapping):
+        named = {name: unstack(part, count) for name, part in output.items()}
+        return [_rebuild(output, {name: part[n] for name, part in named.items()}) for n in range(count)]
+    if isinstance(output, list | tuple):
+        parts = [unstack(part, count) for part in output]
+        return [_rebuild(output, [part[n] for part in parts]) for n in range(count)]
+    return [output] * count
 
 
-def _plain(value: Any) -> npt.NDArray[Any] | None:
+def _transpose(
+    samples: Sequence[Any], batch: Callable[[list[Any], str], Any], ids: Sequence[Any] | None, field: str
+) -> Any:
+    """One container like each of the samples, of `batch(parts, field)` for the parts at each place."""
+    first = samples[0]
+    mapping = isinstance(first, Mapping)
+    for n, sample in enumerate(samples):
+        same = isinstance(sample, Mapping) if mapping else isinstance(sample, tuple | list)
+        if not same or (set(sample) != set(first) if mapping else len(sample) != len(first)):
+            document_id = None if ids is None else ids[n]
+            where = "" if ids is None else f" of document {document_id!r}"
+            raise ShapeError(
+                f"{field}{where} has another structure than the first of its batch; let transform or preprocess "
+                "return the same structure every time",
+                document_id=document_id,
+                field=field,
+            )
+    if mapping:
+        parts: Any = {name: batch([sample[name] for sample in samples], f"{field}[{name!r}]") for name in first}
+    else:
+        parts = [batch([sample[n] for sample in samples], f"{field}[{n}]") for n in range(len(first))]
+    return _rebuild(first, parts)
+
+
+def _plain_array(value: Any) -> npt.NDArray[Any] | None:
     if not isinstance(value, bool | int | float | list | tuple):
         return None
     try:
@@ -148,58 +262,15 @@ def _plain(value: Any) -> npt.NDArray[Any] | None:
     return array.astype(np.float64) if array.size == 0 else array
 
 
-def _describe(value: Any) -> str:
-    return "lists of different lengths or types" if isinstance(value, list) else type(value).__name__
-
-
-def stack_items(items: Sequence[Any]) -> Any:
-    """The batch of items: a tensor of shape (n, ...), or a tuple or dict of them.
-
-    Raises:
-        ShapeError: Items of different shape, or that have no tensor.
-    """
-    first = items[0]
-    if isinstance(first, tuple):
-        return tuple(stack_items(part) for part in zip(*items, strict=True))
-    if isinstance(first, Mapping):
-        return {name: stack_items([item[name] for item in items]) for name in first}
-    try:
-        return torch.stack([_item_tensor(item) for item in items])
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ShapeError(
-            f"the items cannot be stacked into a batch ({error}); let preprocess return tensors of one shape"
-        ) from error
-
-
-def unstack_items(output: Any, count: int) -> list[Any]:
-    """The output of each item, without the batch dimension."""
-    if isinstance(output, Tensor):
-        if output.ndim and len(output) == count:
-            return list(output.unbind())
-        raise ShapeError(
-            f"the output has shape {tuple(output.shape)} for {count} items; its first dimension must be the batch"
-        )
-    if isinstance(output, Mapping):
-        parts = {name: unstack_items(part, count) for name, part in output.items()}
-        return [{name: part[n] for name, part in parts.items()} for n in range(count)]
-    if isinstance(output, list | tuple):
-        columns = [unstack_items(part, count) for part in output]
-        return [tuple(column[n] for column in columns) for n in range(count)]
-    return [output] * count
-
-
-def rows_of(batch: Any) -> int:
-    """How many samples a batch has: the first dimension of its first tensor, 1 without one."""
-    if isinstance(batch, Tensor):
-        return len(batch) if batch.ndim else 1
-    if isinstance(batch, Mapping):
-        batch = list(batch.values())
-    if isinstance(batch, list | tuple):
-        return next((n for n in map(rows_of, batch) if n != 1), 1)
-    return 1
-
-
-def _item_tensor(value: Any) -> Tensor:
+def _input_tensor(value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value
     return torch.as_tensor(np.ascontiguousarray(value) if isinstance(value, np.ndarray) else value)
+
+
+def _is_numbers(value: list[Any]) -> bool:
+    return all(_is_numbers(v) if isinstance(v, list) else isinstance(v, bool | int | float) for v in value)
+
+
+def _describe(value: Any) -> str:
+    return "lists of different lengths or types" if isinstance(value, list) else type(value).__name__

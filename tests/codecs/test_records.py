@@ -15,7 +15,9 @@ def stored(value: Any) -> Any:
     return Codecs.builtin().encode(value, lambda data: "0" * 64)
 
 
-@pytest.mark.parametrize("value", [None, 1, 2**70, "x", [1, "a"], ("x", ("y", 2)), {"lr": 0.1, "betas": (0.9, 0.99)}])
+@pytest.mark.parametrize(
+    "value", [None, 1, 2**70, "x", [1, "a"], ("x", ("y", 2)), {"lr": 0.1, "betas": (0.9, 0.99)}]
+)
 def test_plain_values_and_tuples_are_described_as_they_are(value: Any) -> None:
     assert describe(stored(value)) == value
     assert type(describe(stored(value))) is type(value)

@@ -21,7 +21,7 @@ from typing import Any, final
 import torch
 
 from mongotorch.errors import EmptyFoldError, NonFiniteLossError, ParameterError
-from mongotorch.tensors import on_tensors, rows_of, to_device
+from mongotorch.tensors import count_rows, map_tensors, to_device
 from mongotorch.train.devices import pick_device, required_device
 from mongotorch.train.mapping import Passed, scalar
 from mongotorch.train.metrics import OBJECTIVE, Metric
@@ -111,7 +111,7 @@ def _one_set(
     rows = 0
     for batch in batches:
         batch = to_device(batch, device)
-        count = rows_of(batch)
+        count = count_rows(batch)
         passed = trainer.forward(model, batch)
         loss = scalar(trainer.compute_validation_objective(model, passed))
         total += loss.detach().double().cpu().reshape(()) * count
@@ -182,7 +182,7 @@ class _Bench:
     def take(self, batch: Any) -> None:
         with evaluating(self._model.object):
             batch = to_device(batch, self._device)
-            rows = rows_of(batch)
+            rows = count_rows(batch)
             passed = self._trainer.forward(self._model, batch)
             args, kwargs = passed.for_metrics()
             for gauge in self._gauges:
@@ -209,4 +209,4 @@ def _row(passed: Passed, at: int, rows: int) -> Passed:
     def cut(tensor: torch.Tensor) -> torch.Tensor:
         return tensor[at : at + 1] if tensor.ndim and tensor.shape[0] == rows else tensor
 
-    return Passed(args=on_tensors(cut, passed.args), kwargs=on_tensors(cut, passed.kwargs))
+    return Passed(args=map_tensors(cut, passed.args), kwargs=map_tensors(cut, passed.kwargs))

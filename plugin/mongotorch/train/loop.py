@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from mongotorch.errors import EmptySelectError, NonFiniteLossError
-from mongotorch.tensors import copied, rows_of, to_device
+from mongotorch.tensors import copy_tensors, count_rows, to_device
 from mongotorch.train import loop
 from mongotorch.train.devices import pick_device, required_device
 from mongotorch.train.evaluation import evaluate
@@ -260,7 +260,7 @@ class Fit:
                 self._waiting.append(loss := scalar(loss).detach())
                 if self.device.type == "cpu" or len(self._waiting) >= _UNCHECKED:
                     self._check_losses()
-                yield Stepped(step=self.step, loss=loss, rows=rows_of(batch))
+                yield Stepped(step=self.step, loss=loss, rows=count_rows(batch))
                 if self._owes_validation():
                     yield self._validate()
                 if self.is_over:
@@ -326,7 +326,7 @@ class Fit:
 
 
 def _on_cpu(state: Any) -> Any:
-    return to_device(copied(state), torch.device("cpu"))
+    return to_device(copy_tensors(state), torch.device("cpu"))
 
 
 @contextlib.contextmanager

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mongotorch.component import Component
 from mongotorch.errors import ParameterError
-from mongotorch.tensors import stack_items, to_device, unstack_items
+from mongotorch.tensors import copy_tensors, stack_inputs, to_device, unstack
 from mongotorch.train.devices import pick_device
 from mongotorch.train.metrics import Validation
 
@@ -123,8 +123,8 @@ class TorchModel(Component):
         with evaluating(self.object):
             for first in range(0, len(items), batch_size):
                 part = items[first : first + batch_size]
-                batch = to_device(stack_items([self._prepared(item) for item in part]), device)
-                found.extend(unstack_items(to_device(self._forward(batch), torch.device("cpu")), len(part)))
+                batch = to_device(stack_inputs([self._prepared(item) for item in part]), device)
+                found.extend(unstack(to_device(self._forward(batch), torch.device("cpu")), len(part)))
         return [self.postprocess(one) for one in found] if self.postprocess is not None else found
 
     def _prepared(self, item: Any) -> Any:
@@ -153,7 +153,5 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 def copied_state(module: nn.Module) -> dict[str, Any]:
     """A copy of the module's state that later steps do not change."""
-    return {
-        name: value.detach().clone() if isinstance(value, Tensor) else value
-        for name, value in module.state_dict().items()
-    }
+    copied: dict[str, Any] = copy_tensors(dict(module.state_dict()))
+    return copied

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mongotorch.tensors import copied
+from mongotorch.tensors import copy_tensors
 from mongotorch.train.model import TorchModel
 from mongotorch.train.trainer import TorchTrainer
 
@@ -50,7 +50,7 @@ def warmed(trainer: TorchTrainer, model: TorchModel, source: TorchModel) -> Torc
 
 def _with_options(state: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """The state of one or of several optimizers, with the options that are named now."""
-    new: dict[str, Any] = copied(state)
+    new: dict[str, Any] = copy_tensors(state)
     for one in new.get("optimizers", [new]):
         for group in one.get("param_groups", ()):
             group.update({name: value for name, value in options.items() if name in group})

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mongotorch.codecs import resolve
 from mongotorch.errors import CodecError, OptimizerError
-from mongotorch.tensors import copied
+from mongotorch.tensors import copy_tensors
 
 # What the optimizers of torch keep in the shape of the parameter.
 _ALIKE = frozenset(
@@ -68,7 +68,7 @@ def check_optimizer(name: str, options: Mapping[str, Any]) -> None:
 
 def state_of(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
     """The state of optimizers, a copy that later steps do not change."""
-    states = [copied(optimizer.state_dict()) for optimizer in optimizers]
+    states = [copy_tensors(optimizer.state_dict()) for optimizer in optimizers]
     return states[0] if len(states) == 1 else {"optimizers": states}
 
 

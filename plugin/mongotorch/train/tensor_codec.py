@@ -8,7 +8,7 @@ one storage stay views of one storage, but a lone slice of a large storage takes
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, final
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mongotorch.codecs import Codec, Get, Put, check_python, dumps, loads
 from mongotorch.errors import CodecError
+from mongotorch.tensors import leaves
 
 SMALL_BYTES = 4096
 """Storages below this many bytes share one blob: a blob each would cost more than it could save."""
@@ -40,7 +41,7 @@ class TorchCodec(Codec):
 
     def handles(self, value: Any) -> bool:
         """Whether it is a module or tensor, or a container that holds one."""
-        return any(isinstance(part, (nn.Module, Tensor)) for part in _flat(value))
+        return any(isinstance(part, (nn.Module, Tensor)) for part in leaves(value))
 
     def encode(self, value: Any, put: Put, *, where: str) -> dict[str, Any]:
         """Skeleton and storages. Raises: UnsafeClosureError, CodecError; then nothing was put."""
@@ -145,17 +146,6 @@ def _put_storages(storages: Sequence[memoryview], put: Put) -> dict[str, Any]:
         else:
             records.append({"blob": put(data), "nbytes": data.nbytes})
     return {"storages": records, "small": put(bytes(small)) if small else None}
-
-
-def _flat(value: Any) -> Iterator[Any]:
-    if isinstance(value, Mapping):
-        for part in value.values():
-            yield from _flat(part)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _flat(part)
-    else:
-        yield value
 
 
 def _is_plain(tensor: Tensor) -> bool:

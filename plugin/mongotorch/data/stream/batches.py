@@ -16,9 +16,8 @@ from torch import Tensor
 from mongotorch.data.decode.decoder import Columns
 from mongotorch.data.stream.position import EpochOffset
 from mongotorch.data.stream.rows import Rows, column_tensor
-from mongotorch.errors import ShapeError
 from mongotorch.signature import Key, check_signature
-from mongotorch.tensors import join, one_tensor, stack
+from mongotorch.tensors import collate, concat, one_tensor, stack
 
 RowSlice = tuple[Rows, int, int]
 
@@ -48,7 +47,7 @@ def _field(pieces: list[RowSlice], path: str) -> Tensor:
     tensors = [rows.tensor(path, start, stop) for rows, start, stop in pieces]
     found = [tensor for tensor in tensors if tensor is not None]
     if len(found) == len(tensors):
-        return join(found, field=path)
+        return concat(found, field=path)
     values: list[Any] = []
     ids: list[Any] = []
     for tensor, (rows, start, stop) in zip(tensors, pieces, strict=True):
@@ -165,35 +164,6 @@ def call(function: Callable[..., Any], sample: Any, key: Key, signature: str) ->
     return function(*positional, **named)
 
 
-def collate(samples: Sequence[Any], ids: Sequence[Any] | None = None, field: str = "sample") -> Any:
-    """The batch of samples: tuples, lists and dicts are kept, what is inside them is stacked.
-
-    Args:
-        samples: What the transform returned, one each row.
-        ids: The `_id`s of the rows, for errors.
-        field: What errors call the place.
-
-    Raises:
-        DataError: Something that has no tensor (strings, dates and the like stay lists).
-        ShapeError: Samples of different structure or shape.
-    """
-    first = samples[0]
-    if isinstance(first, str | bytes) or first is None:
-        return list(samples)
-    if isinstance(first, Mapping):
-        _alike(samples, ids, field, Mapping, set(first))
-        return {k: collate([s[k] for s in samples], ids, f"{field}[{k!r}]") for k in first}
-    if isinstance(first, tuple) or (isinstance(first, list) and not _numbers(first)):
-        _alike(samples, ids, field, tuple | list, len(first))
-        parts = [collate([s[n] for s in samples], ids, f"{field}[{n}]") for n in range(len(first))]
-        if isinstance(first, list):
-            return parts
-        return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
-    if isinstance(first, Tensor | np.ndarray | np.generic | bool | int | float | list):
-        return stack(samples, field=field, ids=ids)
-    return list(samples)
-
-
 def _arguments(sample: Any, key: Key) -> tuple[Sequence[Any], Mapping[str, Any]]:
     if key.form == "single":
         return [sample], {}
@@ -212,20 +182,3 @@ def _values(columns: Columns, path: str) -> Sequence[Any]:
 
 def _value(value: Any) -> Any:
     return one_tensor(value) if isinstance(value, np.ndarray) else value
-
-
-def _numbers(value: list[Any]) -> bool:
-    return all(_numbers(v) if isinstance(v, list) else isinstance(v, bool | int | float) for v in value)
-
-
-def _alike(samples: Sequence[Any], ids: Sequence[Any] | None, field: str, kind: Any, shape: Any) -> None:
-    for n, sample in enumerate(samples):
-        same = isinstance(sample, kind) and (set(sample) if kind is Mapping else len(sample)) == shape
-        if not same:
-            document_id = None if ids is None else ids[n]
-            raise ShapeError(
-                f"{field} of document {document_id!r} has another structure than the first of its batch; "
-                "let transform return the same structure for every document",
-                document_id=document_id,
-                field=field,
-            )

@@ -31,7 +31,7 @@ from mongotorch.codecs.arrays import BFLOAT16
 from mongotorch.data.decode.column import Column, build, merge
 from mongotorch.data.decode.decoder import Columns
 from mongotorch.data.stream.position import RowMarkers
-from mongotorch.tensors import array_tensor
+from mongotorch.tensors import from_array
 
 
 def column_tensor(columns: Columns, path: str) -> Tensor | None:
@@ -41,7 +41,7 @@ def column_tensor(columns: Columns, path: str) -> Tensor | None:
     if values is None:
         return None
     # Integers among doubles are a list to the column, and numbers all the same.
-    tensor = array_tensor(values, plain=column.plain or isinstance(column.data, list))
+    tensor = from_array(values, plain=column.plain or isinstance(column.data, list))
     return tensor.view(torch.bfloat16) if column.dtype == BFLOAT16 else tensor
 
 

@@ -25,7 +25,7 @@ from mongotorch.data.stream.position import EpochOffset, Position
 from mongotorch.data.stream.spec import StreamSpec
 from mongotorch.errors import DataError, EmptySelectError
 from mongotorch.resources import Owner
-from mongotorch.tensors import on_tensors, pinned
+from mongotorch.tensors import map_tensors, pin_memory
 
 _STATE_VERSION = 1
 
@@ -223,8 +223,8 @@ class Stream(Owner, IterableDataset[Any]):
 
     def _finished(self, batch: Any) -> Any:
         if get_worker_info() is not None:  # a view would carry its whole window to the other process
-            return on_tensors(Tensor.clone, batch)
-        return pinned(batch) if self.spec.loader.get("pin_memory") else batch
+            return map_tensors(Tensor.clone, batch)
+        return pin_memory(batch) if self.spec.loader.get("pin_memory") else batch
 
     def _cuts(self, position: Position) -> Iterator[tuple[list[RowSlice], EpochOffset]]:
         """The pieces of each batch of this shard, and of this worker's turns under a user's loader."""
