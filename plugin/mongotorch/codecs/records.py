@@ -21,8 +21,6 @@ REFERENCE: Final = "_ref"
 class Opaque(str):
     """Describes a value that only its codec can read: `<torch>`, `<dill>`."""
 
-    __slots__ = ()
-
 
 def codec_of(record: Any) -> str | None:
     """The name of the codec that reads a record; None for plain values, references, lists and dicts."""
