@@ -40,7 +40,6 @@ SHORT_FILES = {
     "codecs/formats.py": "the format numbers, below every codec and every record",
     "demo/second_process.py": "the program that the demo starts in another process",
     "loader_options.py": "shared by data and train, which do not see each other",
-    "mongo/error_translation.py": "the driver's error codes, once",
     "resources.py": "below every package that opens something",
     "store/access_roles.py": "what the command prints for an administrator; nothing else needs it",
     "train/devices.py": "the one place that chooses a device",

@@ -114,10 +114,10 @@ def test_no_password_survives_redaction(user: str, secret: str, host: str, rest:
 
 @pytest.mark.parametrize("option", ["tlsCertificateKeyFilePassword", "authMechanismProperties", "proxyPassword"])
 def test_options_that_hold_secrets_are_hidden(option: str) -> None:
-    said = redact(f"mongodb://h/db?w=1&{option}=s3cret&tls=true")
+    found = redact(f"mongodb://h/db?w=1&{option}=s3cret&tls=true")
 
-    assert "s3cret" not in said
-    assert said.endswith("&tls=true")
+    assert "s3cret" not in found
+    assert found.endswith("&tls=true")
 
 
 def test_text_without_an_address_stays_as_it_is() -> None:

@@ -184,7 +184,7 @@ def test_the_uri_has_the_database_and_opens_from_elsewhere(folder: Path) -> None
         elsewhere.client.close()
 
 
-# What is missing is said, with what to do instead.
+# Errors name what is missing, and what to do instead.
 
 
 def refused(folder: Path) -> str:
@@ -197,7 +197,7 @@ def refused(folder: Path) -> str:
 
 
 @pytest.mark.parametrize(("system", "machine"), [("darwin", "arm64"), ("linux", "aarch64"), ("win32", "AMD64")])
-def test_another_platform_is_told_the_alternatives(
+def test_another_platform_is_given_the_alternatives(
     folder: Path, monkeypatch: pytest.MonkeyPatch, system: str, machine: str
 ) -> None:
     monkeypatch.setattr(sys, "platform", system)

@@ -1,4 +1,4 @@
-"""A server with authentication and TLS: who may not, is told so clearly, and nothing is written. The roles too."""
+"""A server with authentication and TLS: clear errors for those it refuses, and nothing written. The roles too."""
 
 from __future__ import annotations
 
@@ -133,16 +133,16 @@ def _set_up(secured: Secured) -> None:
 class House:
     def __init__(self, connection: Connection) -> None:
         database = self.database = connection.database
-        self.artifacts, self.components = BlobStore(database), Components(database)
-        self.jobs, self.points, self.checkpoints = Jobs(database), MetricLog(database), Checkpoints(database)
+        self.blobs, self.components = BlobStore(database), Components(database)
+        self.jobs, self.metrics, self.checkpoints = Jobs(database), MetricLog(database), Checkpoints(database)
         self.aliases = Aliases(database)
         codecs = Codecs.builtin(TorchCodec())
-        self.publisher = Publisher(self.components, self.artifacts, codecs)
+        self.publisher = Publisher(self.components, self.blobs, codecs)
         self.promoter = Promoter(self.components, self.aliases)
-        self.loader = Loader(self.components, self.artifacts, self.aliases, codecs)
+        self.loader = Loader(self.components, self.blobs, self.aliases, codecs)
 
     def ensure_indexes(self) -> None:
-        for room in (self.artifacts, self.components, self.jobs, self.points, self.checkpoints, self.aliases):
+        for room in (self.blobs, self.components, self.jobs, self.metrics, self.checkpoints, self.aliases):
             room.ensure_indexes()
 
 
@@ -170,7 +170,7 @@ def everything(secured: Secured) -> Iterator[dict[str, int]]:
         ({"user": "root", "tls": False}, ServerUnavailableError, "cannot be reached"),
     ],
 )
-def test_who_may_not_come_in_is_told_why(
+def test_a_refused_user_learns_why(
     secured: Secured, options: dict[str, Any], kind: type[MongotorchError], says: str
 ) -> None:
     with pytest.raises(kind, match=says) as caught:
@@ -188,7 +188,7 @@ def test_who_says_no_name_is_refused_at_the_first_read_and_write(secured: Secure
         for act in (
             house.ensure_indexes,
             lambda: house.publisher.store(Thing("a", value=torch.ones(3))),
-            lambda: house.artifacts.put(b"abc"),
+            lambda: house.blobs.put(b"abc"),
             lambda: house.jobs.add(component="c", type_id="t", identifier="i"),
             lambda: house.jobs.claim(worker="w", lease_s=1),
             lambda: house.components.find("thing", "a"),
@@ -205,13 +205,13 @@ def test_who_may_only_read_writes_nothing(secured: Secured, user: str) -> None:
         house = House(connection)
         for act in (
             lambda: house.publisher.store(Thing("a", value=torch.ones(3))),
-            lambda: house.artifacts.put(b"abc"),
-            lambda: house.artifacts.remove("abc"),
+            lambda: house.blobs.put(b"abc"),
+            lambda: house.blobs.remove("abc"),
             lambda: house.components.remove("abc"),
             lambda: house.jobs.add(component="c", type_id="t", identifier="i"),
             lambda: house.jobs.claim(worker="w", lease_s=1),
             lambda: house.aliases.move("thing", "a", to=None, expected=None, who="w", why=""),
-            lambda: house.points.add(job="j", component="c", step=1, kind="valid", values={}),
+            lambda: house.metrics.add(job="j", component="c", step=1, kind="valid", values={}),
             lambda: GarbageCollector(house.database).collect(),
         ):
             with pytest.raises(SettingError, match="does not allow it"):
@@ -229,7 +229,7 @@ def test_a_trainer_publishes_and_a_reader_loads(secured: Secured) -> None:
         job, _ = house.jobs.add(component=uuid, type_id="thing", identifier="a")
         claimed = house.jobs.claim(worker="w", lease_s=60, job_id=job)
         assert claimed is not None
-        house.points.add(job=job, component=uuid, step=1, kind="valid", values={"objective": 1.0})
+        house.metrics.add(job=job, component=uuid, step=1, kind="valid", values={"objective": 1.0})
         assert house.checkpoints.put(job, claimed["attempt"], 1, {}, [])
         assert house.jobs.succeed(job, claimed["attempt"], result=uuid)
         assert house.jobs.wait(job, 10)["status"] == "succeeded"
@@ -260,7 +260,7 @@ def test_a_worker_runs_jobs_and_changes_no_data_and_no_published_version(secured
         claimed = house.jobs.claim(worker="w", lease_s=60, job_id=job)
         assert claimed is not None
         assert connection.database["letters"].find_one({}) is not None
-        assert house.checkpoints.put(job, claimed["attempt"], 1, {}, [house.artifacts.put(b"state")])
+        assert house.checkpoints.put(job, claimed["attempt"], 1, {}, [house.blobs.put(b"state")])
         result = house.publisher.store(Thing("w", value=[2])).uuid
         house.checkpoints.drop(job)
         assert house.promoter.promote("thing", "w", uuid=result, job=job).to_uuid == result

@@ -129,7 +129,7 @@ def test_what_is_not_there_is_neither_promoted_nor_rolled_back_to_nor_loaded(db:
 
 
 @pytest.mark.usefixtures("uuids")
-def test_who_expects_an_older_state_is_refused_and_told_who_moved_it(db: Datalayer) -> None:
+def test_who_expects_an_older_state_is_refused_and_learns_who_moved_it(db: Datalayer) -> None:
     first = db.promote("model", "m", 0)
     second = db.promote("model", "m", 1, who="ben", why="urgent", expected=first)
 
@@ -207,15 +207,15 @@ def test_of_processes_that_promote_at_once_one_wins_each_move(server_uri: str) -
 
 def test_a_job_moves_an_alias_once_however_often_it_is_tried(db: Datalayer, uuids: list[str]) -> None:
     aliases, documents = db._parts.aliases, [db.show("model", "m", n) for n in range(3)]
-    said: dict[str, Any] = {"who": "w", "why": "trained"}
-    first = aliases.move("model", "m", to=documents[1], expected=None, job="j", **said)
+    by: dict[str, Any] = {"who": "w", "why": "trained"}
+    first = aliases.move("model", "m", to=documents[1], expected=None, job="j", **by)
     db.promote("model", "m", 2)
 
-    assert aliases.move("model", "m", to=documents[1], expected=None, job="j", **said) == first
+    assert aliases.move("model", "m", to=documents[1], expected=None, job="j", **by) == first
     assert db._parts.promoter.promote("model", "m", uuid=uuids[1], job="j", expected=None) == first
     assert db.load("model", "m").version == 2
     assert ends(db.history("model", "m")) == [(1, None, 1), (2, 1, 2)]
-    assert aliases.move("model", "m", "other", to=documents[0], expected=None, job="j", **said).n == 1
+    assert aliases.move("model", "m", "other", to=documents[0], expected=None, job="j", **by).n == 1
     assert db.promote("model", "m", 0).job is None
 
 
@@ -454,13 +454,13 @@ def test_verifying_names_every_move_that_is_broken_or_missing(signed: Datalayer)
     signed["mt.components"].raw.delete_one({"_id": gone})
     moves.insert_one({"_id": "metric/b/other#1", "n": "one", "alias": {"x": 1}, "to": {"$ne": None}})
 
-    said = signed.verify()
-    assert said.aliases == 7
+    report = signed.verify()
+    assert report.aliases == 7
     for part in (
         "metric/a/live#1",
         "missing before metric/b/live#3",
         f"'stage' .*names {gone}",
         "metric/b/other#1",
     ):
-        assert any(re.search(part, problem) for problem in said.problems)
-    assert not any("a/live#2" in problem or "a/live#3" in problem for problem in said.problems)
+        assert any(re.search(part, problem) for problem in report.problems)
+    assert not any("a/live#2" in problem or "a/live#3" in problem for problem in report.problems)

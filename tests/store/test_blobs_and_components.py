@@ -23,10 +23,10 @@ def database() -> Iterator[Any]:
 
 
 @pytest.fixture
-def artifacts(database: Any) -> BlobStore:
-    artifacts = BlobStore(database)
-    artifacts.ensure_indexes()
-    return artifacts
+def blobs(database: Any) -> BlobStore:
+    blobs = BlobStore(database)
+    blobs.ensure_indexes()
+    return blobs
 
 
 @pytest.fixture
@@ -41,57 +41,57 @@ def document(uuid: str, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("size", [0, 1, CHUNK_BYTES, CHUNK_BYTES + 1, 9 * CHUNK_BYTES + 5])
-def test_a_blob_comes_back_by_the_sha256_of_its_bytes(artifacts: BlobStore, size: int) -> None:
+def test_a_blob_comes_back_by_the_sha256_of_its_bytes(blobs: BlobStore, size: int) -> None:
     data = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
 
-    name = artifacts.put(memoryview(data))
+    name = blobs.put(memoryview(data))
 
     assert name == hashlib.sha256(data).hexdigest()
-    assert artifacts.get(name) == data
+    assert blobs.get(name) == data
 
 
-def test_the_same_bytes_are_stored_once(artifacts: BlobStore, database: Any) -> None:
-    artifacts.put(b"abc")
-    artifacts.put(b"abc")
+def test_the_same_bytes_are_stored_once(blobs: BlobStore, database: Any) -> None:
+    blobs.put(b"abc")
+    blobs.put(b"abc")
 
     assert database["mt.artifacts.files"].count_documents({}) == 1
     assert database["mt.artifacts.chunks"].count_documents({}) == 1
 
 
 def test_the_second_of_two_writers_leaves_nothing_of_its_own(
-    artifacts: BlobStore, database: Any, monkeypatch: pytest.MonkeyPatch
+    blobs: BlobStore, database: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    artifacts.put(b"abc")
+    blobs.put(b"abc")
     monkeypatch.setattr(BlobStore, "touch", lambda self, names: names)  # both looked before either wrote
 
-    assert artifacts.get(artifacts.put(b"abc")) == b"abc"
+    assert blobs.get(blobs.put(b"abc")) == b"abc"
     assert database["mt.artifacts.chunks"].count_documents({}) == 1
 
 
 def test_a_blob_whose_writer_died_is_not_there_and_can_be_written_again(
-    artifacts: BlobStore, monkeypatch: pytest.MonkeyPatch
+    blobs: BlobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def die(*args: Any, **kwargs: Any) -> None:
         raise PyMongoError("killed")
 
     with monkeypatch.context() as patched:
-        patched.setattr(artifacts._files, "update_one", die)
+        patched.setattr(blobs._files, "update_one", die)
         with pytest.raises(StoreError, match="killed"):
-            artifacts.put(b"abc")
+            blobs.put(b"abc")
 
     name = hashlib.sha256(b"abc").hexdigest()
-    assert not artifacts.has(name)
+    assert not blobs.has(name)
     with pytest.raises(NotFoundError):
-        artifacts.get(name)
-    assert artifacts.get(artifacts.put(b"abc")) == b"abc"
+        blobs.get(name)
+    assert blobs.get(blobs.put(b"abc")) == b"abc"
 
 
-def test_bytes_that_were_changed_are_refused(artifacts: BlobStore, database: Any) -> None:
-    name = artifacts.put(b"abc")
+def test_bytes_that_were_changed_are_refused(blobs: BlobStore, database: Any) -> None:
+    name = blobs.put(b"abc")
     database["mt.artifacts.chunks"].update_one({}, {"$set": {"data": b"abd"}})
 
     with pytest.raises(IntegrityError, match=name):
-        artifacts.get(name)
+        blobs.get(name)
 
 
 def test_versions_count_up_from_zero(components: Components) -> None:

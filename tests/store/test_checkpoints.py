@@ -12,8 +12,8 @@ from mongotorch.store import BlobStore, Checkpoints, Jobs
 
 class Run:
     def __init__(self, database: Any) -> None:
-        self.checkpoints, self.artifacts, self.jobs = Checkpoints(database), BlobStore(database), Jobs(database)
-        for room in (self.checkpoints, self.artifacts, self.jobs):
+        self.checkpoints, self.blobs, self.jobs = Checkpoints(database), BlobStore(database), Jobs(database)
+        for room in (self.checkpoints, self.blobs, self.jobs):
             room.ensure_indexes()
         self.job, _ = self.jobs.add(component="c", type_id="trainer", identifier="digits")
         self.attempt = self.claim()
@@ -24,7 +24,7 @@ class Run:
         return int(claimed["attempt"])
 
     def put(self, step: int, attempt: int | None = None) -> bool:
-        blob = self.artifacts.put(f"state {step}".encode())
+        blob = self.blobs.put(f"state {step}".encode())
         return self.checkpoints.put(self.job, attempt or self.attempt, step, {"step": step}, [blob])
 
 
@@ -41,7 +41,7 @@ def test_the_last_two_are_kept_and_the_newest_is_found(run: Run, database: Any) 
     newest = run.checkpoints.newest(run.job)
     assert newest is not None
     assert (newest["step"], newest["body"]) == (300, {"step": 300})
-    assert run.artifacts.get(newest["blobs"][0]) == b"state 300"
+    assert run.blobs.get(newest["blobs"][0]) == b"state 300"
     assert sorted(c["step"] for c in database["mt.checkpoints"].find()) == [200, 300]
 
 

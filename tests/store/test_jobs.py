@@ -13,7 +13,7 @@ import pytest
 from mongotorch.errors import JobTimeoutError, NotFoundError
 from mongotorch.mongo.server_features import utc_now
 from mongotorch.store import Jobs
-from mongotorch.store.jobs import BACK_OFF_S, MOST_BACK_OFF_S, MOST_LOSSES
+from mongotorch.store.jobs import BACK_OFF_S, MAX_BACK_OFF_S, MAX_LOSSES
 
 ERROR = {"type": "ValueError", "message": "no", "traceback": "…", "document_id": None, "field": None}
 
@@ -204,7 +204,7 @@ def test_the_back_off_has_an_end(timed: Jobs, clock: Clock) -> None:
     job_id = add(timed, max_attempts=100)
     for _ in range(40):
         timed.fail(job_id, claim(timed)["attempt"], error=ERROR, retry=True)
-        clock.turn(MOST_BACK_OFF_S)
+        clock.turn(MAX_BACK_OFF_S)
 
     assert timed.get(job_id)["attempt"] == 40
 
@@ -229,7 +229,7 @@ def test_a_job_that_is_handed_back_is_claimed_again_at_once_and_not_counted(jobs
 
 def test_a_job_that_only_kills_its_workers_fails_in_the_end(timed: Jobs, clock: Clock) -> None:
     job_id = add(timed)
-    for _ in range(MOST_LOSSES):
+    for _ in range(MAX_LOSSES):
         claim(timed, lease_s=10)
         clock.turn(10)
 
@@ -240,7 +240,7 @@ def test_a_job_that_only_kills_its_workers_fails_in_the_end(timed: Jobs, clock: 
 
 def test_a_job_that_makes_progress_survives_any_number_of_lost_workers(timed: Jobs, clock: Clock) -> None:
     job_id = add(timed)
-    for step in range(MOST_LOSSES * 3):
+    for step in range(MAX_LOSSES * 3):
         timed.heartbeat(job_id, claim(timed, lease_s=10)["attempt"], lease_s=10, progress={"step": step})
         clock.turn(10)
 

@@ -26,9 +26,9 @@ class Later:
 class House:
     def __init__(self, database: Any) -> None:
         self.database = database
-        self.artifacts, self.components = BlobStore(database), Components(database)
+        self.blobs, self.components = BlobStore(database), Components(database)
         self.checkpoints, self.jobs = Checkpoints(database), Jobs(database)
-        for room in (self.artifacts, self.components, self.checkpoints, self.jobs):
+        for room in (self.blobs, self.components, self.checkpoints, self.jobs):
             room.ensure_indexes()
 
     def publish(self, uuid: str, *blobs: str, **more: Any) -> None:
@@ -54,33 +54,33 @@ def house(database: Any) -> House:
 
 
 def test_a_blob_that_nothing_reaches_goes_after_the_grace_and_not_before(house: House) -> None:
-    used, unused = house.artifacts.put(b"used"), house.artifacts.put(b"unused!")
+    used, unused = house.blobs.put(b"used"), house.blobs.put(b"unused!")
     house.publish("a", used)
 
     early = house.collect(after_s=GRACE_S / 2)
     assert (early.blobs, early.waiting) == ((), 1)
-    assert house.artifacts.has(unused)
+    assert house.blobs.has(unused)
 
     late = house.collect()
     assert (late.blobs, late.nbytes, late.waiting) == ((unused,), len(b"unused!"), 0)
-    assert not house.artifacts.has(unused)
-    assert house.artifacts.get(used) == b"used"
+    assert not house.blobs.has(unused)
+    assert house.blobs.get(used) == b"used"
     assert house.chunks() == 1
     assert house.collect() == Collected()
 
 
 def test_a_dry_run_says_the_same_and_writes_nothing(house: House) -> None:
-    unused = house.artifacts.put(b"unused")
+    unused = house.blobs.put(b"unused")
     names = set(house.database.list_collection_names())
 
     assert house.collect(dry_run=True).blobs == (unused,)
 
-    assert house.artifacts.get(unused) == b"unused"
+    assert house.blobs.get(unused) == b"unused"
     assert set(house.database.list_collection_names()) == names
 
 
 def test_a_blob_of_a_removed_version_that_another_shares_stays(house: House) -> None:
-    shared, alone = house.artifacts.put(b"shared"), house.artifacts.put(b"alone")
+    shared, alone = house.blobs.put(b"shared"), house.blobs.put(b"alone")
     house.publish("a", shared, alone)
     house.publish("b", shared)
     house.components.remove("a")
@@ -90,11 +90,11 @@ def test_a_blob_of_a_removed_version_that_another_shares_stays(house: House) -> 
 
 def test_a_blob_that_is_put_again_starts_its_grace_anew(database: Any) -> None:
     house = House(database)
-    name = house.artifacts.put(b"old")
+    name = house.blobs.put(b"old")
     ancient = utc_now() - timedelta(days=30)
     database["mt.artifacts.files"].update_one({}, {"$set": {"touched": ancient, "uploadDate": ancient}})
 
-    assert house.artifacts.put(b"old") == name  # by a publication that is now in flight
+    assert house.blobs.put(b"old") == name  # by a publication that is now in flight
     assert GarbageCollector(database).collect().blobs == ()
     house.publish("a", name)
 
@@ -104,26 +104,26 @@ def test_a_blob_that_is_put_again_starts_its_grace_anew(database: Any) -> None:
 def test_a_blob_that_is_touched_between_the_decision_and_the_delete_stays(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = house.artifacts.put(b"old")
+    name = house.blobs.put(b"old")
     ancient = utc_now() - timedelta(days=30)
     house.database["mt.artifacts.files"].update_one({}, {"$set": {"touched": ancient}})
     garbage = GarbageCollector(house.database)
-    reached = garbage._reached
+    reachable = garbage._reachable
 
     def slow(*args: Any) -> set[str]:
-        names = reached(*args)
-        house.artifacts.put(b"old")
+        names = reachable(*args)
+        house.blobs.put(b"old")
         house.publish("a", name)
         return names
 
-    monkeypatch.setattr(garbage, "_reached", slow)
+    monkeypatch.setattr(garbage, "_reachable", slow)
 
     assert garbage.collect().blobs == ()
-    assert house.artifacts.get(name) == b"old"
+    assert house.blobs.get(name) == b"old"
 
 
 def test_nothing_is_published_whose_blob_was_collected(house: House) -> None:
-    name = house.artifacts.put(b"old")
+    name = house.blobs.put(b"old")
     house.collect()
 
     with pytest.raises(IntegrityError, match=name):
@@ -133,7 +133,7 @@ def test_nothing_is_published_whose_blob_was_collected(house: House) -> None:
 
 
 def test_chunks_of_an_upload_that_died_go_when_they_were_seen_a_grace_ago(house: House) -> None:
-    house.publish("a", house.artifacts.put(b"whole"))
+    house.publish("a", house.blobs.put(b"whole"))
     house.database["mt.artifacts.chunks"].insert_many([{"files_id": 7, "n": n, "data": b"x"} for n in (0, 1)])
 
     assert house.collect(after_s=0).waiting == 1
@@ -156,7 +156,7 @@ def test_an_upload_that_ends_after_it_was_seen_is_let_be(house: House) -> None:
 
 def test_half_a_publication_goes_with_its_blobs_once_its_job_has_ended(house: House) -> None:
     job, attempt = house.run()
-    blob = house.artifacts.put(b"state")
+    blob = house.blobs.put(b"state")
     house.publish("trainer", blob, anchor="model", job=job)
 
     house.collect(after_s=0)
@@ -172,7 +172,7 @@ def test_half_a_publication_goes_with_its_blobs_once_its_job_has_ended(house: Ho
 def test_both_halves_of_a_publication_stay(house: House) -> None:
     job, attempt = house.run()
     house.publish("trainer", anchor="model", job=job)
-    house.publish("model", house.artifacts.put(b"w"), job=job, refs=["trainer"])
+    house.publish("model", house.blobs.put(b"w"), job=job, refs=["trainer"])
     house.jobs.succeed(job, attempt, result="model")
 
     house.collect(after_s=0)
@@ -196,7 +196,7 @@ def test_what_an_earlier_try_left_goes_though_its_anchor_was_published(house: Ho
 
 def test_checkpoints_are_kept_while_the_job_runs_and_collected_after_it(house: House) -> None:
     job, attempt = house.run()
-    blob = house.artifacts.put(b"state")
+    blob = house.blobs.put(b"state")
     house.checkpoints.put(job, attempt, 1, {}, [blob])
     assert house.collect() == Collected()
 
@@ -210,26 +210,31 @@ def test_checkpoints_are_kept_while_the_job_runs_and_collected_after_it(house: H
 
 def test_with_no_grace_everything_goes_at_once(house: House) -> None:
     job, attempt = house.run()
-    house.checkpoints.put(job, attempt, 1, {}, [house.artifacts.put(b"state")])
-    house.publish("half", house.artifacts.put(b"half"), anchor="nothing")
+    house.checkpoints.put(job, attempt, 1, {}, [house.blobs.put(b"state")])
+    house.publish("half", house.blobs.put(b"half"), anchor="nothing")
     house.database["mt.artifacts.chunks"].insert_one({"files_id": 7, "n": 0, "data": b"x"})
     house.jobs.cancel(job)
     garbage = GarbageCollector(house.database, grace_s=0)
 
-    said = garbage.collect(dry_run=True)
-    assert garbage.collect() == said
+    report = garbage.collect(dry_run=True)
+    assert garbage.collect() == report
 
-    assert (len(said.blobs), len(said.uploads), len(said.components), len(said.checkpoints)) == (2, 1, 1, 1)
+    assert (len(report.blobs), len(report.uploads), len(report.components), len(report.checkpoints)) == (
+        2,
+        1,
+        1,
+        1,
+    )
     for name in ("mt.artifacts.files", "mt.artifacts.chunks", "mt.components", "mt.checkpoints", "mt.garbage"):
         assert house.database[name].count_documents({}) == 0
 
 
 def test_who_slept_through_the_grace_publishes_nothing(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    blob = house.artifacts.put(b"w")
+    blob = house.blobs.put(b"w")
     insert = house.components._insert
 
     def slept(document: Any) -> int:
-        house.artifacts.remove(blob)  # a collection, an hour later
+        house.blobs.remove(blob)  # a collection, an hour later
         monkeypatch.setattr("mongotorch.store.components.SLOW_S", -1.0)
         return insert(document)
 

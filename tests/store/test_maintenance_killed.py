@@ -39,17 +39,17 @@ def net(seed: int) -> torch.nn.Linear:
 def litter(db: Datalayer, number: int) -> None:
     """One of everything that a collection takes away, whatever it has to do for that."""
     database: Any = db["mt.jobs"].raw.database
-    artifacts, components, jobs = BlobStore(database), Components(database), Jobs(database)
+    blobs, components, jobs = BlobStore(database), Components(database), Jobs(database)
     job, _ = jobs.add(component=f"c{number}", type_id="trainer", identifier="t")
     claimed = jobs.claim(worker="w", lease_s=600, job_id=job)
     assert claimed is not None
-    state = artifacts.put(f"state {number}".encode())
+    state = blobs.put(f"state {number}".encode())
     assert Checkpoints(database).put(job, claimed["attempt"], 1, {}, [state])
     jobs.cancel(job)
-    half = artifacts.put(f"half {number}".encode())
+    half = blobs.put(f"half {number}".encode())
     document = {"_id": f"half {number}", "type_id": "model", "identifier": "half", "digest": "d", "refs": []}
     components.publish({**document, "blobs": [half], "anchor": "nothing"})
-    artifacts.put(f"{number:06}".encode() * CHUNK_BYTES)
+    blobs.put(f"{number:06}".encode() * CHUNK_BYTES)
     database["mt.artifacts.chunks"].insert_one({"files_id": f"dead {number}", "n": 0, "data": b"x"})
 
 

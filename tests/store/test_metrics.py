@@ -10,49 +10,49 @@ from mongotorch.store import MetricLog
 
 
 @pytest.fixture
-def points(database: Any) -> MetricLog:
-    points = MetricLog(database)
-    points.ensure_indexes()
-    return points
+def log(database: Any) -> MetricLog:
+    log = MetricLog(database)
+    log.ensure_indexes()
+    return log
 
 
-def say(points: MetricLog, step: int, kind: str = "valid", job: str = "j", **values: float) -> None:
-    points.add(job=job, component="c", step=step, kind=kind, values=values)
+def write(log: MetricLog, step: int, kind: str = "valid", job: str = "j", **values: float) -> None:
+    log.add(job=job, component="c", step=step, kind=kind, values=values)
 
 
-def test_the_points_of_a_job_come_by_step(points: MetricLog) -> None:
-    say(points, 200, objective=0.5)
-    say(points, 100, objective=1.5, accuracy=0.25)
-    say(points, 100, kind="train", objective=2.0)
-    say(points, 1, job="other", objective=0.0)
+def test_the_entries_of_a_job_come_by_step(log: MetricLog) -> None:
+    write(log, 200, objective=0.5)
+    write(log, 100, objective=1.5, accuracy=0.25)
+    write(log, 100, kind="train", objective=2.0)
+    write(log, 1, job="other", objective=0.0)
 
-    assert [(p["step"], p["kind"], p["values"]) for p in points.of("j")] == [
+    assert [(p["step"], p["kind"], p["values"]) for p in log.of("j")] == [
         (100, "train", {"objective": 2.0}),
         (100, "valid", {"objective": 1.5, "accuracy": 0.25}),
         (200, "valid", {"objective": 0.5}),
     ]
-    assert points.of("j")[0]["component"] == "c"
+    assert log.of("j")[0]["component"] == "c"
 
 
-def test_what_a_resumed_run_says_again_takes_the_place_of_what_it_said(points: MetricLog) -> None:
-    say(points, 100, objective=1.0)
-    say(points, 100, accuracy=0.5)
+def test_an_entry_that_a_resumed_run_writes_again_replaces_the_first(log: MetricLog) -> None:
+    write(log, 100, objective=1.0)
+    write(log, 100, accuracy=0.5)
 
-    assert [p["values"] for p in points.of("j")] == [{"accuracy": 0.5}]
-
-
-def test_the_points_of_one_job_can_be_removed(points: MetricLog) -> None:
-    say(points, 1, objective=1.0)
-    say(points, 1, job="other", objective=1.0)
-
-    assert points.remove("j") == 1
-    assert points.of("j") == []
-    assert len(points.of("other")) == 1
+    assert [p["values"] for p in log.of("j")] == [{"accuracy": 0.5}]
 
 
-def test_names_that_a_field_cannot_have_are_kept_readable(points: MetricLog) -> None:
-    points.add(job="j", component="c", step=1, kind="valid", values={"top.5": 1, "$x": float("nan")})
+def test_the_entries_of_one_job_can_be_removed(log: MetricLog) -> None:
+    write(log, 1, objective=1.0)
+    write(log, 1, job="other", objective=1.0)
 
-    values = points.of("j")[0]["values"]
+    assert log.remove("j") == 1
+    assert log.of("j") == []
+    assert len(log.of("other")) == 1
+
+
+def test_names_that_a_field_cannot_have_are_kept_readable(log: MetricLog) -> None:
+    log.add(job="j", component="c", step=1, kind="valid", values={"top.5": 1, "$x": float("nan")})
+
+    values = log.of("j")[0]["values"]
     assert values["top_5"] == 1.0
     assert values["_x"] != values["_x"]

@@ -50,12 +50,12 @@ class House:
     def __init__(self, database: Any, trust: Trust | None = SIGNED) -> None:
         self.database = database
         codecs = Codecs.builtin(TorchCodec())
-        self.artifacts, self.components = BlobStore(database), Components(database, trust)
+        self.blobs, self.components = BlobStore(database), Components(database, trust)
         self.aliases = Aliases(database, trust)
-        self.artifacts.ensure_indexes()
+        self.blobs.ensure_indexes()
         self.components.ensure_indexes()
-        self.publisher = Publisher(self.components, self.artifacts, codecs)
-        self.loader = Loader(self.components, self.artifacts, self.aliases, codecs)
+        self.publisher = Publisher(self.components, self.blobs, codecs)
+        self.loader = Loader(self.components, self.blobs, self.aliases, codecs)
         self.documents = database["mt.components"]
 
     def trusting(self, trust: Trust | None) -> House:
@@ -169,7 +169,7 @@ def test_a_component_that_was_copied_under_another_name_or_uuid_is_refused(house
 def test_a_blob_in_the_place_of_another_valid_one_is_refused(house: House) -> None:
     uuid = house.store()
     mine = house.documents.find_one({"_id": uuid})["blobs"][0]
-    other = house.artifacts.put(b"another valid blob")
+    other = house.blobs.put(b"another valid blob")
     files = house.database["mt.artifacts.files"]
     files.delete_one({"filename": mine})
     files.update_one({"filename": other}, {"$set": {"filename": mine}})
@@ -210,18 +210,18 @@ def test_verifying_names_everything_that_is_broken(house: House) -> None:
     lost = house.store("lost", value=torch.ones(5))
     house.documents.update_one({"_id": changed}, {"$set": {"digest": "0"}})
     shared = set(house.documents.find_one({"_id": good})["blobs"])
-    house.artifacts.remove(next(iter(set(house.documents.find_one({"_id": lost})["blobs"]) - shared)))
-    broken = house.artifacts.put(b"right")
+    house.blobs.remove(next(iter(set(house.documents.find_one({"_id": lost})["blobs"]) - shared)))
+    broken = house.blobs.put(b"right")
     file = house.database["mt.artifacts.files"].find_one({"filename": broken})
     house.database["mt.artifacts.chunks"].update_one({"files_id": file["_id"]}, {"$set": {"data": b"wrong"}})
 
-    said = Verifier(house.database, SIGNED).verify()
+    report = Verifier(house.database, SIGNED).verify()
 
-    assert said.components == 3
-    assert len(said.problems) == 3
+    assert report.components == 3
+    assert len(report.problems) == 3
     for part in (changed, lost, broken):
-        assert sum(part in problem for problem in said.problems) == 1
-    assert not any(good in problem for problem in said.problems)
+        assert sum(part in problem for problem in report.problems) == 1
+    assert not any(good in problem for problem in report.problems)
 
 
 # One flipped bit, anywhere: the whole of a signed component and of its blobs, on mongomock.
@@ -309,10 +309,12 @@ def test_keys_come_from_the_environment_and_from_a_file(tmp_path: Path, monkeypa
     monkeypatch.setenv("MONGOTORCH_SIGNING_KEY", "kkkkkkkkkkkkkkkk")
     monkeypatch.setenv("MONGOTORCH_SIGNING_KEY_FILE", str(file))
     monkeypatch.setenv("MONGOTORCH_TRUST", "signed")
-    told = read_settings()
-    assert told.signing_key is not None
+    settings = read_settings()
+    assert settings.signing_key is not None
 
-    trust = trust_of(key=told.signing_key.get_secret_value(), key_file=told.signing_key_file, policy=told.trust)
+    trust = trust_of(
+        key=settings.signing_key.get_secret_value(), key_file=settings.signing_key_file, policy=settings.trust
+    )
 
     assert trust.signer is not None
     assert trust.verifier is not None

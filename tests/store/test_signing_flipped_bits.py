@@ -42,11 +42,11 @@ class House:
     def __init__(self) -> None:
         self.database: Any = mongomock.MongoClient()["flips"]
         key = HmacKey(b"k" * 16)
-        codecs, artifacts = Codecs.builtin(TorchCodec()), BlobStore(self.database)
+        codecs, blobs = Codecs.builtin(TorchCodec()), BlobStore(self.database)
         components = Components(self.database, Trust(Signer(key), SignatureVerifier.of(key)))
-        self.loader = Loader(components, artifacts, Aliases(self.database), codecs)
+        self.loader = Loader(components, blobs, Aliases(self.database), codecs)
         self.module = torch.nn.Sequential(torch.nn.Linear(40, 40), torch.nn.BatchNorm1d(40))
-        stored = Publisher(components, artifacts, codecs).store(Net("n", module=self.module))
+        stored = Publisher(components, blobs, codecs).store(Net("n", module=self.module))
         self.uuid = stored.uuid
         self.documents: list[tuple[str, dict[str, Any]]] = []
         for name in COLLECTIONS:

@@ -77,11 +77,11 @@ def at_every_write(prepare: Callable[[], Any], act: Callable[[Any], Any], check:
 class House:
     def __init__(self, database: Any) -> None:
         self.database = database
-        self.artifacts, self.components = BlobStore(database), Components(database)
+        self.blobs, self.components = BlobStore(database), Components(database)
         self.jobs = Jobs(database)
-        for room in (self.artifacts, self.components, self.jobs, Checkpoints(database)):
+        for room in (self.blobs, self.components, self.jobs, Checkpoints(database)):
             room.ensure_indexes()
-        self.kept = self.artifacts.put(b"kept" * CHUNK_BYTES)
+        self.kept = self.blobs.put(b"kept" * CHUNK_BYTES)
         self.publish("kept", self.kept)
         self.runs = 0
 
@@ -104,7 +104,7 @@ class House:
         assert count.get("mt.components") == 1
         assert count.get("mt.checkpoints", 0) == 0
         assert count.get("mt.garbage", 0) == 0
-        assert self.artifacts.get(self.kept) == b"kept" * CHUNK_BYTES
+        assert self.blobs.get(self.kept) == b"kept" * CHUNK_BYTES
         assert self.components.get("kept")["blobs"] == [self.kept]
 
 
@@ -116,9 +116,9 @@ def house(database: Any) -> House:
 def test_a_collection_that_dies_at_any_write_leaves_what_the_next_one_collects(house: House) -> None:
     def litter() -> GarbageCollector:
         job, attempt = house.run()
-        Checkpoints(house.database).put(job, attempt, 1, {}, [house.artifacts.put(b"state")])
-        house.publish("half", house.artifacts.put(b"half"), anchor="nothing")
-        house.artifacts.put(b"unused" * CHUNK_BYTES)
+        Checkpoints(house.database).put(job, attempt, 1, {}, [house.blobs.put(b"state")])
+        house.publish("half", house.blobs.put(b"half"), anchor="nothing")
+        house.blobs.put(b"unused" * CHUNK_BYTES)
         house.database["mt.artifacts.chunks"].insert_one({"files_id": "dead", "n": 0, "data": b"x"})
         house.jobs.cancel(job)
         return GarbageCollector(house.database, grace_s=0)
@@ -132,13 +132,11 @@ def test_an_upload_that_dies_at_any_write_leaves_nothing_after_a_collection(hous
     data = b"new" * CHUNK_BYTES
 
     def put_again_and_check() -> None:
-        name = house.artifacts.put(data)
-        assert house.artifacts.get(name) == data
+        name = house.blobs.put(data)
+        assert house.blobs.get(name) == data
         house.nothing_is_left_but_what_is_kept()
 
-    writes = at_every_write(
-        lambda: BlobStore(house.database), lambda artifacts: artifacts.put(data), put_again_and_check
-    )
+    writes = at_every_write(lambda: BlobStore(house.database), lambda blobs: blobs.put(data), put_again_and_check)
 
     assert writes >= 3
 
@@ -156,7 +154,7 @@ def test_a_checkpoint_that_dies_at_any_write_leaves_the_one_before(house: House)
 
     def write(checkpoints: Checkpoints) -> None:
         step = next(steps)
-        blob = house.artifacts.put(f"state {step}".encode())
+        blob = house.blobs.put(f"state {step}".encode())
         checkpoints.put(state["job"], state["attempt"], step, {"step": step}, [blob])
         state["last"] = step
 
@@ -164,9 +162,9 @@ def test_a_checkpoint_that_dies_at_any_write_leaves_the_one_before(house: House)
         newest = Checkpoints(house.database).newest(state["job"])
         assert newest is not None
         assert newest["step"] in (state["last"], state["last"] + 1)
-        assert house.artifacts.get(newest["blobs"][0]) == f"state {newest['step']}".encode()
+        assert house.blobs.get(newest["blobs"][0]) == f"state {newest['step']}".encode()
         GarbageCollector(house.database, grace_s=0).collect()
-        assert house.artifacts.has(newest["blobs"][0])  # the job still runs
+        assert house.blobs.has(newest["blobs"][0])  # the job still runs
         house.jobs.cancel(state["job"])
         house.nothing_is_left_but_what_is_kept()
 

@@ -13,7 +13,6 @@ from typing import Any, Generic, Protocol, TypeVar, final
 
 from mongotorch.errors import JobCancelledError, JobFailedError, JobTimeoutError
 
-FINAL_STATUSES = frozenset({"succeeded", "failed", "cancelled"})
 _SLICE_S = 2.0
 """So often somebody who waits looks whether the run still has somebody who runs it."""
 T = TypeVar("T")
@@ -27,6 +26,9 @@ class JobRecords(Protocol):
 
     def wait(self, job_id: str, timeout_s: float | None) -> Mapping[str, Any]:
         """The job's document once it has ended. Raises: JobTimeoutError, NotFoundError."""
+
+    def has_ended(self, job_id: str) -> bool:
+        """Whether the job succeeded, failed or was cancelled. Raises: NotFoundError."""
 
     def cancel(self, job_id: str) -> bool:
         """Mark a job that has not ended as cancelled; False if it had ended."""
@@ -94,7 +96,7 @@ class Job(Generic[T]):
 
     def done(self) -> bool:
         """Whether the run has ended, however it ended."""
-        return self.status in FINAL_STATUSES
+        return self._records is None or self._records.has_ended(self.uuid)
 
     def cancel(self) -> bool:
         """Ask the run to stop at its next step; nothing is published.

@@ -35,9 +35,14 @@ def redact(text: str) -> str:
 
 
 def plain(value: Any, _depth: int = 0) -> Any:
-    """The value as BSON can hold it, for people to read: integers beyond 64 bits and other objects become text.
+    """The value in plain BSON, for people to read; any value can be converted.
 
-    Texts are redacted, and cut at 100,000 characters; containers are text from the 50th level on.
+    Args:
+        value: Any object. Integers beyond 64 bits, objects that BSON does not have, and containers below the 50th
+            level become their `repr`.
+
+    Returns:
+        The converted value, its texts redacted and cut at 100,000 characters.
     """
     if value is None or type(value) in (bool, float, bytes, datetime, ObjectId):
         return value

@@ -149,15 +149,15 @@ def ensure_index(collection: Any, keys: Keys, **options: Any) -> None:
     Raises:
         OperationFailure: The index cannot be created, or the user may not create it and it is missing.
     """
-    wanted = [(keys, 1)] if isinstance(keys, str) else list(keys)
-    if is_mock(collection) and _has_index(collection, wanted):
+    fields = [(keys, 1)] if isinstance(keys, str) else list(keys)
+    if is_mock(collection) and _has_index(collection, fields):
         return  # mongomock would check every document again, those outside of a partial filter too
     try:
-        collection.create_index(wanted, **options)
+        collection.create_index(fields, **options)
     except OperationFailure as error:
         if not has_code(error, ServerCode.UNAUTHORIZED):
             raise
-        if not _has_index(collection, wanted) and collection.find_one({}, {"_id": 1}) is not None:
+        if not _has_index(collection, fields) and collection.find_one({}, {"_id": 1}) is not None:
             raise
 
 

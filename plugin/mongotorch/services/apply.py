@@ -13,7 +13,7 @@ from typing import Any, final
 from mongotorch.codecs import current_name
 from mongotorch.component import Component
 from mongotorch.errors import NotFoundError
-from mongotorch.jobs import FINAL_STATUSES, Engine, Job
+from mongotorch.jobs import Engine, Job
 from mongotorch.schedule import Schedule
 from mongotorch.services.schedules.register import Register
 from mongotorch.services.training.recipe import pair
@@ -118,7 +118,7 @@ class Applier:
     def _settle(self, job_id: str) -> None:
         """Record the end of a run whose process died between publishing and saying so."""
         with contextlib.suppress(NotFoundError):
-            if self._jobs.get(job_id)["status"] not in FINAL_STATUSES:
+            if not self._jobs.has_ended(job_id):
                 self._engine.submit(job_id, self._perform)
 
     def _future(

@@ -1,4 +1,4 @@
-"""What MongoDB keeps: blobs by content, component documents by version, behind a connection by address."""
+"""mongotorch's own records in the database: blobs, components, aliases, jobs, checkpoints, metrics, schedules."""
 
 from mongotorch.store.aliases import LIVE, Aliases, Move, follow_alias
 from mongotorch.store.blobs import BlobStore

@@ -1,11 +1,9 @@
-"""The three roles that people and processes need, as documents for MongoDB's `createRole`: no more than is used.
+"""Gives the three database roles that people and processes need, as `createRole` commands with least privileges.
 
-- `reader` loads and lists: it reads the whole database and may watch jobs.
-- `worker` fires schedules and runs jobs: it adds versions, blobs and points, promotes, and cannot change or remove
-  a version, or write to the data it trains on (so documents need their folds from somebody else).
+- `reader` loads and lists: it reads the whole database and watches it.
+- `worker` runs jobs and fires schedules: it adds versions, blobs and metrics, and promotes. It can neither change
+  nor remove a version, nor write to the data it trains on (so its documents need their folds from a `trainer`).
 - `trainer` does everything within its database.
-
-Always: a role is for one database and says nothing of any other.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from mongotorch.store.blobs import BUCKET
 from mongotorch.store.checkpoints import COLLECTION as CHECKPOINTS
 from mongotorch.store.components import COLLECTION as COMPONENTS
 from mongotorch.store.jobs import COLLECTION as JOBS
-from mongotorch.store.metrics import COLLECTION as POINTS
+from mongotorch.store.metrics import COLLECTION as METRICS
 from mongotorch.store.schedules import COLLECTION as SCHEDULES
 
 _READ: Final = ["find", "listCollections", "listIndexes", "collStats", "dbStats", "changeStream"]
@@ -25,21 +23,21 @@ _WORKER: Final = {
     ALIASES: ["insert"],
     COMPONENTS: ["insert"],
     f"{BUCKET}.files": ["insert", "update"],
-    f"{BUCKET}.chunks": ["insert", "remove"],  # of an upload that lost the race against the same bytes
+    f"{BUCKET}.chunks": ["insert", "remove"],  # an upload removes its own where another one was first
     JOBS: ["insert", "update"],
-    POINTS: ["insert", "update"],
+    METRICS: ["insert", "update"],
     CHECKPOINTS: ["insert", "update", "remove"],
-    SCHEDULES: ["insert", "update", "remove"],  # of the lease that says who looks
+    SCHEDULES: ["insert", "update", "remove"],  # the leader's lease is removed
 }
 ROLES: Final = ("reader", "worker", "trainer")
 
 
 def role_document(role: str, database: str) -> dict[str, Any]:
-    """The command that makes a role, to be run on the database `admin`.
+    """The command that creates a role, to be run on the database `admin`.
 
     Args:
         role: `reader`, `worker` or `trainer`.
-        database: The database that it is for.
+        database: The one database that the role is for.
 
     Returns:
         `{"createRole": "mongotorch-ROLE-DATABASE", …}`.

@@ -1,13 +1,10 @@
-"""The aliases: names that point at a version and can be moved, each move a document of its own.
+"""Stores the aliases: names that point at a version and can be moved. Each move is a document of its own.
 
-Always: a move is one insert, whose `_id` holds its number: of two at once one loses, and is told who moved it; a
-move is never changed or removed, so that what an alias named at any time can be read; times do not go back
-from one move to the next; a job moves an alias once; a move is given out only if its signature holds.
+`follow_alias` waits for the next move: by a change stream, or by looking again where there is none.
 
-Following an alias: woken by the server when it is moved, by looking again where the server wakes nobody.
-
-Always: the change stream is open before the first look, so that no move falls between the two; a stream that
-breaks is an error, so that who follows opens another one.
+Guarantees: a move is one insert whose `_id` contains its number, so that of two at once one fails; moves are never
+changed or removed, so that the alias can be read as of any time; times do not decrease from one move to the next;
+a job moves an alias once; a move is returned only if its signature is valid.
 """
 
 from __future__ import annotations
@@ -40,18 +37,18 @@ class Move:
     """One move of an alias.
 
     Attributes:
-        type_id: The kind of what it names.
-        identifier: The name of what it names.
+        type_id: The kind of the versions.
+        identifier: The name of the versions.
         alias: The alias.
-        n: The number of the move, from 1 without a gap.
-        from_uuid: What it named before; None: nothing.
-        to_uuid: What it names since; None: nothing, since that version was removed.
+        n: The number of the move: 1, 2, 3, ...
+        from_uuid: The version before the move; None: there was none.
+        to_uuid: The version after the move; None: none, since it was removed.
         from_version: The version number of `from_uuid`.
         to_version: The version number of `to_uuid`.
         who: Who moved it.
-        when: When, by the database's clock; naive UTC in whole milliseconds.
-        why: Why, in the words of who moved it.
-        job: The run that moved it; None: a person.
+        when: When, by the database's clock, naive UTC in whole milliseconds.
+        why: The reason given.
+        job: The job that moved it; None: a person did.
     """
 
     type_id: str
@@ -69,19 +66,19 @@ class Move:
 
     @property
     def name(self) -> tuple[str, str, str]:
-        """What is moved: kind, identifier, alias."""
+        """Kind, identifier and alias."""
         return self.type_id, self.identifier, self.alias
 
     def to_document(self) -> dict[str, Any]:
-        """What is stored of it."""
-        said = dataclasses.asdict(self)
+        """The document that is stored."""
+        fields = dataclasses.asdict(self)
         for end in ("from", "to"):
-            said[end] = said.pop(f"{end}_uuid")
-        return {"_id": f"{self.type_id}/{self.identifier}/{self.alias}#{self.n}", **WRITTEN, **said}
+            fields[end] = fields.pop(f"{end}_uuid")
+        return {"_id": f"{self.type_id}/{self.identifier}/{self.alias}#{self.n}", **WRITTEN, **fields}
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> Self:
-        """From what is stored. Raises: TrustError, where that is no move, or one of another `_id`."""
+        """The move that a document stores. Raises: TrustError where it is no move, or has the `_id` of another."""
         names = [field.name for field in dataclasses.fields(cls)]
         try:
             move = cls(**{name: document[name.removesuffix("_uuid")] for name in names})
@@ -99,7 +96,7 @@ class Aliases:
 
     Args:
         database: The driver's database.
-        trust: Signs moves and checks what is given out; None does neither.
+        trust: Signs moves and verifies what is read; None does neither.
         now: A clock instead of the server's, naive UTC; for tests.
     """
 
@@ -110,7 +107,7 @@ class Aliases:
 
     @driver_errors("preparing the aliases")
     def ensure_indexes(self) -> None:
-        """Make the indexes that the promises rest on; does nothing where they are there."""
+        """Create the indexes if they do not exist."""
         by_name = [(field, 1) for field in _NAME]
         ensure_index(self._documents, [*by_name, ("n", -1)], unique=True)
         of_job = {"job": {"$type": "string"}}
@@ -119,36 +116,36 @@ class Aliases:
 
     @driver_errors("reading an alias")
     def head(self, type_id: str, identifier: str, alias: str = LIVE) -> Move | None:
-        """The newest move, which says what the alias names; None where it was never moved. Raises: TrustError."""
+        """The newest move; None where the alias was never moved. Raises: TrustError, FormatError."""
         return self._newest(_named(type_id, identifier, alias))
 
     @driver_errors("reading an alias")
     def at(self, type_id: str, identifier: str, moment: datetime, alias: str = LIVE) -> Move | None:
-        """The move in force at a moment (aware, or naive UTC); None before the first. Raises: TrustError."""
+        """The newest move at a time (aware, or naive UTC), or None. Raises: TrustError, FormatError."""
         return self._newest({**_named(type_id, identifier, alias), **_until(moment)})
 
     @driver_errors("reading the history of an alias")
     def history(
         self, type_id: str, identifier: str, alias: str = LIVE, *, until: datetime | None = None
     ) -> list[Move]:
-        """The moves in their order, those after `until` (aware, or naive UTC) left out. Raises: TrustError."""
-        asked = {**_named(type_id, identifier, alias), **({} if until is None else _until(until))}
-        return [self._checked(document) for document in self._documents.find(asked).sort("n", 1)]
+        """The moves, oldest first, up to `until` (aware, or naive UTC). Raises: TrustError, FormatError."""
+        where = {**_named(type_id, identifier, alias), **({} if until is None else _until(until))}
+        return [self._checked(document) for document in self._documents.find(where).sort("n", 1)]
 
     @driver_errors("looking for aliases")
     def names(self, uuids: Iterable[str]) -> list[Move]:
-        """The newest moves of the aliases that name one of some uuids now. Raises: TrustError."""
-        wanted = set(uuids)
-        found = self._documents.find({"to": {"$in": sorted(wanted)}}, dict.fromkeys(_NAME, 1))
-        places = sorted({tuple(document[field] for field in _NAME) for document in found})
-        heads = (self.head(*place) for place in places)
-        return [head for head in heads if head is not None and head.to_uuid in wanted]
+        """The newest moves of the aliases that now name one of these uuids. Raises: TrustError, FormatError."""
+        targets = set(uuids)
+        found = self._documents.find({"to": {"$in": sorted(targets)}}, dict.fromkeys(_NAME, 1))
+        names = sorted({tuple(document[field] for field in _NAME) for document in found})
+        heads = (self.head(*name) for name in names)
+        return [head for head in heads if head is not None and head.to_uuid in targets]
 
     @driver_errors("listing aliases")
     def aliases(self, type_id: str, identifier: str) -> list[str]:
-        """The aliases of a name that name a version now, in order. Raises: TrustError."""
-        there = self._documents.distinct("alias", {"type_id": type_id, "identifier": identifier})
-        heads = [self.head(type_id, identifier, alias) for alias in sorted(there)]
+        """The aliases of an identifier that now name a version, sorted. Raises: TrustError, FormatError."""
+        known = self._documents.distinct("alias", {"type_id": type_id, "identifier": identifier})
+        heads = [self.head(type_id, identifier, alias) for alias in sorted(known)]
         return [head.alias for head in heads if head is not None and head.to_uuid is not None]
 
     @driver_errors("moving an alias")
@@ -164,26 +161,27 @@ class Aliases:
         why: str,
         job: str | None = None,
     ) -> Move:
-        """Move an alias, if nobody else has moved it meanwhile.
+        """Move an alias, unless somebody else moved it meanwhile.
 
         Args:
             type_id: The kind.
             identifier: The name.
             alias: The alias.
-            to: The document of the version that it is to name; None: nothing.
-            expected: The newest move as the caller knows it; None: it was never moved.
+            to: The document of the version that it will name; None: no version.
+            expected: The newest move that the caller knows; None: it was never moved.
             who: Who moves it.
-            why: Why.
-            job: The run that moves it; a second move of the same job is the first one.
+            why: The reason.
+            job: The job that moves it; a job moves an alias once.
 
         Returns:
-            The move; for a job that has moved this alias before, what it did then.
+            The move; for a job that has moved this alias before, that earlier move.
 
         Raises:
             ConflictError: Somebody has moved it since; the message says who.
-            IdentifierError: The alias is no name.
+            IdentifierError: The alias is not a valid name.
             ParameterError: The document is of another kind or name.
-            TrustError: What is there is not what a trusted key signed.
+            TrustError: A stored move is not what a trusted key signed.
+            FormatError: A newer release wrote a stored move.
         """
         if not IDENTIFIER.fullmatch(alias):
             raise IdentifierError(
@@ -208,7 +206,7 @@ class Aliases:
                 raise
         return move
 
-    def _next(self, before: Move | None, to: Mapping[str, Any] | None, **said: Any) -> Move:
+    def _next(self, before: Move | None, to: Mapping[str, Any] | None, **fields: Any) -> Move:
         now = self._clock.now()
         return Move(
             n=1 if before is None else before.n + 1,
@@ -216,16 +214,16 @@ class Aliases:
             to_uuid=None if to is None else to["_id"],
             from_version=None if before is None else before.to_version,
             to_version=None if to is None else to["version"],
-            # A new primary's clock may be behind the one that the move before was written by.
+            # The clock of a new primary may be behind that of the one before it.
             when=now if before is None else max(now, before.when),
-            **said,
+            **fields,
         )
 
     def _of_job(self, type_id: str, identifier: str, alias: str, job: str | None) -> Move | None:
         return None if job is None else self._newest({**_named(type_id, identifier, alias), "job": job})
 
-    def _newest(self, asked: Mapping[str, Any]) -> Move | None:
-        found = self._documents.find_one(asked, sort=[("n", -1)])
+    def _newest(self, where: Mapping[str, Any]) -> Move | None:
+        found = self._documents.find_one(where, sort=[("n", -1)])
         return None if found is None else self._checked(found)
 
     def _checked(self, document: Mapping[str, Any]) -> Move:
@@ -257,7 +255,7 @@ def _until(moment: datetime) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def follow_alias(database: Any, type_id: str, identifier: str, alias: str) -> Iterator[Wake]:
-    """Follow an alias.
+    """Wait for moves of an alias, as a context manager.
 
     Args:
         database: The driver's database.
@@ -266,17 +264,20 @@ def follow_alias(database: Any, type_id: str, identifier: str, alias: str) -> It
         alias: The alias.
 
     Yields:
-        A function that waits for seconds at most, a second at most, or until the alias is moved. It raises
-        StoreError and ServerUnavailableError, when whoever follows has to begin anew.
+        A function that returns when the alias was moved, or after a second at most. It raises StoreError or
+        ServerUnavailableError when the stream broke: look at the alias, and open another one.
+
+    Raises:
+        ServerUnavailableError: The server cannot be reached.
     """
-    moved = {"type_id": type_id, "identifier": identifier, "alias": alias}
+    moved = _named(type_id, identifier, alias)
     match = {"operationType": "insert", **{f"fullDocument.{field}": value for field, value in moved.items()}}
     stream = open_stream(database[COLLECTION], match, doing="following an alias")
     if stream is None:
         yield poller()
         return
 
-    def wake(left: float) -> None:  # noqa: ARG001 - the server waits as long as it was told when it was opened
+    def wake(left: float) -> None:  # noqa: ARG001 - how long the server waits was set when the stream was opened
         with driver_errors("following an alias"):
             if stream.alive:
                 stream.try_next()

@@ -1,8 +1,7 @@
-"""Where a run has got to: the last two states of each running job.
+"""Stores the checkpoints of running jobs: the two newest training states of each.
 
-Always: a checkpoint is visible when all its blobs are stored; who has lost the job writes none; of one job the
-last two are kept, so that there is one while the next is written; a later attempt's go before an earlier one's,
-and what `newest` gives is whole.
+Guarantees: a checkpoint is visible only when all of its blobs are stored; a worker that has lost its job writes
+none; `newest` prefers a later attempt over a later step of an earlier one.
 """
 
 from __future__ import annotations
@@ -16,11 +15,12 @@ from mongotorch.mongo.error_translation import driver_errors
 from mongotorch.mongo.server_features import ensure_index
 from mongotorch.store.blobs import BlobStore
 from mongotorch.store.jobs import COLLECTION as JOBS
+from mongotorch.store.jobs import running
 from mongotorch.store.signing import Trust
 
 COLLECTION: Final = "mt.checkpoints"
 KIND: Final = "checkpoint"
-KEPT: Final = 2
+KEPT: Final = 2  # there is one while the next is written
 _NEWEST: Final = [("attempt", -1), ("step", -1)]
 
 
@@ -30,18 +30,18 @@ class Checkpoints:
 
     Args:
         database: The driver's database.
-        trust: Signs and checks them, since a state may hold pickles; None does neither.
+        trust: Signs and verifies them, since a state may contain pickles; None does neither.
     """
 
     def __init__(self, database: Any, trust: Trust | None = None) -> None:
         self._documents = database[COLLECTION]
         self._jobs = database[JOBS]
-        self._artifacts = BlobStore(database)
+        self._blobs = BlobStore(database)
         self._trust = trust or Trust()
 
     @driver_errors("preparing the checkpoints")
     def ensure_indexes(self) -> None:
-        """Make the indexes that the promises rest on; does nothing where they are there."""
+        """Create the indexes if they do not exist."""
         ensure_index(self._documents, [("job", 1), *_NEWEST])
 
     @driver_errors("writing a checkpoint")
@@ -55,47 +55,49 @@ class Checkpoints:
         *,
         run: Mapping[str, Any] | None = None,
     ) -> bool:
-        """Write a checkpoint, and drop all but the last two of its job.
+        """Write a checkpoint, and drop all but the two newest of its job.
 
         Args:
             job: The job's id.
-            attempt: The token of the claim.
-            step: After how many optimizer steps.
-            body: The state, plain; large parts are blobs.
-            blobs: The names of all blobs that it refers to, stored already.
-            run: What holds for the whole run, from before its first step; plain BSON.
+            attempt: The fencing token of the claim.
+            step: The number of optimizer steps taken.
+            body: The state, encoded.
+            blobs: The names of all blobs that the state refers to; they are stored already.
+            run: What was decided before the first step and holds for the whole run, as plain BSON.
 
         Returns:
-            False: the job is no longer held under this attempt, and nothing was written.
+            False: the job no longer runs under this attempt, and nothing was written.
 
         Raises:
-            IntegrityError: A blob is not there.
+            IntegrityError: A blob is not stored.
         """
-        if not self._is_held(job, attempt):
+        if self._jobs.find_one(running(job, attempt), {"_id": 1}) is None:
             return False
         names = sorted(set(blobs))
-        missing = self._artifacts.touch(names)  # from here on `gc` lets them be, for its grace
+        missing = self._blobs.touch(names)
         if missing:
             raise IntegrityError(
                 f"the checkpoint of job {job} at step {step} names blobs that are gone: {missing}"
             )
-        key = {"job": job, "attempt": attempt, "step": int(step)}
-        said = {
+        document = {
             "_id": f"{job}:{attempt}:{step}",
             **WRITTEN,
-            **key,
+            "job": job,
+            "attempt": attempt,
+            "step": int(step),
             "body": dict(body),
             "run": dict(run or {}),
             "blobs": names,
         }
-        self._documents.replace_one({"_id": said["_id"]}, self._trust.sign(said, kind=KIND), upsert=True)
+        signed = self._trust.sign(document, kind=KIND)
+        self._documents.replace_one({"_id": document["_id"]}, signed, upsert=True)
         older = self._documents.find({"job": job}, {"_id": 1}).sort(_NEWEST).skip(KEPT)
         self._documents.delete_many({"_id": {"$in": [checkpoint["_id"] for checkpoint in older]}})
         return True
 
     @driver_errors("reading a checkpoint")
     def newest(self, job: str) -> dict[str, Any] | None:
-        """The document to go on from; None where there is none. Raises: TrustError, FormatError."""
+        """The document to resume a job from; None where there is none. Raises: TrustError, FormatError."""
         found: dict[str, Any] | None = self._documents.find_one({"job": job}, sort=_NEWEST)
         if found is not None:
             check_format(found, KIND)
@@ -104,9 +106,5 @@ class Checkpoints:
 
     @driver_errors("dropping checkpoints")
     def drop(self, job: str) -> int:
-        """Drop the checkpoints of a job; their blobs go with the next `gc`. How many there were."""
+        """Drop the checkpoints of a job, and return how many; garbage collection removes their blobs."""
         return int(self._documents.delete_many({"job": job}).deleted_count)
-
-    def _is_held(self, job: str, attempt: int) -> bool:
-        held = {"_id": job, "attempt": attempt, "status": "running"}
-        return self._jobs.find_one(held, {"_id": 1}) is not None

@@ -1,9 +1,10 @@
-"""The component documents: one a version, and the one insert that publishes it.
+"""Stores the components: one document a version, published by one insert.
 
-Always: two at once never get one version number (the index decides, the loser takes the next); a document is
-never changed after its insert; a document with an `anchor` is visible only when the component of that uuid
-is, so that the insert of the anchor publishes both; what is invisible is in nobody's way; a job publishes
-once; nothing is published whose blobs are not there; a document is given out only if its signature holds.
+A document with an `anchor` becomes visible when the component of that uuid does: one insert publishes both.
+
+Guarantees: two publications never get one version number (a unique index decides, the loser takes the next one); a
+document never changes after its insert; a job publishes once; nothing is published whose blobs are not stored; a
+document is returned only if its signature is valid.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from mongotorch.store.signing import Trust
 COLLECTION: Final = "mt.components"
 KIND: Final = "component"
 SLOW_S: Final = 60.0
-"""A publication that takes longer between its last look and its end looks again."""
+"""A publication that takes longer checks afterwards again that nothing it needs was collected."""
 
 
 @final
@@ -33,19 +34,19 @@ class Components:
 
     Args:
         database: The driver's database.
-        trust: Signs what is published and checks what is given out; None does neither.
+        trust: Signs what is published and verifies what is read; None does neither.
     """
 
     def __init__(self, database: Any, trust: Trust | None = None) -> None:
         self._documents = database[COLLECTION]
-        self._artifacts = BlobStore(database)
+        self._blobs = BlobStore(database)
         self._trust = trust or Trust()
 
     @driver_errors("preparing the components")
     def ensure_indexes(self) -> None:
-        """Make the indexes that the promises rest on; does nothing where they are there."""
+        """Create the indexes if they do not exist."""
         ensure_index(self._documents, [("type_id", 1), ("identifier", 1), ("version", 1)], unique=True)
-        # A job publishes one document without an anchor, and one for each anchor that it ever tried.
+        # A job publishes one document without an anchor, and one for each anchor that it tried.
         of_job = {"job": {"$type": "string"}}
         ensure_index(self._documents, [("job", 1), ("anchor", 1)], unique=True, partialFilterExpression=of_job)
         ensure_index(self._documents, "blobs")
@@ -56,15 +57,16 @@ class Components:
         """Insert a document under the next free version number.
 
         Args:
-            document: `_id`, `type_id`, `identifier`, and what else it says; its `blobs` are stored already.
-            needs: Uuids of documents that must be there, visible or not.
+            document: `_id`, `type_id`, `identifier` and its other fields; its `blobs` are stored already.
+            needs: Uuids of documents that must exist, visible or not.
 
         Returns:
             The version number, from 0.
 
         Raises:
-            ConflictError: Its `_id` is taken, its job has published, or what it needs is gone.
-            IntegrityError: A blob of it is not there.
+            ConflictError: Its `_id` is taken, its job has published already, or a document it needs is gone.
+            IntegrityError: One of its blobs is not stored.
+            CodecError: BSON cannot hold it.
         """
         needed = tuple(needs)
         started = time.monotonic()
@@ -81,10 +83,10 @@ class Components:
             version: int = 0 if last is None else last["version"] + 1
             try:
                 # The version and the format are part of what is signed.
-                said = {**document, **WRITTEN, "version": version}
-                self._documents.insert_one(self._trust.sign(said, kind=KIND))
+                whole = {**document, **WRITTEN, "version": version}
+                self._documents.insert_one(self._trust.sign(whole, kind=KIND))
             except DuplicateKeyError as error:
-                # Somebody took the number, and there is a next one; or the uuid or the job is taken for ever.
+                # The number was taken: try the next one. Or the uuid or the job was: that stays so.
                 self._raise_if_taken(document, error)
                 continue
             return version
@@ -100,31 +102,31 @@ class Components:
             raise ConflictError(f"job {job} has published already; this attempt publishes nothing") from error
 
     def _require(self, document: Mapping[str, Any], needed: tuple[str, ...]) -> None:
-        """Look for what the document refers to; from here on `gc` lets its blobs be, for its grace."""
+        """Check that what the document refers to exists, and protect its blobs from garbage collection."""
         name = f"{document['type_id']} {document['identifier']!r} ({document['_id']})"
-        missing = self._artifacts.touch(document.get("blobs", ()))
+        missing = self._blobs.touch(document.get("blobs", ()))
         if missing:
             raise IntegrityError(f"{name} names blobs that are not there: {missing}; apply it again")
-        there = self._documents.count_documents({"_id": {"$in": list(needed)}}) if needed else 0
-        if there != len(set(needed)):
+        found = self._documents.count_documents({"_id": {"$in": list(needed)}}) if needed else 0
+        if found != len(set(needed)):
             raise ConflictError(f"{name} was to be published with {list(needed)}, which is gone; apply it again")
 
     def _require_still(self, document: Mapping[str, Any], needed: tuple[str, ...]) -> None:
         try:
             self._require(document, needed)
-        except (IntegrityError, ConflictError):  # this process slept, and what it had written was collected
+        except (IntegrityError, ConflictError):  # this process slept, and its blobs were collected
             self._documents.delete_one({"_id": document["_id"]})
             raise
 
     @driver_errors("reading a component")
     def peek(self, uuid: str) -> dict[str, Any] | None:
-        """The visible document of a uuid, None where there is none. Raises: TrustError."""
+        """The visible document of a uuid; None where there is none. Raises: TrustError, FormatError."""
         found = self._documents.find_one({"_id": uuid})
         return self._checked(found) if found is not None and self._visible(found) else None
 
     @driver_errors("reading a component")
     def get(self, uuid: str) -> dict[str, Any]:
-        """The visible document of a uuid. Raises: NotFoundError, TrustError."""
+        """The visible document of a uuid. Raises: NotFoundError, TrustError, FormatError."""
         found = self.peek(uuid)
         if found is None:
             raise NotFoundError(f"no component with uuid {uuid}")
@@ -132,42 +134,48 @@ class Components:
 
     @driver_errors("looking for a component")
     def find(self, type_id: str, identifier: str, version: int | None = None) -> dict[str, Any]:
-        """The document of a name, its newest version unless one is given.
+        """The visible document of a version, by default the newest.
 
         Raises:
-            NotFoundError: There is none; the message names the versions there are.
+            NotFoundError: There is none; the message lists the versions.
             TrustError: It is not what a trusted key signed.
+            FormatError: A newer release wrote it.
         """
-        asked = {} if version is None else {"version": version}
-        found = self._checked(next(self._named(type_id, identifier, **asked), None))
+        given = {} if version is None else {"version": version}
+        found = self._checked(next(self._named(type_id, identifier, **given), None))
         if found is None:
-            there = self.versions(type_id, identifier)
-            wanted = f"version {version} of {type_id} {identifier!r}" if there else f"{type_id} {identifier!r}"
-            raise NotFoundError(f"no {wanted}" + (f"; there are {there}" if there else ""))
+            versions = self.versions(type_id, identifier)
+            name = f"{type_id} {identifier!r}"
+            where = f"version {version} of {name}; there are {versions}" if versions else name
+            raise NotFoundError(f"no {where}")
         return found
 
     @driver_errors("looking for a component")
     def newest(self, type_id: str, identifier: str) -> dict[str, Any] | None:
-        """The document of the newest visible version, None where there is none."""
+        """The newest visible version; None where there is none. Raises: TrustError, FormatError."""
         return self._checked(next(self._named(type_id, identifier), None))
 
     @driver_errors("looking for a component")
     def by_digest(self, type_id: str, identifier: str, digest: str) -> dict[str, Any] | None:
-        """The newest visible version with this content, None where there is none."""
+        """The newest visible version with this content, or None. Raises: TrustError, FormatError."""
         return self._checked(next(self._named(type_id, identifier, digest=digest), None))
 
     @driver_errors("reading a component")
     def of_job(self, job: str) -> dict[str, Any] | None:
-        """The document that a job published without an anchor: its model; None where it has not published."""
+        """The document that a job published without an anchor (its model); None where it has not published."""
         found = self._documents.find_one({"job": job, "anchor": None}, {"_id": 1})
         return None if found is None else self.peek(found["_id"])
 
     @driver_errors("looking for trained versions")
     def trained(self, collection: str | None = None) -> Iterator[dict[str, Any]]:
-        """The visible documents that say what they were trained on, the newest first. Raises: TrustError.
+        """The visible documents that record what they were trained on, newest first.
 
         Args:
             collection: Only those trained on documents of this collection.
+
+        Raises:
+            TrustError: One is not what a trusted key signed.
+            FormatError: A newer release wrote one.
         """
         where = {"data.query.collection": {"$exists": True} if collection is None else collection}
         for document in self._documents.find(where).sort([("created", -1), ("version", -1)]):
@@ -181,13 +189,13 @@ class Components:
 
     @driver_errors("listing identifiers")
     def identifiers(self, type_id: str) -> list[str]:
-        """The identifiers of a kind that have a visible version, in order."""
+        """The identifiers of a kind that have a visible version, sorted."""
         names = self._documents.distinct("identifier", {"type_id": type_id})
         return sorted(name for name in names if self.newest(type_id, name) is not None)
 
     @driver_errors("listing kinds")
     def kinds(self) -> list[str]:
-        """The kinds there are, in order."""
+        """The kinds that have a visible version, sorted."""
         return sorted(kind for kind in self._documents.distinct("type_id") if self.identifiers(kind))
 
     @driver_errors("looking for users")
@@ -202,7 +210,7 @@ class Components:
 
     @driver_errors("removing a component")
     def remove(self, uuid: str) -> None:
-        """Remove a document. Who calls it has checked that nothing needs it."""
+        """Remove a document; the caller has checked that nothing needs it."""
         self._documents.delete_one({"_id": uuid})
 
     def _checked(self, document: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -221,5 +229,5 @@ class Components:
         anchor = document.get("anchor")
         if anchor is None:
             return True
-        # The anchor must refer back: what an earlier try of the same publication left stays invisible.
+        # The anchor must refer back: what an earlier attempt at this publication left stays invisible.
         return self._documents.find_one({"_id": anchor, "refs": document["_id"]}, {"_id": 1}) is not None

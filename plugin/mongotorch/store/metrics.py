@@ -1,24 +1,24 @@
-"""What a run measured: one document a point, so that a long history never meets the size limit of a document.
+"""Stores what runs measure: one document for each job, step and kind, so that no document grows with the run.
 
-Always: one point for a job, step and kind; saying it again, as a resumed run does, replaces it.
+Guarantees: writing the same job, step and kind again, as a resumed run does, replaces the entry.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, final
+from typing import Any, Final, final
 
 from mongotorch.codecs import WRITTEN, check_format
 from mongotorch.mongo.error_translation import driver_errors
 from mongotorch.mongo.redact import plain_key
 from mongotorch.mongo.server_features import Later, clock_of, ensure_index
 
-COLLECTION = "mt.metrics"
+COLLECTION: Final = "mt.metrics"
 
 
 @final
 class MetricLog:
-    """The measured points of one database.
+    """The metric entries of one database.
 
     Args:
         database: The driver's database.
@@ -30,42 +30,43 @@ class MetricLog:
 
     @driver_errors("preparing the metrics")
     def ensure_indexes(self) -> None:
-        """Make the indexes that the promises rest on; does nothing where they are there."""
+        """Create the indexes if they do not exist."""
         ensure_index(self._documents, [("job", 1), ("step", 1), ("kind", 1)], unique=True)
         ensure_index(self._documents, [("component", 1), ("step", 1)])
 
     @driver_errors("writing a metric")
     def add(self, *, job: str, component: str, step: int, kind: str, values: Mapping[str, float]) -> None:
-        """Write a point; the same job, step and kind again replaces it.
+        """Write an entry, over the one of the same job, step and kind.
 
         Args:
             job: The job's id.
             component: The uuid of what is trained.
-            step: After how many optimizer steps.
-            kind: What was measured: `train`, `valid`.
-            values: By name.
+            step: The number of optimizer steps taken.
+            kind: What was measured: `train` or `valid`.
+            values: The measured values by name.
         """
-        point = {"job": job, "step": int(step), "kind": kind}
-        said = {
-            **point,
+        entry = {
+            "job": job,
+            "step": int(step),
+            "kind": kind,
             **WRITTEN,
             "component": component,
             "values": {plain_key(name): float(value) for name, value in values.items()},
             "at": Later(),
         }
         with self._clock.alone():
-            # The _id is the point itself: two writers at once then meet in one document.
-            self._documents.update_one({"_id": f"{job}:{step}:{kind}"}, self._clock.update(said), upsert=True)
+            # The _id follows from the entry, so that two writers at once meet in one document.
+            self._documents.update_one({"_id": f"{job}:{step}:{kind}"}, self._clock.update(entry), upsert=True)
 
     @driver_errors("reading metrics")
     def of(self, job: str) -> list[dict[str, Any]]:
-        """The points of a job, by step and kind. Raises: FormatError."""
+        """The entries of a job, by step and kind. Raises: FormatError."""
         found = list(self._documents.find({"job": job}).sort([("step", 1), ("kind", 1)]))
-        for point in found:
-            check_format(point, "metric")
+        for entry in found:
+            check_format(entry, "metric")
         return found
 
     @driver_errors("removing metrics")
     def remove(self, job: str) -> int:
-        """Remove the points of a job; how many there were."""
+        """Remove the entries of a job, and return how many."""
         return int(self._documents.delete_many({"job": job}).deleted_count)

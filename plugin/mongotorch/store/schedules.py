@@ -1,8 +1,8 @@
-"""What a schedule remembers between two looks, and who looks: one document a schedule, one lease for all.
+"""Stores the runtime state of schedules, one document each, and the lease of the scheduler that leads.
 
-Always: a document changes only by compare-and-set on `rev`, so that a scheduler which has lost its lease cannot
-count or fire anything a second time; what was counted, up to which change, and what was decided by it are in one
-write; a firing has a number of its own, and is kept until its job is known to exist.
+Guarantees: a document changes only by compare-and-set on `rev`, so that a scheduler that has lost its lease counts
+and fires nothing twice; the counts, the position in the changes and the decision are one write; a firing has a
+number of its own, and is kept until its job is known to exist.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mongotorch.mongo.server_features import Later, Now, clock_of, ensure_index
 
 COLLECTION: Final = "mt.schedules"
 KIND: Final = "schedule"
-_LEADER: Final = "#leader"  # no identifier has this character
+_LEADER: Final = "#leader"  # an `_id` that no identifier can be
 _SCHEDULES: Final = {"component": {"$type": "string"}}
 Document = dict[str, Any]
 
@@ -40,15 +40,15 @@ class Schedules:
 
     @driver_errors("preparing the schedules")
     def ensure_indexes(self) -> None:
-        """Make the indexes that looking rests on; does nothing where they are there."""
+        """Create the indexes if they do not exist."""
         ensure_index(self._documents, "next_at")
 
     @driver_errors("adding a schedule")
     def add(self, identifier: str, values: Mapping[str, Any]) -> bool:
-        """Begin a schedule's document; False where there is one already."""
+        """Insert a schedule's document; False if there is one already."""
         try:
-            begun = {"_id": identifier, **WRITTEN, "rev": 0, "firings": 0, "pending": None, **values}
-            self._documents.insert_one(begun)
+            document = {"_id": identifier, **WRITTEN, "rev": 0, "firings": 0, "pending": None, **values}
+            self._documents.insert_one(document)
         except DuplicateKeyError:
             return False
         return True
@@ -64,7 +64,7 @@ class Schedules:
 
     @driver_errors("reading the schedules")
     def all(self) -> list[Document]:
-        """Every schedule's document, by name. Raises: FormatError."""
+        """All documents, by identifier. Raises: FormatError."""
         found = list(self._documents.find(_SCHEDULES).sort("_id", 1))
         for document in found:
             check_format(document, KIND)
@@ -72,28 +72,28 @@ class Schedules:
 
     @driver_errors("reading the schedules")
     def readable(self) -> list[Document]:
-        """The documents that no newer release has written, by name: those that a scheduler here looks after."""
+        """The documents that this release can read, by identifier; its schedulers handle these only."""
         return list(self._documents.find({**_SCHEDULES, **READABLE}).sort("_id", 1))
 
     @driver_errors("reading the schedules")
     def due(self, now: datetime, *, limit: int = 1000) -> list[Document]:
-        """Those that have to be looked at: their time has come, or a firing of theirs waits for its job.
+        """The documents to handle now: their `next_at` has come, or a firing waits for its job.
 
-        What a newer release has written is left to its schedulers.
+        Those that a newer release wrote are left to its schedulers.
         """
         waiting = {"$or": [{"next_at": {"$lte": now}, "paused": False}, {"pending": {"$type": "object"}}]}
         return list(self._documents.find({**_SCHEDULES, **READABLE, **waiting}).sort("next_at", 1).limit(limit))
 
     @driver_errors("writing a schedule")
     def write(self, document: Mapping[str, Any], changes: Mapping[str, Any]) -> Document | None:
-        """Change a document, if it still is as it was read.
+        """Change a document, unless it was changed since it was read.
 
         Args:
             document: As it was read.
             changes: The fields that change.
 
         Returns:
-            The document as it is now; None where somebody was faster, and nothing was changed.
+            The changed document; None where somebody else changed it first, and nothing was written.
         """
         now = {**changes, **WRITTEN, "rev": document["rev"] + 1}
         same = {"_id": document["_id"], "rev": document["rev"]}
@@ -102,7 +102,7 @@ class Schedules:
         return {**document, **now} if done else None
 
     def change(self, identifier: str, changes: Mapping[str, Any]) -> Document:
-        """Change a document whatever it says. Raises: NotFoundError."""
+        """Change a document in any state. Raises: NotFoundError, FormatError."""
         while True:
             changed = self.write(self.get(identifier), changes)
             if changed is not None:
@@ -110,24 +110,24 @@ class Schedules:
 
     @driver_errors("removing a schedule")
     def remove(self, identifier: str) -> None:
-        """Forget a schedule. Again: nothing."""
+        """Remove a schedule's document, if there is one."""
         self._documents.delete_one({"_id": identifier, **_SCHEDULES})
 
     @driver_errors("asking the time")
     def now(self) -> datetime:
-        """The time of the clock that counts, naive UTC."""
+        """The database's time, naive UTC."""
         return self._clock.now()
 
     @driver_errors("leading the schedulers")
     def lead(self, who: str, lease_s: float) -> bool:
-        """Become, or stay, the one scheduler that looks.
+        """Become the leader, or extend the lease if this scheduler leads already.
 
         Args:
-            who: Names this scheduler; no other may have the name.
-            lease_s: For how many seconds others wait when it goes silent.
+            who: The unique name of this scheduler.
+            lease_s: For how many seconds the lead is held without another call.
 
         Returns:
-            False: another one leads.
+            False: another scheduler leads.
         """
         free = {"_id": _LEADER, "$or": [{"who": who}, self._clock.due("until")]}
         missing = {"_id": _LEADER, "who": {"$exists": False}}
@@ -136,7 +136,7 @@ class Schedules:
             if self._documents.update_one(free, update).matched_count:
                 return True
             try:
-                # An upsert that finds a leader tries to insert a second one.
+                # Where another one leads, the upsert finds nothing and fails on the `_id` that is taken.
                 self._documents.update_one(missing, update, upsert=True)
             except DuplicateKeyError:
                 return False
@@ -144,5 +144,5 @@ class Schedules:
 
     @driver_errors("leaving the lead")
     def resign(self, who: str) -> None:
-        """Let another scheduler lead at once. Not the leader: nothing."""
+        """Give up the lead, so that another scheduler can lead at once; does nothing unless this one leads."""
         self._documents.delete_one({"_id": _LEADER, "who": who})

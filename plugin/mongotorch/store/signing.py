@@ -1,24 +1,15 @@
-"""Who wrote a document: a signature over all of it, checked before anything in it is decoded or unpickled.
+"""Signs stored documents, and verifies signatures before anything of a document is decoded or unpickled.
 
-The blobs are covered by their names: a document lists the SHA-256 of each, and every read checks it. What a
-signature cannot say is that a document is missing, or which of two genuine versions somebody means.
+Keys are written into a setting or a key file: `SECRET` or `hmac:SECRET` (at least 16 bytes) is shared by all;
+with `ed25519:SEED` and `ed25519-public:KEY` (32 bytes in base64; needs the package `cryptography`) those who only
+load cannot sign. Several keys are separated by blanks, commas or lines; `#` starts a comment. The first that can
+sign signs, all are accepted: to rotate, put the new key in front.
 
-Always: what is signed is the whole document but the signature, in the one form that BSON gives it, so that a
-change of any byte that means something is noticed; no key is in a `repr`, an error or a document.
+A signature covers the blobs by their names: a document lists the SHA-256 of each, and every read checks it. It
+cannot tell that a document is missing, or which of two genuine versions somebody means.
 
-Signatures for teams: who trains holds the private key, who only loads holds the public one and cannot sign.
-
-Needs the package `cryptography`, which is looked for when such a key is given and not before.
-
-Always: the private key is in no `repr` and no error.
-
-From settings to keys: what a person writes into an environment variable or a key file.
-
-A key is one word: `SECRET` or `hmac:SECRET` (at least 16 characters), `ed25519:SEED` or `ed25519-public:KEY`
-(32 bytes in base64; needs the package `cryptography`). Several are separated by blanks, commas or lines; `#`
-starts a comment. The first that can sign signs, all are accepted: to rotate, put the new one in front.
-
-Always: no error holds a key.
+Guarantees: the whole document except the signature is signed, in the one form that BSON gives it, so that a change
+of any byte that matters is noticed; no key is in a `repr`, an error or a document.
 """
 
 from __future__ import annotations
@@ -41,16 +32,16 @@ from bson.codec_options import CodecOptions
 from mongotorch.errors import CodecError, SettingError, TrustError, UnsupportedError
 
 FIELD: Final = "signature"
-LEAST_SECRET: Final = 16  # bytes
+MIN_SECRET_BYTES: Final = 16
 _OPTIONS: Final[CodecOptions[dict[str, Any]]] = CodecOptions(uuid_representation=UuidRepresentation.STANDARD)
 
 
-class Key(Protocol):
-    """One key: it recognises its own signatures, and may be able to make them."""
+class SigningKey(Protocol):
+    """One key: verifies its own signatures, and may be able to make them."""
 
     @property
     def key_id(self) -> str:
-        """Names the key in a document, and says nothing about it."""
+        """Names the key in a document, without revealing it."""
 
     @property
     def algorithm(self) -> str:
@@ -64,15 +55,15 @@ class Key(Protocol):
         """The signature of some bytes."""
 
     def fits(self, data: bytes, signature: bytes) -> bool:
-        """Whether it made the signature; takes the same time for every wrong one."""
+        """Whether this key made the signature; takes the same time for every wrong one."""
 
 
 @final
 class HmacKey:
-    """A secret that all who sign and all who verify share.
+    """A secret shared by all who sign or verify.
 
     Args:
-        secret: At least 16 bytes, from a generator of random ones.
+        secret: At least 16 random bytes.
     """
 
     algorithm: Final = "hmac-sha256"
@@ -86,11 +77,11 @@ class HmacKey:
         return f"HmacKey({self.key_id})"
 
     def sign(self, data: bytes) -> bytes:
-        """See `Key.sign`."""
+        """See `SigningKey.sign`."""
         return hmac.digest(self._secret, data, "sha256")
 
     def fits(self, data: bytes, signature: bytes) -> bool:
-        """See `Key.fits`."""
+        """See `SigningKey.fits`."""
         return hmac.compare_digest(self.sign(data), signature)
 
 
@@ -99,53 +90,52 @@ class HmacKey:
 class Signer:
     """Signs documents with one key."""
 
-    key: Key
+    key: SigningKey
 
     def signed(self, document: Mapping[str, Any], *, kind: str) -> dict[str, Any]:
         """The document with its signature.
 
         Args:
-            document: All of it, in the form in which it will be stored.
-            kind: What it is (`component`, `checkpoint`), so that none passes for another.
+            document: The whole document, as it will be stored.
+            kind: `component`, `checkpoint` or `alias`; signed too, so that none passes for another.
 
         Raises:
             CodecError: BSON cannot hold it.
         """
         value = self.key.sign(canonical(document, kind=kind))
-        said = {"key": self.key.key_id, "algorithm": self.key.algorithm, "value": value}
-        return {**document, FIELD: said}
+        return {**document, FIELD: {"key": self.key.key_id, "algorithm": self.key.algorithm, "value": value}}
 
 
 @final
 @dataclasses.dataclass(frozen=True)
 class SignatureVerifier:
-    """Checks documents against the accepted keys.
+    """Verifies documents with the accepted keys.
 
     Args:
-        keys: By their id.
-        required: Refuse what is not signed, or signed with another key.
+        keys: The accepted keys by their id.
+        required: Refuse documents that are not signed, or signed with another key.
     """
 
-    keys: Mapping[str, Key]
+    keys: Mapping[str, SigningKey]
     required: bool
 
     @classmethod
-    def of(cls, *keys: Key, required: bool = True) -> Self:
-        """One that accepts these keys."""
+    def of(cls, *keys: SigningKey, required: bool = True) -> Self:
+        """A verifier that accepts these keys."""
         return cls({key.key_id: key for key in keys}, required)
 
     def check(self, document: Mapping[str, Any], *, kind: str) -> None:
         """Return if the document is what its signer wrote.
 
         Raises:
-            TrustError: It is not, or nobody trusted signed it; nothing of it was decoded.
+            TrustError: It was changed, or no accepted key signed it; nothing of it was decoded.
         """
         signature = document.get(FIELD)
         if signature is None:
             self._refuse_if_required(document, kind, "is not signed, and trust='signed' was asked for")
             return
         if not isinstance(signature, Mapping):
-            raise _untrusted(document, kind, "has a signature that is none")
+            raise _untrusted(document, kind, "has a signature of no known form")
         key = self.keys.get(str(signature.get("key")))
         if key is None:
             why = (
@@ -154,9 +144,9 @@ class SignatureVerifier:
             self._refuse_if_required(document, kind, why)
             return
         value: bytes = signature.get("value", b"")
-        # Exact types: a signature has one form, and a binary of another subtype is another one.
-        forms = {name: type(part) for name, part in signature.items()}
-        whole = forms == {"key": str, "algorithm": str, "value": bytes} and signature["algorithm"] == key.algorithm
+        # Exact types: a binary of another subtype is not the form that a signature has.
+        types = {name: type(part) for name, part in signature.items()}
+        whole = types == {"key": str, "algorithm": str, "value": bytes} and signature["algorithm"] == key.algorithm
         if not whole or not _fits(key, document, kind, value):
             raise _untrusted(document, kind, "is not what was signed: somebody changed it")
 
@@ -168,25 +158,26 @@ class SignatureVerifier:
 @final
 @dataclasses.dataclass(frozen=True)
 class Trust:
-    """How one datalayer signs and checks; without either, every document is taken as it is."""
+    """How one datalayer signs and verifies; without a verifier, every document is accepted."""
 
     signer: Signer | None = None
     verifier: SignatureVerifier | None = None
 
     def sign(self, document: Mapping[str, Any], *, kind: str) -> dict[str, Any]:
-        """The document, signed where there is a signer. Raises: CodecError."""
+        """The document, signed if there is a signer. Raises: CodecError where BSON cannot hold it."""
         return dict(document) if self.signer is None else self.signer.signed(document, kind=kind)
 
     def check(self, document: Mapping[str, Any], *, kind: str) -> None:
-        """Check a document where there is a verifier. Raises: TrustError."""
+        """Verify a document if there is a verifier. Raises: TrustError."""
         if self.verifier is not None:
             self.verifier.check(document, kind=kind)
 
 
 def canonical(document: Mapping[str, Any], *, kind: str) -> bytes:
-    """The bytes that are signed: the document as BSON, its fields by name, those inside in their order.
+    """The bytes that are signed: the document as BSON, its top-level fields sorted by name.
 
-    The server moves `_id` to the front and nothing else; the order inside a field may mean something (a sort).
+    The server changes the order of the top-level fields only (`_id` comes first); inside a field the order may
+    matter (a sort).
 
     Raises:
         CodecError: BSON cannot hold it.
@@ -199,11 +190,11 @@ def canonical(document: Mapping[str, Any], *, kind: str) -> bytes:
 
 
 def key_id_of(kind: bytes, material: bytes) -> str:
-    """A name for a key that follows from it, one way."""
+    """The id of a key: a hash of it, from which the key cannot be found."""
     return hashlib.sha256(b"mongotorch key\0" + kind + b"\0" + material).hexdigest()[:16]
 
 
-def _fits(key: Key, document: Mapping[str, Any], kind: str, value: bytes) -> bool:
+def _fits(key: SigningKey, document: Mapping[str, Any], kind: str, value: bytes) -> bool:
     try:
         return key.fits(canonical(document, kind=kind), value)
     except CodecError:
@@ -217,16 +208,16 @@ def _untrusted(document: Mapping[str, Any], kind: str, why: str) -> TrustError:
     )
 
 
-_BYTES = 32
+_ED25519_BYTES: Final = 32
 
 
 @final
 class Ed25519Key:
-    """A public key, and perhaps the private one that belongs to it.
+    """A public key, and the private key that belongs to it for those who sign.
 
     Args:
-        public: The driver's public key.
-        private: The driver's private key, or None.
+        public: The public key, of the package `cryptography`.
+        private: The private key, of that package too; None: it cannot sign.
         raw: The 32 bytes of the public key.
     """
 
@@ -241,18 +232,23 @@ class Ed25519Key:
 
     @classmethod
     def parse(cls, text: str, *, private: bool, setting: str) -> Self:
-        """A key of its 32 bytes in base64.
+        """The key of 32 bytes in base64.
+
+        Args:
+            text: The bytes in base64.
+            private: Whether it is the seed of the private key; else it is the public key.
+            setting: Where it was read, for errors.
 
         Raises:
-            SettingError: It is none.
+            SettingError: It is not 32 bytes in base64.
             UnsupportedError: The package `cryptography` is not installed.
         """
         try:
             raw = base64.b64decode(text, validate=True)
         except (binascii.Error, ValueError):
             raw = b""
-        if len(raw) != _BYTES:
-            raise SettingError(f"{setting}: an Ed25519 key is {_BYTES} bytes in base64", setting=setting)
+        if len(raw) != _ED25519_BYTES:
+            raise SettingError(f"{setting}: an Ed25519 key is {_ED25519_BYTES} bytes in base64", setting=setting)
         try:
             keys: Any = importlib.import_module("cryptography.hazmat.primitives.asymmetric.ed25519")
         except ImportError as error:
@@ -267,7 +263,7 @@ class Ed25519Key:
 
     @property
     def can_sign(self) -> bool:
-        """Whether the private key is here."""
+        """Whether it has the private key."""
         return self._private is not None
 
     def sign(self, data: bytes) -> bytes:
@@ -290,15 +286,16 @@ Policy = Literal["any", "signed"]
 
 
 def trust_of(*, key: str | None, key_file: Path | None, policy: Policy) -> Trust:
-    """How to sign and check.
+    """How to sign and verify, by the settings.
 
     Args:
-        key: Keys, as one text.
-        key_file: A file of keys, accepted as well; its first key signs where `key` has none.
-        policy: `signed` refuses whatever no accepted key has signed; `any` takes unsigned documents too.
+        key: The text of keys.
+        key_file: A file of more keys; the first that can sign signs if none of `key` can.
+        policy: `signed` refuses documents that no accepted key has signed; `any` accepts unsigned ones.
 
     Raises:
-        SettingError: A key cannot be used, the file cannot be read, or `signed` without any key.
+        SettingError: A key cannot be used, the file cannot be read, or the policy is `signed` without any key.
+        UnsupportedError: A key needs the package `cryptography`, which is not installed.
     """
     keys = parse_keys(key or "", setting="signing_key")
     if key_file is not None:
@@ -322,20 +319,20 @@ def trust_of(*, key: str | None, key_file: Path | None, policy: Policy) -> Trust
     return Trust(None if signing is None else Signer(signing), verifier)
 
 
-def parse_keys(text: str, *, setting: str) -> list[Key]:
-    """The keys of a text, in order. Raises: SettingError."""
+def parse_keys(text: str, *, setting: str) -> list[SigningKey]:
+    """The keys of a text, in order. Raises: SettingError, UnsupportedError."""
     words = re.sub(r"(^|\s)#.*", "", text, flags=re.MULTILINE).replace(",", " ").split()
-    return [_parse_key(word, setting, place) for place, word in enumerate(words, start=1)]
+    return [_parse_key(word, setting, number) for number, word in enumerate(words, start=1)]
 
 
-def _parse_key(word: str, setting: str, place: int) -> Key:
+def _parse_key(word: str, setting: str, number: int) -> SigningKey:
     kind, colon, material = word.partition(":")
     if colon and kind in ("ed25519", "ed25519-public"):
         return Ed25519Key.parse(material, private=kind == "ed25519", setting=setting)
     secret = material if colon and kind == "hmac" else word
-    if len(secret.encode()) < LEAST_SECRET:
+    if len(secret.encode()) < MIN_SECRET_BYTES:
         raise SettingError(
-            f"{setting}: key {place} is shorter than {LEAST_SECRET} bytes; make one with "
+            f"{setting}: key {number} is shorter than {MIN_SECRET_BYTES} bytes; make one with "
             "`python -c 'import secrets; print(secrets.token_urlsafe(32))'`",
             setting=setting,
         )
