@@ -1,9 +1,9 @@
-"""Writes docs/reference/ from the docstrings of the public names, so that it never says something else.
+"""Writes docs/reference/ from the docstrings of what users and extensions meet, so that the two never differ.
 
     python docs/make_reference.py            writes the pages
     python docs/make_reference.py --check    exit code 1 if a page is not what would be written
 
-Always: the pages depend on the code alone (no dates, no addresses of objects, no paths of this machine).
+Guarantees: the pages depend on the code alone (no dates, no addresses of objects, no paths of this machine).
 """
 
 from __future__ import annotations
@@ -31,7 +31,52 @@ MODULES = (
     "mongotorch.schedule",
     "mongotorch.testing",
 )
-MORE = ("mongotorch.data.stream.stream.Stream", "mongotorch.train.mapping.Passed")
+# Group -> page -> what is on it: a name in `mongotorch`, or `module:name`; `module:*` is all that it offers.
+GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
+    "For users": {
+        "datalayer": ("Datalayer",),
+        "collection": ("Collection", "Query"),
+        "trainer": ("TorchTrainer", "Passed"),
+        "model": ("TorchModel",),
+        "metrics": ("Metric", "Validation", "Dataset"),
+        "component": ("Component",),
+        "jobs": ("Job", "Worker"),
+        "versions": (
+            "Live",
+            "Move",
+            "services.lineage:Diff",
+            "services.lineage:TrainedOn",
+            "services.lineage:Reproduction",
+        ),
+        "schedules": (
+            "Schedule",
+            "Cron",
+            "Every",
+            "NewDocuments",
+            "Changed",
+            "MetricBelow",
+            "MetricAbove",
+            "AnyOf",
+            "AllOf",
+            "Better",
+            "Always",
+            "Never",
+            "schedule:preview",
+            "Firing",
+        ),
+        "stream": ("data:Stream", "data:Report", "data:Explanation"),
+        "maintenance": ("store:Collected", "store:Verified"),
+        "errors": ("errors:*",),
+        "settings": ("Settings",),
+    },
+    "For extensions": {
+        "codecs": ("codecs:Codec", "codecs:Codecs", "codecs:Pickled"),
+        "triggers": ("Trigger", "State", "Decision"),
+        "gates": ("Gate", "Scores", "Verdict"),
+        "engines": ("jobs:Engine", "jobs:LocalEngine", "jobs:QueueEngine"),
+        "testing": ("testing:*",),
+    },
+}
 SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises", "Source")
 LISTS = ("Args", "Attributes", "Raises")
 ENTRY = re.compile(r"    (\*{0,2}\w[\w., *]*?): (.*)")
@@ -41,22 +86,42 @@ NOTE = "<!-- Written by docs/make_reference.py; change the docstrings instead. -
 INTRODUCTIONS = {"errors": inspect.cleandoc(importlib.import_module("mongotorch.errors").__doc__ or "") + "\n\n"}
 
 
+def offered(module: Any) -> dict[str, Any]:
+    """The classes and functions that a module offers: name -> object, sorted."""
+    names = getattr(module, "__all__", None) or [name for name in vars(module) if not name.startswith("_")]
+    found = {name: getattr(module, name) for name in sorted(names)}
+    return {name: value for name, value in found.items() if documentable(value)}
+
+
+def documentable(value: Any) -> bool:
+    """Whether it is a class or a function of mongotorch."""
+    own = (getattr(value, "__module__", None) or "").startswith("mongotorch.")
+    return own and (inspect.isclass(value) or inspect.isfunction(value))
+
+
+def entry(where: str) -> dict[str, Any]:
+    """What an entry of `GROUPS` stands for: name -> object."""
+    module_name, _, name = where.rpartition(":")
+    module = importlib.import_module(f"mongotorch.{module_name}" if module_name else "mongotorch")
+    return offered(module) if name == "*" else {name: getattr(module, name)}
+
+
 @functools.cache
-def public() -> dict[str, dict[str, Any]]:
-    """Page name -> {public name -> object}, both sorted."""
-    found_pages: dict[str, dict[str, Any]] = {}
-    found = {name: getattr(mongotorch, name) for name in mongotorch.__all__}
-    for module in map(importlib.import_module, MODULES):
-        names = getattr(module, "__all__", None) or [n for n in vars(module) if not n.startswith("_")]
-        found |= {name: getattr(module, name) for name in names}
-    for where in MORE:
-        home, _, name = where.rpartition(".")
-        found[name] = getattr(importlib.import_module(home), name)
-    for name, value in sorted(found.items()):
-        home = getattr(value, "__module__", None) or ""
-        if (inspect.isclass(value) or inspect.isfunction(value)) and home.startswith("mongotorch."):
-            found_pages.setdefault(home.split(".")[1], {})[name] = value
-    return dict(sorted(found_pages.items()))
+def shown() -> dict[str, dict[str, Any]]:
+    """Page -> {name -> object}, in the order in which they are shown."""
+    return {
+        page: {name: value for where in entries for name, value in entry(where).items()}
+        for pages in GROUPS.values()
+        for page, entries in pages.items()
+    }
+
+
+def public() -> dict[str, Any]:
+    """All that anybody may import: what is on a page, and what the public modules offer besides."""
+    found = {name: value for page in shown().values() for name, value in page.items()}
+    for module in map(importlib.import_module, ("mongotorch", *MODULES)):
+        found |= offered(module)
+    return dict(sorted(found.items()))
 
 
 def show_default(value: Any) -> str:
@@ -127,7 +192,7 @@ def prose(text: str) -> str:
 
 def shown_bases(cls: type) -> list[type]:
     """The base classes that have an entry of their own."""
-    entries = [value for names in public().values() for value in names.values()]
+    entries = [value for names in shown().values() for value in names.values()]
     return [base for base in cls.__mro__[1:] if base in entries]
 
 
@@ -189,18 +254,20 @@ def describe(name: str, value: Any) -> str:
 
 def pages() -> dict[str, str]:
     """File name -> what it holds."""
-    found = public()
     written = {
-        f"{page}.md": NOTE
-        + f"\n# mongotorch: {page}\n\n{INTRODUCTIONS.get(page, '')}"
+        f"{page}.md": f"{NOTE}\n# Reference: {page}\n\n{INTRODUCTIONS.get(page, '')}"
         + "\n".join(describe(name, value) for name, value in names.items())
-        for page, names in found.items()
+        for page, names in shown().items()
     }
     listing = "".join(
-        f"\n## [{page}]({page}.md)\n\n" + "".join(f"- `{name}`\n" for name in names)
-        for page, names in found.items()
+        f"\n## {group}\n\n"
+        + "".join(
+            f"- [{page}]({page}.md): {', '.join(f'`{name}`' for name in shown()[page])}\n" for page in entries
+        )
+        for group, entries in GROUPS.items()
     )
-    return {"index.md": NOTE + "\n# Reference\n\nWritten from the docstrings.\n" + listing} | written
+    head = "# Reference\n\nThe commands are in [Work from the command line](../how-to/command-line.md).\n"
+    return {"index.md": f"{NOTE}\n{head}{listing}"} | written
 
 
 def main() -> int:
