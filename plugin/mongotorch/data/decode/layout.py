@@ -24,7 +24,7 @@ import numpy as np
 from bson.binary import VECTOR_SUBTYPE
 from numpy.typing import NDArray
 
-from mongotorch.codecs.arrays import dtype_name, from_parts, restore, vector_type
+from mongotorch.codecs.arrays import dtype_name, restore, stored_array, vector_type
 from mongotorch.data.decode.column import Column, build
 
 Bytes = NDArray[np.uint8]
@@ -293,7 +293,7 @@ class Layout:
 
     def _array(self, value: int, after: int) -> FieldReader | None:
         parts = bson.decode(self._row[value:after])
-        array = from_parts(parts)
+        array = stored_array(parts)
         if array is None:
             return None
         start = after - 1 - array.nbytes
