@@ -19,8 +19,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import mongotorch
-
 TARGET = Path(__file__).parent / "reference"
 # Public, but reached through their own module rather than through `mongotorch`.
 MODULES = (

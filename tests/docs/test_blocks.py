@@ -30,6 +30,9 @@ BLOCK = re.compile(
 )
 PRELUDE = re.compile(r"<!-- test: prelude\n(?P<code>.*?)-->", re.DOTALL)
 LINK = re.compile(r"\]\((?!https?://|mailto:|#)(?P<target>[^)#\s]+)(?:#[^)]*)?\)")
+ANCHOR = re.compile(r"\]\((?!https?://)(?P<target>[^)#\s]*)#(?P<anchor>[^)\s]+)\)")
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+FENCED = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 
 
 def _name(path: Path) -> str:
@@ -82,6 +85,20 @@ def test_python_blocks_of_a_page_run_in_order(
 def test_links_of_a_page_lead_somewhere(page: Path) -> None:
     targets = [link["target"] for link in LINK.finditer(page.read_text(encoding="utf-8"))]
     assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def _anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = HEADING.findall(FENCED.sub("", page.read_text(encoding="utf-8")))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_anchors_of_a_page_lead_to_headings(page: Path) -> None:
+    links = ANCHOR.finditer(page.read_text(encoding="utf-8"))
+    found = [(link["target"], link["anchor"]) for link in links]
+    lost = [f"{to}#{at}" for to, at in found if at not in _anchors(page.parent / to if to else page)]
+    assert lost == []
 
 
 def test_every_page_can_be_reached_from_the_index() -> None:
