@@ -148,7 +148,7 @@ def test_the_interval_is_the_same_each_time_and_in_whatever_chunks(monkeypatch: 
     differences = np.random.default_rng(2).normal(0.1, 1.0, 37)
 
     first, again = interval_of_mean(differences, 0.9), interval_of_mean(differences, 0.9)
-    monkeypatch.setattr("mongotorch.schedule.gates._MOST_DRAWN", 37 * 7)
+    monkeypatch.setattr("mongotorch.schedule.gates._MAX_DRAWS", 37 * 7)
     chunked = interval_of_mean(differences, 0.9)
 
     assert first == again == chunked

@@ -1,4 +1,4 @@
-"""Schedules as values: when to retrain, and which challenger goes live."""
+"""Schedules, triggers and gates: values that say when to retrain, and which model goes live."""
 
 from mongotorch.schedule.gates import Always, Better, Gate, Never, Scores, Verdict, gate_of
 from mongotorch.schedule.schedule import Firing, Schedule, preview

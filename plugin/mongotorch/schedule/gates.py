@@ -1,15 +1,10 @@
-"""Whether what a run trained is to be served: champion and challenger, scored on the same documents.
+"""Decides whether a trained model goes live: gates compare the scores of champion and challenger.
 
-Always: a gate is a frozen value and its judgement a pure function of the scores, the same for the same scores;
-what cannot be compared is never promoted silently, and each verdict says why in a sentence.
+The champion is the live model, the challenger the one that was just trained; both are scored on the same
+documents.
 
-What was measured of two models, and what a gate says of it.
-
-Always: both are plain in the end: what is stored of them any client can read.
-
-How sure a difference of means is, from the differences of single documents.
-
-Always: the same numbers give the same interval, on any machine; memory is bounded whatever their number.
+Guarantees: a gate is a frozen value and `judge` a pure function: the same scores give the same verdict on any
+machine; models that cannot be compared are never promoted silently; each verdict gives its reason in a sentence.
 """
 
 from __future__ import annotations
@@ -17,7 +12,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Final, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,38 +21,10 @@ from mongotorch.errors import ParameterError
 from mongotorch.schedule.triggers.base import is_number
 
 Losses = NDArray[np.float64]
-RESAMPLES = 10_000
-_MOST_DRAWN = 2**22  # at a time: 16 MiB of indices, 32 MiB of values
-_SEED = 0
-
-
-def interval_of_mean(differences: Losses, confidence: float) -> tuple[float, float]:
-    """The percentile interval of a mean by the bootstrap, 10,000 resamples with replacement.
-
-    Takes about a second for every 10,000 differences. A single one has no interval: it is -inf to inf.
-
-    Args:
-        differences: One number a document, finite.
-        confidence: Between 0 and 1: which share of the resampled means lies within.
-
-    Source: B. Efron, R. J. Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13 (percentile intervals).
-    """
-    number = len(differences)
-    if number < 2:
-        return -np.inf, np.inf
-    generator = np.random.default_rng(_SEED)
-    rows = max(1, min(RESAMPLES, _MOST_DRAWN // number))
-    means = np.empty(RESAMPLES)
-    for start in range(0, RESAMPLES, rows):
-        size = (min(rows, RESAMPLES - start), number)
-        means[start : start + rows] = differences[generator.integers(0, number, size, dtype=np.uint32)].mean(
-            axis=1
-        )
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
-
-
-OBJECTIVE = "objective"
+OBJECTIVE: Final = "objective"
+RESAMPLES: Final = 10_000
+_MAX_DRAWS = 2**22  # at a time: 16 MiB of indices and 32 MiB of values
+_SEED: Final = 0
 
 
 @final
@@ -67,31 +34,32 @@ class Scores:
 
     Args:
         losses: The objective of each document, in the same order for the models that are compared.
-        values: `{name: value}` over all of them: the objective and the metrics.
+        values: The objective and the metrics over all documents, by name.
     """
 
     losses: Sequence[float]
     values: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def to_document(self) -> dict[str, float]:
-        """The values, the mean loss as `objective` where it is not among them."""
-        mean = {} if len(self.losses) == 0 else {OBJECTIVE: mean_of(losses_of(self.losses))}
+        """The values, with the mean loss as `objective` if they do not contain it. Raises: ParameterError."""
+        mean = {} if len(self.losses) == 0 else {OBJECTIVE: _mean(_array(self.losses))}
         return {**mean, **{name: float(value) for name, value in self.values.items()}}
 
 
 @final
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What a gate says, and on what grounds.
+    """The decision of a gate, and its grounds.
 
     Args:
-        promote: Whether the challenger is to be served.
+        promote: Whether the challenger goes live.
         why: The reason, a sentence.
-        gate: The gate, as one would write it.
+        gate: The gate, as its `repr`.
         documents: How many documents both were scored on; 0 where the gate needs no scores.
-        champion: The values of what is served now; None where nothing is, or it was not scored.
-        challenger: The values of what was trained; empty where it was not scored.
-        interval: The confidence interval of how much lower its mean loss is; None where none was asked for.
+        champion: The values of the live model; None where nothing is live, or it was not scored.
+        challenger: The values of the trained model; empty where it was not scored.
+        interval: The confidence interval of the champion's mean loss minus the challenger's; None where the gate
+            asks for none.
     """
 
     promote: bool
@@ -103,60 +71,45 @@ class Verdict:
     interval: tuple[float, float] | None = None
 
     def to_document(self) -> dict[str, Any]:
-        """Plain BSON."""
-        said = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        """The fields as plain BSON."""
         return {
-            **said,
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
             "champion": None if self.champion is None else dict(self.champion),
             "challenger": dict(self.challenger),
             "interval": None if self.interval is None else list(self.interval),
         }
 
 
-def losses_of(losses: Sequence[float]) -> Losses:
-    """The losses as an array. Raises: ParameterError when they are not one number a document."""
-    array = np.asarray(losses, dtype=np.float64)
-    if array.ndim != 1:
-        raise ParameterError(f"losses have the shape {array.shape}; give one number a document", field="losses")
-    return array
-
-
-def mean_of(losses: Losses) -> float:
-    """Their mean; not finite where one is not, or where their sum is beyond what a float holds."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        return float(losses.mean())
-
-
 class Gate(abc.ABC):
-    """What decides whether a trained model goes live. A new one is a frozen dataclass in a module of its own."""
+    """Decides whether a trained model goes live. A new one is a frozen dataclass that inherits this class."""
 
     __mongotorch_value__: ClassVar[bool] = True
 
     @property
     def needs_scores(self) -> bool:
-        """Whether the models have to be scored for it."""
+        """Whether the models have to be scored before it can judge."""
         return True
 
     @abc.abstractmethod
     def judge(self, champion: Scores | None, challenger: Scores | None) -> Verdict:
-        """The verdict.
+        """The verdict on two models.
 
         Args:
-            champion: The scores of what is served now; None where nothing is.
-            challenger: The scores of what was trained, on the same documents; None where `needs_scores` is False.
+            champion: The scores of the live model; None where nothing is live.
+            challenger: The scores of the trained model, on the same documents; None where `needs_scores` is False.
 
         Raises:
-            ParameterError: The two were not scored on the same documents, or a function gave no answer.
+            ParameterError: The two were not scored on the same documents, or a function did not return a bool.
         """
 
     def verdict(self, promote: bool, why: str, champion: Scores | None, challenger: Scores | None) -> Verdict:
         """A verdict of this gate, with the scores as they are stored.
 
         Args:
-            promote: Whether the challenger is to be served.
+            promote: Whether the challenger goes live.
             why: The reason, a sentence.
-            champion: As `judge` was given it.
-            challenger: As `judge` was given it.
+            champion: As given to `judge`.
+            challenger: As given to `judge`.
         """
         return Verdict(
             promote=promote,
@@ -171,46 +124,46 @@ class Gate(abc.ABC):
 @final
 @dataclasses.dataclass(frozen=True)
 class Always(Gate):
-    """Every trained model goes live, whatever it is worth."""
+    """Promotes every trained model, without scoring it."""
 
     @property
     def needs_scores(self) -> bool:
-        """No."""
+        """False."""
         return False
 
     def judge(self, champion: Scores | None, challenger: Scores | None) -> Verdict:
-        """Yes; see `Gate.judge`."""
+        """Promotes; see `Gate.judge`."""
         return self.verdict(True, "every trained model goes live", champion, challenger)
 
 
 @final
 @dataclasses.dataclass(frozen=True)
 class Never(Gate):
-    """No trained model goes live by itself (a shadow): somebody promotes it."""
+    """Promotes no trained model (a shadow); a person decides, with the scores at hand."""
 
     @property
     def needs_scores(self) -> bool:
-        """Yes: whoever decides wants to see them."""
+        """True: the person who decides needs them."""
         return True
 
     def judge(self, champion: Scores | None, challenger: Scores | None) -> Verdict:
-        """No; see `Gate.judge`."""
+        """Does not promote; see `Gate.judge`."""
         return self.verdict(False, "no trained model goes live by itself; promote it", champion, challenger)
 
 
 @final
 @dataclasses.dataclass(frozen=True)
 class Better(Gate):
-    """A trained model goes live when its mean loss is lower than that of the live one, on the same documents.
+    """Promotes a trained model whose mean loss is lower than that of the live one, on the same documents.
 
-    Where nothing is live, it goes live. One with a loss that is not finite never does; where the live one has
-    such a loss, the other goes live.
+    Where nothing is live, it is promoted. A challenger with a loss that is not finite never is; a champion with
+    such a loss is replaced.
 
     Args:
-        margin: By how much the mean loss has to be lower, in its own unit; 0: at all, so that an equal model is
-            not promoted.
-        confidence: None compares the means. A number between 0 and 1, as 0.95, promotes only where the lower end
-            of that confidence interval of the difference is above the margin: a paired bootstrap over documents.
+        margin: By how much the mean loss has to be lower, in its own unit; 0 promotes any that is lower.
+        confidence: None compares the means. A number between 0 and 1, such as 0.95, promotes only where the lower
+            end of that confidence interval of the difference is above the margin (a paired bootstrap over
+            documents).
 
     Raises:
         ParameterError: An argument cannot be used; `field` names it.
@@ -228,51 +181,51 @@ class Better(Gate):
             )
 
     def judge(self, champion: Scores | None, challenger: Scores | None) -> Verdict:
-        """Whether the challenger is better by more than the margin; see `Gate.judge`."""
+        """Promotes a challenger that is better by more than the margin; see `Gate.judge`."""
         if challenger is None or len(challenger.losses) == 0:
             return self.verdict(False, "the trained model was not scored on any document", champion, challenger)
-        theirs = losses_of(challenger.losses)
-        if not np.isfinite(mean_of(theirs)):
+        theirs = _array(challenger.losses)
+        if not np.isfinite(_mean(theirs)):
             return self.verdict(False, f"the trained model's loss {_not_finite(theirs)}", champion, challenger)
         if champion is None:
             return self.verdict(True, "nothing is live yet", champion, challenger)
-        ours = losses_of(champion.losses)
+        ours = _array(champion.losses)
         if ours.shape != theirs.shape:
             raise ParameterError(
                 f"the live model was scored on {len(ours):,} documents and the trained one on {len(theirs):,}; "
                 "score both on the same",
                 field="losses",
             )
-        if not np.isfinite(mean_of(ours)):
+        if not np.isfinite(_mean(ours)):
             return self.verdict(True, f"the live model's loss {_not_finite(ours)}", champion, challenger)
         interval = None if self.confidence is None else interval_of_mean(ours - theirs, self.confidence)
-        gain = mean_of(ours) - mean_of(theirs)
+        gain = _mean(ours) - _mean(theirs)
         promote = (gain if interval is None else interval[0]) > self.margin
-        why = self._sentence(mean_of(ours), mean_of(theirs), len(ours), interval, promote)
+        why = self._reason(_mean(ours), _mean(theirs), len(ours), interval, promote)
         return dataclasses.replace(self.verdict(promote, why, champion, challenger), interval=interval)
 
-    def _sentence(
+    def _reason(
         self, ours: float, theirs: float, documents: int, interval: tuple[float, float] | None, promote: bool
     ) -> str:
         gain = ours - theirs
         compared = "equal" if gain == 0 else f"{'better' if gain > 0 else 'worse'} by {abs(gain):.4g}"
-        said = f"mean loss {theirs:.4g} against the champion's {ours:.4g} on {documents:,} documents: {compared}"
+        reason = f"mean loss {theirs:.4g} against the champion's {ours:.4g} on {documents:,} documents: {compared}"
         if interval is not None:
             percent = f"{100 * (self.confidence or 0):.4g}"
-            said += f" ({percent} % interval {interval[0]:.4g} to {interval[1]:.4g})"
+            reason += f" ({percent} % interval {interval[0]:.4g} to {interval[1]:.4g})"
         if promote or gain < 0 or (gain == 0 and self.margin >= 0):
-            return said
+            return reason
         lacking = f"the margin of {self.margin:.4g}" if self.margin else "nothing"
-        return f"{said}, which is not {'surely ' if interval is not None else ''}more than {lacking}"
+        return f"{reason}, which is not {'surely ' if interval is not None else ''}more than {lacking}"
 
 
 @final
 @dataclasses.dataclass(frozen=True)
 class Asked(Gate):
-    """A function `(champion, challenger) -> bool` as a gate.
+    """Decides by a function `(champion, challenger) -> bool`.
 
     Args:
-        function: Gets the `Scores` of both, None for a champion where nothing is live.
+        function: Called with the `Scores` of both; None for a champion where nothing is live.
     """
 
     function: Callable[[Scores | None, Scores | None], bool]
@@ -281,7 +234,7 @@ class Asked(Gate):
         return str(getattr(self.function, "__qualname__", self.function))
 
     def judge(self, champion: Scores | None, challenger: Scores | None) -> Verdict:
-        """What the function says; see `Gate.judge`."""
+        """Promotes if the function returns True; see `Gate.judge`."""
         answer = self.function(champion, challenger)
         if not isinstance(answer, bool | np.bool_):
             raise ParameterError(f"gate {self!r} gave {answer!r}; let it give True or False", field="gate")
@@ -289,7 +242,7 @@ class Asked(Gate):
 
 
 def gate_of(value: Any) -> Gate:
-    """A gate as it is, a function `(champion, challenger) -> bool` as a gate.
+    """The gate of a value: a `Gate` itself, or a function `(champion, challenger) -> bool`.
 
     Raises:
         ParameterError: It is neither.
@@ -301,6 +254,47 @@ def gate_of(value: Any) -> Gate:
             f"gate={value!r}: a gate such as Better(), or a function (champion, challenger) -> bool", field="gate"
         )
     return Asked(value)
+
+
+def interval_of_mean(differences: Losses, confidence: float) -> tuple[float, float]:
+    """The percentile bootstrap interval of a mean, from 10,000 resamples with replacement.
+
+    Takes about a second for every 10,000 differences, and a bounded amount of memory.
+
+    Args:
+        differences: One finite number a document, shape (documents,), float64. A single one has no interval.
+        confidence: The share of the resampled means that lie within the interval, between 0 and 1.
+
+    Returns:
+        Its lower and upper end; -inf and inf for fewer than two differences.
+
+    Source: B. Efron, R. J. Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13 (percentile intervals).
+    """
+    number = len(differences)
+    if number < 2:
+        return -np.inf, np.inf
+    generator = np.random.default_rng(_SEED)
+    rows = max(1, min(RESAMPLES, _MAX_DRAWS // number))
+    means = np.empty(RESAMPLES)
+    for start in range(0, RESAMPLES, rows):
+        size = (min(rows, RESAMPLES - start), number)
+        drawn = differences[generator.integers(0, number, size, dtype=np.uint32)]
+        means[start : start + rows] = drawn.mean(axis=1)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def _array(losses: Sequence[float]) -> Losses:
+    array = np.asarray(losses, dtype=np.float64)
+    if array.ndim != 1:
+        raise ParameterError(f"losses have the shape {array.shape}; give one number a document", field="losses")
+    return array
+
+
+def _mean(losses: Losses) -> float:
+    """The mean; not finite where a loss is not, or where their sum is beyond what a float can hold."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return float(losses.mean())
 
 
 def _not_finite(losses: Losses) -> str:

@@ -1,12 +1,7 @@
-"""The Schedule: which trainer runs again, when, on what, and what it takes to go live.
+"""Defines when a trainer runs again and what goes live (`Schedule`), and when it would have run (`preview`).
 
-Always: a schedule is a frozen component that holds no time and no count; what has happened is elsewhere, so
-that pausing, changing or removing one never loses what another has seen.
-
-When a schedule would have fired, without running anything.
-
-Always: the same `due` that the scheduler asks is asked, at each arrival and whenever it wants to be asked again;
-no clock is read, and nothing is stored.
+Guarantees: a schedule is a frozen component without times and counts, which `mt.schedules` holds; `preview` asks
+the same `due` as the scheduler does, reads no clock and stores nothing.
 """
 
 from __future__ import annotations
@@ -30,25 +25,25 @@ BETTER = Better()
 @final
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Schedule(Component):
-    """When a trainer runs again, and whether what it trains goes live.
+    """Runs a trainer again when a trigger fires, and promotes what it trains if a gate agrees.
 
     Args:
         identifier: Its name.
         db: The datalayer that `apply()` uses; never stored.
-        uuid: The identity of the version it becomes; made when none is given.
-        artifacts: `{field: codec name}`, over the default choice of codec.
-        trainer: What runs: a trainer with its model.
+        uuid: The identity of the version it becomes; made if none is given.
+        artifacts: The codecs of single fields, `{field: codec name}`, instead of the default ones.
+        trainer: The trainer that runs, with its model.
         trigger: When it runs.
-        gate: What decides whether the trained model goes live: `Better`, `Always`, `Never`, or a function
+        gate: Whether the trained model goes live: `Better`, `Always`, `Never`, or a function
             `(champion, challenger) -> bool` of the scores of both.
-        warm_start: Start from the live model and its optimizer's state; else from the trainer's model as it is.
-        data: `all`: the trainer's whole select; `new`: its documents that no published run has trained on.
-        max_wait: Runs as well when something has waited for this many seconds, though the trigger is not due;
-            None: only the trigger counts.
-        paused: Nothing runs by itself; what is to be counted is counted.
+        warm_start: Start from the live model and its optimizer's state; else from the trainer's model.
+        data: `all` trains on the trainer's whole select, `new` on its documents that no published run has
+            trained on.
+        max_wait: Also runs when a new document has waited for this many seconds; None: only by the trigger.
+        paused: Counts documents, but runs nothing by itself.
 
     Raises:
-        IdentifierError: The identifier is none.
+        IdentifierError: The identifier is not a valid name.
         ParameterError: Another argument cannot be used; `field` names it.
     """
 
@@ -64,7 +59,7 @@ class Schedule(Component):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        trainer: Any = self.trainer  # by what it has: this room does not know the one where trainers are
+        trainer: Any = self.trainer  # checked by its attributes: `schedule` does not import `train`
         if not isinstance(trainer, Component) or trainer.type_id != "trainer":
             raise ParameterError("trainer must be a trainer, such as a TorchTrainer", field="trainer")
         if getattr(trainer, "model", None) is None:
@@ -85,7 +80,7 @@ class Schedule(Component):
 
     @property
     def effective_trigger(self) -> Trigger:
-        """The trigger, and with `max_wait` the waiting of documents as well."""
+        """The trigger, combined with the one that `max_wait` adds."""
         if self.max_wait is None:
             return self.trigger
         counts = CHANGED if CHANGED in self.trigger.watches else INSERTED
@@ -98,8 +93,8 @@ class Firing:
     """One time that a schedule would have fired.
 
     Args:
-        at: When, naive in UTC.
-        reason: Why, for people.
+        at: When, naive UTC.
+        reason: Why, a sentence.
     """
 
     at: datetime
@@ -113,14 +108,17 @@ def preview(
 
     Args:
         schedule: The schedule.
-        since: The beginning, aware, or naive in UTC; nothing has arrived yet.
-        until: The end, itself included.
-        arrivals: When each document was inserted, in any order; those before the beginning or behind the end do
-            not count. Updates and deletes are not told of, so `Changed` sees the inserts only.
+        since: The start, aware or naive UTC; nothing has arrived before it.
+        until: The end, inclusive.
+        arrivals: When each document was inserted, in any order; those before the start or after the end are
+            ignored. There are only inserts here: `Changed` counts no updates and deletes.
+
+    Returns:
+        The firings, oldest first.
 
     Raises:
-        ParameterError: The trigger looks at measurements of the live model, which nobody took in the past; or the
-            end is before the beginning; or the trigger wants to be asked again at a time that has passed.
+        ParameterError: The trigger needs measurements of the live model, which nobody took in the past; or the
+            end is before the start; or the trigger asks for a next time that is not later.
     """
     since, until = moment(since), moment(until)
     if until < since:

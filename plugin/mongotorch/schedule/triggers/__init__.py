@@ -1,8 +1,4 @@
-"""When a schedule's run is due: triggers of time, of documents, of the live model, and combinations of them.
-
-Always: a trigger is a frozen value and its `due` a pure function, so that it can be stored, asked anywhere, and
-asked about another time than now.
-"""
+"""Triggers decide when a schedule's run is due: by time, documents or metrics, and combinations of these."""
 
 from mongotorch.schedule.triggers.base import Decision, State, Trigger, moment
 from mongotorch.schedule.triggers.combined import AllOf, AnyOf

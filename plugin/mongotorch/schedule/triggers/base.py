@@ -1,8 +1,8 @@
-"""What a trigger is: a pure function from the time and what has been observed to whether a run is due.
+"""Defines `Trigger`: a pure function from a time and what was observed to whether a run is due.
 
-Always: `due` reads no clock, no database and no random number, and changes nothing that it was given; what a
-trigger has to remember it returns as plain BSON, so that any process can ask it the next time; every moment is
-a naive datetime in UTC, in whole milliseconds, as BSON keeps it.
+Guarantees: `due` reads no clock, no database and no random number, and changes none of its arguments; what a
+trigger remembers is plain BSON in the state it returns, so that any process can ask it the next time; times are
+naive UTC in whole milliseconds, as BSON keeps them.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any, ClassVar, Self, final
 from mongotorch.errors import ParameterError
 
 INSERTED, CHANGED, SCORES = "inserted", "changed", "scores"
-"""What a trigger may watch."""
-LEAST_S, MOST_S = 0.001, 3.2e9  # a millisecond is what BSON keeps, a century is what nobody waits for
+"""What a trigger can watch."""
+MIN_S, MAX_S = 0.001, 3.2e9  # a millisecond, as BSON keeps times; a century
 
 
 def moment(value: datetime) -> datetime:
-    """A datetime as a naive one in UTC, cut to whole milliseconds; a naive one is taken to be in UTC already."""
+    """A datetime (aware, or naive UTC) as naive UTC, cut to whole milliseconds."""
     if value.tzinfo is not None:
         value = value.astimezone(UTC).replace(tzinfo=None)
     rest = value.microsecond % 1000
@@ -36,12 +36,12 @@ class State:
 
     Args:
         since: When the schedule was first applied.
-        inserted: How many documents have arrived since the last firing.
-        changed: How many inserts, updates and deletes there have been since the last firing.
+        inserted: How many documents were inserted since the last firing.
+        changed: How many inserts, updates and deletes there were since the last firing.
         arrived: When the first of those was noticed; None while there is none.
-        scores: The newest measurement of the live model, `{name: value}`.
-        scored: When that was taken; None before the first.
-        memory: The trigger's own, plain BSON; whoever keeps it does not look inside.
+        scores: The newest measurement of the live model, by name.
+        scored: When that was taken; None before the first one.
+        memory: What the trigger remembers, as plain BSON; nobody else reads it.
     """
 
     since: datetime
@@ -59,12 +59,12 @@ class State:
                 object.__setattr__(self, name, at)
 
     def consumed(self, memory: Mapping[str, Any] | None = None) -> State:
-        """The state behind a firing: nothing has arrived yet; measurements stay.
+        """The state after a firing: counts at zero, measurements as they are.
 
         Args:
-            memory: What the trigger remembers from now on; None: what it did.
+            memory: What the trigger remembers from now on; None: the same as before.
         """
-        # Not `dataclasses.replace`, which takes longer than all the rest of asking a trigger.
+        # Not `dataclasses.replace`, which would take longer than the rest of `due`.
         kept = self.memory if memory is None else memory
         return State(since=self.since, scores=self.scores, scored=self.scored, memory=kept)
 
@@ -81,7 +81,7 @@ class State:
         )
 
     def to_document(self) -> dict[str, Any]:
-        """Plain BSON, from which `from_document` makes an equal state."""
+        """The state as plain BSON; `from_document` makes an equal state of it."""
         return {
             "since": self.since,
             "inserted": self.inserted,
@@ -94,10 +94,10 @@ class State:
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> Self:
-        """The state of what `to_document` gave; what an older document lacks takes its default.
+        """The state of a document; fields that an older document lacks have their defaults.
 
         Raises:
-            KeyError: It has no `since`.
+            KeyError: The document has no `since`.
         """
         return cls(
             since=document["since"],
@@ -113,12 +113,12 @@ class State:
 @final
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What a trigger says when it is asked.
+    """The answer of a trigger.
 
     Args:
         fire: Whether a run is due.
-        reason: Why, or why not, for people.
-        next_at: When to ask again though nothing is observed, later than now; None: only when something is.
+        reason: Why, or why not, a sentence.
+        next_at: When to ask again even if nothing is observed, later than now; None: only when something is.
     """
 
     fire: bool
@@ -127,9 +127,9 @@ class Decision:
 
 
 class Trigger(abc.ABC):
-    """When a schedule's run is due. A new one is a frozen dataclass that inherits this, in a module of its own.
+    """Decides when a schedule's run is due. A new one is a frozen dataclass that inherits this class.
 
-    It is stored as its class's name and its fields; `mongotorch.testing.TriggerSuite` is what it has to do.
+    It is stored as its class's name and its fields; `mongotorch.testing.TriggerSuite` tests what it has to do.
     """
 
     __mongotorch_value__: ClassVar[bool] = True
@@ -139,8 +139,8 @@ class Trigger(abc.ABC):
         """Whether a run is due.
 
         Args:
-            now: The time, aware, or naive in UTC. It may have jumped since the last call, either way.
-            state: What has been observed, and the memory that the last call returned.
+            now: The time, aware or naive UTC. It may have jumped since the last call, forwards or backwards.
+            state: What was observed, with the memory that the last call returned.
 
         Returns:
             The decision, and the state to keep: `consumed()` when it fires, with the trigger's new memory.
@@ -148,40 +148,40 @@ class Trigger(abc.ABC):
 
     @property
     def watches(self) -> frozenset[str]:
-        """What has to be observed for it, of `inserted`, `changed` and `scores`; nothing for one of time alone."""
+        """What has to be observed for it: of `inserted`, `changed` and `scores`; by default nothing."""
         return frozenset()
 
     @property
     def score_every_s(self) -> float | None:
-        """How often the live model is to be measured for it, in seconds; None: never."""
+        """How often the live model has to be measured for it, in seconds; None: never."""
         return None
 
     @property
     def score_documents(self) -> int | None:
-        """On how many documents, the newest, it is to be measured; None where it never is."""
+        """On how many of the newest documents the live model has to be measured; None: on none."""
         return None
 
 
 def check_count(field: str, value: Any) -> None:
-    """Refuse what is no whole number from 1 on. Raises: ParameterError."""
+    """Check that a value is a whole number from 1 on. Raises: ParameterError."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ParameterError(f"{field}={value!r}: it must be a whole number from 1 on", field=field)
 
 
 def check_seconds(field: str, value: Any) -> None:
-    """Refuse what is no number of seconds from a millisecond to a century. Raises: ParameterError."""
-    if not is_number(value) or not LEAST_S <= value <= MOST_S:
+    """Check that a value is a number of seconds from a millisecond to a century. Raises: ParameterError."""
+    if not is_number(value) or not MIN_S <= value <= MAX_S:
         raise ParameterError(
-            f"{field}={value!r}: it must be a number of seconds from {LEAST_S} to {MOST_S:.2g}", field=field
+            f"{field}={value!r}: it must be a number of seconds from {MIN_S} to {MAX_S:.2g}", field=field
         )
 
 
 def check_flag(field: str, value: Any) -> None:
-    """Refuse what is neither True nor False. Raises: ParameterError."""
+    """Check that a value is a bool. Raises: ParameterError."""
     if not isinstance(value, bool):
         raise ParameterError(f"{field}={value!r}: True or False", field=field)
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number, and no bool."""
+    """Whether a value is a finite number, and not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,7 +1,7 @@
-"""Triggers made of triggers.
+"""Combines triggers: `AnyOf` fires with the first, `AllOf` with the last of them.
 
-Always: each part keeps a memory of its own, under its number; all parts see the same observations, and those
-are consumed once, when the whole fires, never by a part of it.
+Guarantees: each part has a memory of its own, under its number; all parts see the same observations, which are
+consumed when the combination fires, never by a part.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from datetime import datetime
-from typing import Any, final
+from typing import Any, Final, final
 
 from mongotorch.errors import ParameterError
 from mongotorch.schedule.triggers.base import CHANGED, INSERTED, Decision, State, Trigger, moment
 
-_HELD = "held"
+_FIRED: Final = "held"  # the key in stored states is older than the name
 
 
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
 class Combined(Trigger):
-    """A trigger of several others."""
+    """A trigger made of several others."""
 
     triggers: tuple[Trigger, ...]
 
@@ -38,21 +38,21 @@ class Combined(Trigger):
 
     @property
     def watches(self) -> frozenset[str]:
-        """What any of them watches."""
+        """What any part watches."""
         return frozenset().union(*(part.watches for part in self.triggers))
 
     @property
     def score_every_s(self) -> float | None:
-        """The shortest interval that any of them asks for, in seconds; None: none does."""
+        """The shortest interval of any part, in seconds; None: no part measures."""
         return min((part.score_every_s for part in self.triggers if part.score_every_s is not None), default=None)
 
     @property
     def score_documents(self) -> int | None:
-        """The most documents that any of them asks for; None: none does."""
+        """The largest number of documents of any part; None: no part measures."""
         return max((n for part in self.triggers if (n := part.score_documents) is not None), default=None)
 
     def ask(self, now: datetime, state: State) -> tuple[list[Decision], dict[str, Any]]:
-        """What each part decides, and the memories of all, each under its number."""
+        """The decision of each part, and the memory of each under its number."""
         asked = [part.due(now, state.remembering(_part(state, n))) for n, part in enumerate(self.triggers)]
         return [decision for decision, _ in asked], {
             str(n): dict(kept.memory) for n, (_, kept) in enumerate(asked)
@@ -68,11 +68,11 @@ class AnyOf(Combined):
         triggers: The triggers, at least one.
 
     Raises:
-        ParameterError: None are given, or something else among them.
+        ParameterError: There is none, or something that is not a trigger.
     """
 
     def due(self, now: datetime, state: State) -> tuple[Decision, State]:
-        """Whether any of them is due; see `Trigger.due`."""
+        """Fires if any part does; see `Trigger.due`."""
         decisions, memory = self.ask(moment(now), state)
         fired = [decision.reason for decision in decisions if decision.fire]
         reason = "; ".join(fired or [decision.reason for decision in decisions])
@@ -83,36 +83,37 @@ class AnyOf(Combined):
 @final
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
 class AllOf(Combined):
-    """Fires when all of its triggers have fired since its last firing; one that has is held until the others have.
+    """Fires when all of its triggers have fired since its last firing; the first ones are remembered until then.
 
-    Documents for which one is held, and which some other run has used up meanwhile, hold it no longer.
+    A trigger that fired because of documents is forgotten when another run has consumed these documents meanwhile.
 
     Args:
         triggers: The triggers, at least one.
 
     Raises:
-        ParameterError: None are given, or something else among them.
+        ParameterError: There is none, or something that is not a trigger.
     """
 
     def due(self, now: datetime, state: State) -> tuple[Decision, State]:
-        """Whether the last of them is due; see `Trigger.due`."""
+        """Fires if the last part does; see `Trigger.due`."""
         now = moment(now)
-        # One that is held is asked as well: else it would take moments that pass meanwhile for missed ones.
+        # Those that have fired are asked too: else they would take the times that pass meanwhile for missed ones.
         decisions, memory = self.ask(now, state)
-        held = self._still_held(state)
+        fired = self._fired(state)
         for n, decision in enumerate(decisions):
             if decision.fire:
                 counts = {INSERTED: state.inserted, CHANGED: state.changed}
-                held[str(n)] = {"reason": decision.reason, **counts}
-        waiting = [decision for n, decision in enumerate(decisions) if str(n) not in held]
+                fired[str(n)] = {"reason": decision.reason, **counts}
+        waiting = [decision for n, decision in enumerate(decisions) if str(n) not in fired]
         if not waiting:
-            reason = "; ".join(held[str(n)]["reason"] for n in range(len(decisions)))
+            reason = "; ".join(fired[str(n)]["reason"] for n in range(len(decisions)))
             return Decision(True, reason, _earliest(decisions)), state.remembering(memory).consumed()
-        reason = f"{len(held)} of {len(decisions)} have fired; " + "; ".join(part.reason for part in waiting)
-        return Decision(False, reason, _earliest(waiting)), state.remembering({**memory, _HELD: held})
+        reason = f"{len(fired)} of {len(decisions)} have fired; " + "; ".join(part.reason for part in waiting)
+        return Decision(False, reason, _earliest(waiting)), state.remembering({**memory, _FIRED: fired})
 
-    def _still_held(self, state: State) -> dict[str, Any]:
-        found: Mapping[str, Mapping[str, Any]] = state.memory.get(_HELD) or {}
+    def _fired(self, state: State) -> dict[str, Any]:
+        """The parts that have fired, without those whose documents were consumed: the counts went down."""
+        found: Mapping[str, Mapping[str, Any]] = state.memory.get(_FIRED) or {}
         return {
             number: dict(kept)
             for number, kept in found.items()

@@ -1,6 +1,6 @@
-"""The triggers of what happens to documents.
+"""Triggers that fire when enough documents were inserted or changed, or the first has waited long enough.
 
-Always: they count what somebody else has noticed, and remember nothing; what is counted is since the last firing.
+The counts are those of the state, since the last firing; these triggers remember nothing themselves.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ from mongotorch.schedule.triggers.base import (
 
 
 class Counted(Trigger):
-    """A trigger of a number of documents, and of how long the first of them has waited."""
+    """Fires on a number of documents, or on how long the first of them has waited."""
 
     @property
     @abc.abstractmethod
     def enough(self) -> int | None:
-        """How many fire; None: only waiting does."""
+        """How many documents make it fire; None: it fires by waiting only."""
 
     @property
     @abc.abstractmethod
     def longest_s(self) -> float | None:
-        """How long the first may wait, in seconds; None: for ever."""
+        """How long the first document may wait, in seconds; None: no limit."""
 
     def due(self, now: datetime, state: State) -> tuple[Decision, State]:
-        """Whether there are enough, or the first has waited long enough; see `Trigger.due`."""
+        """Fires if there are enough documents, or the first has waited long enough; see `Trigger.due`."""
         now = moment(now)
         number = state.inserted if INSERTED in self.watches else state.changed
         what = f"{number:,} {'new' if INSERTED in self.watches else 'changed'} document{'s' * (number != 1)}"
         if self.enough is not None and number >= self.enough:
             return Decision(True, f"{what}, at least {self.enough:,}"), state.consumed()
-        wanted = "" if self.enough is None else f" of {self.enough:,}"
+        goal = "" if self.enough is None else f" of {self.enough:,}"
         if self.longest_s is None or not number:
-            return Decision(False, f"{what}{wanted}"), state
-        # Noticed is what was counted: where only the count is known, the wait begins now.
+            return Decision(False, f"{what}{goal}"), state
+        # Where only the count is known, and not when the first arrived, the wait begins now.
         limit = (state.arrived or now) + timedelta(seconds=self.longest_s)
         if limit <= now:
             return Decision(True, f"{what}, the first since {state.arrived} UTC"), state.consumed()
-        return Decision(False, f"{what}{wanted}, waiting until {limit} UTC", limit), state
+        return Decision(False, f"{what}{goal}, waiting until {limit} UTC", limit), state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,24 +65,24 @@ class _Numbered(Counted):
 
     @property
     def enough(self) -> int:
-        """How many fire."""
+        """How many documents make it fire."""
         return self.n
 
     @property
     def longest_s(self) -> float | None:
-        """How long the first may wait, in seconds; None: for ever."""
+        """How long the first document may wait, in seconds; None: no limit."""
         return self.max_wait
 
 
 @final
 @dataclasses.dataclass(frozen=True)
 class NewDocuments(_Numbered):
-    """Fires when so many documents have been inserted since the last firing, by whatever client.
+    """Fires when `n` documents were inserted since the last firing, by any client.
 
     Args:
         n: How many, from 1 on.
-        max_wait: Fires with fewer, though with one at least, when this many seconds have passed since the first
-            was noticed; None: never.
+        max_wait: Also fires, with one document at least, this many seconds after the first was noticed; None:
+            never.
 
     Raises:
         ParameterError: An argument cannot be used; `field` names it.
@@ -97,12 +97,11 @@ class NewDocuments(_Numbered):
 @final
 @dataclasses.dataclass(frozen=True)
 class Changed(_Numbered):
-    """Fires when there have been so many inserts, updates and deletes since the last firing, by whatever client.
+    """Fires on `n` inserts, updates and deletes since the last firing, by any client.
 
     Args:
         n: How many, from 1 on.
-        max_wait: Fires with fewer, though with one at least, when this many seconds have passed since the first
-            was noticed; None: never.
+        max_wait: Also fires, with one change at least, this many seconds after the first was noticed; None: never.
 
     Raises:
         ParameterError: An argument cannot be used; `field` names it.
@@ -117,11 +116,11 @@ class Changed(_Numbered):
 @final
 @dataclasses.dataclass(frozen=True)
 class Waited(Counted):
-    """Fires when something has waited for so long, however little it is: what `Schedule(max_wait=...)` adds.
+    """Fires when the first document has waited for some seconds; `Schedule(max_wait=...)` adds it.
 
     Args:
-        seconds: How long the first may wait.
-        counts: `inserted` for new documents, `changed` for updates and deletes as well.
+        seconds: How long the first document may wait.
+        counts: `inserted`: new documents wait; `changed`: updates and deletes do as well.
 
     Raises:
         ParameterError: An argument cannot be used; `field` names it.
@@ -137,15 +136,15 @@ class Waited(Counted):
 
     @property
     def watches(self) -> frozenset[str]:
-        """What it counts."""
+        """What it counts: `inserted` or `changed`."""
         return frozenset({self.counts})
 
     @property
     def enough(self) -> None:
-        """No number is."""
+        """None: it fires by waiting only."""
         return None
 
     @property
     def longest_s(self) -> float:
-        """How long the first may wait, in seconds."""
+        """How long the first document may wait, in seconds."""
         return self.seconds

@@ -1,6 +1,7 @@
-"""The triggers of how good the live model still is.
+"""Triggers that fire when a metric of the live model, measured on new documents, crosses a threshold.
 
-Always: one measurement is judged once; one that is no number, or lacks the metric, fires nothing and says so.
+Guarantees: each measurement is judged once; NaN, or a measurement without the metric, fires nothing and gives
+that as the reason.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from mongotorch.schedule.triggers.base import (
 
 @dataclasses.dataclass(frozen=True)
 class Measured(Trigger):
-    """A trigger of one metric of the live model on recent documents."""
+    """Fires on one metric of the live model, measured on the newest documents."""
 
     metric: str
     threshold: float
@@ -45,7 +46,7 @@ class Measured(Trigger):
 
     @abc.abstractmethod
     def crosses(self, value: float) -> bool:
-        """Whether a value is on the bad side of the threshold."""
+        """Whether a value is beyond the threshold."""
 
     @property
     def watches(self) -> frozenset[str]:
@@ -54,19 +55,19 @@ class Measured(Trigger):
 
     @property
     def score_every_s(self) -> float:
-        """How often the live model is to be measured, in seconds."""
+        """How often the live model is measured, in seconds."""
         return self.every_s
 
     @property
     def score_documents(self) -> int:
-        """On how many documents, the newest."""
+        """On how many of the newest documents it is measured."""
         return self.documents
 
     def due(self, now: datetime, state: State) -> tuple[Decision, State]:
-        """Whether there is a new measurement, and it crosses the threshold; see `Trigger.due`."""
+        """Fires if a new measurement crosses the threshold; see `Trigger.due`."""
         now = moment(now)
         every = timedelta(seconds=self.every_s)
-        # Where a measurement is overdue, somebody could not take it; it is looked for again an interval later.
+        # An overdue measurement could not be taken; ask again an interval later.
         next_at = now + every if state.scored is None or state.scored + every <= now else state.scored + every
         judged = state.memory.get("scored")
         if state.scored is None or (judged is not None and state.scored <= judged):
@@ -78,24 +79,22 @@ class Measured(Trigger):
         value = state.scores[self.metric]
         if math.isnan(value):
             return Decision(False, f"{self.metric} was measured as NaN, which says nothing", next_at), seen
-        said = (
-            f"{self.metric} is {value:.4g}, {'below' if value < self.threshold else 'above'} {self.threshold:.4g}"
-        )
-        if value == self.threshold:
-            said = f"{self.metric} is {value:.4g}, just the threshold"
-        return Decision(self.crosses(value), said, next_at), seen.consumed() if self.crosses(value) else seen
+        side = "below" if value < self.threshold else "above"
+        compared = "just the threshold" if value == self.threshold else f"{side} {self.threshold:.4g}"
+        decision = Decision(self.crosses(value), f"{self.metric} is {value:.4g}, {compared}", next_at)
+        return decision, seen.consumed() if decision.fire else seen
 
 
 @final
 @dataclasses.dataclass(frozen=True)
 class MetricBelow(Measured):
-    """Fires when a new measurement of the live model is below a threshold; each measurement anew.
+    """Fires at each new measurement of the live model that is below a threshold.
 
     Args:
         metric: `objective`, or the name of a metric of the model's validation.
-        threshold: What it must not fall below.
+        threshold: The metric must not fall below it.
         every_s: How often the live model is measured, in seconds.
-        documents: On how many documents, the newest.
+        documents: On how many of the newest documents it is measured.
 
     Raises:
         ParameterError: An argument cannot be used; `field` names it.
@@ -109,13 +108,13 @@ class MetricBelow(Measured):
 @final
 @dataclasses.dataclass(frozen=True)
 class MetricAbove(Measured):
-    """Fires when a new measurement of the live model is above a threshold; each measurement anew.
+    """Fires at each new measurement of the live model that is above a threshold.
 
     Args:
         metric: `objective`, or the name of a metric of the model's validation.
-        threshold: What it must not exceed.
+        threshold: The metric must not exceed it.
         every_s: How often the live model is measured, in seconds.
-        documents: On how many documents, the newest.
+        documents: On how many of the newest documents it is measured.
 
     Raises:
         ParameterError: An argument cannot be used; `field` names it.

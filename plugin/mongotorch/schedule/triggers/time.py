@@ -1,17 +1,11 @@
-"""What triggers of time have in common: moments that are planned, answered once, and missed while nobody ran.
+"""Triggers that fire at planned moments: at a fixed interval (`Every`), or by a cron expression (`Cron`).
 
-Always: the memory is the newest moment that was answered, and no moment up to it is answered again, however the
-clock jumps; any number of missed moments is answered by one firing or by none, without a walk over them.
+The library cronsim (https://github.com/cuu508/cronsim) computes the moments of a cron expression, as Debian's cron
+does when clocks change. They are computed for an hour at a time and cached.
 
-The trigger of a fixed interval.
-
-Always: it stays on its grid, the moments `since + k * seconds`; a run that starts late does not move the next.
-
-The trigger of a cron expression in a time zone.
-
-Always: which moments an expression means is cronsim's to say (https://github.com/cuu508/cronsim), so that what
-Debian's cron does when clocks change is done here; they are asked for an hour at a time and kept, since the next
-question is nearly always about the same hour.
+Guarantees: the memory is the newest moment that was answered, and no moment up to it is answered again, however
+the clock jumps; any number of missed moments is one firing or none; a run that starts late does not move the
+next.
 """
 
 from __future__ import annotations
@@ -32,34 +26,35 @@ from mongotorch.errors import ParameterError
 from mongotorch.schedule.triggers.base import Decision, State, Trigger, check_flag, check_seconds, moment
 
 MISSED = timedelta(seconds=60)
-"""A moment that is older is missed: nobody ran when it came."""
-MOST_COUNTED = 1000
+"""A moment that is answered later than this was missed: no scheduler ran when it came."""
+MAX_COUNTED = 1000
+"""Missed moments are counted up to this number."""
 
 
 class Timed(Trigger):
-    """A trigger of planned moments; what inherits it has a field `catch_up`."""
+    """Fires at planned moments; a subclass has the field `catch_up`."""
 
     catch_up: bool
 
     @property
     @abc.abstractmethod
     def plan(self) -> str:
-        """What is planned, for people."""
+        """The plan, for people."""
 
     @abc.abstractmethod
     def after(self, last: datetime, since: datetime) -> datetime | None:
-        """The first planned moment after another moment; None where no more come."""
+        """The first planned moment after `last`; None if there are no more."""
 
     @abc.abstractmethod
     def newest(self, now: datetime, first: datetime, since: datetime) -> datetime:
-        """The newest planned moment up to now; `first` is one, though not the first of all."""
+        """The newest planned moment up to `now`; `first` is a planned moment up to `now`."""
 
     @abc.abstractmethod
     def count(self, last: datetime, newest: datetime, since: datetime) -> int:
-        """How many planned moments there are after `last` up to `newest`, counted to `MOST_COUNTED` at most."""
+        """How many planned moments there are after `last` up to `newest`, counted to `MAX_COUNTED` at most."""
 
     def due(self, now: datetime, state: State) -> tuple[Decision, State]:
-        """Whether a planned moment has come that was not answered yet; see `Trigger.due`."""
+        """Fires if a planned moment has come that was not answered yet; see `Trigger.due`."""
         now = moment(now)
         last = state.memory.get("last", state.since)
         first = self.after(last, state.since)
@@ -76,11 +71,11 @@ class Timed(Trigger):
         if newest == first and in_time:
             return Decision(True, f"{newest} UTC, of {self.plan}", next_at), state.consumed(memory)
         number = self.count(last, newest, state.since)
-        counted = f"{number:,}{' or more' * (number == MOST_COUNTED)} moment{'s' * (number > 1)}"
+        counted = f"{number:,}{' or more' * (number == MAX_COUNTED)} moment{'s' * (number > 1)}"
         missed = f"{counted} of {self.plan} since {last} UTC, the newest {newest} UTC"
         if self.catch_up or in_time:
-            said = "one run for" if self.catch_up else "only the newest counts of"
-            return Decision(True, f"{said} {missed}", next_at), state.consumed(memory)
+            one_run = "one run for" if self.catch_up else "only the newest counts of"
+            return Decision(True, f"{one_run} {missed}", next_at), state.consumed(memory)
         return Decision(False, f"skipped, since nobody ran in time: {missed}", next_at), state.remembering(memory)
 
 
@@ -91,8 +86,8 @@ class Every(Timed):
 
     Args:
         seconds: The interval in seconds, rounded to whole milliseconds, at least one.
-        catch_up: Whether moments that were missed while nobody ran (by more than 60 seconds) are made up for, all
-            of them by one run; else they are skipped.
+        catch_up: Make up for the moments that were missed by more than 60 seconds, with one run for all; else skip
+            them.
 
     Raises:
         ParameterError: An argument cannot be used; `field` names it.
@@ -106,7 +101,7 @@ class Every(Timed):
         check_flag("catch_up", self.catch_up)
 
     def after(self, last: datetime, since: datetime) -> datetime:
-        """The first moment of the grid after another moment."""
+        """The first moment of the grid after `last`."""
         return since + ((last - since) // self._step + 1) * self._step
 
     @functools.cached_property
@@ -119,8 +114,8 @@ class Every(Timed):
         return since + (now - since) // self._step * self._step
 
     def count(self, last: datetime, newest: datetime, since: datetime) -> int:
-        """How many moments of the grid there are after `last` up to `newest`, `MOST_COUNTED` at most."""
-        return min((newest - since) // self._step - (last - since) // self._step, MOST_COUNTED)
+        """How many moments of the grid there are after `last` up to `newest`, `MAX_COUNTED` at most."""
+        return min((newest - since) // self._step - (last - since) // self._step, MAX_COUNTED)
 
     @functools.cached_property
     def _step(self) -> timedelta:
@@ -143,12 +138,12 @@ class Cron(Timed):
     Args:
         expression: Minute, hour, day of the month, month, day of the week; a sixth field before them is seconds.
             Besides lists, ranges and steps: `L`, `LW`, `MON#1`, `5L`.
-        tz: The name of the zone in which it is meant, as `Europe/Berlin`.
-        catch_up: Whether moments that were missed while nobody ran (by more than 60 seconds) are made up for, all
-            of them by one run; else they are skipped.
+        tz: The time zone of the expression, such as `Europe/Berlin`.
+        catch_up: Make up for the moments that were missed by more than 60 seconds, with one run for all; else skip
+            them.
 
     Raises:
-        ParameterError: An argument cannot be used; `field` names it, `__cause__` is what the library said.
+        ParameterError: An argument cannot be used; `field` names it, `__cause__` is the library's error.
     """
 
     expression: str
@@ -180,7 +175,7 @@ class Cron(Timed):
         return f"{self.expression!r} in {self.tz}"
 
     def after(self, last: datetime, since: datetime) -> datetime | None:  # noqa: ARG002
-        """The first moment of the expression after another moment; None where none comes within fifty years."""
+        """The first moment of the expression after `last`; None if none comes within fifty years."""
         start = last.replace(minute=0, second=0, microsecond=0)
         moments = _from_hour(self.expression, self.tz, start)
         index = bisect.bisect_right(moments, last)
@@ -189,26 +184,26 @@ class Cron(Timed):
     def newest(self, now: datetime, first: datetime, since: datetime) -> datetime:
         """The newest moment of the expression up to now."""
         found = max(_before(self.expression, self.tz, now), first)
-        # Backwards goes by the clock on the wall where an hour comes twice; forwards finds what that left out.
+        # Where an hour comes twice, searching backwards goes by local time and leaves moments out; find them.
         while (following := self.after(found, since)) is not None and following <= now:
             found = following
         return found
 
     def count(self, last: datetime, newest: datetime, since: datetime) -> int:
-        """How many moments of the expression there are after `last` up to `newest`, `MOST_COUNTED` at most."""
+        """How many moments of the expression there are after `last` up to `newest`, `MAX_COUNTED` at most."""
         number, found = 0, self.after(last, since)
-        while found is not None and found <= newest and number < MOST_COUNTED:
+        while found is not None and found <= newest and number < MAX_COUNTED:
             number, found = number + 1, self.after(found, since)
         return number
 
 
 def _zone(name: str) -> ZoneInfo | None:
-    """The zone; None is UTC, for which cronsim has a quicker way."""
+    """The zone; None for UTC, for which cronsim is faster."""
     return None if name == "UTC" else ZoneInfo(name)
 
 
 def _moments(expression: str, tz: str, start: datetime, *, reverse: bool) -> Iterator[datetime]:
-    """The moments after a start, or before it, as naive UTC."""
+    """The moments after a start, or before it in reverse, as naive UTC."""
     zone = _zone(tz)
     if zone is None:
         yield from CronSim(expression, start, reverse)
@@ -220,7 +215,7 @@ def _moments(expression: str, tz: str, start: datetime, *, reverse: bool) -> Ite
 @functools.lru_cache(maxsize=64)
 def _from_hour(expression: str, tz: str, start: datetime) -> tuple[datetime, ...]:
     """The moments from a full hour on, up to and including the first one after that hour."""
-    # In the hour that comes twice cronsim starts at what the clock on the wall showed the first time.
+    # In an hour that comes twice cronsim starts at the local time's first occurrence.
     found = itertools.dropwhile(lambda at: at < start, _moments(expression, tz, start - _SECOND, reverse=False))
     moments: list[datetime] = []
     for at in found:
@@ -231,6 +226,6 @@ def _from_hour(expression: str, tz: str, start: datetime) -> tuple[datetime, ...
 
 
 def _before(expression: str, tz: str, now: datetime) -> datetime:
-    """The newest moment up to now, or one before it in an hour that comes twice; the least date where none is."""
+    """The newest moment up to now, or an earlier one in an hour that comes twice; else `datetime.min`."""
     start = now.replace(microsecond=0) + _SECOND
     return next((at for at in _moments(expression, tz, start, reverse=True) if at <= now), datetime.min)
