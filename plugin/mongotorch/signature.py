@@ -1,19 +1,20 @@
-"""What `key` and `signature` say: which fields make a sample, in what structure, and how it goes into a call.
+"""Parses `key` and checks `signature`: which fields make a sample, in what structure, and how it goes into a call.
 
-Always: a `Key` is a frozen value; its paths are unique and in the order of the sample; the structure of a
-sample and the structure of a batch are the same: a single value, a tuple, a dict, or `(list, dict)`.
+A sample and a batch have the same structure: a single value, a tuple, a dict, or `(list, dict)`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Any, Final, Literal, final
 
 from mongotorch.errors import ParameterError, SignatureError
 
 Form = Literal["single", "tuple", "dict", "both"]
 Signature = Literal["*args", "**kwargs", "*args,**kwargs", "singleton"]
+OBJECTIVE: Final = "objective"
+"""The name under which a validation measures the training objective."""
 SIGNATURES: tuple[Signature, ...] = ("*args", "**kwargs", "*args,**kwargs", "singleton")
 
 

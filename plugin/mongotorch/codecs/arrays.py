@@ -1,8 +1,8 @@
 """Stores arrays: in user documents as plain BSON that any client can read, in components as blobs.
 
 In a document, a 1-D float32 or int8 array is a BSON vector (binary subtype 9 of the BSON specification), and any
-other array is a sub-document `{"dtype", "shape", "data"}`, little-endian in C order. What is not exactly one of the
-two (another key, a byte count that does not fit, an unknown dtype) stays the plain value that it is.
+other array is a sub-document `{"dtype", "shape", "data"}`, little-endian in C order. What is neither
+(another key, a byte count that does not fit, an unknown dtype) stays the plain value that it is.
 
 Guarantees: dtype and shape come back exactly, bfloat16 included, which numpy does not have.
 """

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from mongotorch.errors import ParameterError
 from mongotorch.schedule.triggers.base import is_number
+from mongotorch.signature import OBJECTIVE
 
 Losses = NDArray[np.float64]
-OBJECTIVE: Final = "objective"
 RESAMPLES: Final = 10_000
 _MAX_DRAWS = 2**22  # at a time: 16 MiB of indices and 32 MiB of values
 _SEED: Final = 0

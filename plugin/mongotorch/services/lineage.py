@@ -30,7 +30,7 @@ from mongotorch.services.training.recipe import (
 from mongotorch.services.versions.catalog import Loader
 from mongotorch.settings import Settings
 from mongotorch.store import BlobStore, Components
-from mongotorch.train import TorchModel, TorchTrainer, differing, warmed
+from mongotorch.train import TorchModel, TorchTrainer, differences, warm_start
 
 CHANGED: Final = "changed"
 _RUN = frozenset({"metric_values", "trainer", "model", "artifacts"})  # told otherwise, or by the other document
@@ -303,7 +303,7 @@ class Reproducer:
         stored = self._loader.by_uuid(uuid)
         assert isinstance(stored, TorchModel)  # noqa: S101 - for the type checker; `_course` saw it
         follow_quietly(course, self._connection, self._settings)
-        weights = list(differing(stored.object, course.model.object))
+        weights = list(differences(stored.object, course.model.object))
         changed += [f"weight {name!r} came out otherwise" for name in weights]
         return Reproduction(same=not weights, trained=True, changed=changed)
 
@@ -326,7 +326,7 @@ class Reproducer:
         assert isinstance(trainer, TorchTrainer)  # noqa: S101 - for the type checker
         assert isinstance(model, TorchModel)  # noqa: S101
         if isinstance(live, TorchModel):
-            trainer = warmed(trainer, model, live)
+            trainer = warm_start(trainer, model, live)
         query = Query.from_document(document["data"]["query"])
         return TrainingRecipe(trainer=trainer, model=model, train_query=query)
 

@@ -1,13 +1,10 @@
-"""Batches to a trained model: what a model and a trainer are, how a step is taken, how tensors are stored.
-
-Always: nothing here knows a database; batches come in, and what happened comes out.
-"""
+"""Trains models: batches come in, events and a trained model come out; nothing here knows a database."""
 
 from mongotorch.train.evaluation import Scored, evaluate, score
 from mongotorch.train.loop import Batches, Event, Fit, Stepped, Trained, Validated
 from mongotorch.train.metrics import Dataset, Metric, Validation
 from mongotorch.train.model import TorchModel
-from mongotorch.train.optimizer_state import differing, is_alike, warmed
+from mongotorch.train.optimizer_state import differences, same_structure, warm_start
 from mongotorch.train.tensor_codec import fill_module
 from mongotorch.train.trainer import TorchTrainer
 
@@ -24,10 +21,10 @@ __all__ = [
     "Trained",
     "Validated",
     "Validation",
-    "differing",
+    "differences",
     "evaluate",
     "fill_module",
-    "is_alike",
+    "same_structure",
     "score",
-    "warmed",
+    "warm_start",
 ]

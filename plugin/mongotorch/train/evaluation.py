@@ -1,13 +1,11 @@
-"""One measurement of a model: the objective and the metrics over every validation set.
+"""Measures models: the objective and the metrics over validation sets, or several models on the same documents.
 
-Always: the model is in `eval()` mode under `inference_mode`; a value is the mean over samples, not over batches;
-a set without a batch, or an objective that is not finite, is an error.
+`evaluate` measures one model over sets of batches, for a training run. `score` measures several models with one
+loss for each document, so that they can be compared in pairs.
 
-Several models measured on the very same documents, one loss a document, so that they can be compared in pairs.
-
-Always: every batch is given to all models before the next one is read, so that a database that goes on changing
-cannot give them different documents; a loss is that of one document alone, by the objective that validates. A
-model whose training method gives the loss of a whole batch gives it to each of the batch's documents.
+Guarantees: the model is in `eval()` mode under `inference_mode`; a mean is over samples, not over batches. In
+`score` every batch goes to all models before the next one is read, so that a database that goes on changing
+cannot give them different documents.
 """
 
 from __future__ import annotations
@@ -21,16 +19,22 @@ from typing import Any, final
 import torch
 
 from mongotorch.errors import EmptyFoldError, NonFiniteLossError, ParameterError
+from mongotorch.signature import OBJECTIVE
 from mongotorch.tensors import count_rows, map_tensors, to_device
-from mongotorch.train.devices import pick_device, required_device
+from mongotorch.train.devices import training_device
 from mongotorch.train.mapping import Passed, scalar
-from mongotorch.train.metrics import OBJECTIVE, Metric
+from mongotorch.train.metrics import Metric
 from mongotorch.train.model import TorchModel, evaluating
 from mongotorch.train.trainer import TorchTrainer
 
 
-class Gauge:
-    """One metric over the batches of one measurement."""
+class RunningMetric:
+    """One metric over the batches of one evaluation: a mean over rows, or what a torchmetrics object computes.
+
+    Args:
+        metric: What is measured.
+        device: Where the model is.
+    """
 
     def __init__(self, metric: Metric, device: torch.device) -> None:
         self.name = metric.identifier
@@ -43,8 +47,9 @@ class Gauge:
             if hasattr(self._stateful, "to"):
                 self._stateful = self._stateful.to(device)
 
-    def update(self, args: Sequence[Any], kwargs: dict[str, Any], rows: int) -> None:
-        """Take one batch in: what the objective gets, and how many samples it is of. Raises: ParameterError."""
+    def update(self, passed: Passed, rows: int) -> None:
+        """Take in one batch of so many rows. Raises: ParameterError when the metric is no single number."""
+        args, kwargs = passed.for_metrics()
         if self._stateful is not None:
             self._stateful.update(*args, **kwargs)
             return
@@ -52,7 +57,7 @@ class Gauge:
         self._rows += rows
 
     def value(self) -> float:
-        """The metric over all batches; NaN without any. Raises: ParameterError when it is no number."""
+        """The metric over all batches; NaN without any. Raises: ParameterError when it is no single number."""
         if self._stateful is not None:
             return self._number(self._stateful.compute())
         return self._sum / self._rows if self._rows else float("nan")
@@ -93,12 +98,12 @@ def evaluate(
     values: dict[str, float] = {}
     with evaluating(model.object):
         for name, batches in sets.items():
-            found = _one_set(trainer, model, batches, metrics, device, name or "valid")
+            found = _evaluate_set(trainer, model, batches, metrics, device, name or "valid")
             values |= {f"{name}/{key}" if name else key: value for key, value in found.items()}
     return values
 
 
-def _one_set(
+def _evaluate_set(
     trainer: TorchTrainer,
     model: TorchModel,
     batches: Iterable[Any],
@@ -106,7 +111,7 @@ def _one_set(
     device: torch.device,
     name: str,
 ) -> dict[str, float]:
-    gauges = [Gauge(metric, device) for metric in metrics]
+    running = [RunningMetric(metric, device) for metric in metrics]
     total = torch.zeros((), dtype=torch.float64, device="cpu")
     rows = 0
     for batch in batches:
@@ -115,9 +120,8 @@ def _one_set(
         passed = trainer.forward(model, batch)
         loss = scalar(trainer.compute_validation_objective(model, passed))
         total += loss.detach().double().cpu().reshape(()) * count
-        args, kwargs = passed.for_metrics()
-        for gauge in gauges:
-            gauge.update(args, kwargs, count)
+        for metric in running:
+            metric.update(passed, count)
         rows += count
     if not rows:
         raise EmptyFoldError(f"the validation set {name!r} has no batch; a validation needs documents")
@@ -127,13 +131,13 @@ def _one_set(
             f"the objective on the validation set {name!r} is {objective}; nothing is published. "
             "Try a lower learning rate, or look at the data"
         )
-    return {OBJECTIVE: objective, **{gauge.name: gauge.value() for gauge in gauges}}
+    return {OBJECTIVE: objective, **{metric.name: metric.value() for metric in running}}
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """What one model made of the documents.
+    """What was measured of one model.
 
     Attributes:
         losses: The objective of each document, in the order in which they came.
@@ -147,66 +151,67 @@ class Scored:
 def score(trainer: TorchTrainer, models: Sequence[TorchModel], batches: Iterable[Any]) -> list[Scored]:
     """Measure models on the same documents.
 
+    The loss of a document is the validation objective of a batch of that document alone. A model whose training
+    method gives the loss of a whole batch gives that loss to each document of the batch.
+
     Args:
         trainer: Maps batches and computes the objective.
-        models: What is measured, each with its own metrics; they are put on the trainer's device, and stay there.
+        models: What is measured, each with its own metrics; they are moved to the trainer's device, and stay
+            there.
         batches: The documents.
 
     Returns:
-        What each made of them, in order.
+        What was measured of each model, in order.
 
     Raises:
         ParameterError: The objective or a metric gives no single number, or the device is not there.
         SignatureError: The batches do not fit a model.
         MongotorchError: What the batches raise.
     """
-    benches = [_Bench(trainer, model) for model in models]
+    scorers = [_ModelScorer(trainer, model) for model in models]
     for batch in batches:
-        for bench in benches:
-            bench.take(batch)
-    return [bench.scored() for bench in benches]
+        for scorer in scorers:
+            scorer.update(batch)
+    return [scorer.scored() for scorer in scorers]
 
 
-class _Bench:
-    """One model under measurement."""
+class _ModelScorer:
+    """Measures one model, batch after batch."""
 
     def __init__(self, trainer: TorchTrainer, model: TorchModel) -> None:
         self._trainer, self._model = trainer, model
-        wanted = (trainer.compute_kwargs or {}).get("device")
-        self._device = required_device(wanted) if wanted else pick_device(model.preferred_devices)
+        self._device = training_device(trainer.compute_kwargs, model.preferred_devices)
         model.object.to(self._device)
         metrics = model.validation.metrics if model.validation is not None else ()
-        self._gauges = [Gauge(metric, self._device) for metric in metrics]
+        self._running = [RunningMetric(metric, self._device) for metric in metrics]
         self._losses: list[float] = []
 
-    def take(self, batch: Any) -> None:
+    def update(self, batch: Any) -> None:
         with evaluating(self._model.object):
             batch = to_device(batch, self._device)
             rows = count_rows(batch)
             passed = self._trainer.forward(self._model, batch)
-            args, kwargs = passed.for_metrics()
-            for gauge in self._gauges:
-                gauge.update(args, kwargs, rows)
-            losses = [self._loss(_row(passed, at, rows)) for at in range(rows)]
-            # One look for all: each look makes an accelerator catch up.
+            for metric in self._running:
+                metric.update(passed, rows)
+            losses = [self._loss(_one_row(passed, at, rows)) for at in range(rows)]
+            # One transfer for all: each makes an accelerator catch up.
             self._losses += torch.stack(losses).double().cpu().tolist()
 
     def scored(self) -> Scored:
         if not self._losses:
             return Scored(losses=(), values={})
         values = {OBJECTIVE: sum(self._losses) / len(self._losses)}
-        return Scored(
-            losses=tuple(self._losses), values=values | {gauge.name: gauge.value() for gauge in self._gauges}
-        )
+        values |= {metric.name: metric.value() for metric in self._running}
+        return Scored(losses=tuple(self._losses), values=values)
 
     def _loss(self, passed: Passed) -> torch.Tensor:
         return scalar(self._trainer.compute_validation_objective(self._model, passed)).detach().reshape(())
 
 
-def _row(passed: Passed, at: int, rows: int) -> Passed:
-    """What the objective gets of one document: a batch of one."""
+def _one_row(passed: Passed, row: int, rows: int) -> Passed:
+    """The objective's arguments for one document: a batch of one."""
 
     def cut(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor[at : at + 1] if tensor.ndim and tensor.shape[0] == rows else tensor
+        return tensor[row : row + 1] if tensor.ndim and tensor.shape[0] == rows else tensor
 
     return Passed(args=map_tensors(cut, passed.args), kwargs=map_tensors(cut, passed.kwargs))

@@ -1,17 +1,10 @@
-"""The training loop: batches in, what happened out, a trained model at the end.
+"""Runs the training loop: batches in, events out, a trained model at the end.
 
-Always: it sees no database; between two events it can be stopped, captured, and another process that restores
-the capture goes on to the same bits; the weights it ends with are the best by `listen`, else the last; every
-generator of randomness is the run's own while it runs.
+`Fit.run` yields an event after each optimizer step and each validation; between two events the run can be stopped
+or captured, and another process that restores the capture goes on to the same bits.
 
-What a run says while it runs, and its memory of the best so far.
-
-Always: events are frozen values; only a strictly better value counts as an improvement, and NaN never does.
-
-The random number generators that training draws from, as one state.
-
-Always: a run's draws depend on its seed alone, and the program that runs it finds its own generators as it left
-them.
+Guarantees: the weights at the end are the best by `listen` where there was a validation, else the last; draws
+depend on the trainer's seed alone, and the global generators of the program are as they were afterwards.
 """
 
 from __future__ import annotations
@@ -29,11 +22,10 @@ from torch import Tensor
 
 from mongotorch.errors import EmptySelectError, NonFiniteLossError
 from mongotorch.tensors import copy_tensors, count_rows, to_device
-from mongotorch.train import loop
-from mongotorch.train.devices import pick_device, required_device
+from mongotorch.train.devices import training_device
+from mongotorch.train.early_stopping import EarlyStopping
 from mongotorch.train.evaluation import evaluate
 from mongotorch.train.mapping import scalar
-from mongotorch.train.metrics import OBJECTIVE
 from mongotorch.train.model import TorchModel, copied_state
 from mongotorch.train.optimizers import load_state, state_of
 from mongotorch.train.trainer import TorchTrainer
@@ -42,7 +34,7 @@ from mongotorch.train.trainer import TorchTrainer
 @final
 @dataclass(frozen=True, kw_only=True)
 class Stepped:
-    """An optimizer step was made.
+    """An optimizer step is done.
 
     Attributes:
         step: Its number, from 1.
@@ -58,12 +50,12 @@ class Stepped:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Validated:
-    """The model was measured.
+    """A validation is done.
 
     Attributes:
-        step: After which step.
+        step: The optimizer step after which the model was measured.
         values: What was measured, by name.
-        improved: Whether `listen` is better than ever before.
+        improved: Whether the value of `listen` is the best so far.
     """
 
     step: int
@@ -74,14 +66,14 @@ class Validated:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What a run ended with.
+    """The result of a run.
 
     Attributes:
         steps: Optimizer steps that this run made.
-        optimizer_state: Of the weights that the model now has.
-        metric_values: All that was measured, the trainer's earlier values included.
+        optimizer_state: The optimizer state at `best_step`.
+        metric_values: The values of every validation by name, the trainer's earlier values included.
         best_step: The step whose weights the model has.
-        metrics: What was measured of those weights, by name; empty where they were not measured.
+        metrics: The values measured of those weights, by name; empty where they were not measured.
     """
 
     steps: int
@@ -91,61 +83,29 @@ class Trained:
     metrics: dict[str, float]
 
 
-@final
-@dataclass(kw_only=True)
-class Best:
-    """The best value of `listen`, its step and state, and how many validations came since."""
-
-    higher_is_better: bool
-    value: float | None = None
-    step: int = 0
-    stale: int = 0
-    state: dict[str, Any] | None = None
-
-    def offer(self, value: float, step: int) -> bool:
-        """Take a new value in; whether it is better than all before."""
-        first = self.value is None and value == value
-        if first or (
-            self.value is not None and (value > self.value if self.higher_is_better else value < self.value)
-        ):
-            self.value, self.step, self.stale = value, step, 0
-            return True
-        self.stale += 1
-        return False
-
-    def capture(self) -> dict[str, Any]:
-        """For a resumed run; the state is shared, since it is never changed in place."""
-        return {"value": self.value, "step": self.step, "stale": self.stale, "state": self.state}
-
-    def restore(self, captured: Mapping[str, Any]) -> None:
-        """Go on with what was captured."""
-        self.value, self.step = captured["value"], captured["step"]
-        self.stale, self.state = captured["stale"], captured["state"]
-
-
 Event = Stepped | Validated
-_UNCHECKED = 32  # losses that may wait on an accelerator before they are looked at
+_MOST_UNCHECKED = 32  # losses that may stay on an accelerator before they are checked
 
 
 class Batches(Protocol):
-    """Epoch after epoch of batches, from a position that can be kept."""
+    """Batches of one epoch for each iteration, with a position that can be saved."""
 
     def __iter__(self) -> Iterator[Any]: ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it is."""
+        """The position."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on there."""
+        """Continue from a position."""
 
 
 @final
 class Fit:
-    """One run of one trainer on one model, which it changes.
+    """One run of a trainer on a model, whose weights it changes.
 
     Args:
-        trainer: How.
-        model: What.
+        trainer: How to train.
+        model: What to train.
         batches: The training batches.
         sets: The validation batches by the name of their set; the empty name is the fold `valid`.
         state: What `capture` gave in a run that ended early; None starts.
@@ -168,29 +128,23 @@ class Fit:
         self._trainer, self._model = trainer, model
         self._batches, self._sets = batches, sets
         self._state = state
-        wanted = (trainer.compute_kwargs or {}).get("device")
-        self.device = required_device(wanted) if wanted else pick_device(model.preferred_devices)
+        self.device = training_device(trainer.compute_kwargs, model.preferred_devices)
         self._metrics = model.validation.metrics if model.validation is not None else ()
-        higher = (
-            False
-            if trainer.listen == OBJECTIVE
-            else bool(model.validation is not None and model.validation.higher_is_better(trainer.listen))
-        )
-        self._best = Best(higher_is_better=higher)
+        self._best = EarlyStopping(trainer.listen, model.validation, trainer.no_improve_then_stop)
         self._values = {name: list(v) for name, v in (trainer.metric_values or {}).items()}
         self._measured: dict[str, float] = {}  # by the last validation
-        self._waiting: list[Tensor] = []
+        self._unchecked: list[Tensor] = []
         self.step, self._validated = 0, 0
         self._idle = 0  # epochs begun since the last step
 
     def run(self) -> Generator[Event]:
-        """Train; each step and validation is yielded when it is done.
+        """Train, and yield each step and each validation when it is done.
 
         Raises:
             NonFiniteLossError: A loss, the objective of a validation, or a weight at the end is not finite.
             MongotorchError: What the batches raise.
         """
-        with loop.seeded(self._trainer.seed):
+        with seeded(self._trainer.seed):
             self._model.object.to(self.device)
             self._optimizers = self._trainer.get_optimizers(self._model)
             if self._trainer.optimizer_state is not None:
@@ -203,7 +157,7 @@ class Fit:
         self._check_weights()
 
     def trained(self) -> Trained:
-        """The end of a run that has ended: the best state is put into the model, in `eval()` mode."""
+        """The result of a run that has ended; the best weights are put into the model, in `eval()` mode."""
         module = self._model.object
         if self._best.state is not None:
             module.load_state_dict(self._best.state["model"])
@@ -223,19 +177,19 @@ class Fit:
         )
 
     def capture(self) -> dict[str, Any]:
-        """Everything that a resumed run needs, as copies; call it between two events."""
+        """Everything that a resumed run needs, as copies. Call it between two events."""
         self._check_losses()
-        now = self._best.state if self._best.step == self.step else None  # it was copied a moment ago
+        now = self._best.state if self._best.step == self.step else None  # copied by the validation just now
         return {
             "step": self.step,
             "validated": self._validated,
             "model": now["model"] if now else copied_state(self._model.object),
             "optimizer": now["optimizer"] if now else state_of(self._optimizers),
-            "random": loop.capture(),
+            "random": generator_state(),
             "batches": self._batches.state_dict(),
             "values": {name: list(values) for name, values in self._values.items()},
             "measured": self._measured,
-            "best": self._best.capture(),
+            "best": self._best.state_dict(),
         }
 
     def _restore(self, state: Mapping[str, Any]) -> None:
@@ -245,28 +199,28 @@ class Fit:
         self._batches.load_state_dict(state["batches"])
         self._values = {name: list(values) for name, values in state["values"].items()}
         self._measured = dict(state.get("measured", {}))
-        self._best.restore(state["best"])
-        loop.restore(state["random"])
+        self._best.load_state_dict(state["best"])
+        set_generator_state(state["random"])
 
     def _steps(self) -> Iterator[Event]:
         trainer = self._trainer
-        if self._owes_validation():  # the run that was captured ended between a step and its validation
+        if self._is_validation_due():  # the run that was captured ended between a step and its validation
             yield self._validate()
         while not self.is_over:
             self._begin_epoch()
             for batch in self._batches:
                 loss = trainer.take_step(self._model, to_device(batch, self.device), self._optimizers)
                 self.step, self._idle = self.step + 1, 0
-                self._waiting.append(loss := scalar(loss).detach())
-                if self.device.type == "cpu" or len(self._waiting) >= _UNCHECKED:
+                self._unchecked.append(loss := scalar(loss).detach())
+                if self.device.type == "cpu" or len(self._unchecked) >= _MOST_UNCHECKED:
                     self._check_losses()
                 yield Stepped(step=self.step, loss=loss, rows=count_rows(batch))
-                if self._owes_validation():
+                if self._is_validation_due():
                     yield self._validate()
                 if self.is_over:
                     return
 
-    def _owes_validation(self) -> bool:
+    def _is_validation_due(self) -> bool:
         interval = self._trainer.validation_interval
         if interval is None or self.step <= self._validated:
             return False
@@ -280,9 +234,8 @@ class Fit:
 
     @property
     def is_over(self) -> bool:
-        """Whether no step is left to be made."""
-        stale = self._best.stale >= self._trainer.no_improve_then_stop
-        return stale or self.step >= self._trainer.max_iterations
+        """Whether the run has made its last step."""
+        return self._best.should_stop or self.step >= self._trainer.max_iterations
 
     def _validate(self) -> Validated:
         self._check_losses()
@@ -291,7 +244,7 @@ class Fit:
         self._measured = values
         for name, value in values.items():
             self._values.setdefault(name, []).append(value)
-        improved = self._best.offer(values[self._trainer.listen], self.step)
+        improved = self._best.update(values[self._trainer.listen], self.step)
         if improved:
             self._best.state = {
                 "model": copied_state(self._model.object),
@@ -301,11 +254,11 @@ class Fit:
         return Validated(step=self.step, values=values, improved=improved)
 
     def _check_losses(self) -> None:
-        """Look at the losses that wait: together, since each look makes an accelerator catch up."""
-        if not self._waiting:
+        """Check the losses so far: several at once, since reading one makes an accelerator catch up."""
+        if not self._unchecked:
             return
-        losses = [loss.item() for loss in self._waiting]
-        self._waiting = []
+        losses = [loss.item() for loss in self._unchecked]
+        self._unchecked = []
         for behind, value in enumerate(reversed(losses)):
             if not math.isfinite(value):
                 raise NonFiniteLossError(
@@ -331,8 +284,8 @@ def _on_cpu(state: Any) -> Any:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """All generators seeded inside, and as they were afterwards."""
-    before = capture()
+    """Seed torch's, numpy's and Python's global generators inside, and restore them afterwards."""
+    before = generator_state()
     # numpy takes 32 bits only; torch takes 64.
     torch.manual_seed(seed % 2**63)
     np.random.seed(seed % 2**32)
@@ -340,10 +293,10 @@ def seeded(seed: int) -> Iterator[None]:
     try:
         yield
     finally:
-        restore(before)
+        set_generator_state(before)
 
 
-def capture() -> dict[str, Any]:
+def generator_state() -> dict[str, Any]:
     """The state of torch's (each CUDA device too), numpy's and Python's global generators."""
     name, keys, position, has_gauss, cached = np.random.get_state()
     return {
@@ -354,8 +307,8 @@ def capture() -> dict[str, Any]:
     }
 
 
-def restore(state: Mapping[str, Any]) -> None:
-    """Set all generators to a captured state; CUDA devices that are not here are left out."""
+def set_generator_state(state: Mapping[str, Any]) -> None:
+    """Set all generators to what `generator_state` gave; CUDA devices that are not here are left out."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
         torch.cuda.set_rng_state_all(list(state["cuda"]))

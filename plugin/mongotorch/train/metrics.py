@@ -1,6 +1,6 @@
-"""What is measured in a validation: metrics, datasets, and the validation that names them.
+"""Names what a validation measures: metrics, and datasets besides the fold `valid`.
 
-Always: these are frozen values; what a metric accumulates lives in a `Gauge`, which serves one measurement.
+All three are frozen values; what a metric accumulates over batches lives in a `RunningMetric` of one evaluation.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any, ClassVar, final
 from mongotorch.component import Component
 from mongotorch.errors import ParameterError
 from mongotorch.query import Query
+from mongotorch.signature import OBJECTIVE
 
-OBJECTIVE = "objective"
 MODES = ("min", "max")
 
 

@@ -1,12 +1,7 @@
-"""To go on where another run ended: its weights, and the state of its optimizer.
+"""Starts a run from the weights and optimizer state of another, and compares two results of training.
 
-Always: what is gone on with is copied into what was given to train, whose own options stay: a learning rate that
-the trainer names counts over the one that the other run ended with.
-
-Whether two results of training are the same, bit for bit, and where they are not.
-
-Always: what is compared is the memory of the tensors, so that 0.0 and -0.0 differ and a NaN equals itself; dtypes
-and shapes count.
+Guarantees: what is continued is copied, and options that the trainer names (a learning rate) win over those that
+the other run ended with. A comparison is of the tensors' memory: 0.0 and -0.0 differ, and a NaN equals itself.
 """
 
 from __future__ import annotations
@@ -22,21 +17,22 @@ from mongotorch.train.model import TorchModel
 from mongotorch.train.trainer import TorchTrainer
 
 
-def is_alike(model: TorchModel, other: TorchModel) -> bool:
+def same_structure(model: TorchModel, other: TorchModel) -> bool:
     """Whether the weights of one model fit into the other: the same names, shapes and dtypes."""
     return _structure(model) == _structure(other)
 
 
-def warmed(trainer: TorchTrainer, model: TorchModel, source: TorchModel) -> TorchTrainer:
+def warm_start(trainer: TorchTrainer, model: TorchModel, source: TorchModel) -> TorchTrainer:
     """Let a run start where the one that trained `source` ended.
 
     Args:
         trainer: How the run trains.
-        model: What it trains; its weights become those of `source`, which must be alike.
+        model: What it trains; its weights become those of `source`, which must have the same structure.
         source: The trained model, with the trainer that was published with it.
 
     Returns:
-        The trainer, under the same uuid, with the state of the optimizer, where that was one of the same class.
+        The trainer under the same uuid, with the other run's optimizer state where the optimizer's class is the
+        same.
     """
     model.object.load_state_dict(source.object.state_dict())
     before = source.trainer
@@ -65,8 +61,8 @@ def _structure(model: TorchModel) -> dict[str, tuple[Any, ...]]:
     }
 
 
-def differing(first: Any, second: Any, where: str = "") -> Iterator[str]:
-    """The names of what is not the same in two modules, states, or structures of tensors and plain values.
+def differences(first: Any, second: Any, where: str = "") -> Iterator[str]:
+    """The names of what differs in two modules, states, or structures of tensors and plain values.
 
     Args:
         first: One of them.
@@ -82,12 +78,12 @@ def differing(first: Any, second: Any, where: str = "") -> Iterator[str]:
         for key in dict.fromkeys([*first, *second]):
             name = f"{where}.{key}" if where else str(key)
             if key in first and key in second:
-                yield from differing(first[key], second[key], name)
+                yield from differences(first[key], second[key], name)
             else:
                 yield name
     elif isinstance(first, list | tuple) and isinstance(second, list | tuple) and len(first) == len(second):
         for at, (one, other) in enumerate(zip(first, second, strict=True)):
-            yield from differing(one, other, f"{where}[{at}]")
+            yield from differences(one, other, f"{where}[{at}]")
     elif type(first) is not type(second) or first != second:
         yield where
 

@@ -1,70 +1,33 @@
-"""The TorchTrainer: everything that says how a model is trained, as one frozen value.
+"""Holds everything that says how a model is trained, as one frozen value: the `TorchTrainer`.
 
-Always: what can be known to be wrong without data is refused at construction; a trainer that exists holds no
-database and no open resource; its three methods (`take_step`, `get_optimizers`, `compute_validation_objective`)
-are what a subclass changes, and the loop around them stays.
+A subclass changes training by its methods `take_step`, `get_optimizers` and `compute_validation_objective`; the
+loop around them stays.
 
-What `loader_kwargs` and `compute_kwargs` may say, checked when a trainer is made.
-
-Always: an option that is accepted here is used; one that nobody would read is refused.
+Guarantees: what can be known to be wrong without data is refused at construction; a trainer holds no database and
+no open resource.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
 
 from mongotorch.component import Component
-from mongotorch.errors import LoaderOptionError, OptimizerError, ParameterError
+from mongotorch.errors import OptimizerError, ParameterError
+from mongotorch.loader_options import check_trainer_loader
 from mongotorch.query import Query
-from mongotorch.signature import Key, check_signature
+from mongotorch.signature import OBJECTIVE, Key, check_signature
 from mongotorch.train.mapping import BatchMapping, Passed, check_key, scalar
-from mongotorch.train.metrics import OBJECTIVE
 from mongotorch.train.model import TorchModel
 from mongotorch.train.optimizers import check_optimizer, make_optimizer
 
-_DECIDED = {
-    "dataset": "the select says what is read",
-    "sampler": "the order comes from shuffle and seed",
-    "batch_sampler": "batches come from batch_size, shuffle and drop_last",
-    "collate_fn": "it is a parameter of the trainer itself",
-    "generator": "the trainer's seed decides what is random",
-}
-LOADER_OPTIONS = frozenset(inspect.signature(DataLoader.__init__).parameters) - {"self", *_DECIDED}
+UNLIMITED = 10**100
 COMPUTE_OPTIONS = frozenset({"device", "num_workers"})
-
-
-def check_loader(options: Mapping[str, Any], *, workers: int | None = None) -> None:
-    """Refuse options that a DataLoader does not have or refuses.
-
-    Args:
-        options: `loader_kwargs`.
-        workers: `num_workers` from elsewhere, for options that need some.
-
-    Raises:
-        LoaderOptionError: `field` names the option, where it is one alone.
-    """
-    for name in options:
-        if name not in LOADER_OPTIONS:
-            reason = _DECIDED.get(name, f"known are {', '.join(sorted(LOADER_OPTIONS))}")
-            raise LoaderOptionError(f"loader_kwargs: {name!r} cannot be given: {reason}", field=name)
-    size = options.get("batch_size", 1)
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise LoaderOptionError(f"loader_kwargs: batch_size={size!r} must be 1 or more", field="batch_size")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's advice on the number of workers is for when they run
-            DataLoader(TensorDataset(torch.zeros(1)), **{"num_workers": workers or 0, **options})
-    except (TypeError, ValueError, AssertionError) as error:
-        raise LoaderOptionError(f"loader_kwargs: {error}", field="loader_kwargs") from error
 
 
 def check_compute(options: Mapping[str, Any]) -> None:
@@ -93,28 +56,28 @@ class TorchTrainer(Component):
         key: The fields of a sample: `"x"`, `("x", "y")`, `{"field": "argument"}` or
             `(["x"], {"field": "argument"})`.
         select: The documents; the fold is added to it.
-        transform: Makes of a sample the sample that counts; called by `signature`.
+        transform: Applied to each sample before it is batched; called by `signature`.
         metric_values: `{metric: [one value per validation]}`; a run appends to it.
         signature: How a sample goes into `transform` and a batch into the model: `*args`, `**kwargs`,
             `*args,**kwargs` or `singleton`.
         data_prefetch: Read ahead in the background while streaming.
-        prefetch_size: Documents that are read at a time.
-        prefetch_factor: How many times `prefetch_size` may be ready.
+        prefetch_size: Documents read at a time.
+        prefetch_factor: How many times `prefetch_size` documents may be held ready.
         in_memory: Read the select once into memory.
         compute_kwargs: For the compute engine: `device`, `num_workers`.
         objective: From output and target to a scalar tensor; lower is better.
         loader_kwargs: Those of `torch.utils.data.DataLoader`; `batch_size` is 1 unless given.
-        max_iterations: The exact most optimizer steps.
-        no_improve_then_stop: Stop after so many validations in a row without a better `listen`.
+        max_iterations: The most optimizer steps; exactly so many are made unless the run stops early.
+        no_improve_then_stop: Validations in a row without a better `listen` after which the run stops.
         download: With `in_memory=False`: read the select once into memory-mapped files on local disk.
-        validation_interval: Validate after every so many steps and after the last; None: never.
+        validation_interval: Steps between validations; there is one after the last step too. None never validates.
         listen: `objective`, or the name of a metric (`dataset/metric` for one on a dataset).
         optimizer_cls: A name in `torch.optim`, or `package.module:Class`.
         optimizer_kwargs: Its options.
         optimizer_state: Loaded before the first step; a run stores that of the published weights.
-        collate_fn: Makes a batch of the list of samples.
+        collate_fn: Makes a batch of a list of samples; None stacks them.
         model: The model it trains when it is applied itself.
-        seed: Of everything random: the order of the data, dropout, and what workers draw.
+        seed: Seeds everything random: the order of the data, dropout, and what workers draw.
 
     Raises:
         IdentifierError, SignatureError, OptimizerError, LoaderOptionError: The argument of that name.
@@ -135,7 +98,7 @@ class TorchTrainer(Component):
     compute_kwargs: Mapping[str, Any] | None = None
     objective: Callable[..., Tensor]
     loader_kwargs: Mapping[str, Any] | None = None
-    max_iterations: int = 10**100
+    max_iterations: int = UNLIMITED
     no_improve_then_stop: int = 5
     download: bool = False
     validation_interval: int | None = 100
@@ -154,7 +117,7 @@ class TorchTrainer(Component):
         self._check_types()
         self._check_numbers()
         check_compute(self.compute_kwargs or {})
-        check_loader(self.loader_kwargs or {}, workers=(self.compute_kwargs or {}).get("num_workers"))
+        check_trainer_loader(self.loader_kwargs or {}, workers=(self.compute_kwargs or {}).get("num_workers"))
         check_optimizer(self.optimizer_cls, self.optimizer_kwargs or {})
         if self.optimizer_cls == "LBFGS" and type(self).take_step is TorchTrainer.take_step:
             raise OptimizerError(
@@ -184,11 +147,11 @@ class TorchTrainer(Component):
 
     @functools.cached_property
     def mapping(self) -> BatchMapping:
-        """The way of a batch through a model; made once, since every step asks for it."""
+        """How a batch goes through a model; made once, since every step uses it."""
         return BatchMapping(key=Key.parse(self.key), signature=self.signature, objective=self.objective)
 
     def forward(self, model: TorchModel, batch: Any) -> Passed:
-        """Run the model on a batch; what comes out are the objective's arguments. Raises: SignatureError."""
+        """Run the model on a batch; the result holds the objective's arguments. Raises: SignatureError."""
         return self.mapping(model, batch)
 
     def compute_objective(self, model: TorchModel, batch: Any) -> Tensor:
@@ -260,14 +223,11 @@ class TorchTrainer(Component):
             raise ParameterError(f"seed={self.seed!r}: it must be a whole number", field="seed")
         if self.validation_interval is not None:
             _check_positive("validation_interval", self.validation_interval)
-        elif self.max_iterations >= _ENDLESS:
+        elif self.max_iterations >= UNLIMITED:
             raise ParameterError(
                 "validation_interval=None never stops early; give a finite max_iterations",
                 field="max_iterations",
             )
-
-
-_ENDLESS = 10**100
 
 
 def _check_positive(field: str, value: Any) -> None:

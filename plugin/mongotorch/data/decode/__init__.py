@@ -1,1 +1,1 @@
-"""BSON replies to columns."""
+"""Decodes BSON replies into columns."""

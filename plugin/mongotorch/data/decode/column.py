@@ -1,8 +1,9 @@
-"""One column of decoded values, in the cheapest form that keeps their exact BSON meaning.
+"""Holds the decoded values of one field, in the cheapest form that keeps their exact BSON meaning.
 
-Always: the form is a pure function of the values it holds, whatever way they were decoded, sliced or joined.
-Numbers of one BSON meaning and one shape are one numpy array; what does not fit stays a list of what
-`bson.decode` gives, with stored arrays turned into numpy arrays.
+Numbers of one BSON meaning and one shape are one numpy array; what does not fit stays a list of what `bson.decode`
+gives, with stored arrays as numpy arrays.
+
+Guarantees: the form depends on the values alone, not on how they were decoded, sliced or joined.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Column:
         """One value, as `bson.decode` gives it (stored arrays as numpy arrays)."""
         if isinstance(self.data, list):
             return self.data[row]
-        at = range(len(self))[row]
+        at = range(len(self))[row]  # so that negative rows count from the end
         return self._listed(self.data[at : at + 1])[0]
 
     def __iter__(self) -> Iterator[Any]:
@@ -103,7 +104,7 @@ class Column:
         return self._like(self.data[start:stop])
 
     def owned(self) -> Column:
-        """The same values in memory that holds nothing else, not the documents that they were read from."""
+        """The same values in memory of their own, which does not keep the documents they were read from."""
         if isinstance(self.data, list) or self.data.base is None:
             return self
         return self._like(self.data.copy())
@@ -129,7 +130,7 @@ def build(values: list[Any], *, identity: bool = False) -> Column:
 
     Args:
         values: As `bson.decode` gives them, stored arrays already numpy arrays.
-        identity: They are `_id`s: a list is then one value, never a row of numbers.
+        identity: They are `_id`s: a list is one value, never a row of numbers.
     """
     found = None
     if values:
@@ -138,26 +139,26 @@ def build(values: list[Any], *, identity: bool = False) -> Column:
     return found or Column(kind="object", data=values, dtype="object")
 
 
-def merge(pieces: Sequence[tuple[Array | None, Column]], *, identity: bool = False) -> Column:
-    """One column of the rows of all pieces.
+def merge(parts: Sequence[tuple[Array | None, Column]], *, identity: bool = False) -> Column:
+    """One column of the rows of all parts.
 
     Args:
-        pieces: (positions of its rows in the result, column). Positions None: rows follow each other.
+        parts: (positions of its rows in the result, column); positions None: the rows follow each other.
         identity: They are `_id`s, see `build`.
     """
-    pieces = [piece for piece in pieces if len(piece[1])]
-    if not pieces:
+    parts = [part for part in parts if len(part[1])]
+    if not parts:
         return build([])
-    if len(pieces) == 1 and pieces[0][0] is None:
-        return pieces[0][1]
-    first = pieces[0][1]
-    rows = [rows for rows, _ in pieces if rows is not None]
+    if len(parts) == 1 and parts[0][0] is None:
+        return parts[0][1]
+    first = parts[0][1]
+    rows = [rows for rows, _ in parts if rows is not None]
     order = np.argsort(np.concatenate(rows)) if rows else None
-    forms = {_form(column) for _, column in pieces}
+    forms = {_form(column) for _, column in parts}
     if len(forms) > 1 or isinstance(first.data, list):
-        listed = list(chain.from_iterable(column.values() for _, column in pieces))
+        listed = list(chain.from_iterable(column.values() for _, column in parts))
         return build(listed if order is None else [listed[at] for at in order], identity=identity)
-    joined = np.concatenate([np.asarray(column.data) for _, column in pieces])
+    joined = np.concatenate([np.asarray(column.data) for _, column in parts])
     return Column(kind=first.kind, data=joined if order is None else joined[order], dtype=first.dtype)
 
 
@@ -183,7 +184,7 @@ def _numbers(values: list[Any]) -> Column | None:
     if flat is None:
         return None
     types = set(map(type, flat[0]))
-    dtype = next((name for known, name in _NUMBERS if types <= known), None)
+    dtype = next((name for known, name in _NUMBER_TYPES if types <= known), None)
     if dtype is None:
         return None
     return Column(kind="number", data=np.array(flat[0], dtype).reshape(flat[1]), dtype=dtype)
@@ -213,11 +214,11 @@ def _arrays(values: list[Any]) -> Column | None:
     return Column(kind="array", data=stacked, dtype=dtype_name(first))
 
 
-def _nothing(_values: list[Any]) -> Column | None:
+def _no_array(_values: list[Any]) -> Column | None:
     return None
 
 
-_NUMBERS: tuple[tuple[frozenset[type], str], ...] = (
+_NUMBER_TYPES: tuple[tuple[frozenset[type], str], ...] = (
     (frozenset({float}), "float64"),
     (_INTEGERS, "int64"),
     (frozenset({bool}), "bool"),
@@ -227,10 +228,10 @@ _MAKERS: dict[type, Callable[[list[Any]], Column | None]] = {
     ObjectId: _object_ids,
     np.ndarray: _arrays,
     BFloat16: _arrays,
-    str: _nothing,
-    bytes: _nothing,
-    dict: _nothing,
-    type(None): _nothing,
+    str: _no_array,
+    bytes: _no_array,
+    dict: _no_array,
+    type(None): _no_array,
 }
 
 

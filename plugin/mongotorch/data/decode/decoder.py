@@ -1,9 +1,10 @@
-"""Raw BSON to columns: the fast path from the server to a batch, without a Python object per document.
+"""Decodes raw BSON documents into columns, without a Python object for each document.
 
 Documents of one shape are a two-dimensional array of bytes, and their fields are strided views of it. The
-structural bytes of every row are compared with the first row's; rows that differ are looked at again as a
-group of their own, a bounded number of times, and what is left goes through `bson`. Always: the result is
-exactly what `bson.decode` gives, with stored arrays as the codec of documents gives them.
+structural bytes of every row are compared with the first row's; rows that differ are tried again as a group of
+their own, a bounded number of times, and what is left is decoded by `bson`.
+
+Guarantees: the result is exactly what `bson.decode` gives, with stored arrays as numpy arrays.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import bson
 import numpy as np
@@ -86,7 +87,7 @@ class Columns:
         return Columns(paths=self.paths, ids=self.ids.slice(start, stop, identity=True), fields=cut)
 
     def owned(self) -> Columns:
-        """The same rows, none of them a view of the documents; for what is kept."""
+        """The same rows in memory of their own, none of them a view of the documents."""
         fields = {path: column.owned() for path, column in self.fields.items()}
         return Columns(paths=self.paths, ids=self.ids.owned(), fields=fields)
 
@@ -116,7 +117,7 @@ def decode(
 
     Args:
         raw: Concatenated BSON documents, as `find_raw_batches` gives them, or a sequence of such.
-        paths: Dotted paths of the wanted fields. A path reaches into sub-documents, not into lists.
+        paths: Dotted paths of the fields to read. A path reaches into sub-documents, not into lists.
         smallest_group: Rows of one shape that are worth a layout; fewer go through `bson`.
         most_layouts: How many shapes are tried before the rest goes through `bson`.
 
@@ -128,34 +129,34 @@ def decode(
         content: bytes | memoryview = raw
     else:
         content = raw[0] if len(raw) == 1 else b"".join(raw)
-    work = _Work(tuple(dict.fromkeys(paths)))
+    builder = _ColumnBuilder(tuple(dict.fromkeys(paths)))
     try:
         groups, rest = by_length(content, smallest_group, most_layouts)
         for _ in range(most_layouts):
             if not groups or len(groups[0][1]) < smallest_group:
                 break
-            groups = sorted(groups[1:] + work.decode_alike(*groups[0]), key=lambda group: -len(group[1]))
+            groups = sorted(groups[1:] + builder.decode_alike(*groups[0]), key=lambda group: -len(group[1]))
         for rows, matrix in groups:
-            work.decode_each(rows, matrix.tobytes())
-        work.decode_each(*rest)
+            builder.decode_each(rows, matrix.tobytes())
+        builder.decode_each(*rest)
     except (BSONError, struct.error) as error:
         raise DataError(f"documents that are not valid BSON, or beyond what Python can hold: {error}") from error
-    return work.done()
+    return builder.done()
 
 
-class _Work:
-    """The pieces of one `decode`: columns with the positions of their rows."""
+class _ColumnBuilder:
+    """Collects the parts of the columns of one `decode`, each with the positions of its rows."""
 
     def __init__(self, paths: tuple[str, ...]) -> None:
         self._paths = paths
-        self._wanted = PathTree.of((*paths, ID))
-        self._pieces: dict[str, list[tuple[Rows | None, Column]]] = {path: [] for path in (*paths, ID)}
+        self._tree = PathTree.of((*paths, ID))
+        self._parts: dict[str, list[tuple[Rows | None, Column]]] = {path: [] for path in (*paths, ID)}
         self._missing: tuple[int, str, Any] | None = None
 
     def decode_alike(self, rows: Rows | None, matrix: Bytes) -> list[Group]:
         """Decode the rows that look like the first one; return the others, as a group."""
         try:
-            layout = Layout(matrix[0].tobytes(), self._wanted)
+            layout = Layout(matrix[0].tobytes(), self._tree)
         except LayoutError:
             self.decode_each(rows, matrix.tobytes())
             return []
@@ -165,20 +166,20 @@ class _Work:
             rows = np.arange(len(matrix)) if rows is None else rows
             rest = [(rows[~alike], matrix[~alike])]
             rows, matrix = rows[alike], matrix[alike]
-        for path in self._pieces:
-            if path in layout.slots:
-                self._pieces[path].append((rows, layout.column(path, matrix)))
+        for path in self._parts:
+            if path in layout.fields:
+                self._parts[path].append((rows, layout.column(path, matrix)))
             elif path == ID and ID not in self._paths:
-                self._pieces[path].append((rows, build([None] * len(matrix))))
+                self._parts[path].append((rows, build([None] * len(matrix))))
             else:
-                ids = layout.column(ID, matrix[:1])[0] if ID in layout.slots else None
+                ids = layout.column(ID, matrix[:1])[0] if ID in layout.fields else None
                 self._miss(0 if rows is None else int(rows[0]), path, ids)
         return rest
 
     def decode_each(self, rows: Rows | None, content: bytes) -> None:
         """Decode rows through `bson`."""
         documents = bson.decode_all(content) if content else []
-        for path, pieces in self._pieces.items():
+        for path, parts in self._parts.items():
             values = [_lookup(document, path) for document in documents]
             if path == ID and ID not in self._paths:
                 values = [None if value is _MISSING else value for value in values]
@@ -188,25 +189,25 @@ class _Work:
                 continue
             identity = path == ID
             values = values if identity else [restore(value) for value in values]
-            pieces.append((rows, build(values, identity=identity)))
+            parts.append((rows, build(values, identity=identity)))
 
     def done(self) -> Columns:
-        """All pieces put together."""
+        """The columns. Raises: FieldMissingError."""
         if self._missing is not None:
-            _raise_missing(self._missing[1], self._missing[2])
-        fields = {path: merge(self._pieces[path], identity=path == ID) for path in self._paths}
-        return Columns(paths=self._paths, ids=merge(self._pieces[ID], identity=True), fields=fields)
+            raise _field_missing(self._missing[1], self._missing[2])
+        fields = {path: merge(self._parts[path], identity=path == ID) for path in self._paths}
+        return Columns(paths=self._paths, ids=merge(self._parts[ID], identity=True), fields=fields)
 
     def _miss(self, row: int, path: str, document_id: Any) -> None:
-        """Keep the first document that lacks a field: the same one whatever way it was decoded."""
-        order = list(self._pieces)
+        """Remember the first document that lacks a field, the same one whatever way it was decoded."""
+        order = list(self._parts)
         known = self._missing
         if known is None or (row, order.index(path)) < (known[0], order.index(known[1])):
             self._missing = (row, path, document_id)
 
 
-def _raise_missing(path: str, document_id: Any) -> NoReturn:
-    raise FieldMissingError(
+def _field_missing(path: str, document_id: Any) -> FieldMissingError:
+    return FieldMissingError(
         f"The document with _id {document_id!r} has no field {path!r}: give every document the field, or "
         "leave those without it out of the select.",
         document_id=document_id,
@@ -220,6 +221,3 @@ def _lookup(document: Any, path: str) -> Any:
             return _MISSING
         document = document[name]
     return document
-
-
-__all__ = ["Column", "Columns", "decode"]

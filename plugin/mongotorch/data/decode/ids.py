@@ -1,13 +1,11 @@
-"""A 64-bit key for each `_id`: what shuffling and sharding hash, stable across runs, machines and versions.
+"""Hashes and orders `_id`s: a 64-bit key for each, and MongoDB's own sort order in Python.
 
-Always: equal `_id`s have equal keys, whatever way they were decoded, and numbers that MongoDB treats as equal
-(int32 5, int64 5, double 5.0, decimal 5) too. The mix is the finalizer of splitmix64 (Steele, Lea and Flood,
-"Fast splittable pseudorandom number generators", 2014), folded over little-endian 8-byte words.
+Shuffling and sharding use the keys: splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
+generators", 2014), folded over the little-endian 8-byte words of a value. The order is that of the MongoDB manual,
+"Comparison/Sort Order", across types as well.
 
-MongoDB's own order of `_id`s, in Python, for what the server cannot be asked.
-
-Always: `sort_key` orders any two `_id`s as a sort of MongoDB does, across types as well (the order is that of
-the manual, "Comparison/Sort Order"); `same_type` says whether `$gte` and `$lt` reach from one to the other.
+Guarantees: keys are the same on every machine and in every release; `_id`s that are equal in MongoDB (int32 5,
+int64 5, double 5.0, decimal 5) have equal keys, whatever way they were decoded.
 """
 
 from __future__ import annotations
@@ -16,19 +14,18 @@ import math
 import struct
 import uuid
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
 import bson
 import numpy as np
-import numpy.typing as npt
 from bson import Binary, Code, DBRef, Decimal128, MaxKey, MinKey, ObjectId, Regex, Timestamp
 from numpy.typing import NDArray
 
 from mongotorch.data.decode.column import Column
 
-U64 = npt.NDArray[np.uint64]
+U64 = NDArray[np.uint64]
 _MASK = 2**64 - 1
 
 
@@ -41,7 +38,7 @@ def mix(values: U64) -> U64:
 
 
 def salt(*parts: int) -> np.uint64:
-    """One number out of several integers of any size and sign, the order of them counting."""
+    """One number that depends on several integers, of any size and sign, and on their order."""
     state = np.zeros(1, dtype=np.uint64)
     for part in parts:
         state = mix(state ^ np.array([part & _MASK], dtype=np.uint64))
@@ -61,14 +58,11 @@ def pack_ids(ids: Column) -> bytes:
     return rows.tobytes()
 
 
-Keys = NDArray[np.uint64]
-_GOLDEN = 0x9E3779B97F4A7C15
 _DOUBLE, _STRING, _DOCUMENT, _BINARY, _OBJECT_ID, _BOOL, _DATE = 0x01, 0x02, 0x03, 0x05, 0x07, 0x08, 0x09
 _INTEGER, _DECIMAL, _OTHER = 0x12, 0x13, 0x7F
-_NAIVE_EPOCH = datetime(1970, 1, 1)  # BSON dates decode to naive UTC
 
 
-def id_keys(ids: Column) -> Keys:
+def id_keys(ids: Column) -> U64:
     """The keys of a column of `_id`s, (n,) uint64."""
     data = ids.data
     if isinstance(data, list) or ids.kind == "array" or data.ndim > 2 or (ids.kind == "number" and data.ndim > 1):
@@ -82,29 +76,22 @@ def id_keys(ids: Column) -> Keys:
     return _fold(_INTEGER, _octets(data.astype("<i8"))) if data.dtype.kind == "i" else _doubles(data)
 
 
-def _fold(tag: int, rows: NDArray[np.uint8]) -> Keys:
+def _fold(tag: int, rows: NDArray[np.uint8]) -> U64:
     """One key for each row of an (n, size) array of bytes; the size counts too."""
     count, size = rows.shape
     padded = np.zeros((count, -(-size // 8) * 8), np.uint8)
     padded[:, :size] = rows
     keys = np.full(count, (tag << 32) + size, np.uint64)
     for word in padded.view("<u8").T:
-        keys = _mix(keys ^ word.astype(np.uint64))
-    return _mix(keys)
-
-
-def _mix(words: Keys) -> Keys:
-    words = words + np.uint64(_GOLDEN)
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
+        keys = mix(keys ^ word.astype(np.uint64))
+    return mix(keys)
 
 
 def _octets(data: NDArray[Any]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(data).view(np.uint8).reshape(len(data), -1)
 
 
-def _doubles(data: NDArray[np.float64]) -> Keys:
+def _doubles(data: NDArray[np.float64]) -> U64:
     whole = (data == np.floor(data)) & (data >= -(2.0**63)) & (data < 2.0**63)
     cleaned = np.where(np.isnan(data), np.nan, data)
     keys = _fold(_DOUBLE, _octets(cleaned.astype("<f8")))
@@ -112,7 +99,7 @@ def _doubles(data: NDArray[np.float64]) -> Keys:
     return np.where(whole, _fold(_INTEGER, _octets(integers)), keys)
 
 
-def _keys_of_values(values: list[Any]) -> Keys:
+def _keys_of_values(values: list[Any]) -> U64:
     keys = np.empty(len(values), np.uint64)
     groups: dict[tuple[int, int], tuple[list[int], list[bytes]]] = {}
     for row, value in enumerate(values):
@@ -127,7 +114,7 @@ def _keys_of_values(values: list[Any]) -> Keys:
 
 
 def _canonical(value: Any) -> tuple[int, bytes]:
-    """The type tag and the bytes of a value, one and the same for values that are equal in MongoDB."""
+    """The type tag and the bytes of a value, the same for values that are equal in MongoDB."""
     if isinstance(value, str) and type(value) is str:
         return _STRING, value.encode()
     if isinstance(value, ObjectId):
@@ -139,7 +126,7 @@ def _canonical(value: Any) -> tuple[int, bytes]:
     if isinstance(value, bytes):
         return _BINARY, bytes([value.subtype if isinstance(value, Binary) else 0]) + value
     if isinstance(value, datetime):
-        return _DATE, struct.pack("<q", (value - _NAIVE_EPOCH) // timedelta(milliseconds=1))
+        return _DATE, struct.pack("<q", milliseconds(value))
     tag = _DOCUMENT if isinstance(value, dict) else _OTHER
     return tag, bson.encode({"": _plain(value)})
 
@@ -204,7 +191,7 @@ def canonical_type(value: Any) -> int:
     for types, number in _TYPES:
         if isinstance(value, types):
             return number
-    raise TypeError(f"{type(value).__name__} has no place in MongoDB's order")
+    raise TypeError(f"{type(value).__name__} is not in MongoDB's sort order")
 
 
 def same_type(first: Any, second: Any) -> bool:

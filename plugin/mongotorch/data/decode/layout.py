@@ -1,14 +1,11 @@
-"""Where the values of documents of one shape lie: read from one document, true for all that match it.
+"""Finds where the values of documents of one shape lie, in one of them, and reads them from many at once.
 
-Always: a document whose structural bytes (types, names, lengths, array headers) equal those of the layout's
-document holds every wanted value at the same offset, in the same type. A value that has no fixed form is
-left to `bson`, alone, see `slots`.
+A document whose structural bytes (types, names, lengths, array headers) equal those of the layout's document
+holds every value at the same offset, in the same type. A value without a fixed form is cut out as a small
+document of its own and decoded by `bson`.
 
-One value's place in documents of one layout, and how it is read from many of them at once.
-
-Always: what is read may be kept and is never written to. It is the column's own, but for an array that is at
-least half of its documents: that is a view of them, so that a large value is copied once, to where it is used.
-What has no fixed form is cut out as a small document of its own and decoded by `bson`.
+Guarantees: what is read is never written to. It is the column's own memory, except an array that is at least half
+of its documents: that is a view of them, so that a large value is copied once, to where it is used.
 """
 
 from __future__ import annotations
@@ -33,7 +30,7 @@ _DATE_RANGE = (-62_135_596_800_000, 253_402_300_799_999)  # years 1 to 9999: wha
 
 @dataclass(frozen=True, kw_only=True)
 class FieldReader:
-    """Where one value lies, and how it is read.
+    """Reads one value of every document of a layout.
 
     Attributes:
         form: `number`, `array`, `date`, `oid` at a fixed offset, `list` (numbers among their keys), `null`,
@@ -58,7 +55,7 @@ class FieldReader:
         """The values in rows, an (n, length) array of documents.
 
         Args:
-            rows: Contiguous documents that all have the layout of this slot.
+            rows: Contiguous documents that all have the layout of this reader.
             identity: These are `_id`s: kept as `bson.decode` gives them.
         """
         if self.form == "null":
@@ -128,11 +125,13 @@ _NUMBERS: dict[int, np.dtype[Any]] = {
     0x10: np.dtype("<i4"),
     0x12: np.dtype("<i8"),
 }
-_FIXED = {0x01: 8, 0x06: 0, 0x07: 12, 0x08: 1, 0x09: 8, 0x0A: 0, 0x10: 4, 0x11: 8, 0x12: 8, 0x13: 16}
-_FIXED |= {0x7F: 0, 0xFF: 0}
-_PREFIXED = {0x02: 4, 0x03: 0, 0x04: 0, 0x05: 5, 0x0C: 16, 0x0D: 4, 0x0E: 4, 0x0F: 0}
+FIXED_SIZES = {0x01: 8, 0x06: 0, 0x07: 12, 0x08: 1, 0x09: 8, 0x0A: 0, 0x10: 4, 0x11: 8, 0x12: 8, 0x13: 16}
+FIXED_SIZES |= {0x7F: 0, 0xFF: 0}
+"""Bytes of a value, by its BSON type."""
+EXTRA_SIZES = {0x02: 4, 0x03: 0, 0x04: 0, 0x05: 5, 0x0C: 16, 0x0D: 4, 0x0E: 4, 0x0F: 0}
+"""For types whose values begin with their length (int32): bytes of a value besides that many."""
 _REFERENCE = b"$ref"
-_FEW = 16  # runs of structural bytes that are worth looking at one by one
+_FEW = 16  # runs of structural bytes that are worth comparing one by one
 
 
 class LayoutError(ValueError):
@@ -141,7 +140,7 @@ class LayoutError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class PathTree:
-    """A tree of the wanted field names."""
+    """The names of the fields to read, as a tree."""
 
     path: str | None = None
     below: dict[bytes, PathTree] = field(default_factory=dict)
@@ -166,20 +165,26 @@ class PathTree:
 
 
 class Layout:
-    """The layout of one document."""
+    """Where the values lie in one document, and in all that match it.
 
-    def __init__(self, row: bytes, wanted: PathTree) -> None:
-        """Read it.
+    Args:
+        row: The document.
+        tree: The fields to read.
 
-        Raises:
-            LayoutError: The document has to be decoded whole.
-        """
+    Attributes:
+        fields: The reader of each path that the document has.
+
+    Raises:
+        LayoutError: The document has to be decoded whole.
+    """
+
+    def __init__(self, row: bytes, tree: PathTree) -> None:
         self._row = row
         self._first = np.frombuffer(row, np.uint8)
         self._mask = np.zeros(len(row), np.uint8)
-        self.slots: dict[str, FieldReader] = {}
+        self.fields: dict[str, FieldReader] = {}
         try:
-            self._document(0, wanted)
+            self._document(0, tree)
         except (struct.error, IndexError, ValueError) as error:
             raise LayoutError(str(error)) from error
 
@@ -206,9 +211,9 @@ class Layout:
 
     def column(self, path: str, rows: Bytes) -> Column:
         """The values of one path in rows that all have this layout."""
-        return self.slots[path].read(rows, identity=path == ID)
+        return self.fields[path].read(rows, identity=path == ID)
 
-    def _document(self, at: int, wanted: PathTree) -> None:
+    def _document(self, at: int, tree: PathTree) -> None:
         row, mask = self._row, self._mask
         end = at + _INT32.unpack_from(row, at)[0] - 1
         mask[at : at + 4] = mask[end] = 0xFF
@@ -220,19 +225,19 @@ class Layout:
                 raise LayoutError("a database reference")
             mask[at:value] = 0xFF
             after = self._skip(kind, value)
-            node = wanted.below.get(name)
+            node = tree.below.get(name)
             if node is not None:
-                self._wanted(node, kind, at, value, after)
+                self._add_field(node, kind, at, value, after)
             at = after
         if at != end:
             raise LayoutError("a document that does not end where it says")
 
     def _skip(self, kind: int, value: int) -> int:
         """Where the value ends; what its length depends on becomes structural."""
-        fixed = _FIXED.get(kind)
+        fixed = FIXED_SIZES.get(kind)
         if fixed is not None:
             return value + fixed
-        extra = _PREFIXED.get(kind)
+        extra = EXTRA_SIZES.get(kind)
         if extra is not None:
             self._mask[value : value + 4] = 0xFF
             return int(value + extra + _INT32.unpack_from(self._row, value)[0])
@@ -242,16 +247,16 @@ class Layout:
         self._mask[value:after] = 0xFF
         return after
 
-    def _wanted(self, node: PathTree, kind: int, at: int, value: int, after: int) -> None:
+    def _add_field(self, node: PathTree, kind: int, at: int, value: int, after: int) -> None:
         for path in node.paths():
-            self.slots.pop(path, None)  # of two fields of one name the last one counts
+            self.fields.pop(path, None)  # of two fields of one name the last one counts
         if node.path is not None:
             opaque = FieldReader(form="opaque", start=at, stop=after, name=self._row[at + 1 : value - 1].decode())
-            self.slots[node.path] = self._slot(node.path, kind, value, after) or opaque
+            self.fields[node.path] = self._reader(node.path, kind, value, after) or opaque
         if node.below and kind == 0x03:
             self._document(value, node)
 
-    def _slot(self, path: str, kind: int, value: int, after: int) -> FieldReader | None:
+    def _reader(self, path: str, kind: int, value: int, after: int) -> FieldReader | None:
         if kind in _NUMBERS:
             return FieldReader(form="number", start=value, stop=after, dtype=_NUMBERS[kind])
         if kind == 0x0A:
@@ -328,10 +333,10 @@ def _skeleton(
             return None
         count = min(count, most)
         end = at + count * (head + width)
-        block, covered = content[at:end].reshape(count, -1), mask[at:end].reshape(count, -1)
-        block[:, 0], covered[:, :head] = kind, 0xFF
+        rows, covered = content[at:end].reshape(count, -1), mask[at:end].reshape(count, -1)
+        rows[:, 0], covered[:, :head] = kind, 0xFF
         for digit in range(digits):
-            block[:, 1 + digit] = np.arange(first, first + count) // 10 ** (digits - 1 - digit) % 10 + 0x30
+            rows[:, 1 + digit] = np.arange(first, first + count) // 10 ** (digits - 1 - digit) % 10 + 0x30
         runs.append((at + head, first, count, head + width))
         at, first, digits = end, first + count, digits + 1
     return (content, mask, tuple(runs)) if runs else None

@@ -1,13 +1,9 @@
-"""The documents of a `find` reply, as the bytes that came over the wire.
+"""Takes replies of the server apart as bytes: the documents of a `find`, and documents of one length together.
 
-`find_raw_batches` of the driver makes a Python object of each document before it hands over their bytes. Here the
-reply stays bytes: its array of documents is cut out and the array's own headers are taken off.
+The driver's `find_raw_batches` makes a Python object of each document before it hands over their bytes. Here the
+reply stays bytes: its array of documents is cut out, and the array's own headers are removed.
 
-Always: the documents come out whole, in order, byte for byte; a reply that is not one of `find` is refused.
-
-Concatenated BSON documents as two-dimensional arrays of bytes, one for each length that is frequent.
-
-Always: each document is in exactly one group or among the rest, with its position in the input.
+Guarantees: documents come out whole, in order, byte for byte; each is in exactly one group or among the rest.
 """
 
 from __future__ import annotations
@@ -21,15 +17,22 @@ import bson
 import numpy as np
 from numpy.typing import NDArray
 
-from mongotorch.data.decode.layout import Bytes
+from mongotorch.data.decode.layout import EXTRA_SIZES, FIXED_SIZES, Bytes
 from mongotorch.errors import DataError
+
+Reply = bytes | memoryview  # concatenated BSON documents
+Rows = NDArray[np.intp]
+Group = tuple[Rows | None, Bytes]  # positions of the rows (None: all, in order) and the rows
+_INT32 = struct.Struct("<i")
+_INT64 = struct.Struct("<q")
+_SMALLEST_DOCUMENT = 5
 
 
 def offsets(raw: Reply) -> Iterator[tuple[int, int]]:
-    """Where each document of concatenated BSON starts and ends."""
+    """Where each document of concatenated BSON starts and ends. Raises: DataError where that cannot be."""
     start = 0
     while start < len(raw):
-        end = start + struct.unpack_from("<i", raw, start)[0]
+        end = start + _length_at(raw, start)
         yield start, end
         start = end
 
@@ -40,17 +43,10 @@ def last_id(raw: Reply) -> tuple[Any]:
     return (bson.decode(raw[start:end])["_id"],)
 
 
-Reply = bytes | memoryview  # concatenated BSON documents
-_INT32 = struct.Struct("<i")
-_INT64 = struct.Struct("<q")
-_FIXED = {0x01: 8, 0x08: 1, 0x09: 8, 0x0A: 0, 0x10: 4, 0x11: 8, 0x12: 8, 0x07: 12}
-_PREFIXED = {0x02: 4, 0x03: 0, 0x04: 0, 0x05: 5}
-
-
 @final
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What a `find` gave.
+    """The content of a reply to `find`.
 
     Attributes:
         documents: Concatenated BSON, in memory of its own.
@@ -62,7 +58,7 @@ class Found:
 
 
 def found(reply: bytes | memoryview) -> Found:
-    """What is in the reply to a `find` command.
+    """The content of the reply to a `find` command.
 
     Raises:
         DataError: It is no such reply.
@@ -120,19 +116,21 @@ def _each(array: memoryview) -> Iterator[memoryview]:
         yield array[start:at]
 
 
-def _element(view: memoryview, at: int, wanted: bytes) -> tuple[int, int, int]:
+def _element(view: memoryview, at: int, field: bytes) -> tuple[int, int, int]:
     """Type, start and end of the value of a field of the document that starts at `at`."""
     end = at + int(_INT32.unpack_from(view, at)[0]) - 1
     at += 4
     while at < end:
         kind, name = view[at], _name(view, at + 1)
         start = at + len(name) + 2
-        extra = _FIXED.get(kind)
-        stop = start + (extra if extra is not None else _PREFIXED[kind] + int(_INT32.unpack_from(view, start)[0]))
-        if name == wanted:
+        size = FIXED_SIZES.get(kind)
+        if size is None:
+            size = EXTRA_SIZES[kind] + int(_INT32.unpack_from(view, start)[0])
+        stop = start + size
+        if name == field:
             return kind, start, stop
         at = stop
-    raise KeyError(wanted.decode())
+    raise KeyError(field.decode())
 
 
 def _name(view: memoryview, at: int) -> bytes:
@@ -154,21 +152,28 @@ def find_command(collection: Any, where: Any, projection: Any, batch_size: int, 
     }
 
 
-Rows = NDArray[np.intp]
-Group = tuple[Rows | None, Bytes]  # positions of the rows (None: all, in order) and the rows
-_SMALLEST_DOCUMENT = 5
+def by_length(content: Reply, smallest: int, most: int) -> tuple[list[Group], tuple[Rows, bytes]]:
+    """The documents as groups of one length, and those of rare lengths as they are.
 
+    Args:
+        content: Concatenated BSON.
+        smallest: Documents of one length that make a group.
+        most: The most groups.
 
-def by_length(content: bytes | memoryview, smallest: int, most: int) -> tuple[list[Group], tuple[Rows, bytes]]:
-    """The documents as groups of one length, and those of rare lengths as they are."""
+    Returns:
+        The groups, and (positions, concatenated documents) of the rest.
+
+    Raises:
+        DataError: The lengths in the documents do not add up.
+    """
     octets = np.frombuffer(content, np.uint8)
     length = _length_at(content, 0) if content else 1
     if len(content) % length == 0:
         matrix = octets.reshape(-1, length)
         if (matrix[:, :4] == matrix[:1, :4]).all():
             return ([(None, matrix)] if content else []), (np.empty(0, np.intp), b"")
-    offsets = np.array(list(_walk(content)), np.intp)
-    lengths = np.diff(offsets, append=len(content))
+    starts = np.array([start for start, _ in offsets(content)], np.intp)
+    lengths = np.diff(starts, append=len(content))
     sizes, counts = np.unique(lengths, return_counts=True)
     common = sizes[np.argsort(-counts, kind="stable")[:most]][: np.count_nonzero(counts >= smallest)]
     groups: list[Group] = []
@@ -176,21 +181,14 @@ def by_length(content: bytes | memoryview, smallest: int, most: int) -> tuple[li
         rows = np.flatnonzero(lengths == size)
         # A window at every byte: indexing it copies whole documents, not single bytes.
         windows: NDArray[Any] = np.ndarray((len(content) - size + 1,), np.dtype((np.void, size)), content, 0, (1,))
-        groups.append((rows, windows[offsets[rows]].view(np.uint8).reshape(-1, size)))
+        groups.append((rows, windows[starts[rows]].view(np.uint8).reshape(-1, size)))
     rare = np.flatnonzero(~np.isin(lengths, common))
-    spans = zip(offsets[rare].tolist(), lengths[rare].tolist(), strict=True)
+    spans = zip(starts[rare].tolist(), lengths[rare].tolist(), strict=True)
     return groups, (rare, b"".join([content[start : start + size] for start, size in spans]))
 
 
-def _walk(content: bytes | memoryview) -> Iterator[int]:
-    at = 0
-    while at < len(content):
-        yield at
-        at += _length_at(content, at)
-
-
 def _length_at(content: bytes | memoryview, at: int) -> int:
-    length = int(struct.unpack_from("<i", content, at)[0])
+    length = int(_INT32.unpack_from(content, at)[0])
     if length < _SMALLEST_DOCUMENT or at + length > len(content):
         raise DataError("documents that are not valid BSON: one is longer or shorter than it says")
     return length

@@ -13,7 +13,7 @@ from typing import Any, Literal, final
 from mongotorch.data.read.plan import Sizes
 from mongotorch.data.read.reader import DatabaseAccess
 from mongotorch.errors import ParameterError
-from mongotorch.loader_options import check_loader_options
+from mongotorch.loader_options import check_stream_loader
 from mongotorch.query import Query
 from mongotorch.signature import Key, check_signature
 
@@ -84,7 +84,7 @@ class StreamSpec:
         check_signature(self.signature)
         if self.mode not in ("stream", "memory", "download"):
             raise ParameterError(f"mode={self.mode!r}: 'stream', 'memory' or 'download'", field="mode")
-        check_loader_options(self.loader)
+        check_stream_loader(self.loader)
 
     @property
     def builds_samples(self) -> bool:

@@ -30,7 +30,7 @@ from mongotorch.services.training.training_run import TrainingRun
 from mongotorch.services.versions.catalog import Loader
 from mongotorch.settings import Settings
 from mongotorch.store import BlobStore, Components
-from mongotorch.train import TorchModel, TorchTrainer, is_alike, warmed
+from mongotorch.train import TorchModel, TorchTrainer, same_structure, warm_start
 
 MOST: Final = 100_000
 """More new documents are not named one by one in a query: the run then takes all of the select."""
@@ -183,7 +183,7 @@ class Retraining:
             ids, data = found.ids, {**data, "why": found.why}
         served = self._judge.served(model) if schedule.warm_start else None
         start = None
-        if served is not None and is_alike(
+        if served is not None and same_structure(
             model, self._model(served["_id"])
         ):  # else it begins from its own weights
             start = {"model": served["_id"], "trainer": self._trainer_of(served)}
@@ -195,7 +195,7 @@ class Retraining:
         if origin["ids"] is not None:
             query = trainer.select.fold("train").filter({"_id": {"$in": origin["ids"]}})
         if origin["start"] is not None:
-            trainer = warmed(trainer, model, self._model(origin["start"]["model"]))
+            trainer = warm_start(trainer, model, self._model(origin["start"]["model"]))
         return TrainingRecipe(trainer=trainer, model=model, train_query=query, origin=dict(origin))
 
     def _model(self, uuid: str) -> TorchModel:
