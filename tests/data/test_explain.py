@@ -11,7 +11,6 @@ from tests.helpers import fill, fold_ids, trainer
 
 from mongotorch import Datalayer
 from mongotorch.data import StreamSpec
-from mongotorch.data import prefetch as demand
 from mongotorch.data.explain import Explanation, explain
 from mongotorch.errors import EmptySelectError, FieldMissingError, QueryError
 from mongotorch.mongo.connection import open_address
@@ -90,23 +89,6 @@ def test_the_slowest_part_is_named(documents: Any, database: Any) -> None:
     )
     assert "transform" in busy.bottleneck
     assert [hint for hint in busy.hints if "num_workers" in hint]
-
-
-@pytest.mark.parametrize(("cores", "workers", "expected"), [(2, 0, True), (2, 1, False), (4, 0, False)])
-def test_a_worker_is_advised_where_two_cores_hold_the_server_too(
-    documents: Any,
-    database: Any,
-    uri: str,
-    monkeypatch: pytest.MonkeyPatch,
-    cores: int,
-    workers: int,
-    expected: bool,
-) -> None:
-    monkeypatch.setattr(demand, "cores", lambda: cores)
-    with open_address(uri, read_settings()) as connection:
-        found = told(database, data_prefetch=True, loader={"num_workers": workers}, opener=connection.opener())
-    advised = any("num_workers=1" in hint for hint in found.hints)
-    assert advised == (expected and not uri.startswith("mongomock"))
 
 
 @pytest.mark.parametrize("mode", ["stream", "memory", "download"])

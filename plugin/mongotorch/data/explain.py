@@ -1,13 +1,9 @@
-"""What a stream will do, told before it does it: how much, how fast, by which index, and what holds it up.
+"""Says what a stream will do before it does it: how much it reads, how fast, by which index, and its bottleneck.
 
-Always: numbers come from asking this server and reading a few ranges now, not from a table; what cannot be known
-(mongomock has no plans) is None and not a guess; nothing of the user's data is changed. The plan of ranges that
-the stream will use is found, and stored as the stream itself would.
+Numbers come from asking this server and reading a few ranges now, not from a table; what cannot be known
+(mongomock has no query plans) is None and not a guess.
 
-Short measurements of a select: what the server answers, how fast, and what becomes of it here.
-
-Always: a probe reads a few ranges and ends after its time; it changes nothing but the stored plan, which the
-stream would store as well.
+Guarantees: nothing of the user's data is changed; only the plan of ranges is stored, as the stream itself would.
 """
 
 from __future__ import annotations
@@ -18,26 +14,26 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
-from pymongo.errors import OperationFailure, PyMongoError
+from pymongo.errors import OperationFailure
 
 from mongotorch.data.decode.decoder import Columns
-from mongotorch.data.decode.replies import find_command
-from mongotorch.data.prefetch import crowded
-from mongotorch.data.read.reader import MockReader, ServerReader
-from mongotorch.data.read.source import PlannedSource, Source, open_source
+from mongotorch.data.prefetch import close_iterator
+from mongotorch.data.read.reader import Reader
 from mongotorch.data.stream.batches import SampleBuilder, batch_of
 from mongotorch.data.stream.order import Order
 from mongotorch.data.stream.rows import gathered
 from mongotorch.data.stream.spec import StreamSpec
 from mongotorch.data.stream.stream import Stream
+from mongotorch.data.stream.windows import WindowReader, open_windows
 from mongotorch.mongo.error_translation import ServerCode, has_code
+from mongotorch.mongo.server_features import is_mock
 from mongotorch.query import Query
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """What a few blocks told.
+    """What was measured on a few ranges.
 
     Attributes:
         rows: Documents read.
@@ -58,54 +54,46 @@ class Probe:
     kinds: Mapping[str, tuple[str, bool]]
 
 
-def probe(source: Source, spec: StreamSpec, seconds: float) -> Probe:
-    """Read blocks, in the order of an epoch, for about so many seconds, two at least where there are two."""
-    order = Order(seed=spec.seed, epoch=0, shuffle=spec.shuffle, window=source.window)
+def probe(windows: WindowReader, spec: StreamSpec, seconds: float) -> Probe:
+    """Read ranges, in the order of an epoch, for about so many seconds, two at least where there are two."""
+    order = Order(seed=spec.seed, epoch=0, shuffle=spec.shuffle, window=windows.window)
     rows = raw_bytes = held = 0
     read = decoded = built = 0.0
     kinds: Mapping[str, tuple[str, bool]] = {}
-    raws = source.raws(_indices(source, order))
+    ranges = windows.replies(number for window in windows.windows(order) for number in window.ranges)
     start = time.perf_counter()
-    for raw in itertools.islice(raws, 1000):
+    for replies in itertools.islice(ranges, 1000):
         arrived = time.perf_counter()
-        block = source.decode(raw)
+        columns = windows.decode(replies)
         done = time.perf_counter()
-        if len(block):
-            kinds = {path: _kind(block, path) for path in block.paths}
-            _batch(block, spec)
+        if len(columns):
+            kinds = {path: _kind(columns, path) for path in columns.paths}
+            _batch(columns, spec)
             built += time.perf_counter() - done if spec.builds_samples else 0.0
         now = time.perf_counter()
-        rows, raw_bytes, held = rows + len(block), raw_bytes + sum(map(len, raw)), held + block.nbytes
+        rows, raw_bytes, held = rows + len(columns), raw_bytes + sum(map(len, replies)), held + columns.nbytes
         read, decoded = read + arrived - start, decoded + done - arrived
         if read + decoded + built > seconds:
             break
         start = now
-    close = getattr(raws, "close", None)
-    if close is not None:
-        close()
+    close_iterator(ranges)
     return Probe(
         rows=rows, raw_bytes=raw_bytes, held_bytes=held, read_s=read, decode_s=decoded, build_s=built, kinds=kinds
     )
 
 
-def _indices(source: Source, order: Order) -> Iterator[int]:
-    if source.count is None:
-        return itertools.count()
-    return (int(index) for window in order.windows(source.count) for index in window)
-
-
-def _kind(block: Columns, path: str) -> tuple[str, bool]:
-    column = block[path]
+def _kind(columns: Columns, path: str) -> tuple[str, bool]:
+    column = columns[path]
     return column.kind, column.kind == "number" and getattr(column.data, "ndim", 1) > 1
 
 
-def _batch(block: Columns, spec: StreamSpec) -> Any:
-    """What the stream makes of a block; it raises what the stream would raise."""
+def _batch(columns: Columns, spec: StreamSpec) -> Any:
+    """What the stream makes of a range; it raises what the stream would raise."""
     if spec.builds_samples:
         return SampleBuilder(
             key=spec.key, transform=spec.transform, signature=spec.signature, collate_fn=spec.collate_fn
-        )(block)
-    rows = gathered([block], None)
+        )(columns)
+    rows = gathered([columns], None)
     return batch_of([(rows, 0, len(rows))], spec.key)
 
 
@@ -148,16 +136,11 @@ class Lookup:
     examined: float
 
 
-def lookup(source: Source, reader: Any) -> Lookup | None:
+def lookup(windows: WindowReader, reader: Reader) -> Lookup | None:
     """Ask the server how it reads one range of the plan; None where it cannot be asked."""
-    if not isinstance(source, PlannedSource) or not isinstance(reader, ServerReader):
-        return None
-    where, options = reader.bounded(source.plan.span(len(source.plan) // 2))
-    command = find_command(reader.collection, where, reader.projection, 101, **options)
-    command.pop("readConcern", None)
-    try:
-        answer = reader.collection.database.command("explain", command, verbosity="executionStats")
-    except PyMongoError:  # a user who may read but not explain
+    plan = windows.plan
+    answer = None if plan is None else reader.explain_read(plan.bounds(len(plan) // 2))
+    if answer is None:
         return None
     stages = list(_stages(answer.get("queryPlanner", {}).get("winningPlan", {})))
     stats = answer.get("executionStats", {})
@@ -239,7 +222,7 @@ def explain(
     step_seconds: float | None = None,
     probe_seconds: float = 0.5,
 ) -> Explanation:
-    """Tell what a stream will do.
+    """Say what a stream will do.
 
     Args:
         database: An open pymongo (or mongomock) database.
@@ -254,15 +237,12 @@ def explain(
         QueryError: The server refuses the query.
         ServerUnavailableError: The server cannot be read.
     """
-    opened = spec.open_access(lambda: database, database)
-    source = open_source(
-        opened.reader, opened.database, spec.query, spec.key.paths, spec.sizes, shuffle=spec.shuffle
-    )
-    reader = opened.reader()
-    measured = probe(source, spec, probe_seconds)
-    mock = isinstance(reader, MockReader)
+    access = spec.open_access(lambda: database, database)
+    windows = open_windows(access, spec)
+    measured = probe(windows, spec, probe_seconds)
+    mock = is_mock(database)
     documents, counted = count(database[spec.query.collection], spec.query, mock=mock, seconds=probe_seconds)
-    asked = lookup(source, reader)
+    asked = lookup(windows, access.reader())
     parts = _parts(spec, measured, step_seconds)
     rate, slowest = _rate(spec, parts)
     first = documents / rate if spec.mode != "stream" else _first_batch(database, spec, open_database)
@@ -274,7 +254,7 @@ def explain(
         examined=None if asked is None else asked.examined,
         documents_per_second=rate,
         first_batch_s=first,
-        buffer_bytes=_buffer(spec, source, measured, documents),
+        buffer_bytes=_buffer(spec, windows, measured, documents),
         bottleneck=slowest,
         hints=tuple(_hints(database, spec, measured, asked, mock=mock)),
     )
@@ -311,20 +291,19 @@ def _first_batch(database: Any, spec: StreamSpec, open_database: Callable[[], An
     return spent
 
 
-def _buffer(spec: StreamSpec, source: Source, measured: Probe, documents: int) -> int:
+def _buffer(spec: StreamSpec, windows: WindowReader, measured: Probe, documents: int) -> int:
     rows = max(measured.rows, 1)
     held, raw = measured.held_bytes / rows, measured.raw_bytes / rows
-    block = source.plan.rows if isinstance(source, PlannedSource) else spec.prefetch_size
-    window = min(block * (source.window if spec.shuffle else 1), documents)
+    window = min(windows.rows * (windows.window if spec.shuffle else 1), documents)
     if spec.mode == "memory":
         return int(documents * held)
     if spec.mode == "download":
         return int(window * held)  # the rest is the system's page cache
     if not spec.data_prefetch:
         return int(window * held * 2)
-    ready = 0 if spec.shuffle else min(block * spec.prefetch_factor, spec.prefetch_bytes / max(held, 1))
-    under_way = min(4 * block * raw, spec.prefetch_bytes / 8)
-    return int((window * 3 + min(ready, documents)) * held + under_way)
+    ready = 0 if spec.shuffle else min(windows.rows * spec.prefetch_factor, spec.prefetch_bytes / max(held, 1))
+    in_flight = min(4 * windows.rows * raw, spec.in_flight_bytes)
+    return int((window * 3 + min(ready, documents)) * held + in_flight)
 
 
 def _hints(database: Any, spec: StreamSpec, measured: Probe, asked: Lookup | None, *, mock: bool) -> Iterator[str]:
@@ -336,11 +315,6 @@ def _hints(database: Any, spec: StreamSpec, measured: Probe, asked: Lookup | Non
         )
     if spec.mode == "stream" and not (spec.data_prefetch or spec.workers):
         yield "nothing reads ahead: data_prefetch=True lets reading and training overlap"
-    elif spec.mode == "stream" and not (spec.workers or spec.builds_samples or mock) and crowded(database.client):
-        yield (
-            "the server, reading and training share two cores: num_workers=1 with persistent_workers=True in "
-            "loader_kwargs reads in a process of its own, which holds the training up less than a thread does"
-        )
     for path, (kind, listed) in measured.kinds.items():
         if listed:
             yield (

@@ -1,5 +1,3 @@
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 import bson
@@ -12,7 +10,6 @@ from pymongo.errors import AutoReconnect, CursorNotFound, OperationFailure
 from pymongo.read_concern import ReadConcern
 
 from mongotorch.data.decode.replies import Reply, found, last_id, offsets
-from mongotorch.data.prefetch import map_ordered
 from mongotorch.data.read.plan import Sizes, make_plan
 from mongotorch.data.read.reader import IdRange, ServerReader, open_reader
 from mongotorch.errors import DataError, EmptySelectError, QueryError, ServerUnavailableError
@@ -56,12 +53,12 @@ class Clock:
     def sleep(self, seconds: float) -> None:
         self.now += seconds
 
-    def patience(self) -> RetryPolicy:
+    def retry(self) -> RetryPolicy:
         return RetryPolicy(deadline_s=3.0, sleep=self.sleep, clock=lambda: self.now)
 
 
 def server_reader(collection: Any, clock: Clock) -> ServerReader:
-    return ServerReader({"c": collection}, Query.find("c"), {"_id": 1}, clock.patience())
+    return ServerReader({"c": collection}, Query.find("c"), {"_id": 1}, clock.retry())
 
 
 def ids(chunks: list[Reply]) -> list[Any]:
@@ -118,7 +115,7 @@ def test_a_plan_cuts_without_gap_or_overlap() -> None:
     database.c.insert_many([{"_id": n if n % 2 else str(n), "x": 1.0} for n in range(95)])
     reader = open_reader(database, Query.find("c"), {"_id": 1, "x": 1}, RetryPolicy())
     plan = make_plan(database, reader, Sizes(prefetch_size=10, prefetch_factor=7, prefetch_bytes=2**20))
-    found = [ids(reader.read(plan.span(index), 10)) for index in range(len(plan))]
+    found = [ids(reader.read(plan.bounds(index), 10)) for index in range(len(plan))]
     assert [len(part) for part in found] == [10] * 9 + [5]
     assert len({document_id for part in found for document_id in part}) == 95
     assert plan.window == 3
@@ -152,38 +149,3 @@ def test_the_documents_of_a_reply_come_out_byte_for_byte(count: int, alike: bool
 def test_a_reply_that_is_none_of_a_find_is_refused(reply: dict[str, Any]) -> None:
     with pytest.raises(DataError):
         found(bson.encode(reply))
-
-
-def test_results_come_in_order_from_several_threads_and_never_too_many() -> None:
-    under_way: list[int] = []
-    barrier = threading.Barrier(2, timeout=30)
-
-    def work(n: int) -> int:
-        if n < 2:
-            barrier.wait()  # the first two have to be under way together
-        return n
-
-    def items() -> Iterator[int]:
-        for n in range(50):
-            under_way.append(n)
-            yield n
-
-    seen = []
-    for n in map_ordered(work, items(), threads=2, most=4, most_bytes=10**9, weigh=lambda _: 1):
-        seen.append(n)
-        assert len(under_way) - len(seen) <= 4
-    assert seen == list(range(50))
-    heavy = map_ordered(work, iter(range(4, 9)), threads=2, most=4, most_bytes=10, weigh=lambda _: 10)
-    assert list(heavy) == [4, 5, 6, 7, 8]
-
-
-def test_an_error_in_a_thread_comes_out_in_its_place() -> None:
-    def work(n: int) -> int:
-        if n == 3:
-            raise EmptySelectError("three")
-        return n
-
-    results = map_ordered(work, iter(range(9)), threads=2, most=4, most_bytes=10, weigh=lambda _: 1)
-    assert [next(results) for _ in range(3)] == [0, 1, 2]
-    with pytest.raises(EmptySelectError):
-        next(results)

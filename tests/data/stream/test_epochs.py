@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from mongotorch.data import Stream, StreamSpec
-from mongotorch.data.read.source import Source
+from mongotorch.data.stream.windows import WindowReader
 from mongotorch.errors import DataError, EmptySelectError
 from mongotorch.mongo.connection import open_address
 from mongotorch.query import Query
@@ -142,16 +142,16 @@ def test_an_error_behind_the_end_of_an_epoch_is_raised_in_the_next_one(
 ) -> None:
     stream, seen = make(shuffle=True, **WAYS["thread"]), 0
     expected = list(make(shuffle=True))
-    decode = Source.decode
+    decode = WindowReader.decode
 
-    def failing(self: Source, raws: Any) -> Any:
+    def failing(self: WindowReader, replies: Any) -> Any:
         nonlocal seen
         seen += 1
         if seen > (self.count or 0):
             raise DataError("of the next epoch")
-        return decode(self, raws)
+        return decode(self, replies)
 
-    monkeypatch.setattr(Source, "decode", failing)
+    monkeypatch.setattr(WindowReader, "decode", failing)
     assert same(list(stream), expected)
     with pytest.raises(DataError, match="of the next epoch"):
         list(stream)

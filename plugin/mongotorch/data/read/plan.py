@@ -1,18 +1,17 @@
-"""The plan: bounds on `_id` that cut a select into ranges of about equal size, found once and kept.
+"""Cuts a select into ranges of `_id` of about equal size, once, and keeps the bounds as a plan.
 
-Always: the ranges of a plan do not overlap and leave no gap between the first and the last `_id` that the
-select had when the plan was made (the watermark); a plan is never changed. Collections of up to 200,000
-documents are walked, so that two databases with the same documents have the same plan; larger ones are
-sampled, and the plan that was stored first is everybody's. A resumed run asks for its plan by digest.
-
-Bounds of about equal ranges of a large collection, without reading its index from end to end.
+Collections of up to 200,000 documents are walked, so that two databases with the same documents have the same
+plan; larger ones are sampled, and the plan that was stored first is everybody's. A resumed run asks for its plan
+by digest.
 
 `$sample` picks documents by a random walk down a tree, which visits a part of a collection that grew unevenly far
 too seldom: of a million documents inserted in one go it leaves ranges of 50,000 where there should be 1,000. Where
 `_id`s ascend as documents were inserted, the server's record numbers say how many documents lie between two of
-them; bounds are chosen by those, and the gaps that are still too wide are walked, for a limited time.
+them: bounds are chosen by those, and the gaps that are still too wide are walked, for a limited time.
 
-Always: bounds ascend and are inside of the select; the time is bounded, whatever the collection's size.
+Guarantees: the ranges of a plan do not overlap and leave no gap between the first and the last `_id` that the
+select had when the plan was made; a plan is never changed; finding one takes a bounded time, whatever the
+collection's size.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ from pymongo.errors import DuplicateKeyError, PyMongoError
 
 from mongotorch.codecs import WRITTEN, check_format
 from mongotorch.data.decode.ids import same_type, sort_key
-from mongotorch.data.decode.replies import Reply, offsets
 from mongotorch.data.prefetch import map_ordered
 from mongotorch.data.read.reader import IdRange, Reader
 from mongotorch.errors import DataError, EmptySelectError
@@ -96,8 +94,8 @@ def _walked(
         found: list[Any] = []
         if time.monotonic() < deadline:
             upper = starts[n + 1] if n + 1 < len(starts) else whole.upper
-            span = IdRange(lower=starts[n], upper=upper, closed=False, uniform=whole.uniform)
-            for start in reader.walk(span, rows):
+            gap = IdRange(lower=starts[n], upper=upper, closed=False, uniform=whole.uniform)
+            for start in reader.walk(gap, rows):
                 found.append(start)
                 if time.monotonic() > deadline:
                     break
@@ -145,7 +143,7 @@ class Plan:
         """How many documents a range had when the plan was made; None where they were not counted."""
         return self.rows if self.exact and index < len(self.starts) - 1 else None
 
-    def span(self, index: int) -> IdRange:
+    def bounds(self, index: int) -> IdRange:
         """The bounds of a range."""
         final_one = index == len(self.starts) - 1
         return IdRange(
@@ -185,15 +183,13 @@ def make_plan(database: Any, reader: Reader, sizes: Sizes) -> Plan:
     ends = reader.ends()
     if ends is None:
         raise EmptySelectError(f"the select matches no document in collection {reader.query.collection!r}")
-    raws = reader.head(_PROBED)
-    row_bytes = sum(map(len, raws)) / max(sum(_count(raw) for raw in raws), 1)
-    rows, window = sizes.cut(row_bytes)
+    rows, window = sizes.cut(reader.row_bytes(_PROBED))
     whole = IdRange(lower=ends[0], upper=ends[1], closed=True, uniform=same_type(*ends))
     size = reader.size()
     if size > _WALKED:
         request = _digest(reader.query, [*ends, size, rows, window])
-        if (kept := load_plan(database, request)) is not None:
-            return kept
+        if (stored := load_plan(database, request)) is not None:
+            return stored
         if (found := sampled(reader, whole, rows, size, most=_RANGES)) is not None:
             plan = Plan(digest=request, starts=found, last=ends[1], rows=rows, window=window)
             return _store(database, plan)
@@ -251,15 +247,11 @@ def _store(database: Any, plan: Plan) -> Plan:
         database[COLLECTION].insert_one(document)
     except DuplicateKeyError:
         return load_plan(database, plan.digest) or plan
-    except PyMongoError:  # a read-only user streams as well, he only cannot resume after changes
+    except PyMongoError:  # a read-only user can stream, only not resume after changes
         return plan
     return plan
 
 
 def _digest(query: Query, parts: list[Any]) -> str:
-    what = {"collection": query.collection, "where": query.where, "parts": parts}
-    return hashlib.sha256(bson.encode(what)).hexdigest()
-
-
-def _count(raw: Reply) -> int:
-    return sum(1 for _ in offsets(raw))
+    content = {"collection": query.collection, "where": query.where, "parts": parts}
+    return hashlib.sha256(bson.encode(content)).hexdigest()

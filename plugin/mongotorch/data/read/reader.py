@@ -1,22 +1,11 @@
-"""What the plan and the stream ask of a collection, whatever stands behind it.
+"""Reads documents as BSON: ranges of `_id`, or a query in its own order, from a real server or from mongomock.
 
-Always: a reader returns each document of a range exactly once, in `_id` order, as bytes; the reader of a server
-and that of mongomock give the same meaning in the same order.
+A server is asked for a range with single commands, so that no cursor has to live there. A read that breaks is
+continued after the last `_id` seen, until the deadline of its `RetryPolicy`.
 
-Raw BSON out of a real server, range by range, whatever happens to the connection on the way.
-
-Always: a range is asked for with single questions, so that no cursor has to live on the server; one that breaks
-is asked again for what comes after the last `_id` seen, until the deadline.
-
-Reading from mongomock, and the choice between it and a real server.
-
-Always: mongomock, which has no raw batches and sorts mixed types otherwise, gives the same documents in the
-same order as a server would.
-
-The database in whichever process asks for it.
-
-Always: a client is never used in another process than the one that opened it; what was opened here is closed
-here, and what was given is left open.
+Guarantees: each document of a range comes exactly once, in `_id` order, whatever happens to the connection;
+mongomock, which has no raw batches and sorts mixed types differently, gives the same documents in the same order;
+a client is only used in the process that opened it, and closed by who opened it.
 """
 
 from __future__ import annotations
@@ -37,7 +26,6 @@ from pymongo.errors import PyMongoError
 
 from mongotorch.data.decode.ids import sort_key
 from mongotorch.data.decode.replies import Reply, find_command, found, last_id, offsets
-from mongotorch.data.prefetch import crowded
 from mongotorch.mongo.retry import RetryPolicy
 from mongotorch.mongo.server_features import is_mock
 from mongotorch.query import Query
@@ -62,24 +50,24 @@ class IdRange:
 
 
 class Reader(abc.ABC):
-    """What the plan and the stream ask of a collection; one per process.
+    """Reads the documents of a query, as replies of concatenated BSON; one in each process.
 
     Args:
         database: A pymongo (or mongomock) database.
         query: What to read; its sort, skip and limit are only honoured by `drain`.
         projection: What of each document.
-        patience: How long broken reads are tried again.
+        retry: How long broken reads are tried again.
 
     Attributes:
-        threads: How many spans may be read at a time.
+        threads: How many ranges may be read at a time.
     """
 
     threads = 1
 
-    def __init__(self, database: Any, query: Query, projection: Mapping[str, Any], patience: RetryPolicy) -> None:
+    def __init__(self, database: Any, query: Query, projection: Mapping[str, Any], retry: RetryPolicy) -> None:
         self.collection = database[query.collection]
         self.query = query
-        self.patience = patience
+        self.retry = retry
         own = query.projection_document or {}
         computed = any(not isinstance(value, int | float) for value in own.values())
         self.projection = dict(own) if computed else dict(projection)
@@ -89,28 +77,41 @@ class Reader(abc.ABC):
         """The first and the last `_id` of the select, or None where it is empty."""
 
     @abc.abstractmethod
-    def walk(self, span: IdRange, step: int) -> Iterator[Any]:
-        """Every `step`-th `_id` of the span after its first one, in order."""
+    def walk(self, bounds: IdRange, step: int) -> Iterator[Any]:
+        """Every `step`-th `_id` of a range after its first one, in order."""
 
     @abc.abstractmethod
     def head(self, count: int) -> list[Reply]:
-        """The first documents by `_id`, as chunks of concatenated BSON."""
+        """The first documents by `_id`."""
 
     @abc.abstractmethod
-    def read(self, span: IdRange, expected: int) -> list[Reply]:
-        """The documents of a span by `_id`, as chunks of concatenated BSON; about `expected` of them."""
+    def read(self, bounds: IdRange, expected: int) -> list[Reply]:
+        """The documents of a range by `_id`; about `expected` of them."""
 
     @abc.abstractmethod
-    def drain(self, skip: int, chunk: int) -> Iterator[Reply]:
-        """The documents of the query in its own order from the `skip`-th on, about `chunk` at a time."""
+    def drain(self, skip: int, rows: int) -> Iterator[Reply]:
+        """The documents of the query in its own order from the `skip`-th on, about `rows` at a time."""
 
     @abc.abstractmethod
     def size(self) -> int:
         """About how many documents the collection has, without counting them."""
 
-    def crowded(self) -> bool:
-        """Whether there are too few cores for the server, this reader and somebody who trains."""
-        return False
+    def row_bytes(self, count: int) -> float:
+        """The mean size of the first `count` documents, as projected."""
+        replies = self.head(count)
+        return sum(map(len, replies)) / max(sum(1 for reply in replies for _ in offsets(reply)), 1)
+
+    def own_order(self, skip: int, rows: int) -> Iterator[list[Reply]]:
+        """Like `drain`, exactly `rows` documents at a time, the last time fewer."""
+        replies = self.drain(skip, rows)
+        try:
+            yield from _regrouped(replies, rows)
+        finally:
+            replies.close()  # type: ignore[attr-defined]
+
+    def explain_read(self, bounds: IdRange) -> Mapping[str, Any] | None:  # noqa: ARG002 - of the interface
+        """How the server reads a range, as its `explain` says it; None where it cannot be asked."""
+        return None
 
     def membership(self) -> list[Any]:
         """What changes when documents come or go: the collection itself, how many match, and the last `_id`.
@@ -135,10 +136,27 @@ class Reader(abc.ABC):
     def sample(self, count: int) -> list[Any]:
         """The `_id`s of those that match among `count` random documents of the collection."""
         stages = [{"$sample": {"size": count}}, {"$match": self.query.where}, {"$project": {"_id": 1}}]
-        return self.patience.run(
+        return self.retry.run(
             lambda: [d["_id"] for d in self.collection.aggregate(stages)],
             f"sampling {self.query.collection!r}",
         )
+
+
+def _regrouped(replies: Iterator[Reply], rows: int) -> Iterator[list[Reply]]:
+    """The same BSON, exactly so many documents at a time, the last time fewer."""
+    group: list[Reply] = []
+    room = rows
+    for reply in replies:
+        first = 0
+        for _, end in offsets(reply):
+            room -= 1
+            if room == 0:
+                yield [*group, reply[first:end]]
+                group, first, room = [], end, rows
+        if first < len(reply):
+            group.append(reply[first:])
+    if group:
+        yield group
 
 
 def total_order(query: Query) -> list[tuple[str, int]]:
@@ -149,7 +167,7 @@ def total_order(query: Query) -> list[tuple[str, int]]:
 
 @final
 class ServerReader(Reader):
-    """Reads from a real server, as bytes, one question a range."""
+    """Reads from a real server, a range with one command."""
 
     threads = 2
 
@@ -160,23 +178,23 @@ class ServerReader(Reader):
             cursor = self.collection.find(self.query.where, {"_id": 1}, sort=[("_id", direction)], limit=1)
             return [document["_id"] for document in cursor]
 
-        first = self.patience.run(lambda: find(1), self._what())
-        last = self.patience.run(lambda: find(-1), self._what()) if first else []
+        first = self.retry.run(lambda: find(1), self._what())
+        last = self.retry.run(lambda: find(-1), self._what()) if first else []
         return (first[0], last[0]) if first and last else None
 
-    def walk(self, span: IdRange, step: int) -> Iterator[Any]:
+    def walk(self, bounds: IdRange, step: int) -> Iterator[Any]:
         """See `Reader.walk`."""
 
         def following(lower: Any) -> list[Any]:
-            where, options = self.bounded(replace(span, lower=lower))
+            where, options = self._bounded(replace(bounds, lower=lower))
             command = find_command(self.collection, where, {"_id": 1}, 1, skip=step, limit=1, **options)
             return [document["_id"] for document in self._command(command, dict)["cursor"]["firstBatch"]]
 
-        found = self.patience.run(lambda: following(span.lower), self._what())
+        found = self.retry.run(lambda: following(bounds.lower), self._what())
         while found:
             lower = found[0]
             yield lower
-            found = self.patience.run(lambda lower=lower: following(lower), self._what())  # type: ignore[misc]
+            found = self.retry.run(lambda lower=lower: following(lower), self._what())  # type: ignore[misc]
 
     def record_numbers(self, ids: list[Any]) -> list[int]:
         """See `Reader.record_numbers`."""
@@ -186,76 +204,87 @@ class ServerReader(Reader):
                 self.collection.find({"_id": {"$in": ids}}, {"_id": 1}, sort=[("_id", 1)], show_record_id=True)
             )
 
-        numbers = [document.get("$recordId") for document in self.patience.run(find, self._what())]
-        # A document may be gone since the sample was taken: then they cannot be told apart any more.
+        numbers = [document.get("$recordId") for document in self.retry.run(find, self._what())]
+        # A document may be gone since the sample was taken: then numbers and documents cannot be matched any more.
         return numbers if len(numbers) == len(ids) and all(type(n) in (int, Int64) for n in numbers) else []
 
     def head(self, count: int) -> list[Reply]:
         """See `Reader.head`."""
-        return self.patience.run(
+        return self.retry.run(
             lambda: list(
                 self.collection.find_raw_batches(self.query.where, self.projection, sort=[("_id", 1)], limit=count)
             ),
             self._what(),
         )
 
-    def read(self, span: IdRange, expected: int) -> list[Reply]:
+    def read(self, bounds: IdRange, expected: int) -> list[Reply]:
         """See `Reader.read`."""
-        chunks: list[Reply] = []
-        attempts = self.patience.attempts(self._what())
+        replies: list[Reply] = []
+        attempts = self.retry.attempts(self._what())
         while True:
             try:
-                for chunk in self._range(span, chunks, expected):
+                for reply in self._range(bounds, replies, expected):
                     attempts.succeeded()
-                    chunks.append(chunk)
+                    replies.append(reply)
             except PyMongoError as error:
                 attempts.failed(error)
             else:
-                return chunks
+                return replies
 
-    def _range(self, span: IdRange, seen: list[Reply], expected: int) -> Iterator[Reply]:
-        """What is left of a span, asked for with one question a reply: no cursor has to live on the server."""
-        after = next((last_id(chunk) for chunk in reversed(seen) if chunk), None)
+    def _range(self, bounds: IdRange, seen: list[Reply], expected: int) -> Iterator[Reply]:
+        """What is left of a range, asked for with one command a reply: no cursor has to live on the server."""
+        after = next((last_id(reply) for reply in reversed(seen) if reply), None)
         while True:
-            where, options = self.bounded(span, after)
+            where, options = self._bounded(bounds, after)
             command = find_command(self.collection, where, self.projection, max(2 * expected, 101), **options)
-            part = found(self._command(command, RawBSONDocument).raw)
-            if part.documents:
-                yield part.documents
-            if not part.cursor:
+            reply = found(self._command(command, RawBSONDocument).raw)
+            if reply.documents:
+                yield reply.documents
+            if not reply.cursor:
                 return
             with contextlib.suppress(PyMongoError):  # it would time out by itself
-                self.collection.database.command("killCursors", self.collection.name, cursors=[part.cursor])
-            after = last_id(part.documents)
+                self.collection.database.command("killCursors", self.collection.name, cursors=[reply.cursor])
+            after = last_id(reply.documents)
+
+    def explain_read(self, bounds: IdRange) -> Mapping[str, Any] | None:
+        """See `Reader.explain_read`; None also for a user who may read but not explain."""
+        where, options = self._bounded(bounds)
+        command = find_command(self.collection, where, self.projection, 101, **options)
+        command.pop("readConcern", None)
+        try:
+            answer = self.collection.database.command("explain", command, verbosity="executionStats")
+        except PyMongoError:
+            return None
+        return dict(answer)
 
     def _command(self, command: dict[str, Any], document_class: Any) -> Any:
         source = self.collection
         options = source.codec_options.with_options(document_class=document_class)
         return source.database.command(command, codec_options=options, read_preference=source.read_preference)
 
-    def bounded(self, span: IdRange, after: tuple[Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The filter of a span, from behind `after`, and what else `find` needs."""
-        if span.uniform:
-            upper = "$lte" if span.closed else "$lt"
-            lower = {"$gte": span.lower} if after is None else {"$gt": after[0]}
-            return _both(self.query.where, {"_id": {**lower, upper: span.upper}}), {}
+    def _bounded(self, bounds: IdRange, after: tuple[Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The filter of a range, from behind `after`, and what else `find` needs."""
+        if bounds.uniform:
+            upper = "$lte" if bounds.closed else "$lt"
+            lower = {"$gte": bounds.lower} if after is None else {"$gt": after[0]}
+            return _both(self.query.where, {"_id": {**lower, upper: bounds.upper}}), {}
         # `$gte` and `$lt` stay inside one type. Index bounds and `$expr` do not.
-        start = span.lower if after is None else after[0]
+        start = bounds.lower if after is None else after[0]
         exact = [
             {"$gte" if after is None else "$gt": ["$_id", {"$literal": start}]},
-            {"$lte" if span.closed else "$lt": ["$_id", {"$literal": span.upper}]},
+            {"$lte" if bounds.closed else "$lt": ["$_id", {"$literal": bounds.upper}]},
         ]
         options: dict[str, Any] = {"hint": {"_id": 1}, "min": {"_id": start}}
-        if not span.closed:
-            options["max"] = {"_id": span.upper}
+        if not bounds.closed:
+            options["max"] = {"_id": bounds.upper}
         return _both(self.query.where, {"$expr": {"$and": exact}}), options
 
-    def drain(self, skip: int, chunk: int) -> Iterator[Reply]:
+    def drain(self, skip: int, rows: int) -> Iterator[Reply]:
         """See `Reader.drain`; a broken cursor is replaced by one that skips what was seen."""
-        attempts = self.patience.attempts(self._what())
+        attempts = self.retry.attempts(self._what())
         while True:
             try:
-                for raw in self._own(skip, chunk):
+                for raw in self._own_order(skip, rows):
                     attempts.succeeded()
                     skip += sum(1 for _ in offsets(raw))
                     yield raw
@@ -264,7 +293,7 @@ class ServerReader(Reader):
             else:
                 return
 
-    def _own(self, skip: int, chunk: int) -> Iterator[Reply]:
+    def _own_order(self, skip: int, rows: int) -> Iterator[Reply]:
         query = self.query
         if query.is_pipeline:
             stages = [
@@ -272,7 +301,7 @@ class ServerReader(Reader):
                 *([{"$skip": skip}] if skip else []),
                 {"$project": self.projection},
             ]
-            with self.collection.aggregate_raw_batches(stages, batchSize=chunk) as results:
+            with self.collection.aggregate_raw_batches(stages, batchSize=rows) as results:
                 yield from results
             return
         left = 0 if query.limited is None else query.limited - skip
@@ -280,17 +309,13 @@ class ServerReader(Reader):
             return
         with self.collection.find_raw_batches(
             query.where, self.projection, sort=total_order(query), skip=query.skipped + skip, limit=left,
-            batch_size=chunk,
+            batch_size=rows,
         ) as cursor:  # fmt: skip
             yield from cursor
 
-    def crowded(self) -> bool:
-        """See `Reader.crowded`."""
-        return crowded(self.collection.database.client)
-
     def size(self) -> int:
         """See `Reader.size`."""
-        return int(self.patience.run(self.collection.estimated_document_count, self._what()))
+        return int(self.retry.run(self.collection.estimated_document_count, self._what()))
 
     def _what(self) -> str:
         return f"reading collection {self.query.collection!r}"
@@ -304,8 +329,8 @@ def _both(where: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
 class MockReader(Reader):
     """Reads from mongomock: takes the select once, sorted as a server sorts, and encodes it when asked."""
 
-    def __init__(self, database: Any, query: Query, projection: Mapping[str, Any], patience: RetryPolicy) -> None:
-        super().__init__(database, query, projection, patience)
+    def __init__(self, database: Any, query: Query, projection: Mapping[str, Any], retry: RetryPolicy) -> None:
+        super().__init__(database, query, projection, retry)
         self._documents: list[dict[str, Any]] | None = None
         self._keys: list[Any] = []
 
@@ -317,20 +342,20 @@ class MockReader(Reader):
             self._documents = [found[n] for _, n in keyed]
         return self._documents
 
-    def _slice(self, span: IdRange) -> tuple[int, int]:
+    def _slice(self, bounds: IdRange) -> tuple[int, int]:
         self._snapshot()
-        upper = sort_key(span.upper)
-        end = (bisect.bisect_right if span.closed else bisect.bisect_left)(self._keys, upper)
-        return bisect.bisect_left(self._keys, sort_key(span.lower)), end
+        upper = sort_key(bounds.upper)
+        end = (bisect.bisect_right if bounds.closed else bisect.bisect_left)(self._keys, upper)
+        return bisect.bisect_left(self._keys, sort_key(bounds.lower)), end
 
     def ends(self) -> tuple[Any, Any] | None:
         """See `Reader.ends`."""
         documents = self._snapshot()
         return (documents[0]["_id"], documents[-1]["_id"]) if documents else None
 
-    def walk(self, span: IdRange, step: int) -> Iterator[Any]:
+    def walk(self, bounds: IdRange, step: int) -> Iterator[Any]:
         """See `Reader.walk`."""
-        first, end = self._slice(span)
+        first, end = self._slice(bounds)
         documents = self._snapshot()
         yield from (documents[index]["_id"] for index in range(first + step, end, step))
 
@@ -338,12 +363,12 @@ class MockReader(Reader):
         """See `Reader.head`."""
         return [b"".join(map(bson.encode, self._snapshot()[:count]))]
 
-    def read(self, span: IdRange, expected: int) -> list[Reply]:  # noqa: ARG002 - of the interface
+    def read(self, bounds: IdRange, expected: int) -> list[Reply]:  # noqa: ARG002 - of the interface
         """See `Reader.read`."""
-        first, end = self._slice(span)
+        first, end = self._slice(bounds)
         return [b"".join(map(bson.encode, self._snapshot()[first:end]))]
 
-    def drain(self, skip: int, chunk: int) -> Iterator[Reply]:
+    def drain(self, skip: int, rows: int) -> Iterator[Reply]:
         """See `Reader.drain`."""
         query = self.query
         if query.is_pipeline:
@@ -351,8 +376,8 @@ class MockReader(Reader):
         else:
             cursor = self.collection.find(query.where, self.projection).sort(total_order(query))
             found = list(cursor.skip(query.skipped).limit(query.limited or 0))
-        for first in range(skip, len(found), chunk):
-            yield b"".join(map(bson.encode, found[first : first + chunk]))
+        for first in range(skip, len(found), rows):
+            yield b"".join(map(bson.encode, found[first : first + rows]))
 
     def membership(self) -> list[Any]:
         """See `Reader.membership`; the content itself, since such a collection has no identity."""
@@ -364,9 +389,9 @@ class MockReader(Reader):
         return int(self.collection.estimated_document_count())
 
 
-def open_reader(database: Any, query: Query, projection: Mapping[str, Any], patience: RetryPolicy) -> Reader:
+def open_reader(database: Any, query: Query, projection: Mapping[str, Any], retry: RetryPolicy) -> Reader:
     """The reader that fits the database."""
-    return (MockReader if is_mock(database) else ServerReader)(database, query, projection, patience)
+    return (MockReader if is_mock(database) else ServerReader)(database, query, projection, retry)
 
 
 @final
@@ -392,7 +417,7 @@ class DatabaseAccess:
     ) -> None:
         self._open_database = open_database
         self._query, self._projection = query, projection
-        self._patience = RetryPolicy(deadline_s=deadline_s)
+        self._retry = RetryPolicy(deadline_s=deadline_s)
         self._given = database
         self._home = os.getpid()
         self._opened: tuple[int, Any] | None = None
@@ -410,7 +435,7 @@ class DatabaseAccess:
 
     def reader(self) -> Reader:
         """A reader in this process."""
-        return open_reader(self.database(), self._query, self._projection, self._patience)
+        return open_reader(self.database(), self._query, self._projection, self._retry)
 
     def close(self) -> None:
         """Close what was opened in this process."""

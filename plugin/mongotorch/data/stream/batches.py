@@ -1,11 +1,15 @@
-"""Single samples, for a `transform` or a `collate_fn`; without those nobody builds samples.
+"""Cuts the rows of windows into batches, and builds single samples for a `transform` or a `collate_fn`.
 
-Always: a sample has the structure of the key; arrays are tensors in it, plain numbers Python numbers, plain
-lists Python lists; what a transform returns is the sample, and samples are stacked by the rule of `tensors`.
+A sample has the structure of the key; arrays are tensors in it, plain numbers Python numbers, plain lists Python
+lists. What a transform returns is the sample.
+
+Guarantees: the batches of a shard are a function of the rows and of the position where it starts; all shards take
+the same number of steps; without `transform` and `collate_fn` no samples are built.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -14,28 +18,28 @@ import numpy as np
 from torch import Tensor
 
 from mongotorch.data.decode.decoder import Columns
-from mongotorch.data.stream.position import EpochOffset
+from mongotorch.data.stream.position import Position
 from mongotorch.data.stream.rows import Rows, column_tensor
 from mongotorch.signature import Key, check_signature
 from mongotorch.tensors import collate, concat, one_tensor, stack
 
-RowSlice = tuple[Rows, int, int]
+RowSlice = tuple[Rows, int, int]  # rows of a window, from the first to before the second number
 
 
-def columns_of(pieces: list[RowSlice]) -> Columns:
+def columns_of(slices: list[RowSlice]) -> Columns:
     """The columns of a batch's rows."""
-    parts = [rows.columns(start, stop) for rows, start, stop in pieces]
+    parts = [rows.columns(start, stop) for rows, start, stop in slices]
     return parts[0] if len(parts) == 1 else Columns.concat(parts)
 
 
-def batch_of(pieces: list[RowSlice], key: Key) -> Any:
+def batch_of(slices: list[RowSlice], key: Key) -> Any:
     """The batch in the structure of the key, each field a tensor of shape (n, ...).
 
     Raises:
         ShapeError: Shapes differ; `field` and `document_id` name where.
         DataError: A value has no tensor.
     """
-    return key.arrange(_once(lambda path: _field(pieces, path)))
+    return key.arrange(_once(lambda path: _field(slices, path)))
 
 
 def _once(value: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
@@ -43,14 +47,14 @@ def _once(value: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
     return lambda path: known[path] if path in known else known.setdefault(path, value(path))
 
 
-def _field(pieces: list[RowSlice], path: str) -> Tensor:
-    tensors = [rows.tensor(path, start, stop) for rows, start, stop in pieces]
+def _field(slices: list[RowSlice], path: str) -> Tensor:
+    tensors = [rows.tensor(path, start, stop) for rows, start, stop in slices]
     found = [tensor for tensor in tensors if tensor is not None]
     if len(found) == len(tensors):
         return concat(found, field=path)
     values: list[Any] = []
     ids: list[Any] = []
-    for tensor, (rows, start, stop) in zip(tensors, pieces, strict=True):
+    for tensor, (rows, start, stop) in zip(tensors, slices, strict=True):
         values.extend(rows.columns(start, stop)[path].values() if tensor is None else tensor.unbind())
         ids.extend(rows.ids(start, stop))
     return stack(values, field=path, ids=ids)
@@ -58,16 +62,17 @@ def _field(pieces: list[RowSlice], path: str) -> Tensor:
 
 def cut(
     windows: Iterator[tuple[int, Rows]],
-    start: EpochOffset,
+    start: Position,
     *,
     batch_size: int,
     drop_last: bool,
     shard: tuple[int, int],
-) -> Iterator[tuple[list[RowSlice], EpochOffset]]:
-    """The pieces of one batch after the other, for one shard, each with the place behind it.
+) -> Iterator[tuple[list[RowSlice], Position]]:
+    """The rows of one batch after the other, for one shard, each with the position behind it.
 
     `world` batches make a round, one for each rank; a round that the rows do not fill is dealt out evenly, so
     that all ranks take the same number of steps. Up to `world - 1` rows of an epoch are left over that way.
+    Behind such a round is the next epoch.
 
     Args:
         windows: The rows from `start.window` on.
@@ -78,35 +83,35 @@ def cut(
     """
     rank, world = shard
     size = batch_size * world
-    held: list[RowSlice] = []
+    open_round: list[RowSlice] = []
     have, step = 0, start.step
     for window, rows in windows:
-        at = start.row(rows.marks) if window == start.window else 0
+        at = start.row(rows.markers) if window == start.window else 0
         while have + len(rows) - at >= size:
             end = at + size - have
             step += 1
             yield (
-                _share([*held, (rows, at, end)], rank * batch_size, (rank + 1) * batch_size),
-                EpochOffset(window=window, offset=end, step=step, marks=rows.marks),
+                _share([*open_round, (rows, at, end)], rank * batch_size, (rank + 1) * batch_size),
+                Position(epoch=start.epoch, window=window, offset=end, step=step, markers=rows.markers),
             )
-            held, have, at = [], 0, end
+            open_round, have, at = [], 0, end
         if at < len(rows):
-            held.append((rows, at, len(rows)))
+            open_round.append((rows, at, len(rows)))
             have += len(rows) - at
     each = have // world
     if each and not drop_last:
-        yield _share(held, rank * each, (rank + 1) * each), EpochOffset(window=-1, offset=0, step=step + 1)
+        yield _share(open_round, rank * each, (rank + 1) * each), Position(epoch=start.epoch + 1)
 
 
-def _share(pieces: list[RowSlice], start: int, stop: int) -> list[RowSlice]:
-    """Rows `start` to `stop` of the pieces taken together."""
+def _share(slices: list[RowSlice], start: int, stop: int) -> list[RowSlice]:
+    """Rows `start` to `stop` of the slices taken together."""
     chosen: list[RowSlice] = []
-    seen = 0
-    for rows, first, last in pieces:
-        low, high = max(start - seen, 0), min(stop - seen, last - first)
+    before = 0
+    for rows, first, last in slices:
+        low, high = max(start - before, 0), min(stop - before, last - first)
         if low < high:
             chosen.append((rows, first + low, first + high))
-        seen += last - first
+        before += last - first
     return chosen
 
 
@@ -117,7 +122,7 @@ class SampleBuilder:
 
     Attributes:
         key: The structure of a sample.
-        transform: What makes of it the sample that counts; None takes it as it is.
+        transform: Returns the sample in its place; None keeps it as it is.
         signature: How the sample goes into `transform`.
         collate_fn: Makes a batch of a list of samples; None stacks them.
     """
@@ -139,6 +144,10 @@ class SampleBuilder:
         if self.collate_fn is not None:
             return self.collate_fn(samples)
         return collate(samples, columns.ids.values())
+
+    def build_each(self, many: Iterator[Columns], *, stopped: Callable[[], bool]) -> Iterator[Any]:
+        """The batches of these columns, one each, as an ordered map (see `prefetch`)."""
+        return map(self, itertools.takewhile(lambda _: not stopped(), many))
 
 
 def build(columns: Columns, key: Key) -> list[Any]:

@@ -1,28 +1,25 @@
-"""All rows at once, in memory; `download` has them in memory-mapped files.
+"""Keeps all rows of a query: in memory (`load`), or in memory-mapped files, for later runs too (`download`).
 
-Always: what is held serves the same rows in the same order as reading them again would. Rows whose fields are
-all alike become one table of tensors; others are kept as blocks.
+Rows whose fields are all alike are kept as one tensor a field; others as columns in memory, as BSON on disk.
 
-All rows at once, in memory-mapped files on local disk, for this run and later ones.
+A download is found again by the query, the plan's bounds on `_id` (every `prefetch_size`-th `_id`, the first and
+the last), the number of documents, the fields and the versions of the format. Documents inserted or deleted are
+noticed by that. **Documents changed in place under the same `_id` are not**: delete the cache folder then.
 
-Always: a download is built in a folder of its own and renamed when it is complete, so a half download is never
-used. Rows whose fields are all alike are files of plain numbers; others are kept as BSON.
-
-A download is found again by the query, the plan's bounds on `_id` (every `prefetch_size`-th `_id`, the first
-and the last), the number of documents, the fields and the versions of the format. Documents inserted or
-deleted are noticed by that. **Documents changed in place under the same `_id` are not**: delete the cache
-folder then.
+Guarantees: a cached select serves the same rows in the same order as reading them again would; a download is built
+in a folder of its own and renamed when it is complete, so half a download is never used.
 """
 
 from __future__ import annotations
 
+import abc
+import contextlib
 import hashlib
-import itertools
 import json
 import mmap
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, final
 
@@ -31,148 +28,146 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mongotorch.data.decode.column import Column
 from mongotorch.data.decode.decoder import Columns, decode
 from mongotorch.data.decode.ids import U64, pack_ids
-from mongotorch.data.decode.replies import Reply
-from mongotorch.data.prefetch import close_iterator
-from mongotorch.data.read.source import Source
-from mongotorch.data.stream.rows import CachedRows, Rows, _tensor, column_tensor, layout, ordered
-
-
-class BlockSequence(Protocol):
-    """Blocks by number: a list, or files that decode them."""
-
-    def __getitem__(self, index: int, /) -> Columns:
-        """One block."""
-        ...
-
-
-class CachedSelect:
-    """All rows of a source."""
-
-    window: int
-    count: int
-
-    def __init__(self, keys: list[U64], ids: BlockSequence) -> None:
-        self._keys = keys
-        self._ids = ids
-        self.count = len(keys)
-        self._starts = np.cumsum([0, *map(len, keys)]).astype(np.int64)
-
-    def keys(self, indices: Iterable[int]) -> U64:
-        """The row keys of some blocks, one after the other."""
-        return np.concatenate([self._keys[index] for index in indices])
-
-    def ids(self, index: int) -> Column:
-        """The `_id`s of a block."""
-        return self._ids[index].ids
-
-    def rows(self, indices: npt.NDArray[np.int64], order: npt.NDArray[np.int64] | None) -> Rows:
-        """The rows of some blocks, in an order."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Let go of files."""
-        close = getattr(self._ids, "close", None)
-        if close is not None:
-            close()
-
-
-@final
-class CachedTensors(CachedSelect):
-    """Rows as tensors."""
-
-    def __init__(self, keys: list[U64], ids: BlockSequence, tensors: dict[str, Tensor]) -> None:
-        super().__init__(keys, ids)
-        self._tensors = tensors
-
-    def rows(self, indices: npt.NDArray[np.int64], order: npt.NDArray[np.int64] | None) -> Rows:
-        """See `CachedSelect.rows`."""
-        spans = [np.arange(self._starts[i], self._starts[i + 1], dtype=np.int64) for i in indices]
-        flat = np.concatenate(spans)
-        return CachedRows(self._tensors, flat if order is None else flat[order])
-
-
-@final
-class CachedBlocks(CachedSelect):
-    """Rows as blocks of columns, in memory or decoded from mapped BSON when asked for."""
-
-    def __init__(self, keys: list[U64], blocks: BlockSequence) -> None:
-        super().__init__(keys, blocks)
-        self._blocks = blocks
-
-    def rows(self, indices: npt.NDArray[np.int64], order: npt.NDArray[np.int64] | None) -> Rows:
-        """See `CachedSelect.rows`."""
-        return ordered([self._blocks[int(index)] for index in indices], order, owned=False)
-
-
-def hold(source: Source, *, samples: bool, most_bytes: int) -> CachedSelect:
-    """Read a source into memory.
-
-    Args:
-        source: What to read, once.
-        samples: Whether samples are built from it, which needs the values and not just tensors.
-        most_bytes: Bytes that may be under way from the server.
-    """
-    table = None if samples else _table(source, most_bytes)
-    if table is not None:
-        return table
-    blocks = [block.owned() for block in source.ahead(every(source), most_bytes)]
-    return CachedBlocks([source.keys(n, block) for n, block in enumerate(blocks)], blocks)
-
-
-def _table(source: Source, most_bytes: int) -> CachedTensors | None:
-    """One tensor a field, or None as soon as one block is not like the others."""
-    keys: list[U64] = []
-    ids: list[Columns] = []
-    parts: dict[str, list[Tensor]] = {path: [] for path in source.paths}
-    layouts: set[Any] = set()
-    blocks = source.ahead(every(source), most_bytes)
-    for n, block in enumerate(blocks):
-        keys.append(source.keys(n, block))
-        ids.append(Columns(paths=(), ids=block.ids, fields={}))
-        if not len(block):
-            continue
-        layouts.add(layout(block))
-        if len(layouts) > 1 or None in layouts:
-            close_iterator(blocks)
-            return None
-        for path, tensors in parts.items():
-            tensors.append(_tensor(block, path))
-    if not layouts:
-        return None
-    return CachedTensors(keys, ids, {path: torch.cat(tensors) for path, tensors in parts.items()})
-
-
-def every(source: Source) -> Iterator[int]:
-    """The indices of all blocks; without an end where their number is not known."""
-    return iter(range(source.count)) if source.count is not None else itertools.count()
-
+from mongotorch.data.stream.order import WindowSpec
+from mongotorch.data.stream.rows import CachedRows, Rows, layout, ordered, tensor_of
+from mongotorch.data.stream.windows import Window, WindowReader
 
 _FORMAT = 2
 
 
-def download(source: Source, folder: Path, name: str, *, samples: bool, most_bytes: int) -> CachedSelect:
-    """Read a source into memory-mapped files, or find them from an earlier run.
+class RangeSequence(Protocol):
+    """Ranges by number: a list, or files that decode them."""
+
+    def __getitem__(self, number: int, /) -> Columns:
+        """One range."""
+        ...
+
+
+class CachedSelect(abc.ABC):
+    """All rows of a query.
 
     Args:
-        source: What to read, once.
+        keys: The row keys of each range, see `WindowReader.keys`.
+        ids: The `_id`s of each range.
+        by_id: Whether rows come in the order of their `_id`s where they are not shuffled.
+
+    Attributes:
+        count: How many ranges there are.
+    """
+
+    def __init__(self, keys: list[U64], ids: RangeSequence, *, by_id: bool) -> None:
+        self._keys, self._ids, self._by_id = keys, ids, by_id
+        self.count = len(keys)
+
+    def read(self, specs: Iterator[WindowSpec]) -> Iterator[Window]:
+        """The windows of these specs, as `WindowReader.read` gives them."""
+        for spec in specs:
+            keys = [self._keys[number] for number in spec.ranges]
+            permutation, hashes = None, None
+            if spec.order.shuffle:
+                permutation, hashes = spec.order.rows(np.concatenate(keys))
+            rows = self.rows(spec.ranges, permutation)
+            rows.mark(hashes, self._ids[spec.ranges[0]].ids if hashes is None and self._by_id else None)
+            yield Window(spec=spec, rows=rows, lengths=[len(one) for one in keys])
+
+    @abc.abstractmethod
+    def rows(self, ranges: list[int], order: npt.NDArray[np.int64] | None) -> Rows:
+        """The rows of some ranges, in an order."""
+
+    def close(self) -> None:
+        """Let go of files."""
+        if isinstance(self._ids, _MappedRanges):
+            self._ids.close()
+
+
+@final
+class CachedTensors(CachedSelect):
+    """Rows as one tensor a field."""
+
+    def __init__(self, keys: list[U64], ids: RangeSequence, tensors: dict[str, Tensor], *, by_id: bool) -> None:
+        super().__init__(keys, ids, by_id=by_id)
+        self._tensors = tensors
+        self._starts = np.cumsum([0, *map(len, keys)]).astype(np.int64)
+
+    def rows(self, ranges: list[int], order: npt.NDArray[np.int64] | None) -> Rows:
+        """See `CachedSelect.rows`."""
+        flat = np.concatenate([np.arange(self._starts[n], self._starts[n + 1], dtype=np.int64) for n in ranges])
+        return CachedRows(self._tensors, flat if order is None else flat[order])
+
+
+@final
+class CachedColumns(CachedSelect):
+    """Rows as columns, in memory or decoded from mapped BSON when asked for."""
+
+    def __init__(self, keys: list[U64], ranges: RangeSequence, *, by_id: bool) -> None:
+        super().__init__(keys, ranges, by_id=by_id)
+        self._ranges = ranges
+
+    def rows(self, ranges: list[int], order: npt.NDArray[np.int64] | None) -> Rows:
+        """See `CachedSelect.rows`."""
+        return ordered([self._ranges[n] for n in ranges], order, owned=False)
+
+
+@final
+class _NotAlikeError(Exception):
+    """The fields of a range are not tensors like those before it."""
+
+
+def _alike(reader: WindowReader) -> Iterator[tuple[U64, Columns]]:
+    """All ranges with their row keys. Raises: _NotAlikeError."""
+    layouts: set[Any] = set()
+    if reader.samples:  # they need the values, not just tensors
+        raise _NotAlikeError
+    with contextlib.closing(reader.ranges(reader.all_ranges())) as ranges:
+        for number, columns in enumerate(ranges):
+            if len(columns):
+                layouts.add(layout(columns))
+            if len(layouts) > 1 or None in layouts:
+                raise _NotAlikeError
+            yield reader.keys(number, columns), columns
+    if not layouts:
+        raise _NotAlikeError
+
+
+def load(reader: WindowReader) -> CachedSelect:
+    """Read all rows into memory."""
+    by_id = reader.plan is not None
+    keys: list[U64] = []
+    ids: list[Columns] = []
+    parts: dict[str, list[Tensor]] = {path: [] for path in reader.paths}
+    try:
+        for range_keys, columns in _alike(reader):
+            keys.append(range_keys)
+            ids.append(Columns(paths=(), ids=columns.ids, fields={}))
+            for path, tensors in parts.items() if len(columns) else ():
+                tensors.append(tensor_of(columns, path))
+        return CachedTensors(keys, ids, {path: torch.cat(tensors) for path, tensors in parts.items()}, by_id=by_id)
+    except _NotAlikeError:
+        del ids, parts
+    ranges = [columns.owned() for columns in reader.ranges(reader.all_ranges())]
+    return CachedColumns([reader.keys(n, columns) for n, columns in enumerate(ranges)], ranges, by_id=by_id)
+
+
+def download(reader: WindowReader, folder: Path, name: str) -> CachedSelect:
+    """Read all rows into memory-mapped files, or find them from an earlier run.
+
+    Args:
+        reader: What to read, once.
         folder: The cache's folder; made if it is missing.
         name: What the content depends on; see `cache_name`.
-        samples: Whether samples are built from it, which needs the values and not just tensors.
-        most_bytes: Bytes that may be under way from the server.
     """
     target = folder / name
     if not (target / "meta.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(prefix=f".{name[:16]}-", dir=folder))
         try:
-            _build(source, building, samples=samples, most_bytes=most_bytes)
+            (building / "meta.json").write_text(json.dumps(_write(reader, building)))
             _rename(building, target)
         finally:
             shutil.rmtree(building, ignore_errors=True)
-    return _open(source, target)
+    return _open(reader, target)
 
 
 def cache_name(*parts: Any) -> str:
@@ -182,10 +177,10 @@ def cache_name(*parts: Any) -> str:
 
 
 @final
-class _MappedBlocks:
-    """BSON in one mapped file, decoded block by block."""
+class _MappedRanges:
+    """BSON in one mapped file, decoded range by range."""
 
-    def __init__(self, decode: Callable[[list[Reply]], Columns], path: Path, ends: list[int]) -> None:
+    def __init__(self, decode: Callable[[list[Any]], Columns], path: Path, ends: list[int]) -> None:
         self._decode = decode
         self._ends = [0, *ends]
         with path.open("rb") as file:  # an empty file cannot be mapped
@@ -193,65 +188,56 @@ class _MappedBlocks:
                 b"" if not ends or not ends[-1] else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             )
 
-    def __getitem__(self, index: int) -> Columns:
-        return self._decode([self._map[self._ends[index] : self._ends[index + 1]]])
+    def __getitem__(self, number: int) -> Columns:
+        return self._decode([self._map[self._ends[number] : self._ends[number + 1]]])
 
     def close(self) -> None:
         if isinstance(self._map, mmap.mmap):
             self._map.close()
 
 
-def _build(source: Source, folder: Path, *, samples: bool, most_bytes: int) -> None:
-    """Write plain numbers, or, as soon as one block is not like the others, all of it again as BSON."""
-    meta = None if samples else _build_table(source, folder, most_bytes)
-    if meta is None:
+def _write(reader: WindowReader, folder: Path) -> dict[str, Any]:
+    """Write plain numbers, or, as soon as one range is not like the others, all of it again as BSON."""
+    try:
+        return _write_tensors(reader, folder)
+    except _NotAlikeError:
         for path in folder.iterdir():
             path.unlink()
-        meta = _build_bson(source, folder)
-    (folder / "meta.json").write_text(json.dumps(meta))
+        return _write_bson(reader, folder)
 
 
-def _build_table(source: Source, folder: Path, most_bytes: int) -> dict[str, Any] | None:
+def _write_tensors(reader: WindowReader, folder: Path) -> dict[str, Any]:
     lengths: list[int] = []
     ends: list[int] = []
-    layouts: set[Any] = set()
     fields: list[dict[str, Any]] = []
-    blocks = source.ahead(every(source), most_bytes)
     with (folder / "ids.bson").open("wb") as id_file, (folder / "keys").open("wb") as key_file:
-        for n, block in enumerate(blocks):
-            source.keys(n, block).tofile(key_file)
-            lengths.append(len(block))
-            if source.by_id:
-                id_file.write(pack_ids(block.ids))
+        for keys, columns in _alike(reader):
+            keys.tofile(key_file)
+            lengths.append(len(columns))
+            if reader.plan is not None:
+                id_file.write(pack_ids(columns.ids))
             ends.append(id_file.tell())
-            if not len(block):
-                continue
-            layouts.add(layout(block))
-            if len(layouts) > 1 or None in layouts:
-                close_iterator(blocks)
-                return None
-            fields = _append(folder, source.paths, block)
+            fields = _append(folder, reader.paths, columns) if len(columns) else fields
     return {"lengths": lengths, "ends": ends, "fields": fields}
 
 
-def _build_bson(source: Source, folder: Path) -> dict[str, Any]:
+def _write_bson(reader: WindowReader, folder: Path) -> dict[str, Any]:
     lengths: list[int] = []
     ends: list[int] = []
     with (folder / "rows.bson").open("wb") as bson_file, (folder / "keys").open("wb") as key_file:
-        for n, raws in enumerate(source.raws(every(source))):
-            block = source.decode(raws)
-            source.keys(n, block).tofile(key_file)
-            lengths.append(len(block))
-            bson_file.writelines(raws)
+        for number, replies in enumerate(reader.replies(reader.all_ranges())):
+            columns = reader.decode(replies)
+            reader.keys(number, columns).tofile(key_file)
+            lengths.append(len(columns))
+            bson_file.writelines(replies)
             ends.append(bson_file.tell())
     return {"lengths": lengths, "ends": ends, "fields": None}
 
 
-def _append(folder: Path, paths: tuple[str, ...], block: Columns) -> list[dict[str, Any]]:
+def _append(folder: Path, paths: tuple[str, ...], columns: Columns) -> list[dict[str, Any]]:
     fields = []
     for n, path in enumerate(paths):
-        tensor = column_tensor(block, path)
-        assert tensor is not None  # noqa: S101 - for the type checker; `_layout` saw it
+        tensor = tensor_of(columns, path)
         with (folder / f"field-{n}").open("ab") as file:
             tensor.contiguous().flatten().view(torch.uint8).numpy().tofile(file)
         fields.append({"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape[1:])})
@@ -266,15 +252,16 @@ def _rename(building: Path, target: Path) -> None:
             raise
 
 
-def _open(source: Source, folder: Path) -> CachedSelect:
+def _open(reader: WindowReader, folder: Path) -> CachedSelect:
+    by_id = reader.plan is not None
     meta = json.loads((folder / "meta.json").read_text())
     lengths = meta["lengths"]
     flat = np.fromfile(folder / "keys", dtype=np.uint64)
     keys = np.split(flat, np.cumsum(lengths)[:-1]) if lengths else []
     if meta["fields"] is None:
-        return CachedBlocks(keys, _MappedBlocks(source.decode, folder / "rows.bson", meta["ends"]))
+        return CachedColumns(keys, _MappedRanges(reader.decode, folder / "rows.bson", meta["ends"]), by_id=by_id)
     tensors = {}
-    for n, (path, field) in enumerate(zip(source.paths, meta["fields"], strict=True)):
+    for n, (path, field) in enumerate(zip(reader.paths, meta["fields"], strict=True)):
         shape = [sum(lengths), *field["shape"]]
         tensors[path] = torch.from_file(
             str(folder / f"field-{n}"),
@@ -282,5 +269,5 @@ def _open(source: Source, folder: Path) -> CachedSelect:
             size=int(np.prod(shape)),
             dtype=getattr(torch, field["dtype"]),
         ).reshape(shape)
-    ids = _MappedBlocks(lambda raws: decode(raws, ()), folder / "ids.bson", meta["ends"])
-    return CachedTensors(keys, ids, tensors)
+    ids = _MappedRanges(lambda replies: decode(replies, ()), folder / "ids.bson", meta["ends"])
+    return CachedTensors(keys, ids, tensors, by_id=by_id)

@@ -1,8 +1,11 @@
-"""The order of an epoch, as a pure function of (number of ranges, seed, epoch) and the rows' own keys.
+"""The order of an epoch: which ranges make up each window, and in which order the rows of a window come.
 
-Always: nothing here depends on time, process, library version or on how the rows were read: every number
-comes from splitmix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators"), written out
-below, because numpy does not promise its generators' streams across versions. Each index occurs exactly once.
+It is a pure function of (number of ranges, seed, epoch) and of the rows' own keys. Every number comes from
+splitmix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators"), because numpy does not
+promise its generators' streams across versions.
+
+Guarantees: nothing depends on time, process, library version or on how the rows were read; each range occurs in
+exactly one window of an epoch.
 """
 
 from __future__ import annotations
@@ -20,9 +23,35 @@ from mongotorch.data.decode.ids import U64, mix, salt
 _RANGES, _ROWS = 0x52414E474553, 0x524F5753  # "RANGES", "ROWS": two independent streams
 
 
+def position_keys(first: int, count: int) -> U64:
+    """The keys of rows that have no better one than where they are in their query; uint64 of shape (count,)."""
+    return mix(np.arange(first, first + count, dtype=np.uint64))
+
+
 def worker_seed(seed: int, epoch: int) -> int:
     """What torch's workers are seeded with in an epoch; below 2**63."""
     return int(salt(seed, epoch) >> np.uint64(1))
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class WindowSpec:
+    """A window to read.
+
+    Attributes:
+        order: Of its epoch.
+        number: Which window of the epoch, from 0.
+        ranges: The numbers of its ranges.
+        last: Whether it ends its epoch; False as well where that is not known.
+        size: What it counts, in ranges, against the bound of two windows for what is read ahead. An epoch counts
+            that much at least, so that a small one is not read before the one before it is served.
+    """
+
+    order: Order
+    number: int
+    ranges: list[int]
+    last: bool
+    size: int
 
 
 @final
@@ -42,8 +71,8 @@ class Order:
     shuffle: bool
     window: int
 
-    def pieces(self, count: int | None, start: int = 0) -> Iterator[npt.NDArray[np.int64]]:
-        """The windows from window `start` on where blocks cannot be permuted; endless without a count."""
+    def consecutive(self, count: int | None, start: int = 0) -> Iterator[npt.NDArray[np.int64]]:
+        """The ranges of each window from `start` on, where they cannot be permuted; endless without a count."""
         size = self.window if self.shuffle else 1
         for first in itertools.count(start * size, size):
             if count is not None and first >= count:
@@ -72,17 +101,35 @@ class Order:
         """How many ranges a window has: the first two are smaller, so that the first batch need not wait long."""
         return max(self.window >> (2 - window), 1) if window < 2 else self.window
 
-    def rows(self, keys: U64) -> tuple[npt.NDArray[np.int64], U64]:
-        """The permutation of a shuffled window's rows by their keys, and what the rows are then sorted by.
+    def specs(self, windows: Iterator[npt.NDArray[np.int64]], start: int) -> Iterator[WindowSpec]:
+        """The windows of this epoch, numbered from `start` on, as something that can be read."""
+        before = 0
+        following = next(windows, None)
+        for number in itertools.count(start):
+            if following is None:
+                return
+            ranges, following = following.tolist(), next(windows, None)
+            size, last = len(ranges), following is None
+            yield WindowSpec(
+                order=self,
+                number=number,
+                ranges=ranges,
+                last=last,
+                size=max(size, 2 * self.window - before) if last else size,
+            )
+            before += size
 
-        A row's place depends on its own key only, so a row that is gone does not move the others.
+    def rows(self, keys: U64) -> tuple[npt.NDArray[np.int64], U64]:
+        """The permutation of a shuffled window's rows by their keys, and the hashes that they are then sorted by.
+
+        The hash of a row depends on its own key only, so a row that is gone does not move the others.
 
         Args:
             keys: uint64 of shape (rows,).
         """
-        ranks = mix(keys ^ salt(_ROWS, self.seed, self.epoch))
-        order = np.argsort(ranks)
-        placed = ranks[order]
-        if (placed[1:] == placed[:-1]).any():  # the faster sort leaves open which of two equals is first
-            order = np.argsort(ranks, kind="stable")
-        return order.astype(np.int64, copy=False), placed
+        hashes = mix(keys ^ salt(_ROWS, self.seed, self.epoch))
+        order = np.argsort(hashes)
+        ascending = hashes[order]
+        if (ascending[1:] == ascending[:-1]).any():  # the faster sort leaves open which of two equals is first
+            order = np.argsort(hashes, kind="stable")
+        return order.astype(np.int64, copy=False), ascending

@@ -1,16 +1,12 @@
-"""Rows in the order of the epoch, and the batches that are made of them.
+"""The rows of a window in the order of the epoch, as columns or as tensors that batches are slices of.
 
-Always: rows are ordered once a window and then only sliced; a batch is made from whole tensors where every
-value of a field is alike, and value by value only where they are not; nothing here knows where rows come
-from.
+Rows are put in order once a window and then only sliced. A field is one tensor where its values are all alike, and
+is stacked value by value only where they are not. Large tensors are whole memory mappings of their own (`fresh`):
+`malloc` learns from each large allocation that is freed, after the first window keeps memory of that size in its
+heaps, where it falls to pieces between smaller ones, and the process grows with every few windows. It also hands
+it out in pages of 4 KB, each of which the kernel has to fault in while rows are scattered over them.
 
-Memory for the tensors of a window: whole mappings of their own, given back as soon as nobody looks at them.
-
-`malloc` learns from each large block that is freed: after the first window it keeps blocks of that size in its
-heaps, where they fall to pieces between smaller ones, and the process grows with every few windows. It also hands
-them out in pages of 4 KB, each of which the kernel has to fault in while rows are scattered over them.
-
-Always: a buffer is fresh, writable, and freed with its last tensor.
+Guarantees: the memory of `fresh` is writable and freed with the last tensor that uses it.
 """
 
 from __future__ import annotations
@@ -30,7 +26,7 @@ from torch import Tensor
 from mongotorch.codecs.arrays import BFLOAT16
 from mongotorch.data.decode.column import Column, build, merge
 from mongotorch.data.decode.decoder import Columns
-from mongotorch.data.stream.position import RowMarkers
+from mongotorch.data.stream.position import HashMarkers, IdMarkers, RowMarkers
 from mongotorch.tensors import from_array
 
 
@@ -45,40 +41,41 @@ def column_tensor(columns: Columns, path: str) -> Tensor | None:
     return tensor.view(torch.bfloat16) if column.dtype == BFLOAT16 else tensor
 
 
-def ordered(blocks: list[Columns], order: npt.NDArray[np.int64] | None, *, owned: bool) -> Rows:
-    """The rows of blocks, in an order; `owned` where the blocks serve nobody else."""
-    columns = blocks[0] if len(blocks) == 1 else Columns.concat(blocks)
+def ordered(parts: list[Columns], order: npt.NDArray[np.int64] | None, *, owned: bool) -> Rows:
+    """The rows of ranges, in an order; `owned` where nobody else uses their columns."""
+    columns = parts[0] if len(parts) == 1 else Columns.concat(parts)
     if order is None:
         return ColumnRows(columns.owned(), owned=owned)
     return ColumnRows(columns.take(order), owned=True)
 
 
-def gathered(blocks: list[Columns], order: npt.NDArray[np.int64] | None) -> Rows:
-    """The rows of blocks that serve nobody else, in an order: as tensors where all fields are alike."""
-    layouts = {layout(block) for block in blocks}
+def gathered(parts: list[Columns], order: npt.NDArray[np.int64] | None) -> Rows:
+    """The rows of ranges that nobody else uses, in an order: as tensors where all fields are alike."""
+    layouts = {layout(columns) for columns in parts}
     if len(layouts) > 1 or None in layouts:
-        return ordered(blocks, order, owned=True)
-    ids = merge([(None, block.ids) for block in blocks], identity=True)
-    if len(blocks) == 1 and order is None:
-        return TensorRows({path: _tensor(blocks[0], path) for path in blocks[0].paths}, ids, None)
-    # Each row goes to its place at once: joining blocks first would copy, and hold, all of them twice.
-    places = torch.empty(len(ids), dtype=torch.int64)
+        return ordered(parts, order, owned=True)
+    ids = merge([(None, columns.ids) for columns in parts], identity=True)
+    if len(parts) == 1 and order is None:
+        return TensorRows({path: tensor_of(parts[0], path) for path in parts[0].paths}, ids, None)
+    # Each row goes to where it belongs at once: joining ranges first would copy, and hold, all of them twice.
+    targets = torch.empty(len(ids), dtype=torch.int64)
     rows = torch.arange(len(ids)) if order is None else torch.from_numpy(order)
-    places[rows] = torch.arange(len(ids))
-    tensors = {path: _scattered(blocks, path, places) for path in blocks[0].paths}
+    targets[rows] = torch.arange(len(ids))
+    tensors = {path: _scattered(parts, path, targets) for path in parts[0].paths}
     return TensorRows(tensors, ids, order)
 
 
-def _scattered(blocks: list[Columns], path: str, places: Tensor) -> Tensor:
-    first = _tensor(blocks[0].slice(0, 1), path)
-    whole = fresh((len(places), *first.shape[1:]), first.dtype)
-    target = _items(whole.view(torch.uint8).numpy()) if first[0].numel() else None
-    for block, part in zip(blocks, torch.split(places, [len(block) for block in blocks]), strict=True):
-        values = block[path].array()
-        if target is not None and values is not None and not block.plain(path) and values.dtype.isnative:
-            target[part.numpy()] = _items(values)
+def _scattered(parts: list[Columns], path: str, targets: Tensor) -> Tensor:
+    """A field of all ranges, the n-th row of them at `targets[n]`."""
+    first = tensor_of(parts[0].slice(0, 1), path)
+    whole = fresh((len(targets), *first.shape[1:]), first.dtype)
+    items = _items(whole.view(torch.uint8).numpy()) if first[0].numel() else None
+    for columns, rows in zip(parts, torch.split(targets, [len(columns) for columns in parts]), strict=True):
+        values = columns[path].array()
+        if items is not None and values is not None and not columns.plain(path) and values.dtype.isnative:
+            items[rows.numpy()] = _items(values)
         else:
-            whole.index_copy_(0, part, _tensor(block, path))
+            whole.index_copy_(0, rows, tensor_of(columns, path))
     return whole
 
 
@@ -88,16 +85,17 @@ def _items(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return octets.view(np.dtype((np.void, octets.shape[1])))[:, 0]
 
 
-def _tensor(block: Columns, path: str) -> Tensor:
-    tensor = column_tensor(block, path)
+def tensor_of(columns: Columns, path: str) -> Tensor:
+    """The tensor of a column whose values are known to be alike, see `layout`."""
+    tensor = column_tensor(columns, path)
     assert tensor is not None  # noqa: S101 - for the type checker; `layout` saw it
     return tensor
 
 
-def layout(block: Columns) -> tuple[Any, ...] | None:
-    """What must be the same in all blocks of a table; None where a field is no tensor."""
-    arrays = [block[path].array() for path in block.paths]
-    forms = [(block[path].kind, block[path].dtype) for path in block.paths]
+def layout(columns: Columns) -> tuple[Any, ...] | None:
+    """What must be the same in all ranges that become one tensor a field; None where a field is no tensor."""
+    arrays = [columns[path].array() for path in columns.paths]
+    forms = [(columns[path].kind, columns[path].dtype) for path in columns.paths]
     if any(array is None for array in arrays):
         return None
     return tuple((*form, a.shape[1:]) for form, a in zip(forms, arrays, strict=True) if a is not None)
@@ -107,10 +105,10 @@ class Rows(abc.ABC):
     """The rows of one window, in order.
 
     Attributes:
-        marks: What is remembered of a row to find the place behind it again; None counts rows instead.
+        markers: What finds the row again that was yielded last; None counts rows instead.
     """
 
-    marks: RowMarkers | None = None
+    markers: RowMarkers | None = None
 
     @abc.abstractmethod
     def __len__(self) -> int: ...
@@ -127,6 +125,13 @@ class Rows(abc.ABC):
         """The `_id`s of some rows."""
         return self.columns(start, stop).ids.values()
 
+    def mark(self, hashes: npt.NDArray[np.uint64] | None, ids: Column | None) -> None:
+        """Let rows be found again by their hashes, else by their `_id`s; those given ascend, both may be None."""
+        if hashes is not None:
+            self.markers = HashMarkers(hashes)
+        elif ids is not None:
+            self.markers = IdMarkers(ids)
+
     @property
     def nbytes(self) -> int:
         """Bytes held."""
@@ -139,7 +144,7 @@ class ColumnRows(Rows):
 
     def __init__(self, columns: Columns, *, owned: bool) -> None:
         self._columns = columns
-        self._owned = owned  # else a batch is a copy, because the columns serve again
+        self._owned = owned  # else a batch is a copy, because the columns are used again
         self._tensors: dict[str, Tensor | None] = {}
 
     def __len__(self) -> int:
@@ -171,7 +176,7 @@ class TensorRows(Rows):
     Args:
         tensors: Of each path, shape (rows, ...).
         ids: The `_id`s, in the order of reading.
-        order: The place of each row in `ids`; None is that very order.
+        order: Where in `ids` each row is; None is that very order.
     """
 
     def __init__(self, tensors: dict[str, Tensor], ids: Column, order: npt.NDArray[np.int64] | None) -> None:
@@ -206,7 +211,7 @@ NO_ROWS = TensorRows({}, build([]), None)
 
 @final
 class CachedRows(Rows):
-    """Rows of a table of tensors, by index."""
+    """Rows of cached tensors, by index."""
 
     def __init__(self, tensors: dict[str, Tensor], indices: npt.NDArray[np.int64]) -> None:
         self._tensors = tensors
@@ -220,8 +225,8 @@ class CachedRows(Rows):
         return self._tensors[path].index_select(0, self.indices[start:stop])
 
     def columns(self, start: int, stop: int) -> Columns:
-        """Never asked for: a table is made where no samples are built."""
-        raise NotImplementedError(f"a table has no columns ({start}:{stop})")
+        """Never asked for: tensors are cached where no samples are built."""
+        raise NotImplementedError(f"tensors have no columns ({start}:{stop})")
 
 
 _LEAST = 2**20  # bytes; less than that is well kept by malloc

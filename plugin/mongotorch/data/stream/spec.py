@@ -1,6 +1,6 @@
 """What a stream is asked for, as one frozen value.
 
-Always: a spec that exists can be streamed: numbers are in range, options are known, the key is understood.
+Guarantees: a spec that exists can be streamed: numbers are in range, options are known, the key is understood.
 """
 
 from __future__ import annotations
@@ -109,6 +109,11 @@ class StreamSpec:
             prefetch_factor=self.prefetch_factor,
             prefetch_bytes=self.prefetch_bytes,
         )
+
+    @property
+    def in_flight_bytes(self) -> int:
+        """Bytes that may be on their way from the server, besides the windows: an eighth of `prefetch_bytes`."""
+        return self.prefetch_bytes // 8
 
     @property
     def workers(self) -> int:

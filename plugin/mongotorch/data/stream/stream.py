@@ -1,27 +1,25 @@
 """The training stream: documents of a query as batches of tensors, epoch after epoch.
 
-Always: the batches of an epoch are a function of (documents, query, seed, epoch, batch size, shard) and of how
+Guarantees: the batches of an epoch are a function of (documents, query, seed, epoch, batch size, shard) and of how
 large the ranges of the plan are (`prefetch_size`, `prefetch_factor`, `prefetch_bytes` where the run began): not of
-the mode, of reading ahead, of workers, or of where the stream was stopped and with what sizes it was resumed.
-Each document is yielded once an epoch. A position is a few numbers and resuming seeks to it.
+the mode, of reading ahead, of workers, or of where the stream was stopped and with what sizes it was resumed. Each
+document is yielded once an epoch. A position is a few numbers and resuming seeks to it.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any, final
 
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from mongotorch.data.decode.decoder import Columns
-from mongotorch.data.prefetch import Workers, close_iterator
+from mongotorch.data.prefetch import WorkerPool, close_iterator
 from mongotorch.data.stream.batches import RowSlice, SampleBuilder, batch_of, columns_of, cut
 from mongotorch.data.stream.epochs import EpochReader, Report
 from mongotorch.data.stream.order import worker_seed
-from mongotorch.data.stream.position import EpochOffset, Position
+from mongotorch.data.stream.position import Position
 from mongotorch.data.stream.spec import StreamSpec
 from mongotorch.errors import DataError, EmptySelectError
 from mongotorch.resources import Owner
@@ -76,23 +74,21 @@ class Stream(Owner, IterableDataset[Any]):
         )
         self._seed = spec.seed
         self._position = Position()
-        self._resume: str | None = None  # the digest of the source to go on in
+        self._resume: str | None = None  # the digest of what to go on reading
         self._pending = True  # whether the position is where the next iteration starts
-        self._feed = EpochReader(spec, self._access)
-        self._workers: Workers | None = None
+        self._reader = EpochReader(spec, self._access)
+        self._builders: WorkerPool[Any, Any] | None = None
         self._running: Iterator[Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        place = EpochOffset(**self._position.place.state())
-        position = Position(epoch=self._position.epoch, place=place)  # without the marks of a window
-        feed = EpochReader(self.spec, self._access)
-        fresh = {"_feed": feed, "_workers": None, "_running": None, "_position": position}
-        return {**self.__dict__, **fresh, "_resume": self._digest()}
+        fresh = {"_reader": EpochReader(self.spec, self._access), "_builders": None, "_running": None}
+        position = Position.from_state(self._position.state())  # without the markers of a window
+        return {**self.__dict__, **fresh, "_position": position, "_resume": self._digest()}
 
     def __iter__(self) -> Iterator[Any]:
         """The batches of the next epoch, or the rest of the one whose state was loaded.
 
-        An iteration that goes on elsewhere is ended by this.
+        An earlier iteration that has not ended is ended by this.
         """
         self._stop()
         if not self._pending:
@@ -107,12 +103,12 @@ class Stream(Owner, IterableDataset[Any]):
 
         Under a user's loader the workers count, each for itself, and this process has no numbers.
         """
-        return self._feed.tally.report
+        return self._reader.report
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next iteration be this epoch, from its start."""
         self._stop()
-        self._feed.expect(epoch)
+        self._reader.keep_next(epoch)
         self._position, self._pending = Position(epoch=epoch), True
 
     def state_dict(self) -> dict[str, Any]:
@@ -122,8 +118,7 @@ class Stream(Owner, IterableDataset[Any]):
             "source": self._digest(),
             "seed": self._seed,
             "shuffle": self.spec.shuffle,
-            "epoch": self._position.epoch,
-            **self._position.place.state(),
+            **self._position.state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -139,107 +134,98 @@ class Stream(Owner, IterableDataset[Any]):
             )
         self._stop()
         if state["source"] != self._digest():
-            self._drop_source()
-        self._feed.expect(state["epoch"])
+            self._close_reader()
+        self._reader.keep_next(state["epoch"])
         self._resume = state["source"]
         self._seed = state["seed"]
-        place = EpochOffset(**{name: state[name] for name in ("window", "offset", "step", "after")})
-        self._position, self._pending = Position(epoch=state["epoch"], place=place), True
+        self._position, self._pending = Position.from_state(state), True
 
     def close(self) -> None:
         """End threads and processes, let go of memory and files, close the database if it was opened here."""
         self._stop()
-        self._drop_source()
+        self._close_reader()
         self._access.close()
 
     def _stop(self) -> None:
         running, self._running = self._running, None
         close_iterator(running)
 
-    def _drop_source(self) -> None:
-        if self._workers is not None:
-            self._workers.close()
-        self._workers = None
-        self._feed.close()
+    def _close_reader(self) -> None:
+        if self._builders is not None:
+            self._builders.close()
+        self._builders = None
+        self._reader.close()
 
     def _digest(self) -> str | None:
-        return self._resume if self._feed.source is None else self._feed.source.digest
+        return self._reader.digest or self._resume
 
-    def _epoch(self, position: Position) -> Iterator[Any]:
+    def _epoch(self, start: Position) -> Iterator[Any]:
         """The batches; `_position` is moved before each is yielded, and to the next epoch at the end."""
-        batches = self._placed(position)
-        any_batch = position.place != EpochOffset()
+        batches = self._batches(start)
+        any_batch = start != Position(epoch=start.epoch)
         try:
-            for batch, place in batches:
+            for batch, position in batches:
                 any_batch = True
-                last = place.window < 0
-                self._position = Position(epoch=position.epoch + 1) if last else replace(position, place=place)
-                self._pending = last
+                self._position, self._pending = position, position.epoch != start.epoch
                 yield batch
         finally:
             close_iterator(batches)
         if not any_batch and get_worker_info() is None:
-            raise self._nothing()
-        self._position, self._pending = Position(epoch=position.epoch + 1), True
+            raise self._no_batch()
+        self._position, self._pending = Position(epoch=start.epoch + 1), True
 
-    def _nothing(self) -> DataError:
+    def _no_batch(self) -> DataError:
         rows = f"batch_size={self.spec.batch_size}, shard={self.spec.shard}, drop_last={self.spec.drop_last}"
         if not self.spec.drop_last and self.spec.shard[1] == 1:
             return EmptySelectError(f"the select matches no document in {self.spec.query.collection!r}")
         return DataError(f"an epoch has no batch: the select has too few documents for {rows}")
 
-    def _placed(self, position: Position) -> Iterator[tuple[Any, EpochOffset]]:
-        """Batches with the places behind them; samples are built in workers where there are some."""
-        cuts = self._cuts(position)
+    def _batches(self, start: Position) -> Iterator[tuple[Any, Position]]:
+        """Batches with the positions behind them; samples are built in workers where there are some."""
+        build = self.spec.builds_samples
+        cuts = self._cuts(start)
         try:
-            if self.spec.builds_samples and self.spec.workers and get_worker_info() is None:
-                yield from self._built(cuts, position.epoch)
+            if build and self.spec.workers and get_worker_info() is None:
+                yield from self._built_by_workers(cuts, start.epoch)
                 return
-            for pieces, place in cuts:
-                build = self.spec.builds_samples
-                batch = self._builder(columns_of(pieces)) if build else batch_of(pieces, self.spec.key)
-                yield self._finished(batch), place
+            for slices, position in cuts:
+                batch = self._builder(columns_of(slices)) if build else batch_of(slices, self.spec.key)
+                yield self._finished(batch), position
         finally:
             close_iterator(cuts)
 
-    def _built(
-        self, cuts: Iterator[tuple[list[RowSlice], EpochOffset]], epoch: int
-    ) -> Iterator[tuple[Any, EpochOffset]]:
-        places: deque[EpochOffset] = deque()
+    def _built_by_workers(
+        self, cuts: Iterator[tuple[list[RowSlice], Position]], epoch: int
+    ) -> Iterator[tuple[Any, Position]]:
+        positions: deque[Position] = deque()
 
-        def feed() -> Iterator[Columns]:
-            for pieces, place in cuts:
-                places.append(place)
-                yield columns_of(pieces)
+        def requests() -> Iterator[list[Any]]:
+            for slices, position in cuts:
+                positions.append(position)
+                yield [columns_of(slices)]
 
-        if self._workers is None:
-            self._workers = Workers(self._builder, self.spec.loader)
-        results = self._workers.map(feed(), worker_seed(self._seed, epoch))
+        if self._builders is None:
+            self._builders = WorkerPool(self._builder.build_each, self.spec.loader)
+        batches = self._builders.map(requests(), worker_seed(self._seed, epoch))
         try:
-            for batch in results:
-                yield batch, places.popleft()
+            for batch in batches:
+                yield batch, positions.popleft()
         finally:
-            close_iterator(results)
+            close_iterator(batches)
 
     def _finished(self, batch: Any) -> Any:
         if get_worker_info() is not None:  # a view would carry its whole window to the other process
             return map_tensors(Tensor.clone, batch)
         return pin_memory(batch) if self.spec.loader.get("pin_memory") else batch
 
-    def _cuts(self, position: Position) -> Iterator[tuple[list[RowSlice], EpochOffset]]:
-        """The pieces of each batch of this shard, and of this worker's turns under a user's loader."""
+    def _cuts(self, start: Position) -> Iterator[tuple[list[RowSlice], Position]]:
+        """The rows of each batch of this shard, or of this worker's turns under a user's loader."""
         spec, info = self.spec, get_worker_info()
-        place = position.place
-        windows = self._feed.windows(self._seed, position.epoch, place.window, self._resume)
+        windows = self._reader.windows(self._seed, start.epoch, start.window, self._resume)
+        cuts = cut(windows, start, batch_size=spec.batch_size, drop_last=spec.drop_last, shard=spec.shard)
         try:
-            for pieces, behind in cut(
-                windows,
-                place,
-                batch_size=spec.batch_size,
-                drop_last=spec.drop_last,
-                shard=spec.shard,
-            ):
-                if info is None or (behind.step - 1 - place.step) % info.num_workers == info.id:
-                    yield pieces, behind
+            for turn, found in enumerate(cuts):
+                if info is None or turn % info.num_workers == info.id:
+                    yield found
         finally:
             close_iterator(windows)

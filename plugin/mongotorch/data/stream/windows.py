@@ -1,151 +1,59 @@
-"""Windows of rows put together from blocks, here or in a worker process.
+"""Reads the windows of an epoch: ranges of documents become rows in the order of the epoch.
 
-Always: a window is a function of its blocks and the order of the epoch, wherever it is put together; a worker
-sends tensors through shared memory, not through a pipe.
+A query is read as numbered ranges of about equal size: ranges of `_id` where its plan has them (`PlannedWindows`),
+else so many documents at a time in the query's own order (`OwnOrderWindows`). A window is a few ranges that are
+shuffled together. `read` is an ordered map (see `prefetch`): it can be called here, in a thread or in a worker
+process.
 
-Which windows are read, in which order, and which of them in one go.
-
-Always: the windows of an epoch are those of its `Order`, wherever reading starts; reading on into the next epoch
-changes when they are read, never what they are; no epoch is begun before the one before it is served.
+Guarantees: ranges are the same in every process and epoch as long as the documents are; a window is a function of
+its ranges and of the order of its epoch, wherever it is read.
 """
 
 from __future__ import annotations
 
+import abc
 import itertools
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any, final
+from typing import final
 
 import numpy as np
+import numpy.typing as npt
 
-from mongotorch.data.decode.decoder import Columns
-from mongotorch.data.prefetch import ReadPressure, close_iterator
+from mongotorch.data.decode.decoder import Columns, decode
+from mongotorch.data.decode.ids import U64
+from mongotorch.data.decode.replies import Reply
+from mongotorch.data.prefetch import ThreadPrefetcher, close_iterator, map_ordered
+from mongotorch.data.read.plan import WINDOW, Plan, make_plan, resume_plan
 from mongotorch.data.read.reader import DatabaseAccess
-from mongotorch.data.read.source import PlannedSource, Source
-from mongotorch.data.stream.order import Order
-from mongotorch.data.stream.position import HashMarkers, IdMarkers
+from mongotorch.data.stream.order import Order, WindowSpec, position_keys
 from mongotorch.data.stream.rows import NO_ROWS, Rows, gathered, ordered
-from mongotorch.errors import MongotorchError
+from mongotorch.data.stream.spec import StreamSpec
+from mongotorch.errors import DataError
 
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class WindowSpec:
-    """A window to read.
-
-    Attributes:
-        order: Of its epoch.
-        number: Which window.
-        indices: Of its blocks.
-        last: Whether it ends its epoch; False as well where that is not known.
-        size: What it counts, in blocks, against the bound of two windows for what is read ahead. An epoch counts
-            that much at least, so that a small one is not read before the one before it is served.
-    """
-
-    order: Order
-    number: int
-    indices: list[int]
-    last: bool
-    size: int
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class WindowRequest:
-    """What a worker is sent for in one go.
-
-    Attributes:
-        tasks: The windows.
-        turn: See `ReadPressure.turn`.
-    """
-
-    tasks: list[WindowSpec]
-    turn: int
-
-
-def orders(order: Order, start: int, *, onward: bool) -> Iterator[tuple[Order, int]]:
-    """An epoch with the window where it starts, and with `onward` all later ones."""
-    yield order, start
-    for epoch in itertools.count(order.epoch + 1) if onward else ():
-        yield replace(order, epoch=epoch), 0
-
-
-def tasks_of(source: Source, order: Order, start: int) -> Iterator[WindowSpec]:
-    """The windows of an epoch from window `start` on."""
-    numbered = enumerate(schedule(source, order, source.count, start), start)
-    blocks = 0
-    following = next(numbered, None)
-    while following is not None:
-        (number, indices), following = following, next(numbered, None)
-        last = following is None
-        size = max(len(indices), 2 * order.window - blocks) if last else len(indices)
-        blocks += len(indices)
-        yield WindowSpec(order=order, number=number, indices=[int(i) for i in indices], last=last, size=size)
-
-
-def errands(tasks: Iterator[WindowSpec], most: int, demand: ReadPressure) -> Iterator[WindowRequest]:
-    """The windows as what a worker is sent for.
-
-    The last window of an epoch and the first ones of the next are small: they go together, so that they last as
-    long as reading what follows. Those of the very first epoch go alone, because somebody waits for them.
-
-    Args:
-        tasks: The windows.
-        most: The size that windows have together at most.
-        demand: For them.
-    """
-    held: list[WindowSpec] = []
-    first: Order | None = None
-    turn = demand.turn
-    for task in tasks:
-        first = first or task.order
-        joins = task.order != first and sum(t.size for t in held) + task.size <= most
-        if held and not joins:
-            yield WindowRequest(tasks=held, turn=turn)
-            held = []
-        held.append(task)
-    if held:
-        yield WindowRequest(tasks=held, turn=turn)
-
-
-def joined(source: Source, order: Order, lead: int) -> int | None:
-    """What windows may be joined to, by size, for workers that are so many errands ahead.
-
-    Returns:
-        A size; 0 where an errand must be one window, None where even then two epochs would be read ahead.
-    """
-    if (source.count or 0) >= (lead + 1) * order.window:
-        return order.window
-    windows = itertools.islice(schedule(source, order, source.count, 0), lead)
-    return 0 if sum(1 for _ in windows) == lead else None
-
-
-def schedule(source: Source, order: Order, count: int | None, start: int) -> Iterator[Any]:
-    """The indices of the blocks of each window of an epoch, from window `start` on."""
-    if isinstance(source, PlannedSource):
-        return order.windows(len(source.plan), start)
-    return order.pieces(count, start)
+_UNDER_WAY = 4  # ranges that are read but not decoded yet, at most
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """The rows of some blocks, in the order of an epoch.
+    """The rows of some ranges, in the order of an epoch.
 
     Attributes:
-        number: Which window of the epoch.
+        spec: Which window.
         rows: Its rows.
-        lengths: Pairs of (index of a block, documents that it had).
-        last: Whether it ends its epoch, see `WindowSpec`.
-        complete: Whether no block was missing, because the source ends.
+        lengths: How many documents each of its ranges had; fewer of these than ranges where the query ends.
     """
 
-    number: int
+    spec: WindowSpec
     rows: Rows
-    lengths: list[tuple[int, int]]
-    last: bool
-    complete: bool
+    lengths: list[int]
+
+    @property
+    def complete(self) -> bool:
+        """Whether no range is missing."""
+        return len(self.lengths) == len(self.spec.ranges)
 
     @property
     def nbytes(self) -> int:
@@ -153,133 +61,226 @@ class Window:
         return self.rows.nbytes
 
 
-@final
-@dataclass(frozen=True, kw_only=True)
-class WindowReply:
-    """What came of an errand.
-
-    Attributes:
-        windows: Those that were read, in order.
-        error: Why the next one was not; None where all were.
-    """
-
-    windows: list[Window]
-    error: MongotorchError | None
-
-
-def put_together(source: Source, task: WindowSpec, blocks: list[Columns], *, samples: bool) -> Window:
-    """The window of these blocks; fewer blocks than indices where the source ends.
-
-    Args:
-        source: Where the blocks are from.
-        task: Which window.
-        blocks: The blocks.
-        samples: Whether samples are built of the rows, which needs the values and not just tensors.
-    """
-    order = task.order
-    pairs = list(zip(task.indices, blocks, strict=False))
-    lengths = [(index, len(block)) for index, block in pairs]
-    complete = len(lengths) == len(task.indices)
-    pairs = [pair for pair in pairs if len(pair[1])]
-    parts = [block for _, block in pairs]
-    if not parts:
-        return Window(number=task.number, rows=NO_ROWS, lengths=lengths, last=task.last, complete=complete)
-    permutation, ranks = None, None
-    if order.shuffle:
-        permutation, ranks = order.rows(np.concatenate([source.keys(*pair) for pair in pairs]))
-    rows = ordered(parts, permutation, owned=True) if samples else gathered(parts, permutation)
-    if ranks is not None:
-        rows.marks = HashMarkers(ranks)
-    elif source.by_id:
-        rows.marks = IdMarkers(parts[0].ids)
-    return Window(number=task.number, rows=rows, lengths=lengths, last=task.last, complete=complete)
-
-
-def assembled(
-    source: Source, tasks: Iterator[WindowSpec], blocks: Iterator[Columns], *, samples: bool
-) -> Iterator[Window]:
-    """The windows of these tasks, put together from the blocks that follow one another."""
-    try:
-        for task in tasks:
-            # Nothing is named here: a name would keep the blocks, and the window, while the next one is read.
-            window = [put_together(source, task, list(islice(blocks, len(task.indices))), samples=samples)]
-            complete = window[0].complete
-            yield window.pop()
-            if not complete:
-                return
-    finally:
-        close_iterator(blocks)
-
-
-def brought(errands: Iterator[WindowReply]) -> Iterator[Window]:
-    """The windows that workers bring, and their errors where those belong."""
-    try:
-        for one in errands:
-            while one.windows:
-                yield one.windows.pop(0)
-            if one.error is not None:
-                raise one.error
-    finally:
-        close_iterator(errands)
-
-
-def read_epochs(
-    source: Source,
-    epochs: Iterable[tuple[Order, int]],
-    demand: ReadPressure | None,
-    *,
-    most_bytes: int,
-    samples: bool,
-) -> Iterator[Window]:
-    """The windows of epochs one after the other, read in this process.
-
-    Blocks are read ahead inside an epoch only: those of a small one may be all that is read ahead. Nothing here
-    may refer to who takes the windows: a thread works on it.
-
-    Args:
-        source: What is read.
-        epochs: Each with the window where it starts, see `orders`.
-        demand: How hard to read blocks ahead, and until when; None reads them when they are asked for.
-        most_bytes: Bytes that may be under way from the server.
-        samples: Whether samples are built of the rows.
-    """
-    turn = 0 if demand is None else demand.turn
-    for epoch in epochs:
-        indices = (index for task in tasks_of(source, *epoch) for index in task.indices)
-        if demand is None:
-            blocks = source.blocks(indices)
-        else:
-            blocks = source.ahead(demand.wanted(indices, turn), most_bytes, demand)
-        yield from assembled(source, tasks_of(source, *epoch), blocks, samples=samples)
-
-
-@final
-class WindowReader:
-    """Reads windows in a worker process, through a client of its own.
+class WindowReader(abc.ABC):
+    """Reads the windows of a query; picklable, so that worker processes read with a copy of it.
 
     Args:
         access: The database.
-        source: Whose ranges are read.
-        most_bytes: Bytes that may be under way from the server.
-        demand: How hard to read ahead, and until when.
+        spec: What is streamed.
+
+    Attributes:
+        digest: Names the sequence of ranges, for a resumed run.
+        rows: About how many documents a range has.
+        window: How many ranges are shuffled together.
+        count: How many ranges there are; None where that is not known before the end.
+        paths: The fields.
+        samples: Whether samples are built of the rows, which needs the values and not just tensors.
+        plan: Where ranges are those of `_id`; None where documents come in the query's own order.
     """
 
-    def __init__(
-        self, access: DatabaseAccess, source: PlannedSource, most_bytes: int, demand: ReadPressure
-    ) -> None:
-        self._access = access
-        self._plan, self._paths = source.plan, source.paths
-        self._most_bytes = most_bytes
-        self._demand = demand
+    digest: str
+    rows: int
+    window: int
+    count: int | None = None
+    plan: Plan | None = None
 
-    def __call__(self, errand: WindowRequest) -> WindowReply:
-        """The windows of an errand; an error waits behind those that were read before it."""
-        source, tasks = PlannedSource(self._access.reader, self._plan, self._paths), errand.tasks
-        indices = self._demand.wanted((index for task in tasks for index in task.indices), errand.turn)
-        blocks = source.ahead(indices, self._most_bytes, self._demand)
-        windows: list[Window] = []
+    def __init__(self, access: DatabaseAccess, spec: StreamSpec) -> None:
+        self._access = access
+        # Not the spec itself: it may hold functions that cannot be pickled.
+        self.paths: tuple[str, ...] = spec.key.paths
+        self.samples, self._in_flight_bytes = spec.builds_samples, spec.in_flight_bytes
+
+    @abc.abstractmethod
+    def order(self, order: Order, start: int, count: int | None) -> Iterator[npt.NDArray[np.int64]]:
+        """The ranges of each window of an epoch from window `start` on."""
+
+    def windows(self, order: Order, start: int = 0, *, count: int | None = None) -> Iterator[WindowSpec]:
+        """The windows of an epoch from window `start` on.
+
+        Args:
+            order: Of the epoch.
+            start: The first window.
+            count: How many ranges there are, where it is known by now.
+        """
+        return order.specs(self.order(order, start, count), start)
+
+    def read(
+        self,
+        specs: Iterator[WindowSpec],
+        *,
+        ahead: bool = True,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Window]:
+        """The windows of these specs, one after the other; the last one may be short where the query ends.
+
+        Ranges are read ahead inside an epoch only: those of a small one may be all that is read ahead.
+
+        Args:
+            specs: Taken as far ahead as ranges are read ahead.
+            ahead: Whether the server reads the next ranges while one is decoded.
+            stopped: Whether nobody wants the windows any more; reading then ends after the current range.
+
+        Raises:
+            FieldMissingError: A document lacks a field.
+            ServerUnavailableError: The server cannot be read.
+        """
+        for _, epoch in itertools.groupby(specs, key=lambda spec: spec.order.epoch):
+            these, following = itertools.tee(epoch)
+            numbers = (number for spec in following for number in spec.ranges)
+            ranges = self.ranges(itertools.takewhile(lambda _: not stopped(), numbers), ahead=ahead)
+            try:
+                for spec in these:
+                    # Nothing is named: a name would keep the ranges, and the window, while the next one is read.
+                    window = [self._window(spec, list(islice(ranges, len(spec.ranges))))]
+                    complete = window[0].complete
+                    yield window.pop()
+                    if not complete:
+                        return
+            finally:
+                close_iterator(ranges)
+
+    def ranges(self, numbers: Iterable[int], *, ahead: bool = True) -> Generator[Columns, None, None]:
+        """The ranges of these numbers, decoded. Raises: see `read`."""
+        replies = self.replies(numbers, ahead=ahead)
         try:
-            windows.extend(assembled(source, iter(tasks), blocks, samples=False))
-        except MongotorchError as error:
-            return WindowReply(windows=windows, error=error)
-        return WindowReply(windows=windows, error=None)
+            yield from map(self.decode, replies)
+        finally:
+            close_iterator(replies)
+
+    def all_ranges(self) -> Iterator[int]:
+        """The numbers of all ranges; endless where their number is not known."""
+        return iter(range(self.count)) if self.count is not None else itertools.count()
+
+    @abc.abstractmethod
+    def replies(self, numbers: Iterable[int], *, ahead: bool = False) -> Iterator[list[Reply]]:
+        """The ranges of these numbers as BSON; they ascend without a gap where there is no plan."""
+
+    def decode(self, replies: list[Reply]) -> Columns:
+        """The columns of a range."""
+        return decode(replies, self.paths)
+
+    @abc.abstractmethod
+    def keys(self, number: int, columns: Columns) -> U64:
+        """What decides where each row of a range comes in a shuffled window, uint64 of shape (rows,)."""
+
+    def _window(self, spec: WindowSpec, ranges: list[Columns]) -> Window:
+        lengths = [len(columns) for columns in ranges]
+        numbered = [pair for pair in zip(spec.ranges, ranges, strict=False) if len(pair[1])]
+        if not numbered:
+            return Window(spec=spec, rows=NO_ROWS, lengths=lengths)
+        parts = [columns for _, columns in numbered]
+        permutation, hashes = None, None
+        if spec.order.shuffle:
+            permutation, hashes = spec.order.rows(np.concatenate([self.keys(*pair) for pair in numbered]))
+        rows = ordered(parts, permutation, owned=True) if self.samples else gathered(parts, permutation)
+        rows.mark(hashes, None if self.plan is None else parts[0].ids)
+        return Window(spec=spec, rows=rows, lengths=lengths)
+
+
+@final
+class PlannedWindows(WindowReader):
+    """Windows of ranges of `_id`, which can be read in any order."""
+
+    def __init__(self, access: DatabaseAccess, spec: StreamSpec, plan: Plan) -> None:
+        super().__init__(access, spec)
+        self.plan: Plan = plan
+        self.digest, self.rows, self.window, self.count = plan.digest, plan.rows, plan.window, len(plan)
+
+    def order(self, order: Order, start: int, count: int | None) -> Iterator[npt.NDArray[np.int64]]:  # noqa: ARG002 - of the interface
+        """See `WindowReader.order`."""
+        return order.windows(len(self.plan), start)
+
+    def replies(self, numbers: Iterable[int], *, ahead: bool = False) -> Iterator[list[Reply]]:
+        """See `WindowReader.replies`: ranges are independent, so two can be asked for at a time."""
+        reader = self._access.reader()
+
+        def read(number: int) -> list[Reply]:
+            return reader.read(self.plan.bounds(number), self.plan.rows)
+
+        if not ahead:
+            return map(read, numbers)
+        return map_ordered(
+            read,
+            iter(numbers),
+            threads=reader.threads,
+            most=_UNDER_WAY,
+            most_bytes=self._in_flight_bytes,
+            weigh=_weigh,
+        )
+
+    def keys(self, number: int, columns: Columns) -> U64:  # noqa: ARG002 - of the interface
+        """A hash of each `_id`."""
+        return columns.id_keys()
+
+
+@final
+class OwnOrderWindows(WindowReader):
+    """Windows of a query with a sort, skip, limit or pipeline; a range is found again by skipping."""
+
+    def __init__(self, access: DatabaseAccess, spec: StreamSpec, rows: int, window: int) -> None:
+        super().__init__(access, spec)
+        self.rows, self.window = rows, window
+        self.digest = f"own:{rows}:{window}:{spec.query.digest()[:32]}"
+
+    def order(self, order: Order, start: int, count: int | None) -> Iterator[npt.NDArray[np.int64]]:
+        """See `WindowReader.order`."""
+        return order.consecutive(count, start)
+
+    def replies(self, numbers: Iterable[int], *, ahead: bool = False) -> Iterator[list[Reply]]:
+        """See `WindowReader.replies`; ends where the query ends."""
+        numbers = iter(numbers)
+        start = next(numbers, None)
+        if start is None:
+            return
+        replies: Iterator[list[Reply]] = self._access.reader().own_order(start * self.rows, self.rows)
+        if ahead:
+            replies = ThreadPrefetcher(
+                replies, most=_UNDER_WAY + 1, most_bytes=self._in_flight_bytes, weigh=_weigh
+            )
+        try:
+            for _, reply in zip(itertools.chain([start], numbers), replies, strict=False):
+                yield reply
+        finally:
+            close_iterator(replies)
+
+    def keys(self, number: int, columns: Columns) -> U64:
+        """A hash of each row's position in the query."""
+        return position_keys(number * self.rows, len(columns))
+
+
+def open_windows(access: DatabaseAccess, spec: StreamSpec, digest: str | None = None) -> WindowReader:
+    """What reads the windows of a stream; the same ranges as a stopped stream had, where its digest is given.
+
+    Raises:
+        EmptySelectError: The select matches no document.
+        DataError: The stopped stream had another query, or its plan is gone.
+        ServerUnavailableError: The server cannot be read.
+    """
+    query, sizes = spec.query, spec.sizes
+    whole = not query.is_pipeline and query.limited is None and not query.skipped
+    if whole and (spec.shuffle or tuple(query.ordering) in ((), (("_id", 1),))):
+        database, reader = access.database(), access.reader()
+        if digest is None:
+            return PlannedWindows(access, spec, make_plan(database, reader, sizes))
+        return PlannedWindows(access, spec, resume_plan(database, reader, sizes, digest))
+    rows, window = sizes.prefetch_size, max(min(WINDOW, sizes.prefetch_factor // 2), 1)
+    if digest is not None:
+        rows, window = _sizes_of(digest)
+    windows = OwnOrderWindows(access, spec, rows, window)
+    if digest not in (None, windows.digest):
+        raise DataError(_OTHER_QUERY)
+    return windows
+
+
+_OTHER_QUERY = "the state is that of another query; load it into the stream that it was taken from"
+
+
+def _sizes_of(digest: str) -> tuple[int, int]:
+    parts = digest.split(":")
+    if parts[0] != "own":
+        raise DataError(_OTHER_QUERY)
+    return int(parts[1]), int(parts[2])
+
+
+def _weigh(replies: list[Reply]) -> int:
+    return sum(map(len, replies))
