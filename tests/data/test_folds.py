@@ -6,7 +6,7 @@ from uuid import UUID
 import pytest
 from bson import Int64, ObjectId
 
-from mongotorch.data.folds import fold_of, id_hash
+from mongotorch.data.folds import fold_of, hashed_index_key
 from mongotorch.errors import ParameterError
 
 # Taken from `$toHashedIndexKey` of MongoDB 6.0.5.
@@ -26,11 +26,11 @@ SERVER_HASHES = [
 
 @pytest.mark.parametrize(("document_id", "hashed"), SERVER_HASHES)
 def test_the_hash_is_that_of_the_server(document_id: Any, hashed: int) -> None:
-    assert id_hash(document_id) == hashed
+    assert hashed_index_key(document_id) == hashed
 
 
 def test_numbers_that_are_one_to_the_server_share_a_fold() -> None:
-    assert id_hash(5) == id_hash(5.0) == id_hash(Int64(5))
+    assert hashed_index_key(5) == hashed_index_key(5.0) == hashed_index_key(Int64(5))
 
 
 def test_the_share_is_about_the_fraction() -> None:
@@ -46,7 +46,7 @@ def test_a_larger_fraction_only_adds_to_valid() -> None:
 
 
 def test_documents_as_ids_have_a_stable_fold() -> None:
-    assert id_hash({"a": 1}) == id_hash({"a": 1}) != id_hash({"a": 2})
+    assert hashed_index_key({"a": 1}) == hashed_index_key({"a": 1}) != hashed_index_key({"a": 2})
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.1, True])

@@ -17,7 +17,7 @@ from tests.helpers import COLLECTION, points
 
 from mongotorch import Query
 from mongotorch.data import Members, scan_members, unseen, watermark
-from mongotorch.data.training_set import id_hash, members_of
+from mongotorch.data.training_set import id_key, members_of
 from mongotorch.errors import DataError, QueryError
 from mongotorch.mongo.connection import open_address
 from mongotorch.settings import read_settings
@@ -256,4 +256,4 @@ def test_a_difference_is_that_of_set_algebra(first: Any, second: Any) -> None:
 def test_the_hash_of_an_id_is_the_same_for_ever() -> None:
     pinned = {"a": 5471376321617047279, 5: 5973369693393996862, None: 372149273847722810}
 
-    assert {one: id_hash(one) for one in pinned} == pinned
+    assert {one: id_key(one) for one in pinned} == pinned

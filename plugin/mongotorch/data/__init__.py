@@ -1,6 +1,6 @@
-"""Documents to batches: columns, plan, order, prefetch, and the stream that puts them together.
+"""Documents to batches: which documents are read, in which order, and how they become tensors.
 
-Always: this room knows MongoDB and torch, and nothing of components, training or runs.
+It knows MongoDB and torch, and nothing of components, training or jobs.
 """
 
 from mongotorch.data.explain import Explanation, explain

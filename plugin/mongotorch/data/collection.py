@@ -1,12 +1,9 @@
 """`db["name"]`: a MongoDB collection whose documents may hold arrays and tensors, each with a fold.
 
-Always: what is inserted here has a `_fold` decided by a hash of its `_id`, so the same document lands in the
-same fold wherever it is inserted; nothing is hidden: `.raw` is the driver's own collection.
+Tensors and numpy arrays are written as stored arrays and read back as tensors, on the CPU and without gradient.
 
-Tensors in user documents: written as stored arrays, read back as tensors.
-
-Always: a tensor comes back with its dtype and shape, on the CPU and without gradient; a numpy array that is
-written comes back as a tensor too.
+Guarantees: what is inserted here has a `_fold` decided by a hash of its `_id`, so the same document is in the same
+fold wherever it is inserted; a tensor comes back with its dtype and shape; `.raw` is the driver's own collection.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Probe:
     Attributes:
         rows: Documents read.
         raw_bytes: Their BSON, as projected.
-        held_bytes: What they are in memory.
+        memory_bytes: What they are in memory.
         read_s: Seconds until the server had given them.
         decode_s: Seconds until they were tensors.
         build_s: Seconds that building samples took; 0 where none are built.
@@ -47,7 +47,7 @@ class Probe:
 
     rows: int
     raw_bytes: int
-    held_bytes: int
+    memory_bytes: int
     read_s: float
     decode_s: float
     build_s: float
@@ -57,7 +57,7 @@ class Probe:
 def probe(windows: WindowReader, spec: StreamSpec, seconds: float) -> Probe:
     """Read ranges, in the order of an epoch, for about so many seconds, two at least where there are two."""
     order = Order(seed=spec.seed, epoch=0, shuffle=spec.shuffle, window=windows.window)
-    rows = raw_bytes = held = 0
+    rows = raw_bytes = memory = 0
     read = decoded = built = 0.0
     kinds: Mapping[str, tuple[str, bool]] = {}
     ranges = windows.replies(number for window in windows.windows(order) for number in window.ranges)
@@ -71,14 +71,20 @@ def probe(windows: WindowReader, spec: StreamSpec, seconds: float) -> Probe:
             _batch(columns, spec)
             built += time.perf_counter() - done if spec.builds_samples else 0.0
         now = time.perf_counter()
-        rows, raw_bytes, held = rows + len(columns), raw_bytes + sum(map(len, replies)), held + columns.nbytes
+        rows, raw_bytes, memory = rows + len(columns), raw_bytes + sum(map(len, replies)), memory + columns.nbytes
         read, decoded = read + arrived - start, decoded + done - arrived
         if read + decoded + built > seconds:
             break
         start = now
     close_iterator(ranges)
     return Probe(
-        rows=rows, raw_bytes=raw_bytes, held_bytes=held, read_s=read, decode_s=decoded, build_s=built, kinds=kinds
+        rows=rows,
+        raw_bytes=raw_bytes,
+        memory_bytes=memory,
+        read_s=read,
+        decode_s=decoded,
+        build_s=built,
+        kinds=kinds,
     )
 
 
@@ -293,17 +299,17 @@ def _first_batch(database: Any, spec: StreamSpec, open_database: Callable[[], An
 
 def _buffer(spec: StreamSpec, windows: WindowReader, measured: Probe, documents: int) -> int:
     rows = max(measured.rows, 1)
-    held, raw = measured.held_bytes / rows, measured.raw_bytes / rows
+    memory, raw = measured.memory_bytes / rows, measured.raw_bytes / rows
     window = min(windows.rows * (windows.window if spec.shuffle else 1), documents)
     if spec.mode == "memory":
-        return int(documents * held)
+        return int(documents * memory)
     if spec.mode == "download":
-        return int(window * held)  # the rest is the system's page cache
+        return int(window * memory)  # the rest is the system's page cache
     if not spec.data_prefetch:
-        return int(window * held * 2)
-    ready = 0 if spec.shuffle else min(windows.rows * spec.prefetch_factor, spec.prefetch_bytes / max(held, 1))
+        return int(window * memory * 2)
+    ready = 0 if spec.shuffle else min(windows.rows * spec.prefetch_factor, spec.prefetch_bytes / max(memory, 1))
     in_flight = min(4 * windows.rows * raw, spec.in_flight_bytes)
-    return int((window * 3 + min(ready, documents)) * held + in_flight)
+    return int((window * 3 + min(ready, documents)) * memory + in_flight)
 
 
 def _hints(database: Any, spec: StreamSpec, measured: Probe, asked: Lookup | None, *, mock: bool) -> Iterator[str]:

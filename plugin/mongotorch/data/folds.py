@@ -1,14 +1,11 @@
-"""Which fold a document belongs to, decided by a hash of its `_id` and nothing else.
+"""Says which fold a document belongs to, by a hash of its `_id`, and checks that a select can be trained on.
 
-Always: the same `_id` is in the same fold on every client and on the server; a document of `train` at one
-fraction never moves to `train` from `valid` when the fraction shrinks or grows around it: `valid` only
-gains or loses members. The hash is the one behind MongoDB's hashed indexes: the first 8 bytes,
-little-endian and signed, of the MD5 over (seed 0, canonical type, value bytes), which the server computes
-as `$toHashedIndexKey`.
+The hash is the one behind MongoDB's hashed indexes: the first 8 bytes, little-endian and signed, of the MD5 over
+(seed 0, canonical type, value bytes), which the server computes as `$toHashedIndexKey`.
 
-What is known to be wrong before the first batch: an empty select or fold, documents without a fold.
-
-Always: a check reads at most a document each; every refusal is a typed error that says what to do.
+Guarantees: the same `_id` is in the same fold on every client and on the server; where the fraction grows or
+shrinks, documents only move from `train` to `valid`, or only back; a check of a select reads at most a document
+each.
 """
 
 from __future__ import annotations
@@ -59,10 +56,10 @@ def fold_of(document_id: Any, valid_fraction: float) -> Fold:
     Raises:
         ParameterError: A fraction outside of 0 to 1.
     """
-    return "valid" if id_hash(document_id) % _PARTS < _threshold(valid_fraction) else "train"
+    return "valid" if hashed_index_key(document_id) % _PARTS < _threshold(valid_fraction) else "train"
 
 
-def id_hash(document_id: Any) -> int:
+def hashed_index_key(document_id: Any) -> int:
     """The hash of an `_id`, a signed 64-bit integer; that of `$toHashedIndexKey` for scalar `_id`s."""
     kind = ids.canonical_type(document_id)
     value = _value_bytes(document_id, kind)

@@ -136,15 +136,15 @@ class _Buffer(Generic[T]):
     def __init__(self, most: int, most_bytes: int, weigh: Callable[[T], int], stopped: threading.Event) -> None:
         self._most, self._most_bytes, self._weigh, self._stopped = most, most_bytes, weigh, stopped
         self._ready: deque[tuple[T, int, int]] = deque()
-        self._bytes = self._held = self._taken = 0
+        self._bytes = self._counted = self._taken = 0
         self._end: BaseException | None = None
         self._changed = threading.Condition()
 
     def begin(self, size: int) -> bool:
         """Wait until there is room for an item of this size; whether it is still wanted."""
         with self._changed:
-            self._wait(lambda: not self._held or self._held + size <= self._most)
-            self._held += size
+            self._wait(lambda: not self._counted or self._counted + size <= self._most)
+            self._counted += size
             return not self._stopped.is_set()
 
     def put(self, item: T, size: int) -> bool:
@@ -162,7 +162,7 @@ class _Buffer(Generic[T]):
     def take(self) -> T:
         """Wait for the next item. Raises what ended the source once all items are taken."""
         with self._changed:
-            self._held, self._taken = self._held - self._taken, 0
+            self._counted, self._taken = self._counted - self._taken, 0
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._ready or self._end is not None)
             if self._ready:
@@ -234,7 +234,7 @@ class WorkerPool(Generic[S, T]):
         self._own = torch.Generator()
         begin = self._options.pop("worker_init_fn", None)
         self._loader: DataLoader[Any] = DataLoader(
-            _Work(function, self._current),
+            _RequestSet(function, self._current),
             sampler=self._requests,
             batch_size=None,
             collate_fn=_same,
@@ -293,7 +293,7 @@ class _Requests(Sampler[Any], Generic[S]):
 
 
 @final
-class _Work(Dataset[Any]):
+class _RequestSet(Dataset[Any]):
     """What a worker does with one request: as many results as it can, and the error that ended them."""
 
     def __init__(self, function: OrderedMap[Any, Any], current: Any) -> None:

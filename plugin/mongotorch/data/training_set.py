@@ -1,22 +1,16 @@
-"""Reads a set of documents and says which they are: what a run was trained on, and what is new since.
+"""Reads a set of documents once and says which they are: what a run was trained on, and what is new since.
 
-Always: the digest does not depend on the order in which documents are read; memory is 16 bytes a document up to
-`MOST_MEMBERS` and constant above, where there are only the count and the digest.
-
+A set is a row of two 64-bit hashes for each document, of its `_id` and of its content, and one digest over all.
 The digest is the sum, modulo 2**256, of BLAKE2b-256 over each document as it was read: `_id` and the key's fields,
-as raw BSON in the order in which they are stored (so a rewrite that only reorders fields counts as a change).
-That is the additive hash of sets of Bellare and Micciancio ("A New Paradigm for Collision-Free Hashing", 1997): no
-accident goes unnoticed, and it could be kept up to date document by document. It is no proof against somebody
-who may choose thousands of documents freely (Wagner, "A Generalized Birthday Problem", 2002); signatures are.
+as raw BSON in the order in which they are stored (so a rewrite that only reorders fields counts as a change). That
+is the additive hash of sets of Bellare and Micciancio ("A New Paradigm for Collision-Free Hashing", 1997): no
+accident goes unnoticed, and it could be kept up to date document by document. It is no proof against somebody who
+may choose thousands of documents freely (Wagner, "A Generalized Birthday Problem", 2002); signatures are.
 
-Which documents a set holds: a row of two 64-bit hashes for each, and one digest over them all.
-
-Always: it is a value; equal `_id`s have equal hashes, also `5`, `NumberLong(5)` and `5.0`, which MongoDB takes for
-one; as bytes it is the same on every machine.
-
-When it is in the database: the moment up to which a run can have seen its documents.
-
-Always: on a replica set it is a cluster time, which orders all writes; elsewhere it is the server's own clock.
+Guarantees: the digest does not depend on the order in which documents are read; equal `_id`s have equal hashes,
+also `5`, `NumberLong(5)` and `5.0`, which MongoDB treats as one; memory is 16 bytes a document up to
+`MOST_MEMBERS` and constant above, where only the count and the digest are kept; as bytes a set is the same on
+every machine.
 """
 
 from __future__ import annotations
@@ -40,7 +34,7 @@ from numpy.typing import NDArray
 from mongotorch.data.decode.decoder import decode
 from mongotorch.data.decode.replies import Reply, offsets
 from mongotorch.data.prefetch import ThreadPrefetcher
-from mongotorch.data.read.reader import MockReader, open_reader
+from mongotorch.data.read.reader import open_reader
 from mongotorch.errors import DataError
 from mongotorch.mongo.retry import RetryPolicy
 from mongotorch.mongo.server_features import is_mock, utc_now
@@ -82,7 +76,7 @@ class Members:
 
     Attributes:
         count: How many there are.
-        digest: Over all of them, in hex; see `membership`.
+        digest: Over all of them, in hex.
         rows: (count, 2) uint64, sorted: the hash of each `_id` and the hash of its content; None where there are
             more than `MOST_MEMBERS`.
     """
@@ -102,7 +96,7 @@ class Members:
         Raises:
             DataError: The set is too large to be kept, or BSON cannot hold such an `_id`.
         """
-        return bool(among(np.array([id_hash(document_id)], np.uint64), self.ids)[0])
+        return bool(among(np.array([id_key(document_id)], np.uint64), self.ids)[0])
 
     def difference(self, other: Members) -> Difference:
         """What came, went and changed from this set to a later one, counted by `_id`.
@@ -140,7 +134,7 @@ class Members:
         return self.rows
 
 
-def id_hash(document_id: Any) -> int:
+def id_key(document_id: Any) -> int:
     """The hash of an `_id`, 64 bits, as it stands in the rows. Raises: DataError where BSON cannot hold it."""
     try:
         # As the server would give it back: with a date's zone and a UUID's class gone.
@@ -166,7 +160,7 @@ def among(hashes: Hashes, ascending: Hashes) -> NDArray[np.bool_]:
 
 
 _READ: Final = 5_000  # documents a reply
-_AHEAD_BYTES: Final = 64 * 2**20
+_PREFETCH_BYTES: Final = 64 * 2**20
 
 
 def scan_members(
@@ -187,20 +181,20 @@ def scan_members(
         QueryError: The server refuses the query.
         ServerUnavailableError: The server could not be read for `read_deadline_s`.
     """
-    return members_of(_chunks(database, query, Key.parse(key).projection, read_deadline_s), most=most)
+    return members_of(_replies(database, query, Key.parse(key).projection, read_deadline_s), most=most)
 
 
-def members_of(chunks: Iterable[Reply], *, most: int = MOST_MEMBERS) -> Members:
+def members_of(replies: Iterable[Reply], *, most: int = MOST_MEMBERS) -> Members:
     """The set of documents that are given as concatenated BSON, none of them empty; see `scan_members`."""
     kept: list[Hashes] | None = []
     count, total = 0, 0
-    for chunk in chunks:
-        digests = _digests(chunk)
+    for reply in replies:
+        digests = _digests(reply)
         count += len(digests)
-        # Sums of 32-bit words cannot overflow 64 bits below 2**32 documents a chunk.
+        # Sums of 32-bit words cannot overflow 64 bits below 2**32 documents a reply.
         words = digests.sum(axis=0, dtype=np.uint64)
         total += sum(int(word) << (32 * n) for n, word in enumerate(words))
-        kept = None if kept is None or count > most else [*kept, _hashes(chunk, digests)]
+        kept = None if kept is None or count > most else [*kept, _hashes(reply, digests)]
     digest = (total % 2 ** (8 * DIGEST_BYTES)).to_bytes(DIGEST_BYTES, "little").hex()
     if kept is None:
         return Members(count=count, digest=digest, rows=None)
@@ -225,8 +219,8 @@ def unseen(
         ServerUnavailableError: The server could not be read for `read_deadline_s`.
     """
     found: list[Any] = []
-    for chunk in _chunks(database, query, {"_id": 1}, read_deadline_s):
-        columns = decode(chunk, ())
+    for reply in _replies(database, query, {"_id": 1}, read_deadline_s):
+        columns = decode(reply, ())
         new = np.flatnonzero(~among(columns.id_keys(), seen))
         if len(new):
             values = columns.ids.values()
@@ -236,36 +230,36 @@ def unseen(
     return found
 
 
-def _chunks(database: Any, query: Query, projection: dict[str, int], deadline_s: float) -> Iterator[Reply]:
-    """The documents, as concatenated BSON: the server reads the next ones while some are looked at."""
+def _replies(database: Any, query: Query, projection: dict[str, int], deadline_s: float) -> Iterator[Reply]:
+    """The documents, as replies of concatenated BSON: the server reads the next ones while these are hashed."""
     whole = not query.is_pipeline and query.limited is None and not query.skipped
     # Where all are read, the order of `_id` needs no sort, and a broken cursor is resumed by an index.
     query = dataclasses.replace(query, ordering=()) if whole else query
     reader = open_reader(database, query, projection, RetryPolicy(deadline_s=deadline_s))
-    if whole and isinstance(reader, MockReader):  # mongomock cannot sort `_id`s of every type, its reader can
-        yield from (chunk for chunk in reader.head(reader.size()) if len(chunk))
+    if whole and is_mock(database):  # mongomock cannot sort `_id`s of every type, its reader can
+        yield from (reply for reply in reader.head(reader.size()) if len(reply))
         return
-    chunks = ThreadPrefetcher(reader.drain(0, _READ), most=3, most_bytes=_AHEAD_BYTES, weigh=len)
+    replies = ThreadPrefetcher(reader.drain(0, _READ), most=3, most_bytes=_PREFETCH_BYTES, weigh=len)
     try:
-        yield from (chunk for chunk in chunks if len(chunk))
+        yield from (reply for reply in replies if len(reply))
     finally:
-        chunks.close()
+        replies.close()
 
 
-def _digests(chunk: Reply) -> NDArray[np.uint32]:
+def _digests(reply: Reply) -> NDArray[np.uint32]:
     """BLAKE2b-256 of each document, as (n, 8) words."""
-    view, blake = memoryview(chunk), hashlib.blake2b
-    parts = [blake(view[start:end], digest_size=DIGEST_BYTES).digest() for start, end in offsets(chunk)]
+    view, blake = memoryview(reply), hashlib.blake2b
+    parts = [blake(view[start:end], digest_size=DIGEST_BYTES).digest() for start, end in offsets(reply)]
     return np.frombuffer(b"".join(parts), "<u4").reshape(-1, 8)
 
 
-def _hashes(chunk: Reply, digests: NDArray[np.uint32]) -> Hashes:
-    """The rows of a chunk's documents; one without an `_id` (of a pipeline) is known by its content."""
-    columns = decode(chunk, ())
+def _hashes(reply: Reply, digests: NDArray[np.uint32]) -> Hashes:
+    """The rows of a reply's documents; one without an `_id` (of a pipeline) is known by its content."""
+    columns = decode(reply, ())
     contents = np.ascontiguousarray(digests[:, :2]).view("<u8").astype(np.uint64).reshape(-1)
     ids = columns.id_keys()
     if isinstance(columns.ids.data, list) and None in columns.ids.data:
-        there = ["_id" in RawBSONDocument(chunk[start:end]) for start, end in offsets(chunk)]
+        there = ["_id" in RawBSONDocument(reply[start:end]) for start, end in offsets(reply)]
         ids = np.where(there, ids, contents)
     return np.stack([ids, contents], axis=1)
 
@@ -282,6 +276,6 @@ def watermark(database: Any, *, read_deadline_s: float = 60.0) -> Timestamp | da
     """
     if is_mock(database):
         return utc_now()
-    told = RetryPolicy(deadline_s=read_deadline_s).run(lambda: database.command("hello"), "asking for the time")
-    time: Timestamp | datetime = told.get("operationTime", told["localTime"])
+    reply = RetryPolicy(deadline_s=read_deadline_s).run(lambda: database.command("hello"), "asking for the time")
+    time: Timestamp | datetime = reply.get("operationTime", reply["localTime"])
     return time

@@ -35,7 +35,7 @@ class Counted(WindowReader):
         """One after the other."""
         return order.consecutive(self.count, start)
 
-    def replies(self, numbers: Iterable[int], *, ahead: bool = False) -> Iterator[Any]:
+    def replies(self, numbers: Iterable[int], *, prefetch: bool = False) -> Iterator[Any]:
         """Nothing for each range."""
         for number in numbers:
             self.numbers.append(number)

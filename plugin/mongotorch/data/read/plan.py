@@ -53,8 +53,8 @@ def sampled(reader: Reader, whole: IdRange, rows: int, size: int, *, most: int) 
         most: Ranges, at most.
     """
     rows = max(rows, -(-size // most))
-    wanted = max(min(_SAMPLES * size // rows, int(size * _SHARE), _MOST), _FEWEST)
-    ids = reader.sample(wanted)
+    sample_size = max(min(_SAMPLES * size // rows, int(size * _SHARE), _MOST), _FEWEST)
+    ids = reader.sample(sample_size)
     if len(ids) < _FEWEST:
         return None
     low, high = sort_key(whole.lower), sort_key(whole.upper)
@@ -63,10 +63,10 @@ def sampled(reader: Reader, whole: IdRange, rows: int, size: int, *, most: int) 
     numbers = reader.record_numbers([*inside, whole.upper])
     gaps = [after - before for before, after in itertools.pairwise(numbers)]
     if not gaps or sum(gap > 0 for gap in gaps) < _ASCENDING * len(gaps):
-        step = max(round(wanted * rows / size), 1)
+        step = max(round(sample_size * rows / size), 1)
         return tuple(inside[::step])
     # Record numbers count the documents of the collection, of which the select may have a part only.
-    target = rows * wanted / len(ids)
+    target = rows * sample_size / len(ids)
     chosen, sizes = _evenly(inside, gaps, target)
     return tuple(_walked(reader, whole, chosen, sizes, target, rows))
 

@@ -154,7 +154,7 @@ class EpochReader:
             together = most_together(reader, order, self._lead) or 0
             return self._pool.map(requests(specs, together), worker_seed(order.seed, order.epoch))
         if get_worker_info() is not None or not spec.data_prefetch:
-            return reader.read(specs, ahead=False)
+            return reader.read(specs, prefetch=False)
         specs, sizes = itertools.tee(specs)
         stopped = threading.Event()
         return ThreadPrefetcher(
@@ -168,10 +168,10 @@ class EpochReader:
         )
 
     def _reads_across(self, reader: WindowReader, order: Order) -> bool:
-        """Whether the next epoch is begun before this one ends: where it is wanted and something reads ahead."""
+        """Whether the next epoch is begun before this one ends: where asked for, and where something reads ahead."""
         spec = self._spec
-        wanted = spec.across_epochs and spec.mode == "stream" and reader.plan is not None
-        if not wanted or get_worker_info() is not None:
+        asked = spec.across_epochs and spec.mode == "stream" and reader.plan is not None
+        if not asked or get_worker_info() is not None:
             return False
         if self._by_workers(reader):
             return most_together(reader, order, self._lead) is not None

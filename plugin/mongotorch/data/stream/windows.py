@@ -108,7 +108,7 @@ class WindowReader(abc.ABC):
         self,
         specs: Iterator[WindowSpec],
         *,
-        ahead: bool = True,
+        prefetch: bool = True,
         stopped: Callable[[], bool] = lambda: False,
     ) -> Iterator[Window]:
         """The windows of these specs, one after the other; the last one may be short where the query ends.
@@ -117,7 +117,7 @@ class WindowReader(abc.ABC):
 
         Args:
             specs: Taken as far ahead as ranges are read ahead.
-            ahead: Whether the server reads the next ranges while one is decoded.
+            prefetch: Whether the server reads the next ranges while one is decoded.
             stopped: Whether nobody wants the windows any more; reading then ends after the current range.
 
         Raises:
@@ -127,7 +127,7 @@ class WindowReader(abc.ABC):
         for _, epoch in itertools.groupby(specs, key=lambda spec: spec.order.epoch):
             these, following = itertools.tee(epoch)
             numbers = (number for spec in following for number in spec.ranges)
-            ranges = self.ranges(itertools.takewhile(lambda _: not stopped(), numbers), ahead=ahead)
+            ranges = self.ranges(itertools.takewhile(lambda _: not stopped(), numbers), prefetch=prefetch)
             try:
                 for spec in these:
                     # Nothing is named: a name would keep the ranges, and the window, while the next one is read.
@@ -139,9 +139,9 @@ class WindowReader(abc.ABC):
             finally:
                 close_iterator(ranges)
 
-    def ranges(self, numbers: Iterable[int], *, ahead: bool = True) -> Generator[Columns, None, None]:
+    def ranges(self, numbers: Iterable[int], *, prefetch: bool = True) -> Generator[Columns, None, None]:
         """The ranges of these numbers, decoded. Raises: see `read`."""
-        replies = self.replies(numbers, ahead=ahead)
+        replies = self.replies(numbers, prefetch=prefetch)
         try:
             yield from map(self.decode, replies)
         finally:
@@ -152,7 +152,7 @@ class WindowReader(abc.ABC):
         return iter(range(self.count)) if self.count is not None else itertools.count()
 
     @abc.abstractmethod
-    def replies(self, numbers: Iterable[int], *, ahead: bool = False) -> Iterator[list[Reply]]:
+    def replies(self, numbers: Iterable[int], *, prefetch: bool = False) -> Iterator[list[Reply]]:
         """The ranges of these numbers as BSON; they ascend without a gap where there is no plan."""
 
     def decode(self, replies: list[Reply]) -> Columns:
@@ -190,14 +190,14 @@ class PlannedWindows(WindowReader):
         """See `WindowReader.order`."""
         return order.windows(len(self.plan), start)
 
-    def replies(self, numbers: Iterable[int], *, ahead: bool = False) -> Iterator[list[Reply]]:
+    def replies(self, numbers: Iterable[int], *, prefetch: bool = False) -> Iterator[list[Reply]]:
         """See `WindowReader.replies`: ranges are independent, so two can be asked for at a time."""
         reader = self._access.reader()
 
         def read(number: int) -> list[Reply]:
             return reader.read(self.plan.bounds(number), self.plan.rows)
 
-        if not ahead:
+        if not prefetch:
             return map(read, numbers)
         return map_ordered(
             read,
@@ -226,14 +226,14 @@ class OwnOrderWindows(WindowReader):
         """See `WindowReader.order`."""
         return order.consecutive(count, start)
 
-    def replies(self, numbers: Iterable[int], *, ahead: bool = False) -> Iterator[list[Reply]]:
+    def replies(self, numbers: Iterable[int], *, prefetch: bool = False) -> Iterator[list[Reply]]:
         """See `WindowReader.replies`; ends where the query ends."""
         numbers = iter(numbers)
         start = next(numbers, None)
         if start is None:
             return
         replies: Iterator[list[Reply]] = self._access.reader().own_order(start * self.rows, self.rows)
-        if ahead:
+        if prefetch:
             replies = ThreadPrefetcher(
                 replies, most=_UNDER_WAY + 1, most_bytes=self._in_flight_bytes, weigh=_weigh
             )
