@@ -85,7 +85,7 @@ def test_the_slowest_part_is_named(documents: Any, database: Any) -> None:
     assert [hint for hint in in_turn.hints if "data_prefetch" in hint]
     rounds = iter(range(10**9))
     busy = told(
-        database, transform=lambda x, y: (sum(next(rounds) * 0 for _ in range(3000)), y), probe_seconds=0.1
+        database, transform=lambda x, y: (sum(next(rounds) * 0 for _ in range(20_000)), y), probe_seconds=0.1
     )
     assert "transform" in busy.bottleneck
     assert [hint for hint in busy.hints if "num_workers" in hint]

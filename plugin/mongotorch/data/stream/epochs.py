@@ -168,7 +168,7 @@ class EpochReader:
         )
 
     def _reads_across(self, reader: WindowReader, order: Order) -> bool:
-        """Whether the next epoch is begun before this one ends: where asked for, and where something reads ahead."""
+        """Whether the next epoch is begun before this one ends: where asked for, and something reads ahead."""
         spec = self._spec
         asked = spec.across_epochs and spec.mode == "stream" and reader.plan is not None
         if not asked or get_worker_info() is not None:
