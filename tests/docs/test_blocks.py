@@ -81,10 +81,9 @@ def test_python_blocks_of_a_page_run_in_order(
             _run(block, page, vars(main))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=_name)
-def test_links_of_a_page_lead_somewhere(page: Path) -> None:
-    targets = [link["target"] for link in LINK.finditer(page.read_text(encoding="utf-8"))]
-    assert [target for target in targets if not (page.parent / target).exists()] == []
+def test_links_lead_somewhere() -> None:
+    links = [(page, link["target"]) for page in PAGES for link in LINK.finditer(page.read_text(encoding="utf-8"))]
+    assert [f"{_name(page)}: {to}" for page, to in links if not (page.parent / to).exists()] == []
 
 
 def _anchors(page: Path) -> set[str]:
@@ -93,11 +92,13 @@ def _anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=_name)
-def test_anchors_of_a_page_lead_to_headings(page: Path) -> None:
-    links = ANCHOR.finditer(page.read_text(encoding="utf-8"))
-    found = [(link["target"], link["anchor"]) for link in links]
-    lost = [f"{to}#{at}" for to, at in found if at not in _anchors(page.parent / to if to else page)]
+def test_anchors_lead_to_headings() -> None:
+    lost = [
+        f"{_name(page)}: {link['target']}#{link['anchor']}"
+        for page in PAGES
+        for link in ANCHOR.finditer(page.read_text(encoding="utf-8"))
+        if link["anchor"] not in _anchors(page.parent / link["target"] if link["target"] else page)
+    ]
     assert lost == []
 
 

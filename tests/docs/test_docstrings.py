@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 import mongotorch
 from mongotorch import errors
 
@@ -63,30 +61,37 @@ def _arguments(value: Any) -> list[str]:
 
 
 ENTRIES = list(_entries())
-IDS = [where for where, _, _ in ENTRIES]
 
 
 def test_the_reference_shows_every_name_of_the_package() -> None:
     shown = {name for names in reference.shown().values() for name in names}
     assert set(mongotorch.__all__) - {"__version__"} <= shown
-    assert {"Datalayer.apply", "Query.sort", "CodecError", "CodecSuite"} <= set(IDS)
+    assert {"Datalayer.apply", "Query.sort", "CodecError", "CodecSuite"} <= {where for where, _, _ in ENTRIES}
 
 
-@pytest.mark.parametrize(("where", "value", "text"), ENTRIES, ids=IDS)
-def test_a_public_name_is_explained(where: str, value: Any, text: str) -> None:
-    first = inspect.cleandoc(text).partition("\n")[0]
-    assert first, f"{where} has no docstring"
-    assert not first.startswith(f"{where.rpartition('.')[2]}("), f"{where}: its docstring is a signature"
+def test_public_names_are_explained() -> None:
+    first = {where: inspect.cleandoc(text).partition("\n")[0] for where, _, text in ENTRIES}
+    assert [where for where, line in first.items() if not line] == [], "no docstring"
+    signatures = [where for where, line in first.items() if line.startswith(f"{where.rpartition('.')[2]}(")]
+    assert signatures == [], "the docstring is a signature"
 
 
-@pytest.mark.parametrize(("where", "value", "text"), ENTRIES, ids=IDS)
-def test_the_arguments_that_are_explained_are_those_there_are(where: str, value: Any, text: str) -> None:
-    explained, arguments = _listed(text, "Args") or _listed(text, "Attributes"), _arguments(value)
-    if arguments and (explained or len(arguments) > MOST_WITHOUT_ARGS):
-        assert sorted(explained) == sorted(arguments)
+def test_the_arguments_that_are_explained_are_those_there_are() -> None:
+    wrong = {}
+    for where, value, text in ENTRIES:
+        explained, arguments = _listed(text, "Args") or _listed(text, "Attributes"), _arguments(value)
+        expected = arguments and (explained or len(arguments) > MOST_WITHOUT_ARGS)
+        if expected and sorted(explained) != sorted(arguments):
+            wrong[where] = {"explained": sorted(explained), "arguments": sorted(arguments)}
+    assert wrong == {}
 
 
-@pytest.mark.parametrize(("where", "value", "text"), ENTRIES, ids=IDS)
-def test_the_errors_that_are_named_exist(where: str, value: Any, text: str) -> None:
-    named = _listed(text, "Raises") + re.findall(r"\b[A-Z][A-Za-z]+Error\b", text)
-    assert [name for name in named if not hasattr(errors, name) and not hasattr(builtins, name)] == []
+def test_the_errors_that_are_named_exist() -> None:
+    named = {
+        where: _listed(text, "Raises") + re.findall(r"\b[A-Z][A-Za-z]+Error\b", text) for where, _, text in ENTRIES
+    }
+    unknown = {
+        where: [name for name in names if not hasattr(errors, name) and not hasattr(builtins, name)]
+        for where, names in named.items()
+    }
+    assert {where: names for where, names in unknown.items() if names} == {}
