@@ -37,7 +37,6 @@ SHORT_FILES = {
     "_version.py": "the build reads the version from it without importing the package",
     "cli/demo.py": "one command, one file, as the other commands",
     "cli/storage.py": "one command group, one file, as the other commands",
-    "codecs/formats.py": "the format numbers, below every codec and every record",
     "demo/second_process.py": "the program that the demo starts in another process",
     "loader_options.py": "shared by data and train, which do not see each other",
     "resources.py": "below every package that opens something",

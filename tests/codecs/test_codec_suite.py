@@ -15,9 +15,9 @@ from torch import nn
 
 from mongotorch.codecs import Codec
 from mongotorch.codecs.arrays import ArrayCodec
+from mongotorch.codecs.names import NameCodec
 from mongotorch.codecs.pickles import DillCodec
 from mongotorch.codecs.registry import JsonCodec
-from mongotorch.codecs.values import NameCodec
 from mongotorch.testing.codecs import CodecSuite
 from mongotorch.train.tensor_codec import TorchCodec
 

@@ -1,17 +1,21 @@
-"""From a value to what MongoDB holds and back: plain BSON where it can be, blobs beside it where not.
+"""Turns values into what MongoDB holds and back: plain BSON where that can be, else blobs beside the record.
 
-Always: nothing here knows torch or a database; what is handed in as `put` and `get` decides where bytes live.
+Nothing here knows torch or a database; `put` and `get` are handed in and decide where bytes live.
 """
 
 from mongotorch.codecs.arrays import ArrayParts, decode_document, encode_document, numpy_array, numpy_parts
 from mongotorch.codecs.base import Codec, Get, Put
-from mongotorch.codecs.formats import FORMAT, NEWER, READABLE, WRITTEN, check_format
+from mongotorch.codecs.names import current_name, first_names, name_of, resolve
 from mongotorch.codecs.pickles import Pickled, check_python, dumps, loads, running_python
-from mongotorch.codecs.public_names import current_name, first_names
 from mongotorch.codecs.records import (
     CODEC,
+    FORMAT,
+    NEWER,
+    READABLE,
     REFERENCE,
+    WRITTEN,
     Opaque,
+    check_format,
     codec_of,
     describe,
     reference,
@@ -20,7 +24,6 @@ from mongotorch.codecs.records import (
     sequence_record,
 )
 from mongotorch.codecs.registry import Codecs
-from mongotorch.codecs.values import name_of, resolve
 
 __all__ = [
     "CODEC",

@@ -1,7 +1,7 @@
-"""What a codec is: from a value to a plain BSON record, with its bytes as blobs beside it, and back.
+"""Defines a codec: it turns a value into a plain BSON record, with its bytes as blobs beside it, and back.
 
-Always: a record says which codec reads it (`_codec`); bytes that are not plain go through `put` and come back,
-verified, through `get`; a codec neither knows where blobs live nor opens anything.
+A codec neither knows where blobs live nor opens anything: bytes go out through `put` and come back, verified,
+through `get`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Get = Callable[[str], bytes]
 
 
 class Registry(Protocol):
-    """What a codec stores the parts of a value by: the codecs that it is one of."""
+    """The set of codecs that a codec belongs to, for storing the parts of a value."""
 
     def encode(self, value: Any, put: Put, *, codec: str | None = None, where: str = "value") -> Any:
         """What is stored for a value. Raises: CodecError."""
@@ -57,5 +57,5 @@ class Codec(abc.ABC):
         """
 
     def bound(self, registry: Registry) -> Self:  # noqa: ARG002
-        """The codec as part of a registry; itself, unless it stores the parts of a value by the others."""
+        """The codec as part of a registry; itself, unless it stores the parts of a value through the registry."""
         return self

@@ -1,13 +1,11 @@
-"""dill, with its edges filed off: for what has no name, such as lambdas, closures and classes of `__main__`.
+"""Pickles what has no name, such as lambdas and classes of `__main__`, with dill, and refuses what is unsafe.
 
-Always: a function carries only the globals that it refers to; a database client is refused, its path named,
-before a byte is handed on; a pickle that holds bytecode records the Python minor version, and another version
-refuses it before reading it, since foreign bytecode can crash the interpreter; mongotorch's own classes and
-functions are in it by their public names.
+A function carries only the globals that it refers to, and mongotorch's own classes and functions are pickled by
+their public names.
 
-Finds the way to an object that must not be pickled, so that the error can name it.
-
-Always: it looks and never changes anything; the pickler is what refuses, this only explains where.
+Guarantees: a database client is refused, and the error names the path to it, before a byte is handed on. A pickle
+that holds bytecode records the Python minor version, and another version refuses it before reading it, since
+foreign bytecode can crash the interpreter. The same content gives the same bytes.
 """
 
 from __future__ import annotations
@@ -26,8 +24,7 @@ import dill
 from dill._dill import _setitems
 
 from mongotorch.codecs.base import Codec, Get, Put
-from mongotorch.codecs.public_names import PACKAGE, stored_name
-from mongotorch.codecs.values import SPAWNED_MAIN, resolve
+from mongotorch.codecs.names import PACKAGE, SPAWNED_MAIN, resolve, stored_name
 from mongotorch.errors import CodecError, MongotorchError, PythonVersionError, UnsafeClosureError
 
 _CLIENT_PACKAGES = frozenset({"pymongo", "mongomock", "motor", "gridfs"})
@@ -209,7 +206,7 @@ class DillCodec(Codec):
     name = "dill"
 
     def handles(self, value: Any) -> bool:  # noqa: ARG002
-        """Always: it is the last resort."""
+        """True for any value: it is the last resort."""
         return True
 
     def encode(self, value: Any, put: Put, *, where: str) -> dict[str, Any]:
@@ -245,7 +242,7 @@ class _UnsafeObjectError(Exception):
 
 
 class _Postponed(dict[int, list[Any]]):
-    """What dill does after an object is pickled: among it, filling the globals of functions, here in order."""
+    """What dill does after an object is pickled, with the globals of functions filled in a fixed order."""
 
     def pop(self, key: int) -> list[Any]:  # type: ignore[override]
         """The calls for one object, as (function, arguments)."""
@@ -266,11 +263,11 @@ class _Pickler(dill.Pickler):  # type: ignore[misc]
         self._texts: dict[str, str] = {}
         self._postproc = _Postponed()
 
-    # The same content gives the same bytes, in any process and after any way through a pickle. Three things
-    # would differ: which equal texts are one object, the order of a set, and that of globals, dill's own set.
+    # The same content gives the same bytes, in any process and however often it was pickled before. Three things
+    # would differ: which equal texts are one object, the order of a set, and the order of globals.
 
     def save(self, value: Any, save_persistent_id: bool = True) -> None:
-        """Called for every object: equal texts become one, sets of texts get an order."""
+        """Called for every object: equal texts become one, and sets of texts are ordered."""
         if type(value) is str:
             value = self._texts.setdefault(value, value)
         elif type(value) in (set, frozenset) and id(value) not in self.memo and _are_texts(value):

@@ -1,4 +1,7 @@
-"""What stored records look like, for whoever reads one without decoding it.
+"""Reads what stored records say of themselves, without decoding them: format, codec, reference and description.
+
+Every document that mongotorch writes has the number of its format in `format`; one without it was written by the
+first releases and is of format 1. This release reads formats 1 and 2 and writes 2.
 
 A field of a component is stored as plain BSON, as a record `{"_codec": name, ...}` that a codec reads, or as a
 reference `{"_ref": uuid, "type_id", "identifier"}` to another component. Lists and dicts hold such parts.
@@ -9,12 +12,45 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, final
 
-from mongotorch.codecs.public_names import current_name
+from mongotorch.codecs.names import current_name
+from mongotorch.errors import FormatError
 
 CODEC: Final = "_codec"
 """The key that names the codec of a record."""
 REFERENCE: Final = "_ref"
 """The key that holds the uuid in a reference."""
+
+FORMAT: Final = 2
+"""The format that this release writes, and the newest that it reads."""
+FORMAT_FIELD: Final = "format"
+WRITTEN: Final = {FORMAT_FIELD: FORMAT}
+"""What a record holds of its format."""
+READABLE: Final = {FORMAT_FIELD: {"$not": {"$gt": FORMAT}}}
+"""The filter for records that this release can read."""
+NEWER: Final = {FORMAT_FIELD: {"$gt": FORMAT}}
+"""The filter for records that it cannot read."""
+
+
+def check_format(record: Mapping[str, Any], kind: str) -> None:
+    """Return if this release can read a record.
+
+    Args:
+        record: As it is stored.
+        kind: What it is, for the error.
+
+    Raises:
+        FormatError: A newer release wrote it, or its `format` is no number of a format; nothing of it was read.
+    """
+    written = record.get(FORMAT_FIELD, 1)
+    name = f"{kind} {record.get('_id')!r}"
+    if isinstance(written, bool) or not isinstance(written, int) or written < 1:
+        raise FormatError(f"{name} has format={written!r}, which is no number of a format", field=FORMAT_FIELD)
+    if written > FORMAT:
+        raise FormatError(
+            f"{name} is of format {written}, written by a newer mongotorch; this one reads up to format {FORMAT}: "
+            "upgrade mongotorch",
+            field=FORMAT_FIELD,
+        )
 
 
 @final

@@ -1,8 +1,9 @@
-"""The codecs there are, and the default choice among them.
+"""Chooses the codec of a value: the set of codecs there is, and the default choice among them.
 
-Always: a registry is a value; plain BSON stays plain (so that mongosh can query it) and everything else says in
-its record which codec reads it; tuples, integers beyond 64 bits and dicts with other keys than names come back
-as what they were. Codecs from elsewhere come by the entry point group `mongotorch.codecs`.
+Plain BSON stays plain, so that mongosh can query it; any other value becomes a record that names its codec.
+Packages add codecs by the entry point group `mongotorch.codecs`.
+
+Guarantees: tuples, integers beyond 64 bits and dicts whose keys are no field names come back as what they were.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from bson import Decimal128, Int64, MaxKey, MinKey, ObjectId, Regex, Timestamp
 
 from mongotorch.codecs.arrays import ArrayCodec
 from mongotorch.codecs.base import Codec, Get, Put
+from mongotorch.codecs.names import NameCodec
 from mongotorch.codecs.pickles import DillCodec
 from mongotorch.codecs.records import CODEC, REFERENCE, codec_of, sequence_record
-from mongotorch.codecs.values import NameCodec, ValueCodec
+from mongotorch.codecs.values import ValueCodec
 from mongotorch.errors import CodecError, MongotorchError
 
 GROUP = "mongotorch.codecs"
@@ -40,7 +42,7 @@ class JsonCodec(Codec):
     name = "json"
 
     def handles(self, value: Any) -> bool:  # noqa: ARG002
-        """Never by itself."""
+        """False: it is used on request only."""
         return False
 
     def encode(self, value: Any, put: Put, *, where: str) -> dict[str, Any]:
@@ -99,13 +101,13 @@ class Codecs:
         """
         if type(value) not in (list, tuple, dict):
             return self._encode(value, put, codec, where)
-        # One part may be refused after another was taken: what is put waits until all have been.
-        waiting: list[bytes | memoryview] = []
+        # One part may be refused after another was encoded: nothing is put until all are.
+        pending: list[bytes | memoryview] = []
         try:
-            record = self._encode(value, _hold(waiting), codec, where)
+            record = self._encode(value, _deferred(pending), codec, where)
         except RecursionError as error:
             raise CodecError(f"{where} contains itself, or is nested too deeply", field=where) from error
-        for data in waiting:
+        for data in pending:
             put(data)
         return record
 
@@ -187,9 +189,9 @@ def _is_text(value: str) -> bool:
     return True
 
 
-def _hold(waiting: list[bytes | memoryview]) -> Put:
+def _deferred(pending: list[bytes | memoryview]) -> Put:
     def put(data: bytes | memoryview) -> str:
-        waiting.append(data)
+        pending.append(data)
         return hashlib.sha256(data).hexdigest()
 
     return put

@@ -1,10 +1,12 @@
-"""The names under which records and pickles know mongotorch's own classes and functions.
+"""Names classes and functions in records and pickles, so that what is stored outlives the files of the package.
 
-What is public is stored by its public name (`mongotorch.Cron`), wherever the file lies that defines it. The first
-releases stored the path of that file; `FIRST_NAMES` says what those paths mean. It only ever grows.
+What can be imported is stored by name, not as bytes. What mongotorch offers is stored by its public name
+(`mongotorch.Cron`), whichever file defines it. The first releases stored the path of that file; `FIRST_NAMES` maps
+those paths, and only ever grows.
 
-Guarantees: names of other packages and of a user's own code are never changed; a digest of content speaks the
-names of the first releases, so that what they stored is recognised.
+Guarantees: a name is given only where importing it gives the very same object; `__main__` and what is local to a
+function have no name. Names of other packages and of a user's own code are never changed. A digest of content
+uses the names of the first releases, so that what they stored is recognised.
 """
 
 from __future__ import annotations
@@ -14,11 +16,16 @@ import importlib
 import sys
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from typing import Final
+from typing import Any, Final, final
+
+from mongotorch.codecs.base import Codec, Get, Put
+from mongotorch.errors import CodecError
 
 PACKAGE: Final = "mongotorch"
+SPAWNED_MAIN: Final = "__mp_main__"
+"""What multiprocessing calls the main script in a spawned process; importable nowhere else."""
 PUBLIC_MODULES: Final = ("mongotorch.codecs", "mongotorch.demo", "mongotorch.testing")
-"""Where else than in `mongotorch` itself names are public; modules that are public themselves need no entry."""
+"""Packages besides `mongotorch` itself that offer public names; a module that is public itself needs no entry."""
 
 
 def _first(module: str, names: str, public: str = PACKAGE) -> dict[str, str]:
@@ -66,7 +73,7 @@ FIRST_NAMES: Final[Mapping[str, str]] = {
 }
 """From the path that the first releases stored to the public name."""
 _FIRST_OF: Final = {public: first for first, public in FIRST_NAMES.items()}
-_first_names_wanted: ContextVar[bool] = ContextVar("mongotorch_first_names", default=False)
+_uses_first_names: ContextVar[bool] = ContextVar("mongotorch_first_names", default=False)
 
 
 def stored_name(module: str, qualname: str) -> tuple[str, str]:
@@ -83,7 +90,7 @@ def stored_name(module: str, qualname: str) -> tuple[str, str]:
         return module, qualname
     top = qualname.partition(".")[0]
     home = _home(module, top)
-    if _first_names_wanted.get() and (first := _FIRST_OF.get(f"{home}.{top}")):
+    if _uses_first_names.get() and (first := _FIRST_OF.get(f"{home}.{top}")):
         home = first.rpartition(".")[0]
     return home, qualname
 
@@ -102,12 +109,12 @@ def current_name(name: str) -> str:
 
 @contextlib.contextmanager
 def first_names() -> Iterator[None]:
-    """Inside, in this thread, `stored_name` gives the names that the first releases stored; for digests."""
-    before = _first_names_wanted.set(True)
+    """Let `stored_name` give the names that the first releases stored, inside and in this thread; for digests."""
+    before = _uses_first_names.set(True)
     try:
         yield
     finally:
-        _first_names_wanted.reset(before)
+        _uses_first_names.reset(before)
 
 
 def _home(module: str, top: str) -> str:
@@ -119,3 +126,62 @@ def _home(module: str, top: str) -> str:
             if inside and getattr(importlib.import_module(home), top, None) is own:
                 return home
     return module
+
+
+def name_of(value: Any) -> str | None:
+    """The dotted name by which a function or class can be imported; None where there is none."""
+    module, qualname = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
+    if not isinstance(module, str) or not isinstance(qualname, str) or not callable(value):
+        return None
+    if module in ("__main__", SPAWNED_MAIN) or "<" in qualname:
+        return None
+    try:
+        found = resolve(f"{module}.{qualname}")
+    except CodecError:
+        return None
+    return ".".join(stored_name(module, qualname)) if found is value else None
+
+
+def resolve(name: str) -> Any:
+    """What a dotted name stands for, also one that an older release stored.
+
+    Raises:
+        CodecError: It cannot be imported here.
+    """
+    parts = current_name(name).split(".")
+    cause: Exception | None = None
+    for length in range(len(parts) - 1, 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:length]))
+        except Exception as error:  # noqa: BLE001 - importing runs foreign code, which can raise anything
+            cause = cause or error
+            continue
+        try:
+            for part in parts[length:]:
+                found = getattr(found, part)
+        except AttributeError:
+            continue
+        return found
+    raise CodecError(f"{name!r} cannot be imported here; install or put on the path what defines it") from cause
+
+
+@final
+class NameCodec(Codec):
+    """Functions and classes that can be imported, as their name."""
+
+    name = "name"
+
+    def handles(self, value: Any) -> bool:
+        """Whether the value can be imported by name."""
+        return name_of(value) is not None
+
+    def encode(self, value: Any, put: Put, *, where: str) -> dict[str, Any]:  # noqa: ARG002
+        """The name. Raises: CodecError when it has none."""
+        name = name_of(value)
+        if name is None:
+            raise CodecError(f"{where} cannot be imported by name; leave the codec to its default", field=where)
+        return {"name": name}
+
+    def decode(self, record: Mapping[str, Any], get: Get) -> Any:  # noqa: ARG002
+        """What the name stands for. Raises: CodecError when it cannot be imported here."""
+        return resolve(record["name"])
