@@ -1,4 +1,4 @@
-"""When a schedule would have fired: the year, arrivals, waiting, and what cannot be said."""
+"""When a schedule would have fired: the year, arrivals, waiting, and what it cannot show."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from mongotorch.component import Component
 from mongotorch.errors import MongotorchError
 from mongotorch.services.versions.catalog import Loader, Publisher
 from mongotorch.store import Aliases, BlobStore, Components, Trust
-from mongotorch.store.signing import HmacKey, SignatureVerifier, Signer
+from mongotorch.store.signing import HmacKey
 from mongotorch.train.tensor_codec import TorchCodec
 
 pytestmark = pytest.mark.property
@@ -43,7 +43,7 @@ class House:
         self.database: Any = mongomock.MongoClient()["flips"]
         key = HmacKey(b"k" * 16)
         codecs, blobs = Codecs.builtin(TorchCodec()), BlobStore(self.database)
-        components = Components(self.database, Trust(Signer(key), SignatureVerifier.of(key)))
+        components = Components(self.database, Trust(key, (key,), required=True))
         self.loader = Loader(components, blobs, Aliases(self.database), codecs)
         self.module = torch.nn.Sequential(torch.nn.Linear(40, 40), torch.nn.BatchNorm1d(40))
         stored = Publisher(components, blobs, codecs).store(Net("n", module=self.module))

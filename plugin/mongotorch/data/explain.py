@@ -25,7 +25,7 @@ from mongotorch.data.stream.rows import gathered
 from mongotorch.data.stream.spec import StreamSpec
 from mongotorch.data.stream.stream import Stream
 from mongotorch.data.stream.windows import WindowReader, open_windows
-from mongotorch.mongo.error_translation import ServerCode, has_code
+from mongotorch.mongo.error_translation import MAX_TIME_MS_EXPIRED, has_code
 from mongotorch.mongo.server_features import is_mock
 from mongotorch.query import Query
 
@@ -119,7 +119,7 @@ def count(collection: Any, query: Query, *, mock: bool, seconds: float) -> tuple
         else:
             found = int(collection.count_documents(query.where, **limits))
     except OperationFailure as error:
-        if not has_code(error, ServerCode.MAX_TIME_MS_EXPIRED):
+        if not has_code(error, MAX_TIME_MS_EXPIRED):
             raise
         return int(collection.estimated_document_count()), False
     found = max(found - query.skipped, 0)

@@ -36,7 +36,7 @@ from pymongo.errors import OperationFailure, PyMongoError
 
 from mongotorch.errors import EmbeddedServerError
 from mongotorch.mongo import embedded_process
-from mongotorch.mongo.error_translation import ServerCode, has_code
+from mongotorch.mongo.error_translation import NOT_YET_INITIALIZED, has_code
 from mongotorch.resources import Owner
 
 HOST: Final = "127.0.0.1"
@@ -235,7 +235,7 @@ def _configure_set(client: MongoClient[dict[str, Any]], host: str) -> None:
     try:
         config = client.admin.command("replSetGetConfig")["config"]
     except OperationFailure as error:
-        if has_code(error, ServerCode.NOT_YET_INITIALIZED):
+        if has_code(error, NOT_YET_INITIALIZED):
             client.admin.command("replSetInitiate", {"_id": REPLICA_SET, "members": members})
             return
         raise

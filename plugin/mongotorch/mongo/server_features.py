@@ -14,11 +14,11 @@ import dataclasses
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, Protocol
+from typing import Any
 
 from pymongo.errors import OperationFailure
 
-from mongotorch.mongo.error_translation import ServerCode, has_code
+from mongotorch.mongo.error_translation import UNAUTHORIZED, has_code
 
 Now = Callable[[], datetime]
 """A clock: naive UTC in whole milliseconds."""
@@ -40,22 +40,6 @@ class Later:
     seconds: float = 0.0
 
 
-class Clock(Protocol):
-    """Writes and compares times; made by `clock_of`."""
-
-    def due(self, field: str, *, seconds: float = 0.0) -> dict[str, Any]:
-        """The filter for documents whose field is at least so many seconds past."""
-
-    def update(self, values: Mapping[str, Any], add: Mapping[str, int] | None = None) -> Any:
-        """The update that sets fields, `Later` to a time, and adds to counters."""
-
-    def alone(self) -> contextlib.AbstractContextManager[Any]:
-        """Excludes other threads' updates inside, where the database does not make each update atomic itself."""
-
-    def now(self) -> datetime:
-        """The time, naive UTC in whole milliseconds, for what has to be known before it is written."""
-
-
 class ServerClock:
     """The clock of the server: `$$NOW`, which a statement reads once.
 
@@ -67,11 +51,11 @@ class ServerClock:
         self._database = database
 
     def due(self, field: str, *, seconds: float = 0.0) -> dict[str, Any]:
-        """See `Clock.due`."""
+        """The filter for documents whose field is at least so many seconds past."""
         return {"$expr": {"$lte": [f"${field}", _now_plus(-seconds)]}}
 
     def update(self, values: Mapping[str, Any], add: Mapping[str, int] | None = None) -> Any:
-        """See `Clock.update`."""
+        """The update that sets fields, `Later` to a time, and adds to counters."""
         times = {name: _now_plus(value.seconds) for name, value in values.items() if isinstance(value, Later)}
         # `$literal`: a caller's text that begins with `$` is not a field.
         plain = {name: {"$literal": value} for name, value in values.items() if name not in times}
@@ -79,11 +63,11 @@ class ServerClock:
         return [{"$set": {**plain, **times, **sums}}]
 
     def alone(self) -> contextlib.AbstractContextManager[Any]:
-        """See `Clock.alone`; the server's updates are atomic."""
+        """Excludes other updates of this process inside; does nothing, since the server's updates are atomic."""
         return contextlib.nullcontext()
 
     def now(self) -> datetime:
-        """See `Clock.now`; one round trip to the primary."""
+        """The time, naive UTC in whole milliseconds, where it has to be known before a write; one round trip."""
         time: datetime = self._database.command("hello")["localTime"]
         return time
 
@@ -99,11 +83,11 @@ class LocalClock:
         self._now = now or utc_now
 
     def due(self, field: str, *, seconds: float = 0.0) -> dict[str, Any]:
-        """See `Clock.due`."""
+        """See `ServerClock.due`."""
         return {field: {"$lte": self._now() - timedelta(seconds=seconds)}}
 
     def update(self, values: Mapping[str, Any], add: Mapping[str, int] | None = None) -> Any:
-        """See `Clock.update`."""
+        """See `ServerClock.update`."""
         now = self._now()
         fields = {
             name: now + timedelta(seconds=value.seconds) if isinstance(value, Later) else value
@@ -112,12 +96,15 @@ class LocalClock:
         return {"$set": fields} | ({"$inc": dict(add)} if add else {})
 
     def alone(self) -> contextlib.AbstractContextManager[Any]:
-        """See `Clock.alone`; one lock for the process."""
+        """See `ServerClock.alone`; one lock for the process."""
         return _mock_lock
 
     def now(self) -> datetime:
-        """See `Clock.now`."""
+        """See `ServerClock.now`."""
         return self._now()
+
+
+Clock = ServerClock | LocalClock
 
 
 def clock_of(database: Any, now: Now | None = None) -> Clock:
@@ -155,7 +142,7 @@ def ensure_index(collection: Any, keys: Keys, **options: Any) -> None:
     try:
         collection.create_index(fields, **options)
     except OperationFailure as error:
-        if not has_code(error, ServerCode.UNAUTHORIZED):
+        if not has_code(error, UNAUTHORIZED):
             raise
         if not _has_index(collection, fields) and collection.find_one({}, {"_id": 1}) is not None:
             raise

@@ -229,7 +229,6 @@ class Verifier:
     """
 
     def __init__(self, database: Any, trust: Trust | None = None) -> None:
-        self._files = database[f"{BUCKET}.files"]
         self._documents, self._moves = database[COMPONENTS], database[ALIASES]
         self._blobs = BlobStore(database)
         self._trust = trust or Trust()
@@ -238,7 +237,7 @@ class Verifier:
     def verify(self) -> Verified:
         """Read and hash every blob, and check every component, its blobs, and the history of every alias."""
         problems: list[str] = []
-        names = [file["filename"] for file in self._files.find({}, {"filename": 1})]
+        names = list(self._blobs.names())
         nbytes = sum(self._read(name, problems) for name in names)
         known, components = set(names), 0
         for document in self._documents.find():

@@ -129,6 +129,7 @@ class Schedules:
         Returns:
             False: another scheduler leads.
         """
+        # Two updates: the filter of an upsert may not contain `$expr`, by which the server's clock is asked.
         free = {"_id": _LEADER, "$or": [{"who": who}, self._clock.due("until")]}
         missing = {"_id": _LEADER, "who": {"$exists": False}}
         update = self._clock.update({**WRITTEN, "who": who, "until": Later(lease_s)})

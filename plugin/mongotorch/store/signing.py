@@ -87,13 +87,21 @@ class HmacKey:
 
 @final
 @dataclasses.dataclass(frozen=True)
-class Signer:
-    """Signs documents with one key."""
+class Trust:
+    """How one datalayer signs and verifies documents; without keys it does neither.
 
-    key: SigningKey
+    Args:
+        signing: The key that signs; None: documents are stored without a signature.
+        accepted: The keys whose signatures are verified; without any, and unless required, nothing is.
+        required: Refuse documents that are not signed, or signed with another key.
+    """
 
-    def signed(self, document: Mapping[str, Any], *, kind: str) -> dict[str, Any]:
-        """The document with its signature.
+    signing: SigningKey | None = None
+    accepted: tuple[SigningKey, ...] = ()
+    required: bool = False
+
+    def sign(self, document: Mapping[str, Any], *, kind: str) -> dict[str, Any]:
+        """The document, with a signature if there is a key for it.
 
         Args:
             document: The whole document, as it will be stored.
@@ -102,75 +110,47 @@ class Signer:
         Raises:
             CodecError: BSON cannot hold it.
         """
-        value = self.key.sign(canonical(document, kind=kind))
-        return {**document, FIELD: {"key": self.key.key_id, "algorithm": self.key.algorithm, "value": value}}
-
-
-@final
-@dataclasses.dataclass(frozen=True)
-class SignatureVerifier:
-    """Verifies documents with the accepted keys.
-
-    Args:
-        keys: The accepted keys by their id.
-        required: Refuse documents that are not signed, or signed with another key.
-    """
-
-    keys: Mapping[str, SigningKey]
-    required: bool
-
-    @classmethod
-    def of(cls, *keys: SigningKey, required: bool = True) -> Self:
-        """A verifier that accepts these keys."""
-        return cls({key.key_id: key for key in keys}, required)
+        if self.signing is None:
+            return dict(document)
+        value = self.signing.sign(canonical(document, kind=kind))
+        return {
+            **document,
+            FIELD: {"key": self.signing.key_id, "algorithm": self.signing.algorithm, "value": value},
+        }
 
     def check(self, document: Mapping[str, Any], *, kind: str) -> None:
         """Return if the document is what its signer wrote.
 
+        Args:
+            document: The document as it is stored.
+            kind: As it was signed.
+
         Raises:
             TrustError: It was changed, or no accepted key signed it; nothing of it was decoded.
         """
+        if not self.accepted and not self.required:
+            return
         signature = document.get(FIELD)
         if signature is None:
             self._refuse_if_required(document, kind, "is not signed, and trust='signed' was asked for")
             return
         if not isinstance(signature, Mapping):
             raise _untrusted(document, kind, "has a signature of no known form")
-        key = self.keys.get(str(signature.get("key")))
+        key_id = str(signature.get("key"))
+        key = next((each for each in self.accepted if each.key_id == key_id), None)
         if key is None:
-            why = (
-                f"is signed with the key {str(signature.get('key'))[:40]!r}, which is not among the accepted ones"
-            )
+            why = f"is signed with the key {key_id[:40]!r}, which is not among the accepted ones"
             self._refuse_if_required(document, kind, why)
             return
-        value: bytes = signature.get("value", b"")
         # Exact types: a binary of another subtype is not the form that a signature has.
         types = {name: type(part) for name, part in signature.items()}
         whole = types == {"key": str, "algorithm": str, "value": bytes} and signature["algorithm"] == key.algorithm
-        if not whole or not _fits(key, document, kind, value):
+        if not whole or not _fits(key, document, kind, signature["value"]):
             raise _untrusted(document, kind, "is not what was signed: somebody changed it")
 
     def _refuse_if_required(self, document: Mapping[str, Any], kind: str, why: str) -> None:
         if self.required:
             raise _untrusted(document, kind, why)
-
-
-@final
-@dataclasses.dataclass(frozen=True)
-class Trust:
-    """How one datalayer signs and verifies; without a verifier, every document is accepted."""
-
-    signer: Signer | None = None
-    verifier: SignatureVerifier | None = None
-
-    def sign(self, document: Mapping[str, Any], *, kind: str) -> dict[str, Any]:
-        """The document, signed if there is a signer. Raises: CodecError where BSON cannot hold it."""
-        return dict(document) if self.signer is None else self.signer.signed(document, kind=kind)
-
-    def check(self, document: Mapping[str, Any], *, kind: str) -> None:
-        """Verify a document if there is a verifier. Raises: TrustError."""
-        if self.verifier is not None:
-            self.verifier.check(document, kind=kind)
 
 
 def canonical(document: Mapping[str, Any], *, kind: str) -> bytes:
@@ -315,8 +295,7 @@ def trust_of(*, key: str | None, key_file: Path | None, policy: Policy) -> Trust
             )
         return Trust()
     signing = next((each for each in keys if each.can_sign), None)
-    verifier = SignatureVerifier.of(*keys, required=policy == "signed")
-    return Trust(None if signing is None else Signer(signing), verifier)
+    return Trust(signing, tuple(keys), required=policy == "signed")
 
 
 def parse_keys(text: str, *, setting: str) -> list[SigningKey]:

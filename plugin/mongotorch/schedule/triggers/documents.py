@@ -5,10 +5,9 @@ The counts are those of the state, since the last firing; these triggers remembe
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 from datetime import datetime, timedelta
-from typing import final
+from typing import ClassVar, final
 
 from mongotorch.errors import ParameterError
 from mongotorch.schedule.triggers.base import (
@@ -23,38 +22,31 @@ from mongotorch.schedule.triggers.base import (
 )
 
 
-class Counted(Trigger):
-    """Fires on a number of documents, or on how long the first of them has waited."""
-
-    @property
-    @abc.abstractmethod
-    def enough(self) -> int | None:
-        """How many documents make it fire; None: it fires by waiting only."""
-
-    @property
-    @abc.abstractmethod
-    def longest_s(self) -> float | None:
-        """How long the first document may wait, in seconds; None: no limit."""
-
-    def due(self, now: datetime, state: State) -> tuple[Decision, State]:
-        """Fires if there are enough documents, or the first has waited long enough; see `Trigger.due`."""
-        now = moment(now)
-        number = state.inserted if INSERTED in self.watches else state.changed
-        what = f"{number:,} {'new' if INSERTED in self.watches else 'changed'} document{'s' * (number != 1)}"
-        if self.enough is not None and number >= self.enough:
-            return Decision(True, f"{what}, at least {self.enough:,}"), state.consumed()
-        goal = "" if self.enough is None else f" of {self.enough:,}"
-        if self.longest_s is None or not number:
-            return Decision(False, f"{what}{goal}"), state
-        # Where only the count is known, and not when the first arrived, the wait begins now.
-        limit = (state.arrived or now) + timedelta(seconds=self.longest_s)
-        if limit <= now:
-            return Decision(True, f"{what}, the first since {state.arrived} UTC"), state.consumed()
-        return Decision(False, f"{what}{goal}, waiting until {limit} UTC", limit), state
+def _due(
+    now: datetime, state: State, counts: str, enough: int | None, longest_s: float | None
+) -> tuple[Decision, State]:
+    """Fires if there are enough documents, or the first has waited long enough; None: no number, no time does."""
+    now = moment(now)
+    number = state.inserted if counts == INSERTED else state.changed
+    what = f"{number:,} {'new' if counts == INSERTED else 'changed'} document{'s' * (number != 1)}"
+    if enough is not None and number >= enough:
+        return Decision(True, f"{what}, at least {enough:,}"), state.consumed()
+    goal = "" if enough is None else f" of {enough:,}"
+    if longest_s is None or not number:
+        return Decision(False, f"{what}{goal}"), state
+    # Where only the count is known, and not when the first arrived, the wait begins now.
+    limit = (state.arrived or now) + timedelta(seconds=longest_s)
+    if limit <= now:
+        return Decision(True, f"{what}, the first since {state.arrived} UTC"), state.consumed()
+    return Decision(False, f"{what}{goal}, waiting until {limit} UTC", limit), state
 
 
 @dataclasses.dataclass(frozen=True)
-class _Numbered(Counted):
+class Counted(Trigger):
+    """Fires on a number of documents, or on how long the first of them has waited."""
+
+    counts: ClassVar[str]
+
     n: int
     max_wait: float | None = dataclasses.field(default=None, kw_only=True)
 
@@ -64,19 +56,18 @@ class _Numbered(Counted):
             check_seconds("max_wait", self.max_wait)
 
     @property
-    def enough(self) -> int:
-        """How many documents make it fire."""
-        return self.n
+    def watches(self) -> frozenset[str]:
+        """Inserts, or all changes."""
+        return frozenset({self.counts})
 
-    @property
-    def longest_s(self) -> float | None:
-        """How long the first document may wait, in seconds; None: no limit."""
-        return self.max_wait
+    def due(self, now: datetime, state: State) -> tuple[Decision, State]:
+        """Fires if there are enough documents, or the first has waited long enough; see `Trigger.due`."""
+        return _due(now, state, self.counts, self.n, self.max_wait)
 
 
 @final
 @dataclasses.dataclass(frozen=True)
-class NewDocuments(_Numbered):
+class NewDocuments(Counted):
     """Fires when `n` documents were inserted since the last firing, by any client.
 
     Args:
@@ -88,15 +79,12 @@ class NewDocuments(_Numbered):
         ParameterError: An argument cannot be used; `field` names it.
     """
 
-    @property
-    def watches(self) -> frozenset[str]:
-        """Inserts."""
-        return frozenset({INSERTED})
+    counts: ClassVar[str] = INSERTED
 
 
 @final
 @dataclasses.dataclass(frozen=True)
-class Changed(_Numbered):
+class Changed(Counted):
     """Fires on `n` inserts, updates and deletes since the last firing, by any client.
 
     Args:
@@ -107,15 +95,12 @@ class Changed(_Numbered):
         ParameterError: An argument cannot be used; `field` names it.
     """
 
-    @property
-    def watches(self) -> frozenset[str]:
-        """Inserts, updates and deletes."""
-        return frozenset({CHANGED})
+    counts: ClassVar[str] = CHANGED
 
 
 @final
 @dataclasses.dataclass(frozen=True)
-class Waited(Counted):
+class Waited(Trigger):
     """Fires when the first document has waited for some seconds; `Schedule(max_wait=...)` adds it.
 
     Args:
@@ -139,12 +124,6 @@ class Waited(Counted):
         """What it counts: `inserted` or `changed`."""
         return frozenset({self.counts})
 
-    @property
-    def enough(self) -> None:
-        """None: it fires by waiting only."""
-        return None
-
-    @property
-    def longest_s(self) -> float:
-        """How long the first document may wait, in seconds."""
-        return self.seconds
+    def due(self, now: datetime, state: State) -> tuple[Decision, State]:
+        """Fires if the first document has waited long enough; see `Trigger.due`."""
+        return _due(now, state, self.counts, None, self.seconds)
