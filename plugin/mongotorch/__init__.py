@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mongotorch.data.collection import Collection
     from mongotorch.datalayer import Datalayer
     from mongotorch.errors import MongotorchError
-    from mongotorch.jobs import Job, Worker
+    from mongotorch.jobs import Job
     from mongotorch.query import Query
     from mongotorch.schedule import (
         AllOf,
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from mongotorch.store import Move
     from mongotorch.train import Dataset, Metric, TorchModel, TorchTrainer, Validation
     from mongotorch.train.mapping import Passed
+    from mongotorch.worker import Worker
 
 # In `__all__`, and what records and pickles may name besides: such a name is kept for ever.
 _HOMES = {
@@ -86,7 +87,7 @@ _HOMES = {
     "Validation": "mongotorch.train",
     "Verdict": "mongotorch.schedule",
     "Waited": "mongotorch.schedule.triggers.documents",
-    "Worker": "mongotorch.jobs",
+    "Worker": "mongotorch.worker",
     "preview": "mongotorch.schedule",
 }
 
@@ -133,7 +134,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = found = getattr(importlib.import_module(_HOMES[name]), name)
+    return found
 
 
 def __dir__() -> list[str]:

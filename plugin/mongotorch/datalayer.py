@@ -1,37 +1,7 @@
 """The Datalayer: one open database, and everything a person does with it.
 
-Always: it owns its connection and closes it; it holds no other state, so two of them over one database see the
-same; it is never pickled: what crosses a process is an address. What it does is told apart by what a person wants:
-`reading` documents, `running` work, keeping `versions`, `serving` one of them, `schedules`, their `lineage`; each
-is a class, and the Datalayer is all of them.
-
-What every part of a datalayer rests on: one open connection and the parts wired over it.
-
-Always: it owns its connection and closes it; it holds no other state.
-
-What is read through a datalayer: collections, queries, the training stream alone.
-
-Always: reading writes nothing but the plan of a stream.
-
-What runs through a datalayer: components are applied, and their jobs found again.
-
-Always: a job is found from any process; where it runs is the setting `compute`.
-
-What is served out of a datalayer: aliases are moved, and their history read.
-
-Always: nothing here changes a stored version or a move that was made.
-
-What is stored through a datalayer: versions are loaded, shown, removed, collected and verified.
-
-Always: nothing here changes a stored version.
-
-Where versions come from: how two differ, which ones a document went into, whether one comes out again.
-
-Always: nothing here changes what is stored.
-
-What is done with schedules through a datalayer: shown, paused, fired by hand, and asked about the past.
-
-Always: a schedule is applied like any component; here is what is done with one that has been.
+Guarantees: it holds a connection, which it closes, and no other state, so two of them over one database see the
+same. It is never pickled: what crosses to another process is an address.
 """
 
 from __future__ import annotations
@@ -45,29 +15,64 @@ from mongotorch.component import Component
 from mongotorch.data import Explanation, Stream, explain
 from mongotorch.data.collection import Collection, read_documents
 from mongotorch.errors import ParameterError
-from mongotorch.jobs import Clockwork, Job, Shift
+from mongotorch.jobs import Job
 from mongotorch.mongo.connection import Connection, open_address
 from mongotorch.query import Fold, Query
 from mongotorch.resources import Owner
 from mongotorch.schedule import Firing, Schedule
 from mongotorch.services.composition import Services
-from mongotorch.services.lineage import Diff, Reproduction, TrainedOn
-from mongotorch.services.training.streams import stream_spec, training_spec
+from mongotorch.services.lineage import Diff, Reproduction, TrainedOn, diff, reproduce, trained_on
+from mongotorch.services.schedules.scheduler import Scheduler
+from mongotorch.services.training.job_runner import JobRunner
+from mongotorch.services.training.recipe import stream_spec, training_spec
 from mongotorch.services.versions.live import Live, OnPromote
 from mongotorch.settings import Settings, read_settings
 from mongotorch.store import LIVE, Collected, GarbageCollector, Move, Verified
 from mongotorch.train import TorchTrainer
 
 
-class Opened(Owner):
-    """An open database."""
+@final
+class Datalayer(Owner):
+    """One open database; a context manager that closes it. `Datalayer.connect` makes one."""
 
     __mongotorch_unpicklable__: ClassVar[bool] = True
 
     def __init__(self, connection: Connection, settings: Settings) -> None:
         self.settings = settings
         self._connection = connection
-        self._parts = Services(connection, settings)
+        self._services = Services(connection, settings)
+
+    @classmethod
+    def connect(cls, uri: str | None = None, **settings: Any) -> Self:
+        """Open a database.
+
+        Args:
+            uri: `mongodb://…`, `mongodb+srv://…`, `mongomock://NAME` or `embedded:PATH`; None is the setting
+                `uri` (`MONGOTORCH_URI`), else the embedded server over `embedded_path`.
+            settings: See `Settings`; they override the environment.
+
+        Raises:
+            SettingError: The URI or a setting cannot be used.
+            ServerUnavailableError: No server answers there.
+            EmbeddedServerError: The embedded server is missing here, or does not start.
+        """
+        chosen = read_settings(**settings, **({} if uri is None else {"uri": uri}))
+        address = chosen.uri or f"embedded:{chosen.embedded_path}"
+        connection = open_address(address, chosen)
+        try:
+            return cls(connection, chosen)
+        except BaseException:
+            connection.close()
+            raise
+
+    def close(self) -> None:
+        """Close the connection. A second call does nothing."""
+        self._connection.close()
+
+    @property
+    def uri(self) -> str:
+        """The address with the database in it; it may hold a password."""
+        return self._connection.uri
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._connection!r})"
@@ -77,61 +82,7 @@ class Opened(Owner):
             "a Datalayer holds a connection and cannot be pickled; pass `db.uri` and connect there"
         )
 
-    def close(self) -> None:
-        """Close the connection. Again: nothing."""
-        self._connection.close()
-
-    @property
-    def uri(self) -> str:
-        """The address with the database in it; it may hold a password."""
-        return self._connection.uri
-
-
-class Lineage(Opened):
-    """The part of a datalayer that knows where versions come from."""
-
-    def diff(self, uuid1: str, uuid2: str) -> Diff:
-        """How the version `uuid2` differs from `uuid1`: parameters, measurements, data, environment.
-
-        Raises:
-            NotFoundError: There is no such version.
-            IntegrityError: A blob is not what was stored.
-        """
-        return self._parts.comparer.diff(uuid1, uuid2)
-
-    def trained_on(self, document_id: Any, collection: str | None = None) -> list[TrainedOn]:
-        """The versions whose training set held a document, the newest first.
-
-        Args:
-            document_id: Its `_id`.
-            collection: Where it is; None asks of every collection.
-
-        Returns:
-            The versions; one whose training set was not kept document by document is there, but not `certain`.
-
-        Raises:
-            DataError: BSON cannot hold such an `_id`.
-            IntegrityError: A blob is not what was stored.
-        """
-        return self._parts.comparer.trained_on(document_id, collection)
-
-    def reproduce(self, uuid: str, *, anyway: bool = False) -> Reproduction:
-        """Train a version again, here and now, and compare bits; nothing is published.
-
-        Args:
-            uuid: A model's that a run has published.
-            anyway: Train although its data has changed since; else that is said, and nothing is trained.
-
-        Raises:
-            NotFoundError: There is no such version, or what it was trained from is gone.
-            ParameterError: No run has published it.
-            MongotorchError: What the run raises.
-        """
-        return self._parts.reproducer.reproduce(uuid, anyway=anyway)
-
-
-class Reading(Opened):
-    """The part of a datalayer that reads documents."""
+    # Collections and queries
 
     def __getitem__(self, name: str) -> Collection:
         return Collection(self._connection.database[name], valid_fraction=self.settings.valid_fraction)
@@ -145,6 +96,8 @@ class Reading(Opened):
         """
         return read_documents(self._connection.database, query)
 
+    # Streams
+
     def stream(
         self,
         query: Query,
@@ -157,20 +110,20 @@ class Reading(Opened):
         fold: Fold | None = None,
         **options: Any,
     ) -> Stream:
-        """The training stream alone, for a loop of one's own.
+        """The training stream alone, for a training loop of your own.
 
         Args:
             query: The documents.
             key: The fields of a sample, as in `TorchTrainer`.
             batch_size: Documents of a batch.
             shuffle: A new order each epoch; else the query's sort, else `_id`.
-            seed: Of the order.
+            seed: The seed of the order.
             shard: `(rank, world)`: disjoint parts with equal numbers of batches.
             fold: `train` or `valid`; None is both.
             options: `transform`, `signature`, `collate_fn`, `in_memory`, `download`, `data_prefetch` (True unless
                 given), `prefetch_size`, `prefetch_factor` as in `TorchTrainer`; `across_epochs` (False unless
-                given) lets the next epoch be read while the end of this one is served, as a trainer's stream
-                does; `drop_last`, `num_workers` and others as in `torch.utils.data.DataLoader`.
+                given) reads the next epoch while the end of this one is served, as a trainer's stream does;
+                `drop_last`, `num_workers` and others as in `torch.utils.data.DataLoader`.
 
         Returns:
             An `IterableDataset` of batches with `state_dict()`, to be closed or used as a context manager.
@@ -192,11 +145,11 @@ class Reading(Opened):
         return Stream(self._connection.opener(), spec, database=self._connection.database)
 
     def explain(self, trainer: TorchTrainer, *, step_seconds: float | None = None) -> Explanation:
-        """What reading will cost, told before training; the select's plan is found, and a few ranges are read.
+        """What reading a trainer's documents costs, measured on a few ranges before training.
 
         Args:
-            trainer: Whose training documents are meant.
-            step_seconds: What one training step takes, where that is known.
+            trainer: The trainer.
+            step_seconds: The duration of one training step, if known.
 
         Raises:
             EmptySelectError, FieldMissingError, QueryError, ServerUnavailableError: As training would.
@@ -205,22 +158,15 @@ class Reading(Opened):
         connection = self._connection
         return explain(connection.database, spec, connection.opener(), step_seconds=step_seconds)
 
-
-class Running(Opened):
-    """The part of a datalayer that has work done."""
-
-    @property
-    def shift(self) -> Shift:
-        """Where a `Worker` finds the jobs."""
-        return self._parts.performer
+    # Runs
 
     def apply(self, component: Component, *, force: bool = False, priority: int = 0) -> Job[Any]:
-        """Store a component as a new version and start what it has to run.
+        """Store a component as a new version, and start its run if it has one.
 
         Args:
             component: A trainer with a model, a model with a trainer, or anything that is only stored.
             force: Run although nothing changed.
-            priority: Higher is run first, where jobs queue.
+            priority: Jobs with a higher number run first, where jobs queue.
 
         Returns:
             A future; `result()` is the published model, for a component without a run the component.
@@ -231,78 +177,115 @@ class Running(Opened):
             UnsafeClosureError: A field holds a database client; nothing was written.
             ConflictError: Its uuid belongs to a different component.
         """
-        return self._parts.applier.apply(component, force=force, priority=priority)
+        return self._services.applier.apply(component, force=force, priority=priority)
 
     def job(self, uuid: str) -> Job[Any]:
-        """A run, found again from anywhere. Raises: NotFoundError."""
-        return self._parts.applier.job(uuid)
+        """A job by its uuid, from any process. Raises: NotFoundError."""
+        return self._services.applier.job(uuid)
 
     def jobs(
         self, *, status: str | None = None, identifier: str | None = None, limit: int = 100
     ) -> list[Job[Any]]:
-        """Runs, the newest first: `limit` at most, of one status or of the component of one name."""
-        found = self._parts.jobs.find(status=status, identifier=identifier, limit=limit)
-        return [self._parts.applier.job(record["_id"]) for record in found]
+        """The jobs, newest first.
 
-
-class Scheduling(Opened):
-    """The part of a datalayer that sees to schedules."""
+        Args:
+            status: Only those of this status.
+            identifier: Only those of the component of this name.
+            limit: At most so many.
+        """
+        found = self._services.jobs.find(status=status, identifier=identifier, limit=limit)
+        return [self._services.applier.job(record["_id"]) for record in found]
 
     @property
-    def scheduler(self) -> Clockwork:
-        """What watches and fires; a `Worker` runs it."""
-        return self._parts.scheduler
+    def runner(self) -> JobRunner:
+        """Runs queued jobs here; a `Worker` uses it."""
+        return self._services.runner
 
-    def schedules(self) -> list[dict[str, Any]]:
-        """Every schedule's runtime document, by name.
+    # Versions
 
-        What a person looks for: `_id`, `paused`, `firings`, `next_at`, `state` (what has been counted), `last`
-        (the newest firing), `outcome` (of the newest run that has ended), `problem`.
-        """
-        return self._parts.register.all()
-
-    def pause(self, identifier: str) -> None:
-        """Let a schedule fire no more by itself; what happens meanwhile is counted. Raises: NotFoundError."""
-        self._parts.register.pause(identifier, paused=True)
-
-    def resume(self, identifier: str) -> None:
-        """Let a schedule fire again. Raises: NotFoundError."""
-        self._parts.register.pause(identifier, paused=False)
-
-    def fire(self, identifier: str, *, why: str = "by hand") -> Job[Any]:
-        """Fire a schedule now, paused or not; a worker runs it.
+    def load(
+        self,
+        type_id: str | None = None,
+        identifier: str | None = None,
+        version: int | None = None,
+        *,
+        uuid: str | None = None,
+        alias: str | None = None,
+        code: Any = None,
+    ) -> Any:
+        """Load a stored component, exactly as it was stored.
 
         Args:
-            identifier: The schedule.
-            why: What the job says as its reason.
-
-        Returns:
-            The run; `result()` is the published model, live or not.
+            type_id: `model`, `trainer`, `metric`, `validation`, `dataset`, `schedule`.
+            identifier: Its name.
+            version: Its version; None is the one that the alias names.
+            uuid: Instead of all these: exactly that version.
+            alias: The alias; None is `live`, or the newest version if `live` names none.
+            code: A module of the stored structure: its weights are filled in, and nothing that the database
+                holds is unpickled, imported or executed.
 
         Raises:
-            NotFoundError: There is no such schedule.
-            ConflictError: Others write the schedule all the time.
+            NotFoundError: There is none, or no such alias.
+            ParameterError: Neither a uuid nor a kind and a name; an alias with a version or uuid.
+            PythonVersionError: It holds bytecode of another Python minor version; nothing was unpickled.
+            IntegrityError: A blob is not what was stored.
+            TrustError: A signature does not hold.
         """
-        return self._parts.applier.job(self._parts.register.fire(identifier, reason=why))
+        catalog = self._services.catalog
+        found = catalog.find(type_id, identifier, version, uuid=uuid, alias=alias)
+        return catalog.load(found) if code is None else catalog.load_into(found, code)
 
-    def preview(self, schedule: Schedule, *, since: datetime, until: datetime | None = None) -> list[Firing]:
-        """When a schedule, applied or not, would have fired.
-
-        Documents count as having arrived when their ObjectId was made; others are not seen.
+    def show(
+        self,
+        type_id: str | None = None,
+        identifier: str | None = None,
+        version: int | None = None,
+        *,
+        uuid: str | None = None,
+    ) -> Any:
+        """What is stored: kinds, identifiers of a kind, versions of a name, or one version's whole document.
 
         Args:
-            schedule: The schedule.
-            since: From when on; aware, or naive UTC.
-            until: To when; None is now.
+            type_id: The kind; None lists the kinds.
+            identifier: The name; None lists the names of the kind.
+            version: The version; None lists the versions of the name.
+            uuid: Instead of all these: the document of exactly that version.
 
         Raises:
-            ParameterError: Its trigger looks at measurements, which the past does not have.
+            NotFoundError: There is no such version.
+            TrustError: It is not signed by a trusted key.
         """
-        return self._parts.register.preview(schedule, since=since, until=until)
+        components = self._services.catalog.components
+        if uuid is not None:
+            return components.get(uuid)
+        if type_id is None:
+            return components.kinds()
+        if identifier is None:
+            return components.identifiers(type_id)
+        if version is None:
+            return components.versions(type_id, identifier)
+        return components.find(type_id, identifier, version)
 
+    def remove(self, type_id: str, identifier: str, version: int | None = None, force: bool = False) -> int:
+        """Remove a version, or all versions of a name; returns how many were removed.
 
-class Serving(Opened):
-    """The part of a datalayer that says which version counts."""
+        Args:
+            type_id: The kind.
+            identifier: The name.
+            version: The version; None is all of them.
+            force: Remove it although another component refers to it or an alias names it; the alias then names
+                nothing, and its history says `removed`.
+
+        Raises:
+            NotFoundError: There is none.
+            InUseError: Another component refers to it, or an alias names it; nothing was removed.
+        """
+        removed = self._services.catalog.remove(type_id, identifier, version, force=force)
+        if type_id == Schedule.type_id:
+            self._services.register.forget(identifier)
+        return removed
+
+    # Aliases: which version is live
 
     def promote(
         self,
@@ -316,7 +299,7 @@ class Serving(Opened):
         who: str | None = None,
         expected: Move | EllipsisType | None = ...,
     ) -> Move:
-        """Let an alias name a version: `load` gives it, and handles of `live` go over to it.
+        """Point an alias at a version: `load` returns it, and handles of `live` switch to it.
 
         Args:
             type_id: The kind.
@@ -324,74 +307,74 @@ class Serving(Opened):
             version: The version; None is the newest, unless a uuid is given.
             uuid: Instead of the version.
             alias: The alias.
-            why: Why, for the history.
-            who: Who; None is user@host of this process.
-            expected: The newest move as you know it, None for an alias that was never moved: if another has been
-                made since, nothing is moved. Without it: what is there when this is called.
+            why: The reason, for the history.
+            who: The author; None is user@host of this process.
+            expected: The newest move you know, None for an alias that was never moved: if there is a newer one,
+                nothing is moved. Without it: the newest move there is.
 
         Returns:
-            The move; where the alias names that version already, the move that is there.
+            The move; if the alias already points at that version, the existing move.
 
         Raises:
             NotFoundError: There is no such version, or it was removed meanwhile.
-            ConflictError: Somebody else has moved the alias meanwhile; the message says who.
-            ParameterError: A version and a uuid.
-            IdentifierError: The alias is no name.
-            TrustError: What is there is not what a trusted key signed.
+            ConflictError: The alias was moved meanwhile; the message says by whom.
+            ParameterError: Both a version and a uuid were given.
+            IdentifierError: The alias is not a valid name.
+            TrustError: A record is not signed by a trusted key.
         """
-        return self._parts.promoter.promote(
+        return self._services.catalog.promoter.promote(
             type_id, identifier, version, uuid, alias=alias, why=why, who=who, expected=expected
         )
 
     def rollback(
         self, type_id: str, identifier: str, *, alias: str = LIVE, why: str = "", who: str | None = None
     ) -> Move:
-        """Let an alias name again what it named before its newest move; once more, and that is undone.
+        """Point an alias back at what it named before its newest move; a second rollback undoes the first.
 
         Args:
             type_id: The kind.
             identifier: The name.
             alias: The alias.
-            why: Why, for the history.
-            who: Who; None is user@host of this process.
+            why: The reason, for the history.
+            who: The author; None is user@host of this process.
 
         Raises:
             NotFoundError: It named nothing before, or that version was removed.
-            ConflictError: Somebody else has moved the alias meanwhile; the message says who.
-            TrustError: What is there is not what a trusted key signed.
+            ConflictError: The alias was moved meanwhile; the message says by whom.
+            TrustError: A record is not signed by a trusted key.
         """
-        return self._parts.promoter.rollback(type_id, identifier, alias=alias, why=why, who=who)
+        return self._services.catalog.promoter.rollback(type_id, identifier, alias=alias, why=why, who=who)
 
     def history(
         self, type_id: str, identifier: str, *, alias: str = LIVE, at: datetime | None = None
     ) -> list[Move]:
-        """The moves of an alias in their order, none left out.
+        """All moves of an alias, in their order.
 
         Args:
             type_id: The kind.
             identifier: The name.
             alias: The alias.
-            at: The history as it stood then (aware, or naive UTC): its last move was in force. None: up to now.
+            at: Only the moves made until then (aware, or naive UTC); None is all.
 
         Raises:
-            TrustError: A move is not what a trusted key signed.
+            TrustError: A move is not signed by a trusted key.
         """
-        return self._parts.aliases.history(type_id, identifier, alias, until=at)
+        return self._services.catalog.aliases.history(type_id, identifier, alias, until=at)
 
     def live(
         self, type_id: str, identifier: str, *, alias: str = LIVE, on_promote: OnPromote | None = None
     ) -> Live:
-        """A model that goes over to another version whenever the alias is moved, between two predictions.
+        """A model that switches to another version whenever the alias is moved, between two predictions.
 
-        A thread of its own follows the alias: by a change stream, where there is none (mongomock, a server
-        without a replica set) by looking once a second. It loads a version while the old one serves.
+        A thread follows the alias: by a change stream, or by looking once a second where there is none (mongomock,
+        a server without a replica set). It loads a version while the old one serves.
 
         Args:
             type_id: The kind: `model`.
             identifier: The name.
-            alias: The alias. While `live` names nothing, the version is the newest there was when this was called.
-            on_promote: Called with the model that served and the one that serves now, in that thread, after each
-                change; what it raises is logged and kept in `error`.
+            alias: The alias. While `live` names nothing, the version is the newest at the time of this call.
+            on_promote: Called with the old and the new model, in that thread, after each change; an error in it
+                is logged and kept in `error`.
 
         Returns:
             A handle with `predict` and `predict_batches`; close it, or use it as a context manager. It follows
@@ -404,136 +387,115 @@ class Serving(Opened):
             IntegrityError: A blob is not what was stored.
             TrustError: A signature does not hold.
         """
-        return Live(
-            connection=self._connection,
-            components=self._parts.components,
-            aliases=self._parts.aliases,
-            loader=self._parts.loader,
-            name=(type_id, identifier, alias),
-            on_promote=on_promote,
-        )
+        name = (type_id, identifier, alias)
+        return Live(self._connection, self._services.catalog, name, on_promote=on_promote)
 
+    # Lineage
 
-class Versions(Opened):
-    """The part of a datalayer that keeps versions."""
-
-    def load(
-        self,
-        type_id: str | None = None,
-        identifier: str | None = None,
-        version: int | None = None,
-        *,
-        uuid: str | None = None,
-        alias: str | None = None,
-        code: Any = None,
-    ) -> Any:
-        """A stored component, alone and unchanged.
-
-        Args:
-            type_id: `model`, `trainer`, `metric`, `validation`, `dataset`.
-            identifier: Its name.
-            version: Its version; None is the one that the alias names.
-            uuid: Instead of all these: exactly that version.
-            alias: The alias; None is `live`, or the newest version where `live` names none.
-            code: A module of the stored structure: its weights are filled in, and nothing that the database
-                holds is unpickled, imported or executed.
-
-        Raises:
-            NotFoundError: There is none, or no such alias.
-            ParameterError: Neither a uuid nor a kind and a name; an alias with a version or uuid.
-            PythonVersionError: It holds bytecode of another Python minor version; nothing was unpickled.
-            IntegrityError: A blob is not what was stored.
-            TrustError: A signature does not hold.
-        """
-        found = self._parts.loader.find(type_id, identifier, version, uuid=uuid, alias=alias)
-        return self._parts.loader.load(found) if code is None else self._parts.loader.with_code(found, code)
-
-    def show(
-        self,
-        type_id: str | None = None,
-        identifier: str | None = None,
-        version: int | None = None,
-        *,
-        uuid: str | None = None,
-    ) -> Any:
-        """What there is: kinds, identifiers of a kind, versions of a name, or one version's whole document.
-
-        Args:
-            type_id: The kind; None lists the kinds.
-            identifier: The name; None lists the names of the kind.
-            version: The version; None lists the versions of the name.
-            uuid: Instead of all these: the document of exactly that version.
+    def diff(self, uuid1: str, uuid2: str) -> Diff:
+        """How the version `uuid2` differs from `uuid1`: parameters, measurements, data, environment.
 
         Raises:
             NotFoundError: There is no such version.
-            TrustError: It is not what a trusted key signed.
+            IntegrityError: A blob is not what was stored.
         """
-        if uuid is not None:
-            return self._parts.components.get(uuid)
-        if type_id is None:
-            return self._parts.components.kinds()
-        if identifier is None:
-            return self._parts.components.identifiers(type_id)
-        if version is None:
-            return self._parts.components.versions(type_id, identifier)
-        return self._parts.components.find(type_id, identifier, version)
+        return diff(self._services.catalog, uuid1, uuid2)
 
-    def remove(self, type_id: str, identifier: str, version: int | None = None, force: bool = False) -> int:
-        """Remove a version, or all versions of a name where none is given; how many were removed.
+    def trained_on(self, document_id: Any, collection: str | None = None) -> list[TrainedOn]:
+        """The versions whose training set contained a document, newest first.
 
         Args:
-            type_id: The kind.
-            identifier: The name.
-            version: The version; None is all of them.
-            force: Remove it although another component refers to it or an alias names it; the alias then names
-                nothing, and its history says `removed`.
+            document_id: Its `_id`.
+            collection: The collection of the document; None is any.
+
+        Returns:
+            The versions; one whose training set was not recorded by document is listed as not `certain`.
 
         Raises:
-            NotFoundError: There is none.
-            InUseError: Another component refers to it, or an alias names it; nothing was removed.
+            DataError: BSON cannot hold such an `_id`.
+            IntegrityError: A blob is not what was stored.
         """
-        removed = self._parts.remover.remove(type_id, identifier, version, force=force)
-        if type_id == Schedule.type_id:
-            self._parts.register.forget(identifier)
-        return removed
+        return trained_on(self._services.catalog, document_id, collection)
 
-    def gc(self, dry_run: bool = False, *, grace_s: float = 3600.0) -> Collected:
-        """Collect what no component, checkpoint or publication under way reaches.
+    def reproduce(self, uuid: str, *, anyway: bool = False) -> Reproduction:
+        """Train a version again in this process, and compare the weights bit for bit; nothing is published.
 
         Args:
-            dry_run: Only say what would be collected.
-            grace_s: For how long something must have been unreached, in seconds; 0 only where nobody writes.
+            uuid: The uuid of a model that a run has published.
+            anyway: Train although its data has changed; by default the result reports the change, untrained.
+
+        Raises:
+            NotFoundError: There is no such version, or what it was trained from is gone.
+            ParameterError: No run has published it.
+            MongotorchError: The run failed.
+        """
+        return reproduce(self._services.catalog, self._connection, self.settings, uuid, anyway=anyway)
+
+    # Schedules
+
+    def schedules(self) -> list[dict[str, Any]]:
+        """Every schedule's runtime document, by name.
+
+        Its fields for people: `_id`, `paused`, `firings`, `next_at`, `state` (the counts), `last` (the newest
+        firing), `outcome` (of the newest run that has ended), `problem`.
+        """
+        return self._services.register.all()
+
+    def pause(self, identifier: str) -> None:
+        """Stop a schedule from firing by itself; its documents are counted meanwhile. Raises: NotFoundError."""
+        self._services.register.pause(identifier, paused=True)
+
+    def resume(self, identifier: str) -> None:
+        """Let a paused schedule fire again. Raises: NotFoundError."""
+        self._services.register.pause(identifier, paused=False)
+
+    def fire(self, identifier: str, *, why: str = "by hand") -> Job[Any]:
+        """Fire a schedule now, paused or not; a worker runs the job.
+
+        Args:
+            identifier: The schedule.
+            why: The reason, for the job.
+
+        Returns:
+            The job; `result()` is the published model, live or not.
+
+        Raises:
+            NotFoundError: There is no such schedule.
+            ConflictError: Other processes write the schedule again and again.
+        """
+        return self.job(self._services.register.fire_now(identifier, reason=why))
+
+    def preview(self, schedule: Schedule, *, since: datetime, until: datetime | None = None) -> list[Firing]:
+        """When a schedule, applied or not, would have fired.
+
+        A document counts at the time in its ObjectId; documents with other `_id`s do not count.
+
+        Args:
+            schedule: The schedule.
+            since: The start; aware, or naive UTC.
+            until: The end; None is now.
+
+        Raises:
+            ParameterError: Its trigger looks at measurements, which the past does not have.
+        """
+        return self._services.register.preview(schedule, since=since, until=until)
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """Watches and fires schedules; a `Worker` runs it."""
+        return self._services.scheduler
+
+    # Maintenance
+
+    def gc(self, dry_run: bool = False, *, grace_s: float = 3600.0) -> Collected:
+        """Remove what no component, checkpoint or running publication refers to.
+
+        Args:
+            dry_run: Only report what would be removed.
+            grace_s: Seconds for which it must have been unreferenced; 0 only while no other process writes.
         """
         return GarbageCollector(self._connection.database, grace_s=grace_s).collect(dry_run=dry_run)
 
     def verify(self) -> Verified:
         """Read and hash every blob, check every component and alias; problems are reported, not raised."""
-        return self._parts.checker.verify()
-
-
-@final
-class Datalayer(Reading, Running, Versions, Serving, Scheduling, Lineage):
-    """One open database; a context manager that closes it."""
-
-    @classmethod
-    def connect(cls, uri: str | None = None, **settings: Any) -> Self:
-        """Open a database.
-
-        Args:
-            uri: `mongodb://…`, `mongodb+srv://…`, `mongomock://NAME` or `embedded:PATH`; None is the setting
-                `uri` (`MONGOTORCH_URI`), else the embedded server over `embedded_path`.
-            settings: See `Settings`; over the environment.
-
-        Raises:
-            SettingError: The URI or a setting cannot be used.
-            ServerUnavailableError: Nothing answers there.
-            EmbeddedServerError: The embedded server is missing here, or does not start.
-        """
-        chosen = read_settings(**settings, **({} if uri is None else {"uri": uri}))
-        address = chosen.uri or f"embedded:{chosen.embedded_path}"
-        connection = open_address(address, chosen)
-        try:
-            return cls(connection, chosen)
-        except BaseException:
-            connection.close()
-            raise
+        return self._services.verifier.verify()

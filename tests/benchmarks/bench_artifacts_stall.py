@@ -84,7 +84,7 @@ def tensors_of(state: Any) -> list[Tensor]:
 
 
 def one_round(
-    fit: Fit, events: Iterator[Any], scribe: CheckpointWriter, live: list[Tensor], written: threading.Event
+    fit: Fit, events: Iterator[Any], writer: CheckpointWriter, live: list[Tensor], written: threading.Event
 ) -> dict[str, float]:
     """Seconds of each; `live` are the tensors of the run itself, `written` is set when a checkpoint is stored."""
     written.clear()
@@ -93,7 +93,7 @@ def one_round(
     copy, copies = timed(lambda: [tensor.clone() for tensor in live])
     del copies
     trim()
-    stall, _ = timed(lambda: scribe.write(fit.capture()))
+    stall, _ = timed(lambda: writer.write(fit.capture()))
     during = []
     while not written.is_set():
         during.append(timed(lambda: next(events))[0])
@@ -113,7 +113,7 @@ def measure(database: Any, megabytes: int, rounds: int) -> list[dict[str, float]
     checkpoints = Checkpoints(database)
     for part in (jobs, artifacts, checkpoints):
         part.ensure_indexes()
-    job, _ = jobs.add(component="stall", type_id="trainer", identifier="stall-trainer")
+    jobs.add(component="stall", type_id="trainer", identifier="stall-trainer")
     claimed = jobs.claim(worker="bench", lease_s=36_000)
     assert claimed is not None
     checkpointing = RunCheckpoints(checkpoints, artifacts, Codecs.builtin(TorchCodec()))
@@ -125,11 +125,11 @@ def measure(database: Any, megabytes: int, rounds: int) -> list[dict[str, float]
     written = threading.Event()
 
     def save(state: Mapping[str, Any]) -> None:
-        checkpointing.save(job, claimed["attempt"], state)
+        checkpointing.save(claimed, state, run={}, blobs={})
         written.set()
 
-    with CheckpointWriter(save, interval_s=0) as scribe:
-        return [one_round(fit, events, scribe, live, written) for _ in range(rounds + 1)][1:]
+    with CheckpointWriter(save, interval_s=0) as writer:
+        return [one_round(fit, events, writer, live, written) for _ in range(rounds + 1)][1:]
 
 
 def main() -> None:

@@ -17,25 +17,19 @@ from pymongo.errors import PyMongoError
 from tests.helpers import COLLECTION, fill, points, trainer
 
 from mongotorch import Datalayer, NewDocuments, Schedule, Worker
-from mongotorch.codecs import Codecs
 from mongotorch.component import Component
 from mongotorch.errors import MongotorchError, ServerUnavailableError, SettingError
 from mongotorch.mongo.connection import Connection, open_address
-from mongotorch.services.versions.catalog import Loader, Publisher
-from mongotorch.services.versions.promotion import Promoter
+from mongotorch.services.versions.catalog import Catalog
 from mongotorch.settings import read_settings
 from mongotorch.store import (
-    Aliases,
-    BlobStore,
     Checkpoints,
-    Components,
     GarbageCollector,
     Jobs,
     MetricLog,
     follow_alias,
 )
 from mongotorch.store.access_roles import ROLES, role_document
-from mongotorch.train.tensor_codec import TorchCodec
 
 PASSWORD = "s3cret-of-the-test"
 
@@ -133,17 +127,18 @@ def _set_up(secured: Secured) -> None:
 class House:
     def __init__(self, connection: Connection) -> None:
         database = self.database = connection.database
-        self.blobs, self.components = BlobStore(database), Components(database)
-        self.jobs, self.metrics, self.checkpoints = Jobs(database), MetricLog(database), Checkpoints(database)
-        self.aliases = Aliases(database)
-        codecs = Codecs.builtin(TorchCodec())
-        self.publisher = Publisher(self.components, self.blobs, codecs)
-        self.promoter = Promoter(self.components, self.aliases)
-        self.loader = Loader(self.components, self.blobs, self.aliases, codecs)
+        self.catalog = Catalog(database)
+        self.blobs, self.components, self.aliases = (
+            self.catalog.blobs,
+            self.catalog.components,
+            self.catalog.aliases,
+        )
+        self.jobs, self.metric_log, self.checkpoints = Jobs(database), MetricLog(database), Checkpoints(database)
+        self.promoter = self.catalog.promoter
 
     def ensure_indexes(self) -> None:
-        for room in (self.blobs, self.components, self.jobs, self.metrics, self.checkpoints, self.aliases):
-            room.ensure_indexes()
+        for store in (self.catalog, self.jobs, self.metric_log, self.checkpoints):
+            store.ensure_indexes()
 
 
 @pytest.fixture
@@ -187,7 +182,7 @@ def test_who_says_no_name_is_refused_at_the_first_read_and_write(secured: Secure
         house = House(connection)
         for act in (
             house.ensure_indexes,
-            lambda: house.publisher.store(Thing("a", value=torch.ones(3))),
+            lambda: house.catalog.store(Thing("a", value=torch.ones(3))),
             lambda: house.blobs.put(b"abc"),
             lambda: house.jobs.add(component="c", type_id="t", identifier="i"),
             lambda: house.jobs.claim(worker="w", lease_s=1),
@@ -204,14 +199,14 @@ def test_who_may_only_read_writes_nothing(secured: Secured, user: str) -> None:
     with secured.open(user) as connection:
         house = House(connection)
         for act in (
-            lambda: house.publisher.store(Thing("a", value=torch.ones(3))),
+            lambda: house.catalog.store(Thing("a", value=torch.ones(3))),
             lambda: house.blobs.put(b"abc"),
             lambda: house.blobs.remove("abc"),
             lambda: house.components.remove("abc"),
             lambda: house.jobs.add(component="c", type_id="t", identifier="i"),
             lambda: house.jobs.claim(worker="w", lease_s=1),
             lambda: house.aliases.move("thing", "a", to=None, expected=None, who="w", why=""),
-            lambda: house.metrics.add(job="j", component="c", step=1, kind="valid", values={}),
+            lambda: house.metric_log.add(job="j", component="c", step=1, kind="valid", values={}),
             lambda: GarbageCollector(house.database).collect(),
         ):
             with pytest.raises(SettingError, match="does not allow it"):
@@ -223,20 +218,20 @@ def test_a_trainer_publishes_and_a_reader_loads(secured: Secured) -> None:
         house = House(connection)
         house.ensure_indexes()
         connection.database["digits"].insert_one({"x": 1})
-        uuid = house.publisher.store(Thing("a", value=torch.arange(3.0))).uuid
-        house.publisher.store(Thing("a", value=torch.ones(3)))
+        uuid = house.catalog.store(Thing("a", value=torch.arange(3.0)))
+        house.catalog.store(Thing("a", value=torch.ones(3)))
         house.promoter.promote("thing", "a", 0)
         job, _ = house.jobs.add(component=uuid, type_id="thing", identifier="a")
         claimed = house.jobs.claim(worker="w", lease_s=60, job_id=job)
         assert claimed is not None
-        house.metrics.add(job=job, component=uuid, step=1, kind="valid", values={"objective": 1.0})
+        house.metric_log.add(job=job, component=uuid, step=1, kind="valid", values={"objective": 1.0})
         assert house.checkpoints.put(job, claimed["attempt"], 1, {}, [])
         assert house.jobs.succeed(job, claimed["attempt"], result=uuid)
         assert house.jobs.wait(job, 10)["status"] == "succeeded"
 
     with secured.open("reader") as connection:
         House(connection).ensure_indexes()  # they are there: nothing to be refused
-        loaded = (loader := House(connection).loader).load(loader.find("thing", "a"))
+        loaded = (catalog := House(connection).catalog).load(catalog.find("thing", "a"))
         assert isinstance(loaded, Thing)
         assert torch.equal(loaded.value, torch.arange(3.0))
         assert [move.to_uuid for move in House(connection).aliases.history("thing", "a")] == [uuid]
@@ -251,7 +246,7 @@ def test_a_worker_runs_jobs_and_changes_no_data_and_no_published_version(secured
         owner = House(connection)
         owner.ensure_indexes()
         connection.database["letters"].insert_one({"x": 1})
-        uuid = owner.publisher.store(Thing("w", value=[1])).uuid
+        uuid = owner.catalog.store(Thing("w", value=[1]))
         job, _ = owner.jobs.add(component=uuid, type_id="thing", identifier="w")
 
     with secured.open("worker") as connection:
@@ -261,7 +256,7 @@ def test_a_worker_runs_jobs_and_changes_no_data_and_no_published_version(secured
         assert claimed is not None
         assert connection.database["letters"].find_one({}) is not None
         assert house.checkpoints.put(job, claimed["attempt"], 1, {}, [house.blobs.put(b"state")])
-        result = house.publisher.store(Thing("w", value=[2])).uuid
+        result = house.catalog.store(Thing("w", value=[2]))
         house.checkpoints.drop(job)
         assert house.promoter.promote("thing", "w", uuid=result, job=job).to_uuid == result
         assert house.jobs.succeed(job, claimed["attempt"], result=result)

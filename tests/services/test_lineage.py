@@ -44,7 +44,7 @@ def test_a_version_says_what_it_was_made_of(db: Datalayer, uri: str) -> None:
     assert Query.from_document(data["query"]) == select.fold("train")
     assert {fold: data[fold]["count"] for fold in folds} == {fold: len(ids) for fold, ids in folds.items()}
     assert data["members"] in document["blobs"]
-    held = Members.from_bytes(db._parts.artifacts.get(data["members"]))
+    held = Members.from_bytes(db._services.catalog.blobs.get(data["members"]))
     assert (held.count, held.digest) == (data["train"]["count"], data["train"]["digest"])
     assert [n for n in range(120) if held.holds(n)] == folds["train"]
     assert isinstance(data["watermark"], Timestamp) == uri.startswith("mongodb")

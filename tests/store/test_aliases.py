@@ -206,13 +206,13 @@ def test_of_processes_that_promote_at_once_one_wins_each_move(server_uri: str) -
 
 
 def test_a_job_moves_an_alias_once_however_often_it_is_tried(db: Datalayer, uuids: list[str]) -> None:
-    aliases, documents = db._parts.aliases, [db.show("model", "m", n) for n in range(3)]
+    aliases, documents = db._services.catalog.aliases, [db.show("model", "m", n) for n in range(3)]
     by: dict[str, Any] = {"who": "w", "why": "trained"}
     first = aliases.move("model", "m", to=documents[1], expected=None, job="j", **by)
     db.promote("model", "m", 2)
 
     assert aliases.move("model", "m", to=documents[1], expected=None, job="j", **by) == first
-    assert db._parts.promoter.promote("model", "m", uuid=uuids[1], job="j", expected=None) == first
+    assert db._services.catalog.promoter.promote("model", "m", uuid=uuids[1], job="j", expected=None) == first
     assert db.load("model", "m").version == 2
     assert ends(db.history("model", "m")) == [(1, None, 1), (2, 1, 2)]
     assert aliases.move("model", "m", "other", to=documents[0], expected=None, job="j", **by).n == 1
@@ -298,7 +298,7 @@ def test_a_trainer_that_an_alias_names_keeps_the_model_it_was_published_with(db:
 def test_a_version_that_is_removed_while_it_is_promoted_is_named_by_nothing(
     db: Datalayer, uuids: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    aliases = db._parts.aliases
+    aliases = db._services.catalog.aliases
     move = Aliases.move
 
     def late(self: Aliases, *args: Any, **given: Any) -> Move:
@@ -322,7 +322,7 @@ def test_a_version_that_is_promoted_while_it_is_removed_is_named_by_nothing(
 
     def late(self: Components, uuid: str) -> None:
         # As another process would, after it had looked whether the version is there.
-        db._parts.aliases.move("model", "m", to=document, expected=None, who="w", why="")
+        db._services.catalog.aliases.move("model", "m", to=document, expected=None, who="w", why="")
         remove(self, uuid)
 
     monkeypatch.setattr(Components, "remove", late)
@@ -339,7 +339,7 @@ def test_a_version_that_was_moved_away_from_and_removed_while_it_is_loaded_is_no
     db.promote("model", "m", 1)
     db.remove("model", "m", 0)
 
-    assert db._parts.loader.named(stale)["_id"] == uuids[1]
+    assert db._services.catalog.named_by(stale)["_id"] == uuids[1]
     db["mt.components"].raw.delete_one({"_id": uuids[1]})
     with pytest.raises(NotFoundError, match="which is gone"):
         db.load("model", "m")

@@ -18,7 +18,7 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from mongotorch.codecs import Codecs, pickles
+from mongotorch.codecs import pickles
 from mongotorch.component import Component
 from mongotorch.errors import (
     CodecError,
@@ -29,11 +29,10 @@ from mongotorch.errors import (
     TrustError,
     UnsupportedError,
 )
-from mongotorch.services.versions.catalog import Loader, Publisher
+from mongotorch.services.versions.catalog import Catalog
 from mongotorch.settings import read_settings
-from mongotorch.store import Aliases, BlobStore, Checkpoints, Components, Jobs, Trust, Verifier, trust_of
+from mongotorch.store import Checkpoints, Jobs, Trust, Verifier, trust_of
 from mongotorch.store.signing import HmacKey, canonical
-from mongotorch.train.tensor_codec import TorchCodec
 
 KEY, OLD, FOREIGN = HmacKey(b"k" * 16), HmacKey(b"o" * 16), HmacKey(b"f" * 16)
 SIGNED = Trust(KEY, (KEY,), required=True)
@@ -49,20 +48,20 @@ class Thing(Component):
 class House:
     def __init__(self, database: Any, trust: Trust | None = SIGNED) -> None:
         self.database = database
-        codecs = Codecs.builtin(TorchCodec())
-        self.blobs, self.components = BlobStore(database), Components(database, trust)
-        self.aliases = Aliases(database, trust)
-        self.blobs.ensure_indexes()
-        self.components.ensure_indexes()
-        self.publisher = Publisher(self.components, self.blobs, codecs)
-        self.loader = Loader(self.components, self.blobs, self.aliases, codecs)
+        self.catalog = Catalog(database, trust)
+        self.catalog.ensure_indexes()
+        self.components, self.blobs, self.aliases = (
+            self.catalog.components,
+            self.catalog.blobs,
+            self.catalog.aliases,
+        )
         self.documents = database["mt.components"]
 
     def trusting(self, trust: Trust | None) -> House:
         return House(self.database, trust)
 
     def store(self, name: str = "a", value: Any = None) -> str:
-        return self.publisher.store(Thing(name, value=torch.arange(3.0) if value is None else value)).uuid
+        return self.catalog.store(Thing(name, value=torch.arange(3.0) if value is None else value))
 
 
 @pytest.fixture
@@ -83,10 +82,12 @@ def never_unpickled(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_was_signed_loads_and_is_recognised(house: House) -> None:
     thing = Thing("a", value={"weights": torch.arange(3.0), "when": datetime(2026, 1, 2, 3, 4, 5, 678000)})
 
-    assert house.publisher.store(thing).new
-    assert not house.publisher.store(thing).new
+    assert house.catalog.store(thing) == thing.uuid
+    count = house.documents.count_documents({})
+    assert house.catalog.store(thing) == thing.uuid
+    assert house.documents.count_documents({}) == count
 
-    loaded = house.loader.load(house.loader.find("thing", "a"))
+    loaded = house.catalog.load(house.catalog.find("thing", "a"))
     assert isinstance(loaded, Thing)
     assert torch.equal(loaded.value["weights"], torch.arange(3.0))
     assert house.documents.find_one({})["signature"]["key"] == KEY.key_id
@@ -105,20 +106,20 @@ def test_what_no_accepted_key_signed_is_refused(house: House, trust: Trust | Non
     uuid = house.trusting(trust).store()
 
     with pytest.raises(TrustError, match=uuid):
-        house.loader.by_uuid(uuid)
+        house.catalog.load_uuid(uuid)
     with pytest.raises(TrustError, match="thing 'a'"):
-        house.loader.load(house.loader.find("thing", "a"))
+        house.catalog.load(house.catalog.find("thing", "a"))
 
 
 def test_without_the_demand_an_unsigned_document_loads_but_a_changed_one_does_not(house: House) -> None:
     lenient = house.trusting(Trust(None, (KEY,)))
     unsigned, signed = house.trusting(None).store("plain"), house.store("signed")
 
-    assert lenient.loader.by_uuid(unsigned)
-    assert lenient.loader.by_uuid(signed)
+    assert lenient.catalog.load_uuid(unsigned)
+    assert lenient.catalog.load_uuid(signed)
     house.documents.update_one({"_id": signed}, {"$set": {"fields.value": 1}})
     with pytest.raises(TrustError, match="changed"):
-        lenient.loader.by_uuid(signed)
+        lenient.catalog.load_uuid(signed)
 
 
 @pytest.mark.usefixtures("never_unpickled")
@@ -148,7 +149,7 @@ def test_a_document_that_was_changed_is_refused(house: House, change: dict[str, 
     house.documents.update_one({"_id": uuid}, {"$set": change})
 
     with pytest.raises(TrustError):
-        house.loader.by_uuid(uuid)
+        house.catalog.load_uuid(uuid)
 
 
 @pytest.mark.usefixtures("never_unpickled")
@@ -158,11 +159,11 @@ def test_a_component_that_was_copied_under_another_name_or_uuid_is_refused(house
 
     house.documents.insert_one({**document, "_id": "copy", "identifier": "b"})
     with pytest.raises(TrustError):
-        house.loader.load(house.loader.find("thing", "b"))
+        house.catalog.load(house.catalog.find("thing", "b"))
     house.documents.delete_one({"_id": new})
     house.documents.insert_one({**document, "_id": new, "version": 1})  # the older one under this uuid
     with pytest.raises(TrustError):
-        house.loader.by_uuid(new)
+        house.catalog.load_uuid(new)
 
 
 @pytest.mark.usefixtures("never_unpickled")
@@ -175,7 +176,7 @@ def test_a_blob_in_the_place_of_another_valid_one_is_refused(house: House) -> No
     files.update_one({"filename": other}, {"$set": {"filename": mine}})
 
     with pytest.raises(IntegrityError, match=mine):
-        house.loader.by_uuid(uuid)
+        house.catalog.load_uuid(uuid)
 
 
 def test_keys_are_rotated_without_a_pause(house: House) -> None:
@@ -183,10 +184,10 @@ def test_keys_are_rotated_without_a_pause(house: House) -> None:
     both = house.trusting(Trust(KEY, (KEY, OLD), required=True))
     after = both.store("after")
 
-    assert both.loader.by_uuid(before)
-    assert both.loader.by_uuid(after)
+    assert both.catalog.load_uuid(before)
+    assert both.catalog.load_uuid(after)
     with pytest.raises(TrustError, match="not among the accepted"):
-        house.loader.by_uuid(before)
+        house.catalog.load_uuid(before)
 
 
 def test_a_checkpoint_is_signed_too_and_does_not_pass_for_a_component(database: Any) -> None:
@@ -271,7 +272,7 @@ def test_any_bit_flipped_in_a_chunk_is_noticed_before_anything_is_unpickled(data
     chunks.update_one({"_id": chunk["_id"]}, {"$set": {"data": bytes(changed)}})
     try:
         with pytest.raises(IntegrityError):
-            _house.loader.by_uuid(_uuid)
+            _house.catalog.load_uuid(_uuid)
     finally:
         chunks.update_one({"_id": chunk["_id"]}, {"$set": {"data": chunk["data"]}})
 
@@ -354,7 +355,7 @@ def test_keys_that_cannot_be_used_are_refused(key: str, file: str, policy: Any, 
 def test_without_keys_nothing_is_signed_or_checked(house: House) -> None:
     open_house = house.trusting(trust_of(key=None, key_file=None, policy="any"))
 
-    assert open_house.loader.by_uuid(open_house.store())
+    assert open_house.catalog.load_uuid(open_house.store())
     assert "signature" not in house.documents.find_one({})
 
 
@@ -375,10 +376,10 @@ def test_who_holds_only_the_public_key_can_check_and_not_sign(house: House) -> N
     uuid = writer.store()
 
     assert reading.signing is None
-    assert house.trusting(reading).loader.by_uuid(uuid)
+    assert house.trusting(reading).catalog.load_uuid(uuid)
     house.documents.update_one({"_id": uuid}, {"$set": {"digest": "0"}})
     with pytest.raises(TrustError):
-        house.trusting(reading).loader.by_uuid(uuid)
+        house.trusting(reading).catalog.load_uuid(uuid)
     with pytest.raises(UnsupportedError):
         reading.accepted[0].sign(b"")
 

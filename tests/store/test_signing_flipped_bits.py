@@ -16,13 +16,12 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mongotorch.codecs import Codecs, pickles
+from mongotorch.codecs import pickles
 from mongotorch.component import Component
 from mongotorch.errors import MongotorchError
-from mongotorch.services.versions.catalog import Loader, Publisher
-from mongotorch.store import Aliases, BlobStore, Components, Trust
+from mongotorch.services.versions.catalog import Catalog
+from mongotorch.store import Trust
 from mongotorch.store.signing import HmacKey
-from mongotorch.train.tensor_codec import TorchCodec
 
 pytestmark = pytest.mark.property
 
@@ -42,12 +41,9 @@ class House:
     def __init__(self) -> None:
         self.database: Any = mongomock.MongoClient()["flips"]
         key = HmacKey(b"k" * 16)
-        codecs, blobs = Codecs.builtin(TorchCodec()), BlobStore(self.database)
-        components = Components(self.database, Trust(key, (key,), required=True))
-        self.loader = Loader(components, blobs, Aliases(self.database), codecs)
+        self.catalog = Catalog(self.database, Trust(key, (key,), required=True))
         self.module = torch.nn.Sequential(torch.nn.Linear(40, 40), torch.nn.BatchNorm1d(40))
-        stored = Publisher(components, blobs, codecs).store(Net("n", module=self.module))
-        self.uuid = stored.uuid
+        self.uuid = self.catalog.store(Net("n", module=self.module))
         self.documents: list[tuple[str, dict[str, Any]]] = []
         for name in COLLECTIONS:
             found: list[dict[str, Any]] = list(self.database[name].find({}, sort=[("_id", 1)]))
@@ -103,7 +99,7 @@ def test_any_bit_flipped_anywhere_is_an_error_before_anything_is_unpickled(
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pickles._Unpickler, "load", noticed)
             try:
-                loaded = HOUSE.loader.by_uuid(HOUSE.uuid)
+                loaded = HOUSE.catalog.load_uuid(HOUSE.uuid)
             except MongotorchError:
                 assert not unpickled
             else:
@@ -116,4 +112,4 @@ def test_any_bit_flipped_anywhere_is_an_error_before_anything_is_unpickled(
 def test_what_nobody_flipped_loads() -> None:
     assert {name for name, _ in HOUSE.documents} == set(COLLECTIONS)
     assert len(HOUSE.documents) >= 7
-    assert HOUSE.is_same(HOUSE.loader.by_uuid(HOUSE.uuid))
+    assert HOUSE.is_same(HOUSE.catalog.load_uuid(HOUSE.uuid))

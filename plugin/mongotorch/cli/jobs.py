@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from mongotorch.cli.output import AsJson, Uri, opened, print_json, print_pairs, print_table, said_of
-from mongotorch.jobs import Worker, run_pool
+from mongotorch.worker import Worker, run_pool
 
 _ENDED = {"succeeded": "succeeded", "failed": "failed", "cancelled": "was cancelled"}
 
@@ -84,7 +84,7 @@ def worker(
                 command,
                 count=concurrency,
                 environment={**os.environ, **address},
-                again=not (once or until_idle),
+                restart=not (once or until_idle),
             )
         )
     with opened(uri) as db:

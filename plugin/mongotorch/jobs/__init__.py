@@ -1,19 +1,17 @@
-"""Jobs: the handle, the engines that take them, and the worker process."""
+"""Jobs: the handle, what handlers get, and the engines that run them."""
 
-from mongotorch.jobs.engine import Engine, LocalEngine, QueueEngine, engine_named
-from mongotorch.jobs.job import Job, JobRecords
-from mongotorch.jobs.worker import Clockwork, Employer, Shift, Worker, run_pool
+from mongotorch.jobs.engine import Engine, LocalEngine, QueueEngine, engine_named, environment, worker_name
+from mongotorch.jobs.job import Handler, Job, JobRecords, Lease
 
 __all__ = [
-    "Clockwork",
-    "Employer",
     "Engine",
+    "Handler",
     "Job",
     "JobRecords",
+    "Lease",
     "LocalEngine",
     "QueueEngine",
-    "Shift",
-    "Worker",
     "engine_named",
-    "run_pool",
+    "environment",
+    "worker_name",
 ]

@@ -1,76 +1,80 @@
-"""The port between a job and what executes it, and the engine that executes in the calling process.
+"""Engines: where the jobs of a datalayer run. An engine gets a job's id and a function that runs it, nothing else.
 
-Always: an engine is told a job's id and never sees an object of the run; what it does for the id is
-`perform`, which finds everything else in the database. So the same call can be made by a worker elsewhere.
+The function finds everything in the database, so a worker in another process can make the same call.
 """
 
 from __future__ import annotations
 
 import abc
+import functools
+import importlib.metadata
+import os
+import platform
+import socket
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from typing import ClassVar, final
 
+from mongotorch._version import __version__
 from mongotorch.errors import SettingError
 
 GROUP = "mongotorch.engines"
 
 
 class Engine(abc.ABC):
-    """Where the runs of a datalayer are executed. A new one is a class and an entry point in the group above."""
+    """Runs jobs. A new engine is a subclass and an entry point in the group `mongotorch.engines`."""
 
     name: ClassVar[str]
 
     @abc.abstractmethod
-    def submit(self, job_id: str, perform: Callable[[str], None]) -> BaseException | None:
-        """Have a job executed.
+    def submit(self, job_id: str, run: Callable[[str], None]) -> BaseException | None:
+        """Have a job run.
 
         Args:
             job_id: The uuid of a job document with status `queued`.
-            perform: Executes the job of that id here; raises what the run raised, after it has recorded it.
+            run: Runs the job of that id in this process; raises the job's error after it was recorded.
 
         Returns:
-            What the run raised, if the engine waited for its end; None if it succeeded or goes on elsewhere.
+            The job's error, if the engine waited for its end; None if it succeeded or runs elsewhere.
 
         Raises:
-            KeyboardInterrupt: As every `BaseException` that is no `Exception`: it stops the caller as well.
+            KeyboardInterrupt: Like every `BaseException` that is not an `Exception`, it stops the caller as well.
         """
 
 
 @final
 class LocalEngine(Engine):
-    """Runs a job at once, in the calling thread. `submit` returns when the run has ended."""
+    """Runs a job in the calling thread; `submit` returns when it has ended."""
 
     name = "local"
 
-    def submit(self, job_id: str, perform: Callable[[str], None]) -> BaseException | None:
-        """Execute the job and wait for its end; see `Engine.submit`."""
+    def submit(self, job_id: str, run: Callable[[str], None]) -> BaseException | None:
+        """Run the job to its end; see `Engine.submit`."""
         try:
-            perform(job_id)
-        except Exception as error:  # noqa: BLE001 - a future keeps what the run raised, whatever it is
+            run(job_id)
+        except Exception as error:  # noqa: BLE001 - the `Job` keeps any error of the run
             return error
         return None
 
 
 @final
 class QueueEngine(Engine):
-    """Leaves the job in the queue, for any worker. `submit` returns at once."""
+    """Leaves a job in the queue for any worker; `submit` returns at once."""
 
     name = "queue"
 
-    def submit(self, job_id: str, perform: Callable[[str], None]) -> BaseException | None:  # noqa: ARG002
-        """Nothing is left to do: the job document is the message; see `Engine.submit`."""
+    def submit(self, job_id: str, run: Callable[[str], None]) -> BaseException | None:  # noqa: ARG002
+        """Do nothing: workers find the job's document; see `Engine.submit`."""
         return None
 
 
 def engine_named(name: str) -> Engine:
-    """The compute engine of a name: built in, or offered by an installed package.
+    """The engine of a name: a built-in one, or one that an installed package offers.
 
     Raises:
-        SettingError: There is none; the message names those there are.
+        SettingError: There is no such engine; the message names those there are.
     """
     engines: dict[str, Callable[[], Engine]] = {LocalEngine.name: LocalEngine, QueueEngine.name: QueueEngine}
-    offered = {entry.name: entry for entry in entry_points(group=GROUP)}
+    offered = {entry.name: entry for entry in importlib.metadata.entry_points(group=GROUP)}
     if name in engines:
         return engines[name]()
     if name in offered:
@@ -78,3 +82,20 @@ def engine_named(name: str) -> Engine:
         return made
     known = ", ".join(sorted({*engines, *offered}))
     raise SettingError(f"compute={name!r}: there is no such engine; there are {known}", setting="compute")
+
+
+def worker_name() -> str:
+    """The name of this process as a worker: host and process id."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+@functools.cache
+def environment() -> dict[str, str]:
+    """The versions and the platform that a run here depends on."""
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "pymongo")}
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "mongotorch": __version__,
+        **packages,
+    }

@@ -1,8 +1,7 @@
-"""The future that `db.apply` returns, and that `db.job(uuid)` finds again from anywhere.
+"""The handle of a job that `db.apply` returns and `db.job(uuid)` finds again, and what a job's handler gets.
 
-Always: what it says is read from the job's document when asked, so that every process that holds the same
-job sees the same; a final status never changes again; `result()` either returns what the run published or
-raises. A job without a run (nothing was left to do) is done from the start.
+Guarantees: every property reads the job's document when asked, so that all processes see the same; `result()`
+returns what the run published, or raises. A `Job` without a run is done from the start.
 """
 
 from __future__ import annotations
@@ -13,13 +12,34 @@ from typing import Any, Generic, Protocol, TypeVar, final
 
 from mongotorch.errors import JobCancelledError, JobFailedError, JobTimeoutError
 
-_SLICE_S = 2.0
-"""So often somebody who waits looks whether the run still has somebody who runs it."""
+_RESUME_INTERVAL_S = 2.0
+"""How often a waiting caller checks whether the run has to be resumed."""
 T = TypeVar("T")
 
 
+class Lease(Protocol):
+    """An attempt's hold on its job, as a handler sees it.
+
+    Attributes:
+        progress: What the next heartbeat writes into the job's document; plain BSON.
+    """
+
+    progress: dict[str, Any]
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the process has to stop."""
+
+    def check(self) -> None:
+        """Raises: JobCancelledError when the job was cancelled, or another worker has taken it over."""
+
+
+Handler = Callable[[Mapping[str, Any], Lease], str]
+"""Runs a claimed job: from its document and the lease to the uuid of what was published."""
+
+
 class JobRecords(Protocol):
-    """What a future needs of the place where jobs are kept."""
+    """The store of job documents, as a `Job` needs it."""
 
     def get(self, job_id: str) -> Mapping[str, Any]:
         """The job's document. Raises: NotFoundError."""
@@ -36,17 +56,17 @@ class JobRecords(Protocol):
 
 @final
 class Job(Generic[T]):
-    """One run of one component, from here or from anywhere.
+    """One run of one component, in this process or in another.
 
     Args:
         uuid: The job's own uuid.
-        component: Gives the component as it was stored, before the run; asked once, when somebody wants it.
-        records: Where the job's document is; None for a job that had nothing to run.
-        load: From the uuid of what the run published to the component.
-        error: What the run raised, when this process ran it.
-        resume: Has the job executed again where nobody holds it any more; asked while somebody waits. None: that
-            is for others to do.
-        result: What `result()` gives, where it is known already.
+        component: Loads the component as it was stored, before the run; called at most once.
+        load: Loads the published component of a uuid.
+        records: The store of job documents; None for a job that had nothing to run.
+        error: What the run raised, if this process ran it.
+        result: What `result()` returns, if it is known already.
+        resume: Runs the job again if no process holds it any more; called while the caller waits. None leaves
+            that to workers.
     """
 
     def __init__(
@@ -110,7 +130,7 @@ class Job(Generic[T]):
         """What the run raised, None if it succeeded; waits for its end.
 
         Args:
-            timeout: Seconds to wait; None waits for ever.
+            timeout: Seconds to wait; None waits without a limit.
 
         Raises:
             JobTimeoutError: The run has not ended by then.
@@ -134,12 +154,12 @@ class Job(Generic[T]):
         """What the run published: the trained model (for a component without a run, the component).
 
         Args:
-            timeout: Seconds to wait; None waits for ever.
+            timeout: Seconds to wait; None waits without a limit.
 
         Raises:
             JobTimeoutError: The run has not ended by then.
             JobCancelledError: It was cancelled.
-            JobFailedError: It failed in another process; in the process that ran it, its own error is raised.
+            JobFailedError: It failed in another process. The process that ran it raises the error itself.
         """
         error = self.exception(timeout)
         if error is not None:
@@ -149,14 +169,14 @@ class Job(Generic[T]):
         return self._result
 
     def _wait(self, timeout: float | None) -> str:
-        """The final status; a run whose process died is gone on with here, if that is this job's to do."""
+        """The final status; meanwhile `resume` takes over a run whose process died."""
         if self._records is None:
             return "succeeded"
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
-            left = _SLICE_S if deadline is None else deadline - time.monotonic()
+            left = _RESUME_INTERVAL_S if deadline is None else deadline - time.monotonic()
             try:
-                return str(self._records.wait(self.uuid, max(min(left, _SLICE_S), 0.0))["status"])
+                return str(self._records.wait(self.uuid, max(min(left, _RESUME_INTERVAL_S), 0.0))["status"])
             except JobTimeoutError:
                 if deadline is not None and time.monotonic() >= deadline:
                     raise

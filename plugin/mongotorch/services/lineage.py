@@ -1,11 +1,7 @@
-"""How two versions differ: parameters, data, measurements, environment; and whose training set held what.
+"""Where versions come from: how two of them differ, which were trained on a document, and whether one reproduces.
 
-Always: it is told from documents and membership blobs; nothing is unpickled. What is not known is said, and never
-taken for no difference.
-
-Trains a stored version again, from what it was trained from, and compares bits.
-
-Always: nothing is published; data that has changed since is found before anything is trained, and said.
+Guarantees: nothing is published. Comparing unpickles nothing: it reads documents and membership blobs. What is
+unknown is reported as unknown. Data that has changed is reported before anything is trained.
 """
 
 from __future__ import annotations
@@ -14,26 +10,19 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Final, final
 
-from mongotorch.codecs import renamed
+from mongotorch.codecs import Opaque, describe, referenced, renamed
 from mongotorch.data import Difference, Members
 from mongotorch.errors import DataError, NotFoundError, ParameterError
+from mongotorch.jobs import environment
 from mongotorch.mongo.connection import Connection
 from mongotorch.query import Query
-from mongotorch.services.training.job_runner import environment
-from mongotorch.services.training.recipe import (
-    DataProvenance,
-    TrainingRecipe,
-    follow_quietly,
-    members_of_facts,
-    summary,
-)
-from mongotorch.services.versions.catalog import Loader
+from mongotorch.services.training.recipe import TrainingRecipe, opened_fit, scan, summary
+from mongotorch.services.versions.catalog import Catalog
 from mongotorch.settings import Settings
-from mongotorch.store import BlobStore, Components
 from mongotorch.train import TorchModel, TorchTrainer, differences, warm_start
 
 CHANGED: Final = "changed"
-_RUN = frozenset({"metric_values", "trainer", "model", "artifacts"})  # told otherwise, or by the other document
+_SHOWN_ELSEWHERE: Final = frozenset({"metric_values", "trainer", "model", "artifacts"})
 _MISSING: Final = object()
 Change = tuple[Any, Any]
 
@@ -41,15 +30,15 @@ Change = tuple[Any, Any]
 @final
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Diff:
-    """How a later version differs from an earlier one; printing it shows all of it.
+    """How a later version differs from an earlier one; `print` shows all of it.
 
     Attributes:
-        versions: Both, in words.
-        parameters: By name (`trainer.seed`): the old and the new value; `"changed"` where it is no plain value.
-        metrics: By name: what was measured of the published weights, old and new; None where it was not.
-        documents: How many training documents; None where that is not known.
-        data: Training documents added, removed and changed; None where that is not known.
-        data_unknown: Why it is not known; empty where it is.
+        versions: The titles of both.
+        parameters: By name (`trainer.seed`): the old and the new value; `"changed"` if it is not a plain value.
+        metrics: By name: the measurements of the published weights, old and new; None if not measured.
+        documents: The number of training documents; None if unknown.
+        data: Training documents added, removed and changed; None if unknown.
+        data_unknown: Why `data` is unknown; empty if it is known.
         environment: By name: the old and the new version or platform.
     """
 
@@ -65,12 +54,12 @@ class Diff:
         """All of it as plain values."""
         return {
             "versions": list(self.versions),
-            "parameters": {name: _pair(change) for name, change in self.parameters.items()},
-            "metrics": {name: _pair(change) for name, change in self.metrics.items()},
-            "documents": _pair(self.documents),
+            "parameters": {name: _plain(change) for name, change in self.parameters.items()},
+            "metrics": {name: _plain(change) for name, change in self.metrics.items()},
+            "documents": _plain(self.documents),
             "data": dataclasses.asdict(self.data) if self.data is not None else None,
             "data_unknown": self.data_unknown,
-            "environment": {name: _pair(change) for name, change in self.environment.items()},
+            "environment": {name: _plain(change) for name, change in self.environment.items()},
         }
 
     def __str__(self) -> str:
@@ -96,7 +85,7 @@ class TrainedOn:
         identifier: Its name.
         version: Its version.
         uuid: Its identity.
-        certain: False: its training set was not kept document by document, so it may have held this one.
+        certain: False if its training set was not recorded by document: it may contain this one.
     """
 
     type_id: str
@@ -106,112 +95,116 @@ class TrainedOn:
     certain: bool = True
 
 
-@final
-class Comparer:
-    """Compares versions of one database.
+def diff(catalog: Catalog, old: str, new: str) -> Diff:
+    """How the version of one uuid differs from that of another. Raises: NotFoundError, IntegrityError."""
+    before, after = catalog.components.get(old), catalog.components.get(new)
+    parameters: dict[str, Change | str] = {}
+    for first, second in zip(_pair(catalog, before), _pair(catalog, after), strict=True):
+        parameters |= _changed_parameters(first, second)
+    records = (before.get("data"), after.get("data"))
+    difference, unknown = _data_difference(catalog, *records)
+    counts = [(record or {}).get("train", {}).get("count") for record in records]
+    return Diff(
+        versions=(_title(before), _title(after)),
+        parameters=parameters,
+        metrics=_changes(before.get("metrics", {}), after.get("metrics", {})),
+        documents=(counts[0], counts[1]),
+        data=difference,
+        data_unknown=unknown,
+        environment=_changes(before.get("environment", {}), after.get("environment", {})),
+    )
+
+
+def trained_on(catalog: Catalog, document_id: Any, collection: str | None = None) -> list[TrainedOn]:
+    """The versions whose training set contained the document of an `_id`, newest first.
 
     Args:
-        components: The component documents.
-        artifacts: The blobs.
+        catalog: The versions.
+        document_id: The `_id`.
+        collection: The collection of the document; None is any.
+
+    Raises:
+        DataError: BSON cannot hold such an `_id`.
+        IntegrityError: A blob is not what was stored.
     """
-
-    def __init__(self, components: Components, artifacts: BlobStore) -> None:
-        self._components, self._artifacts = components, artifacts
-
-    def diff(self, old: str, new: str) -> Diff:
-        """How the version of one uuid differs from that of another. Raises: NotFoundError, IntegrityError."""
-        before, after = self._components.get(old), self._components.get(new)
-        parameters: dict[str, Change | str] = {}
-        for ours, theirs in zip(self._both(before), self._both(after), strict=True):
-            parameters |= _parameters(ours, theirs)
-        facts = tuple(document.get("data") for document in (before, after))
-        data, unknown = self._data(*facts)
-        counts = [(said or {}).get("train", {}).get("count") for said in facts]
-        return Diff(
-            versions=(_name(before), _name(after)),
-            parameters=parameters,
-            metrics=_changes(before.get("metrics", {}), after.get("metrics", {})),
-            documents=(counts[0], counts[1]),
-            data=data,
-            data_unknown=unknown,
-            environment=_changes(before.get("environment", {}), after.get("environment", {})),
-        )
-
-    def trained_on(self, document_id: Any, collection: str | None = None) -> list[TrainedOn]:
-        """The versions whose training set held the document of an `_id`, newest first.
-
-        Raises:
-            DataError: BSON cannot hold such an `_id`.
-            IntegrityError: A blob is not what was stored.
-        """
-        held: dict[str | None, bool] = {}  # many versions share one set
-        found = []
-        for document in self._components.trained(collection):
-            name = document["data"].get("members")
-            if name is not None and name not in held:
-                held[name] = Members.from_bytes(self._artifacts.get(name)).holds(document_id)
-            if name is None or held[name]:
-                said = {key: document[key] for key in ("type_id", "identifier", "version")}
-                found.append(TrainedOn(**said, uuid=document["_id"], certain=name is not None))
-        return found
-
-    def _both(self, document: Mapping[str, Any]) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
-        """The documents of the trainer and of the model that a document is of."""
-        other = document["fields"].get("trainer") or document["fields"].get("model")
-        partner = None
-        if isinstance(other, Mapping) and "_ref" in other:
-            partner = self._components.peek(other["_ref"])
-            if partner is None:
-                raise NotFoundError(f"{_name(document)} refers to {other['_ref']}, which is gone")
-        pair = {one["type_id"]: one for one in (document, partner) if one is not None}
-        return pair.get("trainer"), pair.get("model", document if "trainer" not in pair else None)
-
-    def _data(self, before: Any, after: Any) -> tuple[Difference | None, str]:
-        digests = [(said or {}).get("train", {}).get("digest") for said in (before, after)]
-        if digests[0] is not None and digests[0] == digests[1]:
-            return Difference(added=0, removed=0, changed=0), ""
-        sets = []
-        for which, said in (("earlier", before), ("later", after)):
-            try:
-                sets.append(members_of_facts(said, self._artifacts.get))
-            except DataError as error:
-                return None, f"of the {which} version: {error}"
-        return sets[0].difference(sets[1]), ""
+    contained: dict[str | None, bool] = {}  # many versions share one set
+    found = []
+    for document in catalog.components.trained(collection):
+        name = document["data"].get("members")
+        if name is not None and name not in contained:
+            contained[name] = Members.from_bytes(catalog.blobs.get(name)).holds(document_id)
+        if name is None or contained[name]:
+            version = {key: document[key] for key in ("type_id", "identifier", "version")}
+            found.append(TrainedOn(**version, uuid=document["_id"], certain=name is not None))
+    return found
 
 
-def _parameters(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> dict[str, Change | str]:
+def _pair(catalog: Catalog, document: Mapping[str, Any]) -> tuple[Mapping[str, Any] | None, Any]:
+    """The documents of the trainer and of the model, of which one is given."""
+    other = referenced(document["fields"].get("trainer") or document["fields"].get("model"))
+    partner = None if other is None else catalog.components.peek(other)
+    if other is not None and partner is None:
+        raise NotFoundError(f"{_title(document)} refers to {other}, which is gone")
+    pair = {one["type_id"]: one for one in (document, partner) if one is not None}
+    return pair.get("trainer"), pair.get("model", document if "trainer" not in pair else None)
+
+
+def _data_difference(catalog: Catalog, before: Any, after: Any) -> tuple[Difference | None, str]:
+    """How the training documents differ; None and why that is unknown."""
+    digests = [(record or {}).get("train", {}).get("digest") for record in (before, after)]
+    if digests[0] is not None and digests[0] == digests[1]:
+        return Difference(added=0, removed=0, changed=0), ""
+    sets = []
+    for which, record in (("earlier", before), ("later", after)):
+        try:
+            sets.append(_members(catalog, record))
+        except DataError as error:
+            return None, f"of the {which} version: {error}"
+    return sets[0].difference(sets[1]), ""
+
+
+def _members(catalog: Catalog, record: Mapping[str, Any] | None) -> Members:
+    """The training documents that a version's record of its data names.
+
+    Raises:
+        DataError: They were not recorded one by one; the message says why.
+        IntegrityError: The blob is not what was stored.
+    """
+    if record is None:
+        raise DataError("it was stored as it was given, not trained in this database")
+    if record.get("members") is not None:
+        return Members.from_bytes(catalog.blobs.get(record["members"]))
+    if "train" not in record:
+        raise DataError("it was trained without lineage (the setting `lineage` was off)")
+    raise DataError(f"its {record['train']['count']} documents are too many to be kept one by one")
+
+
+def _changed_parameters(
+    before: Mapping[str, Any] | None, after: Mapping[str, Any] | None
+) -> dict[str, Change | str]:
     """The fields that differ between two documents of one kind."""
     kind = (before or after or {}).get("type_id")
     fields = [(document or {}).get("fields", {}) for document in (before, after)]
     found: dict[str, Change | str] = {}
-    for name in sorted({*fields[0], *fields[1]} - _RUN):
-        records = [renamed(part.get(name, _MISSING)) for part in fields]
+    for name in sorted({*fields[0], *fields[1]} - _SHOWN_ELSEWHERE):
+        records = [renamed(record.get(name, _MISSING)) for record in fields]
         if records[0] is not records[1] and records[0] != records[1]:
-            shown = [_shown(record) for record in records]
+            shown = [None if record is _MISSING else _shown(describe(record)) for record in records]
             found[f"{kind}.{name}"] = CHANGED if CHANGED in shown else (shown[0], shown[1])
     return found
 
 
-def _shown(record: Any) -> Any:
-    """A stored value for people to read; CHANGED where it is in blobs."""
-    if record is _MISSING:
-        return None
-    if isinstance(record, list):
-        parts = [_shown(part) for part in record]
+def _shown(value: Any) -> Any:
+    """A described value with lists for tuples; CHANGED if any part of it is kept in blobs."""
+    if isinstance(value, Opaque):
+        return CHANGED
+    if isinstance(value, list | tuple):
+        parts = [_shown(part) for part in value]
         return CHANGED if CHANGED in parts else parts
-    if not isinstance(record, Mapping):
-        return record
-    codec = record.get("_codec")
-    if codec == "name":
-        return record["name"]
-    if codec == "int":
-        return int(record["value"])
-    if codec == "tuple":
-        return _shown(record["items"])
-    if codec in (None, "query", "value"):
-        shown = {key: _shown(part) for key, part in record.items() if key != "_codec"}
-        return CHANGED if CHANGED in shown.values() else shown
-    return CHANGED
+    if isinstance(value, Mapping):
+        fields = {key: _shown(part) for key, part in value.items()}
+        return CHANGED if CHANGED in fields.values() else fields
+    return value
 
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Change]:
@@ -219,11 +212,11 @@ def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, C
     return {name: (old, new) for name, (old, new) in both.items() if old != new}
 
 
-def _name(document: Mapping[str, Any]) -> str:
+def _title(document: Mapping[str, Any]) -> str:
     return f"{document['type_id']} {document['identifier']!r} version {document['version']}"
 
 
-def _pair(change: Change | str) -> Any:
+def _plain(change: Change | str) -> Any:
     return change if isinstance(change, str) else {"old": change[0], "new": change[1]}
 
 
@@ -234,12 +227,12 @@ def _words(change: Change | str) -> str:
 @final
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reproduction:
-    """What came of training a version again.
+    """The result of training a version again.
 
     Attributes:
-        same: Whether all weights and buffers came out the same, bit for bit.
+        same: Whether all weights and buffers are the same, bit for bit.
         trained: Whether it was trained; False: its data has changed.
-        changed: What is not as it was, each in words: data, environment, weights.
+        changed: What differs from the first run, each in words: data, environment, weights.
     """
 
     same: bool
@@ -255,102 +248,83 @@ class Reproduction:
         return dataclasses.asdict(self)
 
 
-@final
-class Reproducer:
-    """Trains versions of one database again, in this process.
+def reproduce(
+    catalog: Catalog, connection: Connection, settings: Settings, uuid: str, *, anyway: bool = False
+) -> Reproduction:
+    """Train a version again in this process, and compare the weights.
 
     Args:
+        catalog: The versions.
         connection: The database.
-        settings: Of the datalayer.
-        components: The component documents.
-        artifacts: The blobs.
-        loader: Loads what a version was trained from.
-        facts: Says what there is now.
+        settings: The datalayer's.
+        uuid: The uuid of a model that a run has published.
+        anyway: Train although its data has changed.
+
+    Raises:
+        NotFoundError: There is no such version, or what it was trained from is gone.
+        ParameterError: No run has published it.
+        MongotorchError: The run failed.
     """
-
-    def __init__(
-        self,
-        *,
-        connection: Connection,
-        settings: Settings,
-        components: Components,
-        artifacts: BlobStore,
-        loader: Loader,
-        facts: DataProvenance,
-    ) -> None:
-        self._connection, self._settings = connection, settings
-        self._components, self._artifacts = components, artifacts
-        self._loader, self._facts = loader, facts
-
-    def reproduce(self, uuid: str, *, anyway: bool = False) -> Reproduction:
-        """Train a version again and compare.
-
-        Args:
-            uuid: A model's that a run has published.
-            anyway: Train although its data has changed.
-
-        Raises:
-            NotFoundError: There is no such version, or what it was trained from is gone.
-            ParameterError: No run has published it.
-            MongotorchError: What the run raises.
-        """
-        document = self._components.get(uuid)
-        course = self._course(document)
-        data = self._data(document, course)
-        changed = [*data, *_environment(document)]
-        if data and not anyway:
-            return Reproduction(same=False, trained=False, changed=changed)
-        stored = self._loader.by_uuid(uuid)
-        assert isinstance(stored, TorchModel)  # noqa: S101 - for the type checker; `_course` saw it
-        follow_quietly(course, self._connection, self._settings)
-        weights = list(differences(stored.object, course.model.object))
-        changed += [f"weight {name!r} came out otherwise" for name in weights]
-        return Reproduction(same=not weights, trained=True, changed=changed)
-
-    def _course(self, document: Mapping[str, Any]) -> TrainingRecipe:
-        """The very course that a version came from."""
-        if document["type_id"] != TorchModel.type_id or "job" not in document or "data" not in document:
-            raise ParameterError(
-                f"{document['type_id']} {document['identifier']!r} version {document['version']} is no model that "
-                "a run has published; give the uuid of one",
-                field="uuid",
-            )
-        published = self._components.get(document["fields"]["trainer"]["_ref"])
-        try:
-            trainer = self._loader.by_uuid(published["parent"])
-            model = self._loader.by_uuid(document["parent"])
-            start = document.get("start")
-            live = None if start is None else self._loader.by_uuid(start["model"])
-        except NotFoundError as error:
-            raise NotFoundError(f"what the version was trained from is gone: {error}") from error
-        assert isinstance(trainer, TorchTrainer)  # noqa: S101 - for the type checker
-        assert isinstance(model, TorchModel)  # noqa: S101
-        if isinstance(live, TorchModel):
-            trainer = warm_start(trainer, model, live)
-        query = Query.from_document(document["data"]["query"])
-        return TrainingRecipe(trainer=trainer, model=model, train_query=query)
-
-    def _data(self, document: Mapping[str, Any], course: TrainingRecipe) -> list[str]:
-        """What has changed in the data."""
-        said, changed = document["data"], []
-        for fold, query in (("train", course.training), ("valid", course.validation)):
-            if said.get(fold) is None or query is None:
-                continue  # it was not looked at then
-            now = self._facts.scan(query, course)
-            if summary(now) == said[fold]:
-                continue
-            how = f"{said[fold]['count']} documents then, {now.count} now"
-            if fold == "train":
-                try:
-                    found = members_of_facts(said, self._artifacts.get).difference(now)
-                    how = f"{found.added} added, {found.removed} removed, {found.changed} changed"
-                except DataError as error:
-                    how += f"; {error}"
-            changed.append(f"data of fold {fold!r}: {how}")
-        return changed
+    document = catalog.components.get(uuid)
+    recipe = _recipe(catalog, document)
+    data = _changed_data(catalog, connection, settings, document["data"], recipe)
+    changed = [*data, *_changed_environment(document)]
+    if data and not anyway:
+        return Reproduction(same=False, trained=False, changed=changed)
+    stored = catalog.load_model(uuid)
+    with opened_fit(recipe, connection, settings) as fit:
+        for _ in fit.run():
+            pass
+    fit.trained()  # puts the best weights into the model
+    weights = list(differences(stored.object, recipe.model.object))
+    changed += [f"weight {name!r} came out otherwise" for name in weights]
+    return Reproduction(same=not weights, trained=True, changed=changed)
 
 
-def _environment(document: Mapping[str, Any]) -> list[str]:
+def _recipe(catalog: Catalog, document: Mapping[str, Any]) -> TrainingRecipe:
+    """The recipe that a version was trained by."""
+    if document["type_id"] != TorchModel.type_id or "job" not in document or "data" not in document:
+        raise ParameterError(
+            f"{_title(document)} is no model that a run has published; give the uuid of one", field="uuid"
+        )
+    published = catalog.components.get(str(referenced(document["fields"]["trainer"])))
+    try:
+        trainer = catalog.load_uuid(published["parent"])
+        model = catalog.load_model(document["parent"])
+        start = document.get("start")
+        live = None if start is None else catalog.load_model(start["model"])
+    except NotFoundError as error:
+        raise NotFoundError(f"what the version was trained from is gone: {error}") from error
+    assert isinstance(trainer, TorchTrainer)  # noqa: S101 - for the type checker
+    if live is not None:
+        trainer = warm_start(trainer, model, live)
+    query = Query.from_document(document["data"]["query"])
+    return TrainingRecipe(trainer=trainer, model=model, train_query=query)
+
+
+def _changed_data(
+    catalog: Catalog, connection: Connection, settings: Settings, record: Mapping[str, Any], recipe: TrainingRecipe
+) -> list[str]:
+    """How the documents differ from a version's record of its data, in words."""
+    changed = []
+    for fold, query in (("train", recipe.training), ("valid", recipe.validation)):
+        if record.get(fold) is None or query is None:
+            continue  # it was not recorded then
+        now = scan(query, recipe, connection, settings)
+        if summary(now) == record[fold]:
+            continue
+        how = f"{record[fold]['count']} documents then, {now.count} now"
+        if fold == "train":
+            try:
+                found = _members(catalog, record).difference(now)
+                how = f"{found.added} added, {found.removed} removed, {found.changed} changed"
+            except DataError as error:
+                how += f"; {error}"
+        changed.append(f"data of fold {fold!r}: {how}")
+    return changed
+
+
+def _changed_environment(document: Mapping[str, Any]) -> list[str]:
     then, now = document.get("environment", {}), environment()
     names = [name for name in dict.fromkeys([*then, *now]) if then.get(name) != now.get(name)]
     return [f"environment: {name} {then.get(name)} then, {now.get(name)} now" for name in names]

@@ -6,7 +6,7 @@ from mongotorch.train.metrics import Dataset, Metric, Validation
 from mongotorch.train.model import TorchModel
 from mongotorch.train.optimizer_state import differences, same_structure, warm_start
 from mongotorch.train.tensor_codec import fill_module
-from mongotorch.train.trainer import TorchTrainer
+from mongotorch.train.trainer import TorchTrainer, trainer_and_model
 
 __all__ = [
     "Batches",
@@ -26,5 +26,6 @@ __all__ = [
     "fill_module",
     "same_structure",
     "score",
+    "trainer_and_model",
     "warm_start",
 ]

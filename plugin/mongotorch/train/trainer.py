@@ -233,3 +233,18 @@ class TorchTrainer(Component):
 def _check_positive(field: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ParameterError(f"{field}={value!r}: it must be a whole number from 1 on", field=field)
+
+
+def trainer_and_model(component: Component) -> tuple[TorchTrainer, TorchModel]:
+    """The trainer and the model of a component that can be trained: a trainer with a model, or the reverse.
+
+    Raises:
+        ParameterError: It is a trainer without a model, or a model without a trainer.
+    """
+    trainer = component if isinstance(component, TorchTrainer) else getattr(component, "trainer", None)
+    model = component if isinstance(component, TorchModel) else getattr(component, "model", None)
+    if not isinstance(trainer, TorchTrainer) or not isinstance(model, TorchModel):
+        raise ParameterError(
+            f"{component!r} cannot be trained: a trainer needs a `model`, a model needs a `trainer`", field="model"
+        )
+    return trainer, model

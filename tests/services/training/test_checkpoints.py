@@ -36,35 +36,35 @@ def nbytes(state: Any) -> int:
     return sum(map(nbytes, parts))
 
 
-def stall(run: Fit, scribe: CheckpointWriter) -> tuple[int, int]:
+def stall(run: Fit, writer: CheckpointWriter) -> tuple[int, int]:
     """Bytes that were copied for a checkpoint, and bytes of model and optimizer in it."""
     with Copied() as copied:
         state = run.capture()
-        scribe.write(state)
+        writer.write(state)
     return copied.nbytes, nbytes(state["model"]) + nbytes(state["optimizer"])
 
 
 def test_between_two_validations_a_checkpoint_copies_the_state_once() -> None:
     written: list[Any] = []
     run = fit(trainer(SELECT, max_iterations=3, validation_interval=None), net())
-    with CheckpointWriter(written.append, interval_s=0) as scribe:
+    with CheckpointWriter(written.append, interval_s=0) as writer:
         for event in run.run():
             assert isinstance(event, Stepped)
-            copied, held = stall(run, scribe)
+            copied, held = stall(run, writer)
             assert held > 0
             assert held <= copied <= 1.05 * held
-        scribe.flush()
+        writer.flush()
     assert written
 
 
 def test_after_a_better_validation_the_copy_of_the_best_is_the_checkpoint() -> None:
     run = fit(trainer(SELECT, max_iterations=4, validation_interval=2), net())
     seen = 0
-    with CheckpointWriter(lambda state: None, interval_s=0) as scribe:
+    with CheckpointWriter(lambda state: None, interval_s=0) as writer:
         for event in run.run():
             if isinstance(event, Validated) and event.improved:
                 seen += 1
-                copied, held = stall(run, scribe)
+                copied, held = stall(run, writer)
                 assert held > 0
                 assert copied <= 0.05 * held
     assert seen
@@ -79,10 +79,10 @@ def test_writing_never_makes_the_run_wait() -> None:
         free.wait(30)
         written.append(state["step"])
 
-    with CheckpointWriter(save, interval_s=0) as scribe:
+    with CheckpointWriter(save, interval_s=0) as writer:
         for step in range(50):
-            scribe.write({"step": step})
+            writer.write({"step": step})
         free.set()
-        scribe.flush()
+        writer.flush()
     assert written[-1] == 49
     assert len(written) <= 2

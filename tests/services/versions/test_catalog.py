@@ -10,12 +10,9 @@ import mongomock
 import pytest
 import torch
 
-from mongotorch.codecs import Codecs
 from mongotorch.component import Component
 from mongotorch.errors import ConflictError, NotFoundError, UnsafeClosureError
-from mongotorch.services.versions.catalog import Loader, Publisher
-from mongotorch.store import Aliases, BlobStore, Components
-from mongotorch.train.tensor_codec import TorchCodec
+from mongotorch.services.versions.catalog import Catalog
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -26,89 +23,85 @@ class Thing(Component):
     other: Component | None = None
 
 
-class House:
-    def __init__(self, database: Any) -> None:
-        self.database = database
-        codecs = Codecs.builtin(TorchCodec())
-        self.artifacts, self.components = BlobStore(database), Components(database)
-        self.aliases = Aliases(database)
-        self.artifacts.ensure_indexes()
-        self.components.ensure_indexes()
-        self.publisher = Publisher(self.components, self.artifacts, codecs)
-        self.loader = Loader(self.components, self.artifacts, self.aliases, codecs)
-
-    def writes(self) -> int:
-        return sum(self.database[name].count_documents({}) for name in self.database.list_collection_names())
-
-
 @pytest.fixture
-def house() -> Iterator[House]:
+def database() -> Iterator[Any]:
     client: Any = mongomock.MongoClient()
-    yield House(client.shop)
+    yield client.shop
     client.close()
 
 
-def test_what_is_stored_loads_by_uuid_and_by_name(house: House) -> None:
+@pytest.fixture
+def catalog(database: Any) -> Catalog:
+    made = Catalog(database)
+    made.ensure_indexes()
+    return made
+
+
+def count_documents(database: Any) -> int:
+    return sum(database[name].count_documents({}) for name in database.list_collection_names())
+
+
+def test_what_is_stored_loads_by_uuid_and_by_name(catalog: Catalog) -> None:
     thing = Thing("a", value=torch.arange(3.0))
 
-    stored = house.publisher.store(thing)
+    stored = catalog.store(thing)
 
-    assert stored.new
-    for loaded in (house.loader.by_uuid(thing.uuid), house.loader.load(house.loader.find("thing", "a"))):
+    assert stored == thing.uuid
+    for loaded in (catalog.load_uuid(thing.uuid), catalog.load(catalog.find("thing", "a"))):
         assert isinstance(loaded, Thing)
         assert (loaded.uuid, loaded.version) == (thing.uuid, 0)
         assert torch.equal(loaded.value, thing.value)
 
 
-def test_the_same_content_is_recognised_and_not_stored_again(house: House) -> None:
-    first = house.publisher.store(Thing("a", value=1))
-    before = house.writes()
+def test_the_same_content_is_recognised_and_not_stored_again(catalog: Catalog, database: Any) -> None:
+    first = catalog.store(Thing("a", value=1))
+    before = count_documents(database)
 
-    again = house.publisher.store(Thing("a", value=1))
+    again = catalog.store(Thing("a", value=1))
 
-    assert (again.new, again.uuid) == (False, first.uuid)
-    assert house.writes() == before
+    assert again == first
+    assert count_documents(database) == before
 
 
-def test_other_content_is_the_next_version_and_the_first_stays(house: House) -> None:
-    uuids = [house.publisher.store(Thing("a", value=value)).uuid for value in (1, 2, 1)]
+def test_other_content_is_the_next_version_and_the_first_stays(catalog: Catalog) -> None:
+    uuids = [catalog.store(Thing("a", value=value)) for value in (1, 2, 1)]
 
-    versions = [house.loader.load(house.loader.find("thing", "a", version)) for version in (0, 1, 2)]
+    versions = [catalog.load(catalog.find("thing", "a", version)) for version in (0, 1, 2)]
 
     assert [v.value for v in versions if isinstance(v, Thing)] == [1, 2, 1]
     assert [v.uuid for v in versions] == uuids
 
 
-def test_a_uuid_does_not_move_to_another_content(house: House) -> None:
+def test_a_uuid_does_not_move_to_another_content(catalog: Catalog) -> None:
     thing = Thing("a", value=[1])
-    house.publisher.store(thing)
+    catalog.store(thing)
     thing.value.append(2)
 
     with pytest.raises(ConflictError, match="replace"):
-        house.publisher.store(thing)
+        catalog.store(thing)
 
 
-def test_a_refused_value_leaves_no_trace(house: House) -> None:
-    client: Any = house.database.client
+def test_a_refused_value_leaves_no_trace(catalog: Catalog, database: Any) -> None:
+    client: Any = database.client
     inner = Thing("inner", value=torch.zeros(3))
 
     with pytest.raises(UnsafeClosureError, match=r"value\.__closure__\['client'\]"):
-        house.publisher.store(Thing("a", value=lambda: client, other=inner))
+        catalog.store(Thing("a", value=lambda: client, other=inner))
 
-    assert house.writes() == 0
+    assert count_documents(database) == 0
 
 
-def test_a_part_that_is_stored_already_is_shared(house: House) -> None:
+def test_a_part_that_is_stored_already_is_shared(catalog: Catalog) -> None:
     inner = Thing("inner", value=1)
-    house.publisher.store(inner)
+    catalog.store(inner)
 
-    house.publisher.store(Thing("a", other=Thing("inner", value=1)))
+    catalog.store(Thing("a", other=Thing("inner", value=1)))
 
-    loaded = house.loader.load(house.loader.find("thing", "a"))
+    loaded = catalog.load(catalog.find("thing", "a"))
     assert isinstance(loaded, Thing)
     assert loaded.other is not None
     assert loaded.other.uuid == inner.uuid
-    assert house.components.versions("thing", "inner") == [0]
+    assert catalog.components.versions("thing", "inner") == [0]
 
 
 class DiedError(Exception):
@@ -122,10 +115,10 @@ def pair() -> tuple[Thing, Thing]:
     return model, trainer
 
 
-def die_at(house: House, monkeypatch: pytest.MonkeyPatch, write: int) -> None:
+def die_at(catalog: Catalog, monkeypatch: pytest.MonkeyPatch, write: int) -> None:
     """Let the process die at its n-th write, before it reaches the database."""
     left = iter(range(write))
-    collections = (house.artifacts._files, house.artifacts._chunks, house.components._documents)
+    collections = (catalog.blobs._files, catalog.blobs._chunks, catalog.components._documents)
     for collection in collections:
         for method in ("insert_one", "insert_many"):
             monkeypatch.setattr(collection, method, mortal(getattr(collection, method), left))
@@ -141,28 +134,28 @@ def mortal(write: Any, left: Iterator[int]) -> Any:
 
 
 def test_a_death_at_any_write_of_a_publication_leaves_the_version_before(
-    house: House, monkeypatch: pytest.MonkeyPatch
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    house.publisher.store(Thing("model", value=0))
-    house.publisher.store(Thing("trainer", value=0))
+    catalog.store(Thing("model", value=0))
+    catalog.store(Thing("trainer", value=0))
     write = 0
     while True:
         model, trainer = pair()
         with monkeypatch.context() as patched:
-            die_at(house, patched, write)
+            die_at(catalog, patched, write)
             try:
-                house.publisher.publish(model, with_=trainer, facts={})
+                catalog.publish(model, partner=trainer, records={}, blobs={})
                 break
             except DiedError:
                 pass
-        assert house.components.versions("thing", "model") == [0]
-        assert house.components.versions("thing", "trainer") == [0]
+        assert catalog.components.versions("thing", "model") == [0]
+        assert catalog.components.versions("thing", "trainer") == [0]
         with pytest.raises(NotFoundError):
-            house.loader.by_uuid(trainer.uuid)
+            catalog.load_uuid(trainer.uuid)
         write += 1
 
     assert write >= 3
-    loaded = house.loader.load(house.loader.find("thing", "model"))
+    loaded = catalog.load(catalog.find("thing", "model"))
     assert isinstance(loaded, Thing)
     assert isinstance(loaded.other, Thing)
     assert loaded.other.other is loaded

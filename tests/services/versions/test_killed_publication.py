@@ -12,7 +12,7 @@ import pytest
 from tests.helpers import fill, same, state, trainer
 
 from mongotorch import Datalayer, TorchModel, TorchTrainer
-from mongotorch.services.versions.catalog import Publisher
+from mongotorch.services.versions.catalog import Catalog
 
 pytestmark = pytest.mark.fault
 
@@ -34,13 +34,13 @@ class Death:
         for cls in (mongomock.collection.Collection, pymongo.collection.Collection):
             for name in WRITES:
                 patch.setattr(cls, name, self._mortal(getattr(cls, name)))
-        publish = Publisher.publish
+        publish = Catalog.publish
 
         def begin(*args: Any, **kwargs: Any) -> Any:
             self.begun = True
             return publish(*args, **kwargs)
 
-        patch.setattr(Publisher, "publish", begin)
+        patch.setattr(Catalog, "publish", begin)
 
     def _mortal(self, write: Any) -> Any:
         def write_or_die(collection: Any, *args: Any, **kwargs: Any) -> Any:

@@ -17,7 +17,7 @@ from torch import nn
 
 from mongotorch import Datalayer, Live, Metric, TorchModel
 from mongotorch.errors import NotFoundError, ParameterError, UnsafeClosureError
-from mongotorch.services.versions.catalog import Loader
+from mongotorch.services.versions.catalog import Catalog
 from mongotorch.store import Aliases
 
 SOON_S = 10.0
@@ -318,15 +318,15 @@ def test_a_prediction_that_has_begun_ends_with_its_version(server_uri: str) -> N
 
 
 def test_a_version_is_loaded_while_the_old_one_serves(server_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    load, loading, go_on = Loader.load, threading.Event(), threading.Event()
+    load, loading, go_on = Catalog.load, threading.Event(), threading.Event()
 
-    def slowly(self: Loader, document: Any) -> Any:
+    def slowly(self: Catalog, document: Any) -> Any:
         if threading.current_thread() is not threading.main_thread():
             loading.set()
             assert go_on.wait(SOON_S)
         return load(self, document)
 
-    monkeypatch.setattr(Loader, "load", slowly)
+    monkeypatch.setattr(Catalog, "load", slowly)
     with Datalayer.connect(server_uri, progress=False) as db:
         for version in range(2):
             db.apply(constant(version))

@@ -1,1 +1,1 @@
-"""Schedules at work."""
+"""Schedules at work: registered, watched, fired, and run through their gate."""

@@ -1,219 +1,303 @@
-"""A schedule's run: from what is live, on what is there now, through the gate, and live only if it is better.
+"""The run of a schedule: trains from the live version on current data, asks the gate, publishes, and promotes.
 
-Always: where a run starts from, and on which documents, is decided once and kept with its checkpoints; the verdict
-is in the document that publishes the version; a version that the gate did not let through is stored and not
-live; a run that is tried again after it published promotes what it then decided, once.
-
-Which documents are new to a model: those that no stored version of it was trained on.
-
-Always: a document counts as known only through a version that was published, so that a run which fails leaves it
-new; late documents with old `_id`s are new as others are.
+Guarantees: where a run starts, and on which documents, is decided once and kept in its checkpoints. The verdict is
+part of the document that publishes the version; a version that the gate refuses is stored and not live. Both
+models are measured on the same documents. A promotion replaces the version that the verdict compared with, and no
+other. A job that is tried again after it published promotes by that verdict, once.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from typing import Any, Final, final
 
 import numpy as np
 
-from mongotorch.data import Members, assign_folds, check_select, unseen
+from mongotorch.component import Component
+from mongotorch.data import Members, Stream, assign_folds, check_select, unseen
+from mongotorch.errors import ConflictError, MongotorchError
+from mongotorch.jobs import Lease
 from mongotorch.mongo.connection import Connection
 from mongotorch.mongo.error_translation import driver_errors
 from mongotorch.query import FOLD_FIELD, FOLDS, Query
-from mongotorch.schedule import Schedule, gate_of
-from mongotorch.services.schedules.judging import Judge
-from mongotorch.services.training.heartbeat import Heartbeat
-from mongotorch.services.training.recipe import TrainingRecipe, pair
+from mongotorch.schedule import Gate, Schedule, Scores, State, Trigger, Verdict, gate_of
+from mongotorch.services.training.recipe import TrainingRecipe, validation_spec
 from mongotorch.services.training.training_run import TrainingRun
-from mongotorch.services.versions.catalog import Loader
 from mongotorch.settings import Settings
-from mongotorch.store import BlobStore, Components
-from mongotorch.train import TorchModel, TorchTrainer, same_structure, warm_start
+from mongotorch.train import (
+    Scored,
+    TorchModel,
+    TorchTrainer,
+    same_structure,
+    score,
+    trainer_and_model,
+    warm_start,
+)
 
-MOST: Final = 100_000
+MOST_NEW: Final = 100_000
 """More new documents are not named one by one in a query: the run then takes all of the select."""
-
-
-@final
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NewDocumentSet:
-    """What is new.
-
-    Attributes:
-        ids: The `_id`s; None: all documents of the select are taken; empty: nothing is new.
-        why: Why all are taken; else how many are new.
-    """
-
-    ids: list[Any] | None
-    why: str
-
-
-@final
-class NewDocumentFinder:
-    """Finds new documents.
-
-    Args:
-        database: The driver's database.
-        components: The component documents.
-        artifacts: The blobs.
-    """
-
-    def __init__(self, database: Any, components: Components, artifacts: BlobStore) -> None:
-        self._database, self._components, self._artifacts = database, components, artifacts
-
-    def of(self, trainer: TorchTrainer, model: TorchModel) -> NewDocumentSet:
-        """The training documents of a trainer's select that are new to a model's name.
-
-        Raises:
-            IntegrityError: A blob is not what was stored.
-        """
-        seen: list[Any] = []
-        for number in self._components.versions(model.type_id, model.identifier):
-            data = self._components.find(model.type_id, model.identifier, number).get("data")
-            if data is None:
-                continue  # it was applied, not trained
-            if data.get("members") is None:
-                why = f"version {number} does not say which documents it was trained on"
-                return NewDocumentSet(ids=None, why=why)
-            seen.append(Members.from_bytes(self._artifacts.get(data["members"])).ids)
-        if not seen:
-            return NewDocumentSet(ids=None, why="no version was trained yet")
-        ids = unseen(self._database, trainer.select.fold("train"), np.unique(np.concatenate(seen)), limit=MOST + 1)
-        if len(ids) > MOST:
-            return NewDocumentSet(ids=None, why=f"more than {MOST:,} documents are new")
-        return NewDocumentSet(ids=ids, why=f"{len(ids):,} new documents")
-
-
 Document = Mapping[str, Any]
 
 
 @final
 class Retraining:
-    """Runs what schedules fire.
+    """Runs the jobs of schedules.
 
     Args:
         connection: The database.
-        settings: `valid_fraction`.
-        components: The component documents.
-        loader: Loads the schedule, and what is live.
+        settings: The datalayer's.
         training: Trains and publishes.
-        judge: Says what is served, compares, promotes.
-        news: Finds the documents that no version was trained on.
-        told: Hears what became of a firing: the schedule's name, and what to keep of it.
+        record_outcome: Keeps the outcome of a firing, by the schedule's name.
     """
 
     def __init__(
         self,
-        *,
         connection: Connection,
         settings: Settings,
-        components: Components,
-        loader: Loader,
         training: TrainingRun,
-        judge: Judge,
-        news: NewDocumentFinder,
-        told: Callable[[str, Document], Any],
+        *,
+        record_outcome: Callable[[str, Document], None],
     ) -> None:
         self._connection, self._settings = connection, settings
-        self._components, self._loader, self._training = components, loader, training
-        self._judge, self._news, self._told = judge, news, told
+        self._training, self._catalog = training, training.catalog
+        self._record_outcome = record_outcome
 
-    def run(self, job: Document, heart: Heartbeat) -> str:
+    def run(self, job: Document, lease: Lease) -> str:
         """Train what a schedule says, judge it, publish it, and promote it if the gate lets it through.
 
         Args:
-            job: The claimed job document, of a firing.
-            heart: Keeps the lease; says when it is lost.
+            job: The claimed job document of a firing.
+            lease: The attempt's hold on the job.
 
         Returns:
             The uuid of the published model, whether it is live or not.
 
         Raises:
             JobReleasedError: The worker has to stop; a checkpoint was written.
-            JobCancelledError: The job was cancelled, or another worker has it now; nothing was published.
-            MongotorchError: What the run raised; nothing was published.
+            JobCancelledError: The job was cancelled, or another worker has it; nothing was published.
+            MongotorchError: The run failed; nothing was published.
         """
         published = self._training.published(job)
-        if published is None:  # else a try before this one got as far as publishing
-            schedule = self._loader.by_uuid(job["component"])
+        if published is None:
+            schedule = self._catalog.load_uuid(job["component"])
             assert isinstance(schedule, Schedule)  # noqa: S101 - for the type checker
             origin = self._training.origin(job) or self._begin(schedule)
             if origin["ids"] == []:
-                return self._nothing(schedule, job)
-            published = self._train(schedule, origin, job, heart)
+                return self._without_training(schedule, job)
+            published = self._train(schedule, origin, job, lease)
         name = published["schedule"]["identifier"]
-        refused = self._judge.promote(published, job=job["_id"], who=f"schedule {name}")
-        said = refused or published["verdict"]["why"]
-        self._told(name, _outcome(job, published, promoted=refused is None, why=said))
-        self._training.forget(job)
+        refusal = self._promote(published, job=job["_id"], who=f"schedule {name}")
+        why = refusal or published["verdict"]["why"]
+        self._record_outcome(name, _outcome(job, published, promoted=refusal is None, why=why))
+        self._training.drop_checkpoints(job)
         return str(published["_id"])
 
-    def _nothing(self, schedule: Schedule, job: Document) -> str:
-        """No document is new: nothing is trained, and what is served is the result."""
-        served = self._judge.served(pair(schedule.trainer)[1])
+    def _without_training(self, schedule: Schedule, job: Document) -> str:
+        """No document is new: nothing is trained, and the version that is served is the result."""
+        served = self._catalog.served(trainer_and_model(schedule.trainer)[1])
         assert served is not None  # noqa: S101 - applying the schedule stored its model
-        self._told(schedule.identifier, _outcome(job, served, promoted=False, why="no document is new"))
+        outcome = _outcome(job, served, promoted=False, why="no document is new")
+        self._record_outcome(schedule.identifier, outcome)
         return str(served["_id"])
 
-    def _train(self, schedule: Schedule, origin: Document, job: Document, heart: Heartbeat) -> dict[str, Any]:
-        course = self._course(schedule, origin)
-        outcome = self._training.follow(course, job, heart)
+    def _train(self, schedule: Schedule, origin: Document, job: Document, lease: Lease) -> dict[str, Any]:
+        recipe = self._recipe(schedule, origin)
+        result = self._training.train(recipe, job, lease)
+        # Before the new version exists: `load` without a live alias would give the newest.
         why = f"served when schedule {schedule.identifier!r} brought its first version"
-        verdict = self._judge.judge(gate_of(schedule.gate), course.trainer, course.model, why)
-        fired = {name: job["parameters"].get(name) for name in ("firing", "reason")}
-        facts = {
-            "schedule": {"identifier": schedule.identifier, "uuid": schedule.uuid, **fired, **origin["data"]},
+        served = self._catalog.pin_served(recipe.model, why)
+        verdict = self._judge(gate_of(schedule.gate), recipe, served)
+        firing = {name: job["parameters"].get(name) for name in ("firing", "reason")}
+        record = {
+            "schedule": {"identifier": schedule.identifier, "uuid": schedule.uuid, **firing, **origin["data"]},
             "start": origin["start"],
             "verdict": verdict,
         }
-        heart.check()
-        return self._training.publish(job, course, outcome, facts)
+        lease.check()
+        return self._training.publish(job, recipe, result, record)
 
     def _begin(self, schedule: Schedule) -> dict[str, Any]:
-        """Decide where a run starts from, and on which documents; it is kept for whoever resumes it."""
-        trainer, model = pair(schedule.trainer)
-        self._give_folds(trainer.select)
+        """Decide where a run starts, and on which documents; its checkpoints keep it."""
+        trainer, model = trainer_and_model(schedule.trainer)
+        self._assign_folds(trainer.select)
         if gate_of(schedule.gate).needs_scores:
             check_select(self._connection.database, trainer.select, folds=("valid",))
         ids, data = None, {"data": schedule.data}
         if schedule.data == "new":
-            found = self._news.of(trainer, model)
-            ids, data = found.ids, {**data, "why": found.why}
-        served = self._judge.served(model) if schedule.warm_start else None
+            ids, why = self._new_documents(trainer, model)
+            data = {**data, "why": why}
         start = None
-        if served is not None and same_structure(
-            model, self._model(served["_id"])
-        ):  # else it begins from its own weights
+        served = self._catalog.served(model) if schedule.warm_start else None
+        # A model of another structure starts from its own weights.
+        if served is not None and same_structure(model, self._catalog.load_model(served["_id"])):
             start = {"model": served["_id"], "trainer": self._trainer_of(served)}
         return {"start": start, "ids": ids, "data": data}
 
-    def _course(self, schedule: Schedule, origin: Document) -> TrainingRecipe:
-        trainer, model = pair(schedule.trainer)
+    def _recipe(self, schedule: Schedule, origin: Document) -> TrainingRecipe:
+        trainer, model = trainer_and_model(schedule.trainer)
         query = None
         if origin["ids"] is not None:
             query = trainer.select.fold("train").filter({"_id": {"$in": origin["ids"]}})
         if origin["start"] is not None:
-            trainer = warm_start(trainer, model, self._model(origin["start"]["model"]))
+            trainer = warm_start(trainer, model, self._catalog.load_model(origin["start"]["model"]))
         return TrainingRecipe(trainer=trainer, model=model, train_query=query, origin=dict(origin))
 
-    def _model(self, uuid: str) -> TorchModel:
-        model = self._loader.by_uuid(uuid)
-        assert isinstance(model, TorchModel)  # noqa: S101 - for the type checker
-        return model
+    def _new_documents(self, trainer: TorchTrainer, model: TorchModel) -> tuple[list[Any] | None, str]:
+        """The training documents that no published version of the model was trained on, by `_id`.
 
-    def _give_folds(self, select: Query) -> None:
-        """Give a fold to what other clients inserted; nothing is written where all documents have one."""
+        Returns:
+            The `_id`s, empty where nothing is new, None where all documents of the select are to be taken; and
+            why all of them are, or how many are new.
+        """
+        components, seen = self._catalog.components, []
+        for number in components.versions(model.type_id, model.identifier):
+            data = components.find(model.type_id, model.identifier, number).get("data")
+            if data is None:
+                continue  # it was applied, not trained
+            if data.get("members") is None:
+                return None, f"version {number} does not say which documents it was trained on"
+            seen.append(Members.from_bytes(self._catalog.blobs.get(data["members"])).ids)
+        if not seen:
+            return None, "no version was trained yet"
+        known = np.unique(np.concatenate(seen))
+        ids = unseen(self._connection.database, trainer.select.fold("train"), known, limit=MOST_NEW + 1)
+        if len(ids) > MOST_NEW:
+            return None, f"more than {MOST_NEW:,} documents are new"
+        return ids, f"{len(ids):,} new documents"
+
+    def _assign_folds(self, select: Query) -> None:
+        """Give a fold to documents that other clients inserted; nothing is written where all have one."""
         documents = self._connection.database[select.collection]
         with driver_errors("giving folds to new documents"):
             if documents.find_one({FOLD_FIELD: {"$nin": list(FOLDS)}}, {"_id": 1}) is not None:
                 assign_folds(documents, self._settings.valid_fraction)
 
     def _trainer_of(self, model: Document) -> str | None:
-        """The trainer that was published with a model."""
-        users = self._components.users(model["_id"])
+        """The uuid of the trainer that was published with a model."""
+        users = self._catalog.components.users(model["_id"])
         return next((str(user["_id"]) for user in users if user.get("anchor") == model["_id"]), None)
+
+    def _judge(self, gate: Gate, recipe: TrainingRecipe, served: Document | None) -> dict[str, Any]:
+        """The verdict of a gate on the trained model, plain, with the version it was compared `against`."""
+        models = [recipe.model, *([] if served is None else [self._catalog.load_model(served["_id"])])]
+        try:
+            check_select(self._connection.database, recipe.trainer.select, folds=("valid",))
+            query = recipe.trainer.select.fold("valid")
+            now, *before = _scored(recipe.trainer, models, query, self._connection, self._settings)
+            verdict = gate.judge(_scores(before[0]) if before else None, _scores(now))
+        except MongotorchError as error:
+            verdict = _without_scores(gate, error)
+        against = None if served is None else {"uuid": served["_id"], "version": served["version"]}
+        return {**verdict.to_document(), "against": against}
+
+    def _promote(self, published: Document, *, job: str, who: str) -> str | None:
+        """Promote a published version if its verdict says so, once a job; None if it is live now, else why not."""
+        verdict = published["verdict"]
+        if not verdict["promote"]:
+            return str(verdict["why"])
+        type_id, identifier = published["type_id"], published["identifier"]
+        against = verdict["against"]["uuid"] if verdict["against"] else None
+        head = self._catalog.aliases.head(type_id, identifier)
+        if head is not None and head.job != job and head.to_uuid != against:
+            return f"it was judged against {against}, and {head.to_uuid} is live by now"
+        try:
+            self._catalog.promoter.promote(
+                type_id, identifier, uuid=published["_id"], why=verdict["why"], who=who, expected=head, job=job
+            )
+        except ConflictError as error:
+            return str(error)
+        return None
+
+
+@final
+class LiveMetrics:
+    """Measures live models, for the triggers that look at their metrics.
+
+    Args:
+        connection: The database.
+        settings: The datalayer's.
+        load: Loads the component of a uuid.
+        served_model: From a model to the version of its name that is served.
+        trigger_of: From the uuid of a schedule to its trigger.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        settings: Settings,
+        *,
+        load: Callable[[str], Component],
+        served_model: Callable[[TorchModel], TorchModel],
+        trigger_of: Callable[[str], Trigger],
+    ) -> None:
+        self._connection, self._settings = connection, settings
+        self._load, self._served_model, self._trigger_of = load, served_model, trigger_of
+
+    def measure(self, document: Document, now: datetime) -> dict[str, Any]:
+        """Measure a schedule's live model if that is due.
+
+        A measurement that fails has no values; it is tried again when the next one is due.
+
+        Args:
+            document: The schedule's runtime document.
+            now: The time.
+
+        Returns:
+            The fields of the document that change; empty where no measurement is due.
+        """
+        try:
+            trigger = self._trigger_of(document["component"])
+        except MongotorchError:
+            return {}  # asking the trigger next records the error
+        state = State.from_document(document["state"])
+        every_s = trigger.score_every_s
+        if every_s is None or (state.scored is not None and (now - state.scored).total_seconds() < every_s):
+            return {}
+        try:
+            values, problem = self._values(document, trigger), None
+        except MongotorchError as error:
+            values, problem = {}, f"the live model could not be measured: {error}"
+        state = dataclasses.replace(state, scores=values, scored=now)
+        return {"state": state.to_document(), "problem": problem}
+
+    def _values(self, document: Document, trigger: Trigger) -> dict[str, float]:
+        """The objective and the metrics on the newest documents of the fold `valid`, by `_id`."""
+        schedule = self._load(document["component"])
+        assert isinstance(schedule, Schedule)  # noqa: S101 - for the type checker
+        trainer, model = trainer_and_model(schedule.trainer)
+        query = trainer.select.fold("valid")
+        if not query.is_pipeline:
+            query = query.sort("_id", -1).limit(trigger.score_documents or 1000)
+        return _scored(trainer, [self._served_model(model)], query, self._connection, self._settings)[0].values
+
+
+def _scored(
+    trainer: TorchTrainer, models: Sequence[TorchModel], query: Query, connection: Connection, settings: Settings
+) -> list[Scored]:
+    """Measure models on the documents of a query, which are read once."""
+    spec = validation_spec(trainer, settings, query)
+    with Stream(connection.opener(), spec, database=connection.database) as batches:
+        return score(trainer, models, batches)
+
+
+def _scores(scored: Scored) -> Scores:
+    return Scores(losses=scored.losses, values=scored.values)
+
+
+def _without_scores(gate: Gate, error: MongotorchError) -> Verdict:
+    if not gate.needs_scores:
+        return gate.judge(None, None)
+    return Verdict(
+        promote=False,
+        why=f"the two could not be compared: {error}",
+        gate=repr(gate),
+        documents=0,
+        champion=None,
+        challenger={},
+        interval=None,
+    )
 
 
 def _outcome(job: Document, model: Document, *, promoted: bool, why: str) -> dict[str, Any]:

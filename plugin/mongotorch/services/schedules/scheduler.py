@@ -1,13 +1,12 @@
-"""The scheduler: watches what schedules look at, and fires what is due. Any number may run; one at a time leads.
+"""The scheduler: watches the documents of schedules, counts what changes, and fires what is due.
 
-Always: what happened while nobody led is counted when somebody leads again; a lost lease, or another scheduler's
-write, is noticed before anything is written; an unreadable schedule stops no other one.
+Any number of schedulers may run; one at a time leads.
 
-What changed for a schedule: from the changes of a collection to the numbers that its trigger decides by.
-
-Always: a change is counted once, since what was counted and the place behind it are written together; a document
-counts as arrived when it is in the select and was inserted, or when an update touched what the select asks for and
-it is in the select now; folds that are given to documents are no change.
+Guarantees: a change is counted once, since a count and the position behind it in the change stream are one write.
+What happens while no scheduler leads is counted when one leads again. A lost lease, or another scheduler's write,
+is noticed before anything is written. A schedule that cannot be read does not stop the others. A document counts
+as arrived when it is in the select and was inserted, or when an update touched a field that the select asks for;
+folds that are assigned to documents do not count.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from mongotorch.errors import MongotorchError
 from mongotorch.mongo.change_stream import Baseline, Change, ChangeWatcher, HistoryLostError, baseline, counted
 from mongotorch.query import FOLD_FIELD, Query
 from mongotorch.schedule import State
-from mongotorch.services.schedules.firing import Firings
 from mongotorch.store import Schedules
 
 _AT_ONCE: Final = 1000
@@ -35,7 +33,7 @@ Record = Mapping[str, Any]
 
 @final
 class Counts:
-    """Counts documents of selects; the same ones once, however many schedules look at them.
+    """Counts documents of selects; equal questions of several schedules are asked once.
 
     Args:
         database: The driver's database.
@@ -55,13 +53,13 @@ class Counts:
 
 
 def tally(count: Counts, document: Record, changes: Sequence[Change], now: datetime) -> dict[str, Any]:
-    """What a schedule's document has to say after some changes.
+    """How some changes change a schedule's document.
 
     Args:
         count: Counts documents.
         document: The schedule's.
         changes: In their order, of any collection, read behind the document's token or before it.
-        now: When they were noticed.
+        now: The time at which they were read.
 
     Returns:
         The fields to write; empty where none of the changes is new to this schedule.
@@ -77,23 +75,23 @@ def tally(count: Counts, document: Record, changes: Sequence[Change], now: datet
     inserted = _ids(change for change in mine if change.kind == "insert")
     entered = _ids(change for change in updates if _touches(change, asked))
     gone = sum(change.kind in ("delete", "drop") for change in mine)
-    born = count(query, inserted)
-    arrived = born + count(query, [key for key in entered if key not in inserted])
-    changed = born + count(query, _ids(updates)) + gone
+    added = count(query, inserted)
+    arrived = added + count(query, [key for key in entered if key not in inserted])
+    changed = added + count(query, _ids(updates)) + gone
     # Whether a deleted document was in the select, or a changed one left it, only a new count can tell.
-    unsure = bool(where) and (gone > 0 or bool(entered))
+    is_inexact = bool(where) and (gone > 0 or bool(entered))
     return {
         "token": mine[-1].token,
-        "known": document["known"] + born - (0 if where else gone),
-        "stale": document["stale"] or unsure or any(change.kind == "drop" for change in mine),
+        "known": document["known"] + added - (0 if where else gone),
+        "stale": document["stale"] or is_inexact or any(change.kind == "drop" for change in mine),
         **_observed(document, arrived, changed, now),
     }
 
 
 def recounted(document: Record, found: Baseline, now: datetime) -> dict[str, Any]:
-    """What a schedule's document has to say after its documents were counted, where no change tells.
+    """How a new count of its documents changes a schedule's document, where the changes cannot be read.
 
-    Of documents that went and came in between, only what is left over is seen.
+    Documents that arrived and left between two counts cancel out.
     """
     more = found.count - document["known"]
     if not more and found.token is None:
@@ -107,7 +105,7 @@ def recounted(document: Record, found: Baseline, now: datetime) -> dict[str, Any
 
 
 def is_behind(token: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether one place in the order of changes comes after another: tokens compare as text."""
+    """Whether one position in the change stream comes after another: tokens compare as text."""
     return bool(token["_data"] > other["_data"])
 
 
@@ -158,47 +156,42 @@ def _ids(changes: Any) -> list[Any]:
 
 _POLL_S: Final = 0.2
 _REFRESH_S: Final = 1.0
-"""So old may be what is known of the schedules that there are."""
-_MARK_S: Final = 30.0
-"""So often the place in the order of changes is kept also where nothing happens, lest it be forgotten there."""
+"""How often the list of schedules is read again."""
+_ADVANCE_S: Final = 30.0
+"""How often positions advance where nothing changes, so that the server does not forget them."""
 _PAUSE_S: Final = 1.0
 Document = dict[str, Any]
+Look = Callable[[Document, datetime], Document | None]
+"""Asks a schedule's trigger and fires; the document as it is then, None where another process has changed it."""
 Measure = Callable[[Document, datetime], Mapping[str, Any]]
-"""From a schedule's document to what a measurement of the live model changes in it; empty where none is due."""
+"""Measures a schedule's live model; the fields of its document that change, none where no measurement is due."""
 _log = logging.getLogger("mongotorch.scheduler")
 
 
 @final
 class Scheduler:
-    """Looks after the schedules of one database.
+    """Watches and fires the schedules of one database.
 
     Args:
         database: The driver's database.
         schedules: The runtime documents.
-        firings: Decides and fires.
-        measure: Measures live models, for the triggers that look at that.
-        lease_s: For how many seconds others wait when this one goes silent.
-        name: Who this is, for people.
+        look: Asks a schedule's trigger and fires.
+        measure: Measures a schedule's live model.
+        lease_s: Seconds after which another scheduler leads when this one goes silent.
+        name: The name of this process, for people.
     """
 
     def __init__(
-        self,
-        *,
-        database: Any,
-        schedules: Schedules,
-        firings: Firings,
-        measure: Measure,
-        lease_s: float,
-        name: str,
+        self, database: Any, schedules: Schedules, *, look: Look, measure: Measure, lease_s: float, name: str
     ) -> None:
-        self._database, self._schedules, self._firings = database, schedules, firings
-        self._measure = measure
+        self._database, self._schedules = database, schedules
+        self._look, self._measure = look, measure
         self._lease_s, self._who = lease_s, f"{name}/{uuids.uuid4().hex[:8]}"
         self._known: dict[str, Document] = {}
-        self._refreshed = self._marked = self._renewed = float("-inf")
+        self._refreshed = self._advanced = self._renewed = float("-inf")
 
     def run(self, stop: threading.Event) -> None:
-        """Lead, or wait to lead, until told to stop. Errors of the database are waited out."""
+        """Lead, or wait to lead, until `stop` is set. After an error of the database it pauses and goes on."""
         while not stop.is_set():
             try:
                 if self._lead():
@@ -209,7 +202,7 @@ class Scheduler:
                 _log.warning("the scheduler pauses: %s", error)
                 stop.wait(_PAUSE_S)
             except Exception:  # noqa: BLE001 - see below
-                # A mistake of ours must not end the watching for good, unseen, while the worker works on.
+                # A bug must not end the watching for good, unnoticed, while the worker goes on.
                 _log.exception("the scheduler pauses")
                 stop.wait(_PAUSE_S)
         with contextlib.suppress(MongotorchError):
@@ -241,7 +234,7 @@ class Scheduler:
                 while watch is not None and self._count(watch.read()):
                     pass
                 if watch is not None:
-                    self._mark(watch)
+                    self._advance(watch)
         except HistoryLostError:
             self._recount(self._oldest())
 
@@ -257,18 +250,18 @@ class Scheduler:
                 return
 
     def _turn(self, watch: ChangeWatcher | None, stop: threading.Event) -> None:
-        """One look at what has changed, and at what is due."""
+        """Count what has changed, and fire what is due."""
         if watch is None:
             stop.wait(_POLL_S)
         elif not self._count(watch.read()):
-            self._mark(watch)
+            self._advance(watch)
         if time.monotonic() - self._refreshed > _REFRESH_S:
             self._refresh()
             self._poll()
         self._fire()
 
     def _lead(self) -> bool:
-        """Whether this is the scheduler that looks; the lease is renewed three times in its length."""
+        """Whether this scheduler leads; the lease is renewed three times in its length."""
         if time.monotonic() - self._renewed < self._lease_s / 3:
             return True
         asked = time.monotonic()
@@ -282,7 +275,7 @@ class Scheduler:
 
     @contextlib.contextmanager
     def _watching(self) -> Iterator[ChangeWatcher | None]:
-        """The changes behind the oldest place that a schedule has; None where nothing can be watched."""
+        """The changes behind the oldest position of a schedule; None where nothing can be watched."""
         self._refresh()
         watch = None
         while watch is None and (watched := self._watched()):
@@ -313,7 +306,7 @@ class Scheduler:
         self._refreshed = time.monotonic()
 
     def _write(self, identifier: str, change: Callable[[Document], Mapping[str, Any]]) -> None:
-        """Change a schedule's document by what it says, read again where somebody else has written it."""
+        """Change a schedule's document depending on its contents; read again if another process has written it."""
         document: Document | None = self._known[identifier]
         while document is not None and (changes := change(document)):
             written = self._schedules.write(document, changes)
@@ -328,21 +321,21 @@ class Scheduler:
         if changes:
             now, count = self._schedules.now(), Counts(self._database)
             for document in self._watched():
-                self._write(document["_id"], lambda said: tally(count, said, changes, now))
+                self._write(document["_id"], lambda record: tally(count, record, changes, now))
         return bool(changes)
 
-    def _mark(self, watch: ChangeWatcher) -> None:
-        """Nothing has changed: keep the place, and count anew what deletions have made unsure."""
+    def _advance(self, watch: ChangeWatcher) -> None:
+        """Nothing has changed: advance the positions, and count again where deletions made a count inexact."""
         for document in self._watched():
             if document["stale"]:
                 self._write(document["_id"], self._recount_exact)
-        if time.monotonic() - self._marked > _MARK_S:
-            self._marked, token = time.monotonic(), watch.token
+        if time.monotonic() - self._advanced > _ADVANCE_S:
+            self._advanced, token = time.monotonic(), watch.token
             for document in self._watched():
-                self._write(document["_id"], lambda said: _moved(said, token))
+                self._write(document["_id"], lambda record: _moved(record, token))
 
     def _recount_exact(self, document: Document) -> Mapping[str, Any]:
-        # It counts only where the place is lost later, and then by what came and went in between, no more.
+        # The count matters only if the position is lost later, and then by its difference to the next count.
         return {"known": counted(self._database, Query.from_document(document["select"])), "stale": False}
 
     def _poll(self) -> None:
@@ -355,20 +348,20 @@ class Scheduler:
         found = baseline(self._database, Query.from_document(document["select"]))
         if document["token"]:
             _log.warning(
-                "schedule %r: changes were forgotten before they were read; counted anew", document["_id"]
+                "schedule %r: changes were forgotten before they were read; counted again", document["_id"]
             )
         now = self._schedules.now()
-        self._write(document["_id"], lambda said: recounted(said, found, now))
+        self._write(document["_id"], lambda record: recounted(record, found, now))
 
     def _fire(self) -> None:
-        """Look at what is due; what is due again then is looked at the next time."""
+        """Look at the schedules that are due; one that is due again at once is looked at in the next turn."""
         now = self._schedules.now()
         for document in self._schedules.due(now):
             if self._renewed == float("-inf"):
                 return
             measured = {} if document["paused"] else self._measure(document, now)
             current = self._schedules.write(document, measured) if measured else document
-            looked = self._firings.look(current, now) if current is not None else None
+            looked = self._look(current, now) if current is not None else None
             if looked is not None:
                 self._known[looked["_id"]] = looked
 

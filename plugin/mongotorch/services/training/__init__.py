@@ -1,1 +1,1 @@
-"""From a trainer to a published version."""
+"""Runs of trainers: from a claimed job to a published version."""

@@ -1,7 +1,7 @@
-"""Checkpoints of a run: written in the background, read back by whoever goes on with it.
+"""Checkpoints of a run: written by a thread of its own, read back by the attempt that resumes the run.
 
-Always: the run waits for the copy of its state and for nothing else; a checkpoint is visible when all of it is
-stored; only the newest that waits is written; what a checkpoint could not write is raised in the run.
+Guarantees: the run waits for the copy of its state and for nothing else. A checkpoint becomes visible when all of
+it is stored. Of several that wait to be written only the newest is. An error of a write is raised in the run.
 """
 
 from __future__ import annotations
@@ -14,17 +14,20 @@ from types import TracebackType
 from typing import Any, Self, final
 
 from mongotorch.codecs import Codecs
+from mongotorch.errors import JobReleasedError
+from mongotorch.jobs import Lease
 from mongotorch.store import BlobStore, Checkpoints
+from mongotorch.train import Fit, Stepped, Validated
 
 
 @final
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Resumed:
-    """Where a run goes on.
+    """The newest checkpoint of a run.
 
     Attributes:
         state: What `Fit.capture` gave.
-        run: What holds for the whole run.
+        run: The record that holds for the whole run.
         blobs: The blobs that `run` names, by name.
     """
 
@@ -35,80 +38,77 @@ class Resumed:
 
 @final
 class RunCheckpoints:
-    """The checkpoints of one database.
+    """Encodes and decodes the checkpoints of one database.
 
     Args:
         checkpoints: The checkpoint documents.
-        artifacts: The blobs.
-        codecs: Write and read a state.
+        blobs: The blobs.
+        codecs: Encode and decode a state.
     """
 
-    def __init__(self, checkpoints: Checkpoints, artifacts: BlobStore, codecs: Codecs) -> None:
-        self._checkpoints, self._artifacts, self._codecs = checkpoints, artifacts, codecs
+    def __init__(self, checkpoints: Checkpoints, blobs: BlobStore, codecs: Codecs) -> None:
+        self._checkpoints, self._blobs, self._codecs = checkpoints, blobs, codecs
 
     def load(self, job_id: str) -> Resumed | None:
-        """Where the newest checkpoint of a job's run goes on; None where there is none.
-
-        Raises:
-            IntegrityError: A blob is not what was stored.
-        """
+        """The newest checkpoint of a job; None where there is none. Raises: TrustError, IntegrityError."""
         found = self._checkpoints.newest(job_id)
         if found is None:
             return None
-        state: dict[str, Any] = self._codecs.decode(found["body"], self._artifacts.get)
+        state: dict[str, Any] = self._codecs.decode(found["body"], self._blobs.get)
         run = found.get("run", {})
         return Resumed(
             state=state,
-            run=run.get("said", {}),
-            blobs={name: self._artifacts.get(name) for name in run.get("blobs", ())},
+            run=run.get("said", {}),  # the key in stored checkpoints
+            blobs={name: self._blobs.get(name) for name in run.get("blobs", ())},
         )
 
     def run(self, job_id: str) -> dict[str, Any] | None:
-        """What holds for the whole of a job's run, by its newest checkpoint; None where there is none."""
+        """The record of the whole run in a job's newest checkpoint; None where there is no checkpoint."""
         found = self._checkpoints.newest(job_id)
         return None if found is None else found.get("run", {}).get("said", {})
 
     def save(
         self,
-        job_id: str,
-        attempt: int,
+        job: Mapping[str, Any],
         state: Mapping[str, Any],
         *,
-        run: Mapping[str, Any] | None = None,
-        blobs: Mapping[str, bytes] | None = None,
+        run: Mapping[str, Any],
+        blobs: Mapping[str, bytes],
     ) -> None:
-        """Store a state, all of it before it becomes visible.
+        """Store a checkpoint: first its blobs, then the document that makes it visible.
 
         Args:
-            job_id: The job.
-            attempt: The token of the claim.
-            state: What changes from step to step.
-            run: What does not: plain BSON.
+            job: The claimed job document.
+            state: What `Fit.capture` gave.
+            run: The record that holds for the whole run; plain BSON.
             blobs: The blobs that `run` names, by name.
         """
-        names = [self._artifacts.put(data) for data in (blobs or {}).values()]
-        kept = {"said": dict(run or {}), "blobs": list(names)}
+        names = [self._blobs.put(data) for data in blobs.values()]
+        record = {"said": dict(run), "blobs": list(names)}
 
         def put(data: bytes | memoryview) -> str:
-            names.append(name := self._artifacts.put(data))
+            names.append(name := self._blobs.put(data))
             return name
 
         body = self._codecs.encode(dict(state), put, codec="torch", where="checkpoint")
-        self._checkpoints.put(job=job_id, attempt=attempt, step=state["step"], body=body, blobs=names, run=kept)
+        self._checkpoints.put(
+            job=job["_id"], attempt=job["attempt"], step=state["step"], body=body, blobs=names, run=record
+        )
 
     def drop(self, job_id: str) -> None:
-        """Forget the checkpoints of a job that has published."""
+        """Drop the checkpoints of a job."""
         self._checkpoints.drop(job_id)
 
 
 @final
 class CheckpointWriter:
-    """Writes the checkpoints of one run from a thread of its own; a context manager that ends the thread.
+    """Observes a run and writes its checkpoints: after validations, when the interval is over, and before a stop.
 
     Args:
         save: Stores a state.
-        interval_s: Seconds between two checkpoints, at least.
-        clock: Seconds that only grow.
+        interval_s: Write a checkpoint when so many seconds have passed since the last one.
+        lease: The attempt's hold on its job; None never stops.
+        clock: A monotonic clock, in seconds.
     """
 
     def __init__(
@@ -116,16 +116,18 @@ class CheckpointWriter:
         save: Callable[[Mapping[str, Any]], None],
         *,
         interval_s: float,
+        lease: Lease | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._save, self._interval_s, self._clock = save, interval_s, clock
+        self._save, self._interval_s, self._lease, self._clock = save, interval_s, lease, clock
         self._last = clock()
+        self._fit: Fit | None = None
         self._waiting: Mapping[str, Any] | None = None
         self._changed = threading.Condition()
         self._closed = False
         self._busy = False
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="mongotorch-scribe", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="mongotorch-checkpoints", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -140,9 +142,20 @@ class CheckpointWriter:
             self._changed.notify_all()
         self._thread.join()
 
-    def is_due(self) -> bool:
-        """Whether the interval has passed since the last checkpoint."""
-        return self._clock() - self._last >= self._interval_s
+    def on_start(self, fit: Fit) -> None:
+        """Take the run whose state is written."""
+        self._fit = fit
+
+    def on_step(self, event: Stepped) -> None:
+        """Write a checkpoint if one is due. Raises: JobReleasedError if the process has to stop."""
+        self._after(event, is_due=self._clock() - self._last >= self._interval_s)
+
+    def on_validation(self, event: Validated) -> None:
+        """Write a checkpoint. Raises: JobReleasedError if the process has to stop."""
+        self._after(event, is_due=True)
+
+    def on_end(self) -> None:
+        """Write nothing: the result of the run is published."""
 
     def write(self, state: Mapping[str, Any]) -> None:
         """Have a state written, in place of one that still waits. Raises: what an earlier write raised."""
@@ -158,6 +171,16 @@ class CheckpointWriter:
             self._changed.wait_for(lambda: self._error is not None or (self._waiting is None and not self._busy))
             self._raise()
 
+    def _after(self, event: Stepped | Validated, *, is_due: bool) -> None:
+        if self._fit is None:
+            return
+        if self._lease is not None and self._lease.is_stopping:
+            self.write(self._fit.capture())
+            self.flush()
+            raise JobReleasedError(f"the job is handed back after step {event.step}")
+        if is_due and not self._fit.is_over:
+            self.write(self._fit.capture())
+
     def _raise(self) -> None:
         if self._error is not None:
             raise self._error
@@ -171,7 +194,7 @@ class CheckpointWriter:
                 state, self._waiting, self._busy = self._waiting, None, True
             try:
                 self._save(state)
-            except BaseException as error:  # noqa: BLE001 - it is raised again by the run
+            except BaseException as error:  # noqa: BLE001 - raised in the run by the next `write` or `flush`
                 with self._changed:
                     self._error = self._error or error
             with self._changed:

@@ -1,7 +1,7 @@
-"""The heartbeat of a run: keeps its lease from a thread of its own, and says when the run has to stop.
+"""The heartbeat of an attempt: a thread that renews the lease of its job, whatever the run does.
 
-Always: the lease is renewed three times in its length, however long a step takes; a lost lease or a cancelled
-job is noticed at the run's next check, and nothing is published after it.
+Guarantees: the lease is renewed three times in its length, however long a step takes. A lost lease or a cancelled
+job is noticed at the next `check`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from mongotorch.store import Jobs
 
 @final
 class Heartbeat:
-    """Keeps one attempt of one job alive; a context manager that stops the thread.
+    """Holds one attempt's lease; a context manager that stops the thread. It is the `Lease` of handlers.
 
     Args:
         jobs: The job documents.
         job_id: The job.
         attempt: The attempt that was claimed.
-        lease_s: The lease, in seconds.
+        lease_s: The length of the lease, in seconds.
         stop: Set when the process has to stop.
 
     Attributes:
@@ -37,7 +37,7 @@ class Heartbeat:
         self._lost = threading.Event()
         self._ended, self._stopping = threading.Event(), stop or threading.Event()
         self._one = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="mongotorch-heart", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="mongotorch-heartbeat", daemon=True)
         self.progress: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
@@ -77,4 +77,4 @@ class Heartbeat:
             try:
                 self.beat()
             except MongotorchError:
-                continue  # the database is away; the lease decides, and publishing asks again
+                continue  # the database is away; the lease decides, and publishing checks it again

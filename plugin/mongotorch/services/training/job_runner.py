@@ -1,66 +1,64 @@
-"""Performs a job here: claims it, keeps it alive, runs it, and records how it ended.
+"""Runs jobs in this process: claims one, keeps its lease, calls its handler, and records how it ended.
 
-Always: a job is claimed before anything is done for it, and what is recorded is fenced by the attempt; an error
-is recorded with its traceback and then raised as it was; a secret is in neither.
+Guarantees: a job is claimed before anything is done for it, and every record is fenced by the attempt. An error is
+recorded with its traceback, without secrets, and raised unchanged.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
-import os
-import platform
-import socket
 import threading
 import traceback
 from collections.abc import Mapping
-from typing import Any, Protocol, final
+from typing import Any, final
 
-from mongotorch._version import __version__
 from mongotorch.errors import JobCancelledError, JobReleasedError, MongotorchError, ServerUnavailableError
+from mongotorch.jobs import Handler, environment, worker_name
 from mongotorch.mongo.redact import redact
 from mongotorch.services.training.heartbeat import Heartbeat
 from mongotorch.settings import Settings
 from mongotorch.store import Jobs
 
 
-class JobHandler(Protocol):
-    """What is done for a claimed job."""
-
-    def run(self, job: Mapping[str, Any], heart: Heartbeat) -> str:
-        """Do it; the uuid of what was published."""
-
-
 @final
 class JobRunner:
-    """Performs jobs in this process.
+    """Runs the jobs of one database.
 
     Args:
         jobs: The job documents.
-        work: What is done for one.
         settings: `lease_s`.
+        train: The handler of every component that has no handler of its own.
+        handlers: The others, by `type_id`.
     """
 
-    def __init__(self, jobs: Jobs, work: JobHandler, settings: Settings) -> None:
-        self._jobs, self._work, self._settings = jobs, work, settings
+    def __init__(self, jobs: Jobs, settings: Settings, *, train: Handler, handlers: Mapping[str, Handler]) -> None:
+        self._jobs, self._lease_s = jobs, settings.lease_s
+        self._train, self._handlers = train, handlers
 
-    def perform(self, job_id: str) -> None:
-        """Perform one job, if it can be claimed; else somebody else performs it, or it has ended.
+    def run(self, job_id: str) -> None:
+        """Run one job if it can be claimed; otherwise another process runs it, or it has ended.
 
         Raises:
             JobCancelledError: It was cancelled, or taken over.
-            Exception: What the run raised.
+            Exception: What the handler raised.
         """
         job = self._claim(job_id)
         if job is not None:
             self._run(job, stop=None, retry=False)
 
     def claim(self) -> dict[str, Any] | None:
-        """Take the most urgent job; see `Shift.claim`."""
+        """Claim the most urgent job; None where none waits."""
         return self._claim(None)
 
-    def take(self, job: Mapping[str, Any], stop: threading.Event) -> bool:
-        """Perform a claimed job; what it raises is recorded and no more. False: it was handed back."""
+    def run_claimed(self, job: Mapping[str, Any], stop: threading.Event) -> bool:
+        """Run a claimed job and record how it ended; an error of the job is recorded and not raised.
+
+        Args:
+            job: The claimed job document.
+            stop: Set while it runs: it writes a checkpoint and is handed back.
+
+        Returns:
+            False: it was handed back.
+        """
         try:
             self._run(job, stop=stop, retry=True)
         except JobReleasedError:
@@ -70,66 +68,51 @@ class JobRunner:
         return True
 
     def is_idle(self) -> bool:
-        """Whether no job waits; see `Shift.is_idle`."""
+        """Whether no job waits, not even for a later time."""
         return not self._jobs.is_waiting()
 
     def _claim(self, job_id: str | None) -> dict[str, Any] | None:
         return self._jobs.claim(
-            worker=worker_name(), lease_s=self._settings.lease_s, job_id=job_id, environment=environment()
+            worker=worker_name(), lease_s=self._lease_s, job_id=job_id, environment=environment()
         )
 
     def _run(self, job: Mapping[str, Any], *, stop: threading.Event | None, retry: bool) -> None:
         job_id, attempt = job["_id"], job["attempt"]
-        with Heartbeat(self._jobs, job_id, attempt, lease_s=self._settings.lease_s, stop=stop) as heart:
+        handler = self._handlers.get(job["type_id"], self._train)
+        with Heartbeat(self._jobs, job_id, attempt, lease_s=self._lease_s, stop=stop) as heartbeat:
             try:
-                result = self._work.run(job, heart)
+                result = handler(job, heartbeat)
             except JobReleasedError:
-                heart.beat()
+                heartbeat.beat()
                 self._jobs.release(job_id, attempt)
                 raise
             except JobCancelledError:
                 raise
             except Exception as error:
-                self._jobs.fail(job_id, attempt, error=described(error), retry=retry and is_passing(error))
+                self._jobs.fail(job_id, attempt, error=_described(error), retry=retry and _may_pass(error))
                 raise
             except BaseException:  # Ctrl-C in the caller's own process: the person wants it to end
                 self._jobs.cancel(job_id)
                 raise
-            heart.beat()
+            heartbeat.beat()
         if not self._jobs.succeed(job_id, attempt, result=result):
-            raise JobCancelledError(f"job {job_id}: attempt {attempt} had lost its lease before it could say so")
+            raise JobCancelledError(
+                f"job {job_id}: attempt {attempt} lost its lease before it could record its end"
+            )
 
 
-def is_passing(error: Exception) -> bool:
-    """Whether the same run can succeed later: the database or the machine failed, not the run."""
+def _may_pass(error: Exception) -> bool:
+    """Whether the same job may succeed later: the database or the machine failed, not the run."""
     return isinstance(error, ServerUnavailableError | OSError | MemoryError)
 
 
-def described(error: BaseException) -> dict[str, Any]:
+def _described(error: BaseException) -> dict[str, Any]:
     """An error as a job's document keeps it."""
-    known = isinstance(error, MongotorchError)
-    document_id = getattr(error, "document_id", None) if known else None
+    own = isinstance(error, MongotorchError)
     return {
         "type": type(error).__name__,
         "message": redact(str(error)),
         "traceback": redact("".join(traceback.format_exception(error))),
-        "document_id": document_id,
-        "field": getattr(error, "field", None) if known else None,
-    }
-
-
-def worker_name() -> str:
-    """Who runs: the host and the process."""
-    return f"{socket.gethostname()}:{os.getpid()}"
-
-
-@functools.cache
-def environment() -> dict[str, str]:
-    """What a run depends on besides its parameters: versions and platform."""
-    packages = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "pymongo")}
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "mongotorch": __version__,
-        **packages,
+        "document_id": getattr(error, "document_id", None) if own else None,
+        "field": getattr(error, "field", None) if own else None,
     }

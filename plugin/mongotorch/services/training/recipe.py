@@ -1,12 +1,7 @@
-"""What one run trains, and what it came to: the core of a run, without a job and without a publication.
+"""What one run trains: trainer, model and queries; the streams it reads; the record of the data it read.
 
-Always: a course is a value; who follows it, for a job or only to compare, trains the same; nothing here writes to
-the database, except the plan of a stream.
-
-What is known of the data of a run: which documents, as of when; found once, before its first step.
-
-Always: the facts are plain BSON and the blobs that they name; the watermark is taken before the documents are
-read, so that what comes after it may be new; a run that is resumed keeps the facts that it began with.
+Guarantees: the select and its folds are checked before a stream is opened. The watermark of a provenance is taken
+before the documents are read, so documents that arrive later count as new.
 """
 
 from __future__ import annotations
@@ -14,20 +9,29 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import uuid as uuids
 from collections.abc import Iterator, Mapping
-from typing import Any, final
+from typing import Any, Literal, final
 
-from mongotorch.component import Component
-from mongotorch.data import Members, scan_members, watermark
-from mongotorch.errors import DataError, ParameterError
+from mongotorch.data import Members, Stream, StreamSpec, check_select, scan_members, watermark
 from mongotorch.mongo.connection import Connection
-from mongotorch.query import Query
-from mongotorch.services.training.streams import Streams
+from mongotorch.query import Fold, Query
 from mongotorch.settings import Settings
-from mongotorch.train import Fit, TorchModel, TorchTrainer, Trained
+from mongotorch.train import Fit, TorchModel, TorchTrainer
 
-_NAMESPACE = uuids.UUID("a3f4c1de-6a0f-4b0e-9d0c-2f1f5e7f8b11")
+_MODES: dict[str, Literal["memory", "download"]] = {"in_memory": "memory", "download": "download"}
+_STREAM_OPTIONS = frozenset(
+    {
+        "drop_last",
+        "transform",
+        "signature",
+        "collate_fn",
+        "data_prefetch",
+        "across_epochs",
+        "prefetch_size",
+        "prefetch_factor",
+    }
+)
+_OWN_PARAMETERS = ("batch_size", "shuffle", "drop_last")
 
 
 @final
@@ -36,18 +40,16 @@ class TrainingRecipe:
     """What one run trains.
 
     Attributes:
-        trainer: How; its uuid is that of a stored version, its `optimizer_state` is what the run starts with.
-        model: What, with the weights that the run starts with; its uuid is that of a stored version.
-        train_query: The training documents, its fold included; None: the fold `train` of the trainer's select.
-        source: What the model's document says besides of where the run came from; plain BSON.
-        origin: What whoever made this course needs to make it again; plain BSON. It is kept in each checkpoint,
-            and `TrainingRun.origin` gives it back.
+        trainer: A stored version's uuid; its `optimizer_state` is what the run starts with.
+        model: A stored version's uuid, with the weights that the run starts with; training changes it in place.
+        train_query: The training documents, its fold included; None is the fold `train` of the trainer's select.
+        origin: What is needed to make this recipe again; plain BSON. Every checkpoint keeps it, and
+            `TrainingRun.origin` returns it.
     """
 
     trainer: TorchTrainer
     model: TorchModel
     train_query: Query | None = None
-    source: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -61,157 +63,165 @@ class TrainingRecipe:
         return self.trainer.select.fold("valid") if self.trainer.validation_interval is not None else None
 
 
+@contextlib.contextmanager
+def opened_fit(
+    recipe: TrainingRecipe, connection: Connection, settings: Settings, *, state: Mapping[str, Any] | None = None
+) -> Iterator[Fit]:
+    """The fit of a recipe, ready for its first step; its streams are closed afterwards.
+
+    Args:
+        recipe: What to train; its model is changed.
+        connection: The database.
+        settings: The datalayer's.
+        state: What `Fit.capture` gave in an earlier run; None starts anew.
+
+    Raises:
+        MongotorchError: The select, its folds or an option cannot be used; no step was made.
+    """
+    trainer, model, database = recipe.trainer, recipe.model, connection.database
+    _check_selects(database, recipe)
+    with contextlib.ExitStack() as opened:
+
+        def stream(spec: StreamSpec) -> Stream:
+            return opened.enter_context(Stream(connection.opener(), spec, database=database))
+
+        batches = stream(training_spec(trainer, settings, recipe.training))
+        sets: dict[str, Stream] = {}
+        if recipe.validation is not None:
+            sets[""] = stream(validation_spec(trainer, settings, recipe.validation))
+            for dataset in model.validation.datasets if model.validation is not None else ():
+                check_select(database, dataset.select, folds=())
+                sets[dataset.identifier] = stream(validation_spec(trainer, settings, dataset.select))
+        yield Fit(trainer, model, batches=batches, sets=sets, state=state)
+
+
+def _check_selects(database: Any, recipe: TrainingRecipe) -> None:
+    needed: dict[Fold, bool] = {"train": recipe.train_query is None, "valid": recipe.validation is not None}
+    folds = [fold for fold, is_needed in needed.items() if is_needed]
+    if folds:
+        check_select(database, recipe.trainer.select, folds=folds)
+    if recipe.train_query is not None:
+        check_select(database, recipe.train_query, folds=())
+
+
 @final
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingData:
-    """What is known of the data of a run, from before its first step.
+class DataProvenance:
+    """Which documents a run is trained on, from before its first step.
 
     Attributes:
-        said: What the model's document says as `data`; plain BSON.
+        record: The field `data` of the model's document; plain BSON.
         blobs: The blobs that it names, by name.
     """
 
-    said: Mapping[str, Any]
+    record: Mapping[str, Any]
     blobs: Mapping[str, bytes] = dataclasses.field(default_factory=dict, repr=False)
 
 
-@final
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingResult:
-    """What a run came to.
-
-    Attributes:
-        trained: Steps, optimizer state and what was measured; the weights are in the course's model.
-        data: What is known of its data.
-    """
-
-    trained: Trained
-    data: TrainingData
-
-
-@contextlib.contextmanager
-def opened_fit(
-    course: TrainingRecipe, connection: Connection, settings: Settings, *, state: Mapping[str, Any] | None = None
-) -> Iterator[Fit]:
-    """The run of a course, ready for its first step; its streams are closed behind it.
-
-    Args:
-        course: What to train; its model is changed.
-        connection: The database.
-        settings: Of the datalayer.
-        state: What an earlier run's `capture` gave; None starts.
+def data_provenance(recipe: TrainingRecipe, connection: Connection, settings: Settings) -> DataProvenance:
+    """The provenance of a recipe's data; only its query, if the setting `lineage` is off.
 
     Raises:
-        MongotorchError: The select, its folds or an option cannot be used, before any step.
+        QueryError: The server refuses the query.
+        ServerUnavailableError: The server could not be read for `read_deadline_s`.
     """
-    trainer, model = course.trainer, course.model
-    with Streams(trainer, model, connection, settings, train_query=course.train_query) as streams:
-        yield Fit(trainer, model, batches=streams.batches, sets=streams.sets, state=state)
+    record: dict[str, Any] = {"query": recipe.training.to_document()}
+    if not settings.lineage:
+        return DataProvenance(record=record)
+    record["watermark"] = watermark(connection.database, read_deadline_s=settings.read_deadline_s)
+    train = scan(recipe.training, recipe, connection, settings)
+    valid = None if recipe.validation is None else scan(recipe.validation, recipe, connection, settings)
+    record["train"] = summary(train)
+    record["valid"] = None if valid is None else summary(valid)
+    if train.rows is None:
+        return DataProvenance(record={**record, "members": None})
+    blob = train.to_bytes()
+    name = hashlib.sha256(blob).hexdigest()
+    return DataProvenance(record={**record, "members": name}, blobs={name: blob})
 
 
-def follow_quietly(course: TrainingRecipe, connection: Connection, settings: Settings) -> Trained:
-    """Train a course to its end, and keep nothing but the result. Raises: as the run raises."""
-    with opened_fit(course, connection, settings) as fit:
-        for _ in fit.run():
-            pass
-    return fit.trained()
-
-
-def trained_pair(
-    job: Mapping[str, Any], course: TrainingRecipe, trained: Trained
-) -> tuple[TorchModel, TorchTrainer]:
-    """What a run publishes: the model, and the trainer with the state of its optimizer, each naming the other."""
-    new_model = course.model.replace(uuid=attempt_uuid(job, "model"), trainer=None)
-    new_trainer = course.trainer.replace(
-        uuid=attempt_uuid(job, "trainer"),
-        optimizer_state=trained.optimizer_state,
-        metric_values=trained.metric_values,
-        model=new_model,
-    )
-    # They refer to each other, and neither can be made after the other.
-    object.__setattr__(new_model, "trainer", new_trainer)
-    return new_model, new_trainer
-
-
-def attempt_uuid(job: Mapping[str, Any], what: str) -> str:
-    """The uuid of what an attempt of a job publishes: the same whenever that attempt publishes it."""
-    return str(uuids.uuid5(_NAMESPACE, f"{job['_id']}:{job['attempt']}:{what}"))
-
-
-def pair(component: Component) -> tuple[TorchTrainer, TorchModel]:
-    """The trainer and the model of a component that can be trained.
-
-    Raises:
-        ParameterError: It is a trainer without a model, or a model without a trainer.
-    """
-    trainer = component if isinstance(component, TorchTrainer) else getattr(component, "trainer", None)
-    model = component if isinstance(component, TorchModel) else getattr(component, "model", None)
-    if not isinstance(trainer, TorchTrainer) or not isinstance(model, TorchModel):
-        raise ParameterError(
-            f"{component!r} cannot be trained: a trainer needs a `model`, a model needs a `trainer`", field="model"
-        )
-    return trainer, model
-
-
-@final
-class DataProvenance:
-    """Finds the facts of the data of runs.
-
-    Args:
-        connection: The database.
-        settings: `lineage`, `read_deadline_s`.
-    """
-
-    def __init__(self, connection: Connection, settings: Settings) -> None:
-        self._database: Any = connection.database
-        self._settings = settings
-
-    def of(self, course: TrainingRecipe) -> TrainingData:
-        """The facts of a course's data: only its query, where the setting `lineage` is off.
-
-        Raises:
-            QueryError: The server refuses the query.
-            ServerUnavailableError: The server could not be read for `read_deadline_s`.
-        """
-        said: dict[str, Any] = {"query": course.training.to_document()}
-        if not self._settings.lineage:
-            return TrainingData(said=said)
-        said["watermark"] = watermark(self._database, read_deadline_s=self._settings.read_deadline_s)
-        train = self.scan(course.training, course)
-        said["train"] = summary(train)
-        said["valid"] = None if course.validation is None else summary(self.scan(course.validation, course))
-        if train.rows is None:
-            return TrainingData(said={**said, "members": None})
-        blob = train.to_bytes()
-        name = hashlib.sha256(blob).hexdigest()
-        return TrainingData(said={**said, "members": name}, blobs={name: blob})
-
-    def scan(self, query: Query, course: TrainingRecipe) -> Members:
-        """The documents of a query as they are now. Raises: as `of`."""
-        deadline_s = self._settings.read_deadline_s
-        return scan_members(self._database, query, course.trainer.key, read_deadline_s=deadline_s)
+def scan(query: Query, recipe: TrainingRecipe, connection: Connection, settings: Settings) -> Members:
+    """The documents of a query as they are now, hashed by the recipe's key. Raises: as `data_provenance`."""
+    return scan_members(connection.database, query, recipe.trainer.key, read_deadline_s=settings.read_deadline_s)
 
 
 def summary(members: Members) -> dict[str, Any]:
-    """What a document says of a set of documents."""
+    """The record of a set of documents: how many, and a digest of them."""
     return {"count": members.count, "digest": members.digest}
 
 
-def members_of_facts(said: Any, get: Any) -> Members:
-    """The training documents that the facts of a version name.
+def training_spec(trainer: TorchTrainer, settings: Settings, query: Query | None = None) -> StreamSpec:
+    """How a trainer's training documents are streamed.
 
     Args:
-        said: The `data` of a model's document; None where it has none.
-        get: Gives blobs.
+        trainer: The trainer.
+        settings: The datalayer's.
+        query: The documents, its fold included; None is the fold `train` of the trainer's select.
+    """
+    options = dict(trainer.loader_kwargs or {})
+    return _spec(
+        trainer,
+        settings,
+        trainer.select.fold("train") if query is None else query,
+        shuffle=bool(options.get("shuffle")),
+        drop_last=bool(options.get("drop_last")),
+        across_epochs=True,
+    )
+
+
+def validation_spec(trainer: TorchTrainer, settings: Settings, query: Query) -> StreamSpec:
+    """How validation documents are streamed: all of them, in the order of the query."""
+    return _spec(trainer, settings, query, shuffle=False, drop_last=False)
+
+
+def stream_spec(settings: Settings, query: Query, options: Mapping[str, Any], **fields: Any) -> StreamSpec:
+    """How a query is streamed by `db.stream`.
+
+    Args:
+        settings: The datalayer's.
+        query: The documents.
+        options: The trainer's stream options and those of a DataLoader, in one mapping.
+        fields: Fields of the `StreamSpec`.
 
     Raises:
-        DataError: They were not kept; the message says why.
-        IntegrityError: The blob is not what was stored.
+        ParameterError, LoaderOptionError: An option that does not exist, or a value that cannot be used.
     """
-    if said is None:
-        raise DataError("it was stored as it was given, not trained in this database")
-    if said.get("members") is not None:
-        return Members.from_bytes(get(said["members"]))
-    if "train" not in said:
-        raise DataError("it was trained without lineage (the setting `lineage` was off)")
-    raise DataError(f"its {said['train']['count']} documents are too many to be kept one by one")
+    own = {name: value for name, value in options.items() if name in _STREAM_OPTIONS}
+    loader = {name: value for name, value in options.items() if name not in {*_STREAM_OPTIONS, *_MODES}}
+    modes = [mode for name, mode in _MODES.items() if options.get(name)]
+    return StreamSpec(
+        query=query,
+        mode=modes[0] if modes else "stream",
+        prefetch_bytes=settings.prefetch_bytes,
+        loader=loader,
+        cache_dir=settings.cache_dir,
+        read_deadline_s=settings.read_deadline_s,
+        **{"data_prefetch": True, **own},
+        **fields,
+    )
+
+
+def _spec(trainer: TorchTrainer, settings: Settings, query: Query, **order: Any) -> StreamSpec:
+    options = dict(trainer.loader_kwargs or {})
+    loader = {name: value for name, value in options.items() if name not in _OWN_PARAMETERS}
+    workers = (trainer.compute_kwargs or {}).get("num_workers")
+    if workers is not None:
+        loader.setdefault("num_workers", workers)
+    return StreamSpec(
+        query=query,
+        key=trainer.key,
+        batch_size=options.get("batch_size", 1),
+        seed=trainer.seed,
+        transform=trainer.transform,
+        signature=trainer.signature,
+        collate_fn=trainer.collate_fn,
+        mode="memory" if trainer.in_memory else "download" if trainer.download else "stream",
+        data_prefetch=trainer.data_prefetch,
+        prefetch_size=trainer.prefetch_size,
+        prefetch_factor=trainer.prefetch_factor,
+        prefetch_bytes=settings.prefetch_bytes,
+        loader=loader,
+        cache_dir=settings.cache_dir,
+        read_deadline_s=settings.read_deadline_s,
+        **order,
+    )

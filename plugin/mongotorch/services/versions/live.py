@@ -1,8 +1,7 @@
-"""The handle that serves what an alias names, and goes over to another version while predictions go on.
+"""The handle that serves the version an alias names, and switches to another one between two predictions.
 
-Always: a prediction reads once which version there is, without a lock, and ends with that one; a version takes
-over when all of it is loaded, by one assignment; what cannot be loaded leaves the old one serving, and `error`
-says why; the thread that follows the alias ends with the handle, and with nothing else.
+Guarantees: a prediction takes no lock and is made by one version; a version takes over when it is loaded
+completely, by one assignment; if a version cannot be loaded, the old one serves on and `error` says why.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from typing import Any, ClassVar, Final, final
 from mongotorch.errors import NotFoundError, ParameterError, ServerUnavailableError, StoreError
 from mongotorch.mongo.connection import Connection
 from mongotorch.resources import Owner
-from mongotorch.services.versions.catalog import Loader
-from mongotorch.store import LIVE, Aliases, Components, Move, follow_alias
+from mongotorch.services.versions.catalog import Catalog
+from mongotorch.store import LIVE, Move, follow_alias
 from mongotorch.train import TorchModel
 
 OnPromote = Callable[[TorchModel, TorchModel], object]
@@ -31,15 +30,13 @@ _log = logging.getLogger(__name__)
 
 @final
 class Live(Owner):
-    """A model that is always the version which an alias names. `db.live` makes it; close it, or use it in `with`.
+    """A model that is always the version an alias names. `db.live` makes it; close it, or use it in `with`.
 
     Any number of threads may predict with it at once. While a version is loaded, two are in memory.
 
     Args:
-        connection: The open database, which stays the datalayer's.
-        components: The component documents.
-        aliases: The moves.
-        loader: Loads the versions.
+        connection: The open database; the datalayer closes it.
+        catalog: Loads the versions.
         name: Kind, identifier, alias.
         on_promote: Called after each change.
     """
@@ -48,24 +45,21 @@ class Live(Owner):
 
     def __init__(
         self,
-        *,
         connection: Connection,
-        components: Components,
-        aliases: Aliases,
-        loader: Loader,
+        catalog: Catalog,
         name: tuple[str, str, str],
+        *,
         on_promote: OnPromote | None,
     ) -> None:
-        self._connection, self._components = connection, components
-        self._aliases, self._loader = aliases, loader
+        self._connection, self._catalog = connection, catalog
         self._name, self._on_promote = name, on_promote
         self._stop, self._swapped = threading.Event(), threading.Condition()
         self._lost: Exception | None = None
         self._error: Exception | None = None
-        # The move is read before what it names: one that is made in between is seen by the first look.
-        self._head = aliases.head(*name)
+        # The move is read before the version it names: the first look sees a move that is made in between.
+        self._head = catalog.aliases.head(*name)
         type_id, identifier, alias = name
-        found = loader.find(type_id, identifier, alias=None if alias == LIVE else alias)
+        found = catalog.find(type_id, identifier, alias=None if alias == LIVE else alias)
         self._model = self._loaded(found)
         self._thread = threading.Thread(target=self._follow, name=f"mongotorch-live-{identifier}", daemon=True)
         self._thread.start()
@@ -80,7 +74,7 @@ class Live(Owner):
 
     @property
     def model(self) -> TorchModel:
-        """The version that serves now; it stays what it is when another one takes over."""
+        """The version that serves now; this object does not change when another version takes over."""
         return self._model
 
     @property
@@ -95,7 +89,7 @@ class Live(Owner):
 
     @property
     def error(self) -> Exception | None:
-        """Why it does not serve what the alias names, or what `on_promote` raised; None when all is well."""
+        """Why it does not serve what the alias names, or what `on_promote` raised; None if neither."""
         return self._error or self._lost
 
     def predict(self, x: Any) -> Any:
@@ -114,7 +108,7 @@ class Live(Owner):
         Args:
             version: Its number.
             uuid: Its uuid, instead.
-            timeout_s: Seconds to wait at most; None waits for ever.
+            timeout_s: Seconds to wait at most; None waits without a limit.
 
         Returns:
             Whether it serves; False when the time is over.
@@ -130,7 +124,7 @@ class Live(Owner):
             )
 
     def close(self) -> None:
-        """End following; what serves can still predict. Again: nothing."""
+        """Stop following the alias; the current version can still predict. A second call does nothing."""
         self._stop.set()
         if self._thread is not threading.current_thread():
             self._thread.join(_CLOSE_S)
@@ -158,8 +152,8 @@ class Live(Owner):
         return self._stop.is_set()
 
     def _look(self) -> None:
-        """Go over to what the alias names now, if it was moved since the last look."""
-        head = self._aliases.head(*self._name)
+        """Switch to what the alias names now, if it was moved since the last look."""
+        head = self._catalog.aliases.head(*self._name)
         if head is None or head == self._head:
             return
         try:
@@ -177,17 +171,17 @@ class Live(Owner):
 
     def _named(self, head: Move) -> dict[str, Any]:
         if head.to_uuid is not None:
-            return self._loader.named(head)
-        # Removed. As for who loads, it is the newest then; but that one may be still there for a moment.
-        for version in reversed(self._components.versions(head.type_id, head.identifier)):
+            return self._catalog.named_by(head)
+        # Removed: as in `load`, the newest version serves then. The removed one may still be there for a moment.
+        for version in reversed(self._catalog.components.versions(head.type_id, head.identifier)):
             with contextlib.suppress(NotFoundError):  # gone since it was listed
-                found = self._components.find(head.type_id, head.identifier, version)
+                found = self._catalog.components.find(head.type_id, head.identifier, version)
                 if head.alias == LIVE and found["_id"] != head.from_uuid:
                     return found
         raise NotFoundError(f"{head.alias!r} of {head.type_id} {head.identifier!r} names nothing any more")
 
     def _loaded(self, document: dict[str, Any]) -> TorchModel:
-        model = self._loader.load(document)
+        model = self._catalog.load(document)
         if not isinstance(model, TorchModel):
             raise ParameterError(f"{document['type_id']} {document['identifier']!r} is no model", field="type_id")
         model.predict_batches([])  # takes it to its device now, and not in the first prediction
@@ -201,6 +195,6 @@ class Live(Owner):
         if self._on_promote is not None:
             try:
                 self._on_promote(old, new)
-            except Exception as error:  # noqa: BLE001 - it is the caller's, and the thread must go on
+            except Exception as error:  # noqa: BLE001 - it is the caller's code, and the thread must go on
                 self._error = error
                 _log.exception("on_promote of %r raised", self)
