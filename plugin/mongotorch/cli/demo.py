@@ -20,7 +20,7 @@ from mongotorch.settings import read_settings
 
 def demo(uri: Uri = None, steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 600) -> None:
     """Train on handwritten digits out of the database, and load the model in another process."""
-    from mongotorch.demo import run_demo
+    from mongotorch.demo.digits import run_demo
 
     with errors(), _open_anything(uri) as db:
         outcome = run_demo(db, steps=steps)
