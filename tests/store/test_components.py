@@ -1,18 +1,15 @@
-"""Blobs are whole or not there; versions are unique; one insert makes two documents visible."""
+"""Versions are unique, and one insert makes two documents visible."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from typing import Any
 
 import mongomock
 import pytest
-from pymongo.errors import PyMongoError
 
-from mongotorch.errors import ConflictError, IntegrityError, NotFoundError, StoreError
-from mongotorch.store import BlobStore, Components
-from mongotorch.store.blobs import CHUNK_BYTES
+from mongotorch.errors import ConflictError, NotFoundError
+from mongotorch.store import Components
 
 
 @pytest.fixture
@@ -20,13 +17,6 @@ def database() -> Iterator[Any]:
     client: Any = mongomock.MongoClient()
     yield client.shop
     client.close()
-
-
-@pytest.fixture
-def blobs(database: Any) -> BlobStore:
-    blobs = BlobStore(database)
-    blobs.ensure_indexes()
-    return blobs
 
 
 @pytest.fixture
@@ -38,60 +28,6 @@ def components(database: Any) -> Components:
 
 def document(uuid: str, **more: Any) -> dict[str, Any]:
     return {"_id": uuid, "type_id": "model", "identifier": "digits", "digest": "d-" + uuid, **more}
-
-
-@pytest.mark.parametrize("size", [0, 1, CHUNK_BYTES, CHUNK_BYTES + 1, 9 * CHUNK_BYTES + 5])
-def test_a_blob_comes_back_by_the_sha256_of_its_bytes(blobs: BlobStore, size: int) -> None:
-    data = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
-
-    name = blobs.put(memoryview(data))
-
-    assert name == hashlib.sha256(data).hexdigest()
-    assert blobs.get(name) == data
-
-
-def test_the_same_bytes_are_stored_once(blobs: BlobStore, database: Any) -> None:
-    blobs.put(b"abc")
-    blobs.put(b"abc")
-
-    assert database["mt.artifacts.files"].count_documents({}) == 1
-    assert database["mt.artifacts.chunks"].count_documents({}) == 1
-
-
-def test_the_second_of_two_writers_leaves_nothing_of_its_own(
-    blobs: BlobStore, database: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    blobs.put(b"abc")
-    monkeypatch.setattr(BlobStore, "touch", lambda self, names: names)  # both looked before either wrote
-
-    assert blobs.get(blobs.put(b"abc")) == b"abc"
-    assert database["mt.artifacts.chunks"].count_documents({}) == 1
-
-
-def test_a_blob_whose_writer_died_is_not_there_and_can_be_written_again(
-    blobs: BlobStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def die(*args: Any, **kwargs: Any) -> None:
-        raise PyMongoError("killed")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(blobs._files, "update_one", die)
-        with pytest.raises(StoreError, match="killed"):
-            blobs.put(b"abc")
-
-    name = hashlib.sha256(b"abc").hexdigest()
-    assert not blobs.has(name)
-    with pytest.raises(NotFoundError):
-        blobs.get(name)
-    assert blobs.get(blobs.put(b"abc")) == b"abc"
-
-
-def test_bytes_that_were_changed_are_refused(blobs: BlobStore, database: Any) -> None:
-    name = blobs.put(b"abc")
-    database["mt.artifacts.chunks"].update_one({}, {"$set": {"data": b"abd"}})
-
-    with pytest.raises(IntegrityError, match=name):
-        blobs.get(name)
 
 
 def test_versions_count_up_from_zero(components: Components) -> None:
