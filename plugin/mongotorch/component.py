@@ -1,7 +1,9 @@
-"""The Component: what has an identifier, a uuid and versions, and is stored field by field.
+"""Defines the Component: what has an identifier, a uuid and versions, and is stored field by field.
 
-Always: a component is a frozen value once built; its uuid belongs to one stored version; what is stored is its
-class by name and its fields by codec, never the object as a whole; the datalayer it was given is not stored.
+What is stored is its class by name and its fields by codec, never the object as a whole, and never the datalayer
+that it was given.
+
+Guarantees: a component is a frozen value; its uuid belongs to one stored version.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ LoadRef = Callable[[str], "Component"]
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Component(abc.ABC):
-    """What the datalayer stores under a type, an identifier and a version.
+    """A value that the datalayer stores under a type, an identifier and a version.
 
     Args:
         identifier: Its name, `[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}`.
@@ -110,7 +112,7 @@ def stored_fields(cls: type[Component]) -> list[dataclasses.Field[Any]]:
 
 
 def encode_component(component: Component, codecs: Codecs, put: Put, ref: Ref) -> dict[str, Any]:
-    """`{"class", "fields"}` of a component.
+    """The record `{"class", "fields"}` of a component.
 
     Args:
         component: What to encode.
@@ -130,7 +132,11 @@ def encode_component(component: Component, codecs: Codecs, put: Put, ref: Ref) -
 
 
 def begin_component(document: Mapping[str, Any], codecs: Codecs, get: Get) -> Component:
-    """A component of a stored document, its fields still to be filled, so that others can already refer to it."""
+    """A component of a stored document without its fields, so that others can already refer to it.
+
+    Raises:
+        CodecError: Its class cannot be imported here, or is no component.
+    """
     cls = codecs.decode(document["class"], get)
     if not isinstance(cls, type) or not issubclass(cls, Component):
         raise CodecError(f"{document['_id']}: its class is {cls!r}, which is no component", field="class")
@@ -159,7 +165,7 @@ def fill_component(
 
 
 def content_digest(component: Component, codecs: Codecs) -> str:
-    """SHA-256, in hex, of what a component says: class, identifier and fields, without uuid, version and db.
+    """SHA-256, in hex, of a component's class, identifier and fields, without uuid, version and db.
 
     The same component has the same digest in every release: names are those of the first releases, and a field
     that came later (`metadata={ADDED: ...}`) counts only where it is not at its default.
@@ -186,8 +192,8 @@ def _digest(component: Component, codecs: Codecs, met: dict[int, str]) -> str:
     for field in stored_fields(type(component)):
         if ADDED in field.metadata and _is_default(field, getattr(component, field.name)):
             del body["fields"][field.name]
-    said = {"type_id": component.type_id, "identifier": component.identifier, **body}
-    met[id(component)] = hashlib.sha256(bson.encode(said)).hexdigest()
+    content = {"type_id": component.type_id, "identifier": component.identifier, **body}
+    met[id(component)] = hashlib.sha256(bson.encode(content)).hexdigest()
     return met[id(component)]
 
 

@@ -1,4 +1,4 @@
-"""Every error that mongotorch raises on purpose, in one tree, with one root.
+"""Defines every error that mongotorch raises on purpose, in one tree.
 
     MongotorchError
     ├── SettingError                a setting, URI or option that cannot be used
@@ -30,13 +30,15 @@
     │   ├── IntegrityError          bytes that are not what was stored
     │   └── TrustError              a document that nobody trusted has signed, or that was changed
     └── JobError                    a run that did not end in success
-        ├── JobFailedError          found from elsewhere: the run raised
+        ├── JobFailedError          the run raised, in another process
         ├── JobCancelledError
         ├── JobReleasedError        the worker had to stop; the job waits for another one
         └── JobTimeoutError         `result(timeout)` ran out; the run goes on
 
-Always: the message says what failed and what to do; `document_id`, `field` and `setting` say where; the
-driver's own error stays as `__cause__`; no message holds a password.
+The message says what failed and what to do; `document_id`, `field` and `setting` say where; the driver's own
+error is the `__cause__`.
+
+Guarantees: no message holds a password.
 """
 
 from __future__ import annotations
@@ -112,7 +114,7 @@ class SignatureError(ParameterError):
 
 
 class LoaderOptionError(ParameterError):
-    """A `loader_kwargs` name that a DataLoader does not know, or that means nothing here."""
+    """A `loader_kwargs` option that a DataLoader does not have or refuses, or that means nothing here."""
 
 
 class QueryError(MongotorchError):

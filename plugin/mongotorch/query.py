@@ -1,7 +1,7 @@
-"""The Query: what to read, as an immutable value without a connection.
+"""Describes what to read, as an immutable value without a connection: the `Query`.
 
-Always: its content is canonical BSON from the moment it is made, so two queries that mean the same are equal,
-hashable, and `Query.from_document(q.to_document()) == q` holds exactly; every method returns a new query.
+Guarantees: queries that mean the same are equal and hashable, since their content is canonical BSON from the
+start; `Query.from_document(q.to_document()) == q` holds exactly; every method returns a new query.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _JSON = json_util.JSONOptions(
     uuid_representation=UuidRepresentation.STANDARD,
     tz_aware=False,
 )
-# What extended JSON would take for a value; of these, `$regex` is an operator too.
+# Keys that extended JSON would read as a value; `$regex` is an operator as well.
 _VALUES = frozenset(
     {"$binary", "$code", "$date", "$dbPointer", "$maxKey", "$minKey", "$oid", "$ref", "$regex", "$symbol"}
     | {"$numberDecimal", "$numberDouble", "$numberInt", "$numberLong", "$regularExpression", "$timestamp"}
@@ -129,14 +129,14 @@ class Query:
         return dataclasses.replace(self, fold_name=name)
 
     def filter(self, condition: Mapping[str, Any]) -> Query:
-        """With one more condition that must hold too; in a pipeline it comes before the first stage."""
+        """With one more condition that must hold; in a pipeline it comes before the first stage."""
         body = self._unpacked
         before = body["filter"]
         body["filter"] = {"$and": [before, dict(condition)]} if before else dict(condition)
         return dataclasses.replace(self, body=_pack(body))
 
     def project(self, fields: Iterable[str]) -> Query:
-        """With these fields and `_id` only, in place of the projection it had."""
+        """With these fields and `_id` only, in place of the projection so far."""
         body = self._unpacked
         projection = {"_id": 1, **dict.fromkeys(fields, 1)}
         if self.is_pipeline:
@@ -173,8 +173,8 @@ class Query:
         return ([{"$match": self.where}] if self.where else []) + list(self._unpacked["pipeline"])
 
     def to_document(self) -> dict[str, Any]:
-        """Plain BSON that says the same: operators inside are canonical extended JSON text."""
-        body = {key: json_util.dumps(_kept(value), json_options=_JSON) for key, value in self._unpacked.items()}
+        """The query as plain BSON; filter, projection and pipeline are canonical extended JSON text in it."""
+        body = {key: json_util.dumps(_escaped(value), json_options=_JSON) for key, value in self._unpacked.items()}
         return {
             "collection": self.collection,
             **body,
@@ -208,7 +208,7 @@ class Query:
             raise QueryError(f"not the document of a query: {error}") from error
 
     def digest(self) -> str:
-        """SHA-256, in hex, of everything it says."""
+        """SHA-256 of the whole query, in hex."""
         return hashlib.sha256(_pack({**self.to_document(), "body": self.body})).hexdigest()
 
     @property
@@ -220,7 +220,7 @@ class Query:
             raise QueryError(f"{what} a pipeline by a ${what} stage of its own", field=what)
 
 
-def _kept(value: Any) -> Any:
+def _escaped(value: Any) -> Any:
     return _renamed(value, lambda key: "$" + key if key in _VALUES or key.startswith("$$") else key)
 
 

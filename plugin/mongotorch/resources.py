@@ -1,6 +1,6 @@
-"""Who owns something open closes it: the one way in which owners here are context managers.
+"""Makes whatever opens something a context manager that closes it.
 
-Always: leaving the block closes, however it is left; `close` can be called again and then does nothing.
+Guarantees: leaving the block closes, however it is left.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Self
 
 
 class Owner(abc.ABC):
-    """Owns what has to be closed."""
+    """Owns resources that have to be closed: a connection, a process, a thread."""
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Let go of everything. Again: nothing."""
+        """Release everything; a second call does nothing."""
 
     def __enter__(self) -> Self:
         return self

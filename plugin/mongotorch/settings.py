@@ -1,7 +1,8 @@
-"""What can be set from outside, read from the environment when asked and never at import.
+"""Reads the settings of a datalayer from code and environment, when asked and never at import.
 
-Always: `Settings()` is a frozen value; each field is `MONGOTORCH_` + its name in capitals; what is given in
-code wins over the environment; neither the password of the URI nor a key shows in `repr`.
+The field `uri` is the variable `MONGOTORCH_URI`, and so on; what is given in code wins over the environment.
+
+Guarantees: neither the password of the URI nor a key shows in `repr`.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ class Settings(BaseSettings):
     """The settings of one datalayer.
 
     Attributes:
-        uri: Where the data lives; None is the embedded default.
-        embedded_path: Folder of the embedded server that serves when there is no URI.
+        uri: The address of the database; None is the embedded server.
+        embedded_path: Folder of the embedded server, which is used when there is no URI.
         cache_dir: Folder for the memory-mapped columns of `download=True`.
         compute: The compute engine: `local` runs in the calling process, `queue` leaves it to workers.
-        prefetch_bytes: Most bytes a stream may hold ready, in bytes.
+        prefetch_bytes: Most bytes that a stream may read ahead.
         valid_fraction: Share of inserted documents that go to the `valid` fold.
-        server_timeout_s: How long to look for a server before giving up, in seconds.
-        read_deadline_s: How long a broken read is tried again before giving up, in seconds.
-        lease_s: How long a run may be silent before another worker takes it over, in seconds.
-        checkpoint_seconds: How often a run writes a checkpoint, besides at each validation, in seconds.
-        lineage: Read the documents of a run once before its first step, and keep which they are with the version;
-            False keeps the query only.
-        signing_key: Keys for signatures, `[hmac:]SECRET` or `ed25519:…`; the first signs, all are accepted.
+        server_timeout_s: Seconds to look for a server before giving up.
+        read_deadline_s: Seconds for which a failed read is retried before giving up.
+        lease_s: Seconds without a heartbeat after which another worker takes a run over.
+        checkpoint_seconds: Seconds between checkpoints of a run, besides the one at each validation.
+        lineage: Read the documents of a run once before its first step, and store with the version which they are;
+            False stores the query only.
+        signing_key: Keys for signatures, `[hmac:]SECRET` or `ed25519:…`; the first signs, all verify.
         signing_key_file: A file of such keys, one a line.
         trust: `signed` refuses components that no accepted key has signed; `any` takes them.
         progress: Show progress bars; None shows them on a terminal only.
@@ -57,7 +58,7 @@ class Settings(BaseSettings):
 
 
 def read_settings(**given: Any) -> Settings:
-    """The settings: what is given, then the environment, then the defaults.
+    """The settings given, else those of the environment, else the defaults.
 
     Raises:
         SettingError: A name that does not exist, or a value that cannot be used; `setting` names it.

@@ -1,7 +1,6 @@
-"""How a batch goes into the model, and what comes out of it into the objective, by `signature`.
+"""Maps a batch into the model, and what comes out into the objective, by `signature`.
 
-Always: training and validation map a batch the same way; a batch that does not fit its signature ends in a
-`SignatureError` that says what it is.
+Guarantees: training and validation map a batch the same way.
 """
 
 from __future__ import annotations
@@ -24,18 +23,18 @@ _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONL
 @final
 @dataclass(frozen=True, kw_only=True)
 class Passed:
-    """What the model made of a batch: the arguments of the objective.
+    """The arguments of the objective for one batch, after the model's forward pass.
 
     Attributes:
-        args: Positional ones; the first is the output, unless the training method returns a dict.
-        kwargs: The ones by name.
+        args: Positional arguments; the first is the output, unless the training method returns a dict.
+        kwargs: Arguments by name.
     """
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def into(self, function: Callable[..., Any]) -> Any:
-        """What a function returns for them."""
+        """Call a function with them."""
         return function(*self.args, **self.kwargs)
 
     def for_metrics(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -48,7 +47,7 @@ class Passed:
 @final
 @dataclass(frozen=True, kw_only=True)
 class BatchMapping:
-    """The way of a batch through a model, for one key, signature and objective."""
+    """Runs a model on batches, for one key, signature and objective."""
 
     key: Key
     signature: str
@@ -61,10 +60,10 @@ class BatchMapping:
             SignatureError: The batch does not have the structure that the signature needs.
         """
         if self.signature == "singleton":
-            return _unpacked(model.train_forward(batch), whole=not model.takes_batch)
+            return _as_arguments(model.train_forward(batch), as_one=not model.takes_batch)
         args, kwargs = self._arguments(batch)
         if model.takes_batch:
-            return _unpacked(model.train_forward(*args, **kwargs), whole=False)
+            return _as_arguments(model.train_forward(*args, **kwargs), as_one=False)
         if self.signature == "*args":
             return self._positional(model, args)
         if self.signature == "*args,**kwargs" and not kwargs:
@@ -131,11 +130,11 @@ class BatchMapping:
 
 
 def check_key(key: Key, signature: str, *, takes_batch: bool) -> None:
-    """Refuse a key that cannot work with a signature, where samples are what the key says.
+    """Refuse a key that cannot work with a signature where no transform changes the samples.
 
     Args:
         key: The fields of a sample.
-        signature: One that exists.
+        signature: A valid one.
         takes_batch: Whether the model's training method receives everything.
 
     Raises:
@@ -150,10 +149,10 @@ def check_key(key: Key, signature: str, *, takes_batch: bool) -> None:
 
 
 def scalar(loss: Any) -> Tensor:
-    """What an objective gave, as a tensor of one element.
+    """The value of an objective as a tensor of one element.
 
     Raises:
-        ParameterError: It is none, nor a number.
+        ParameterError: It is neither a number nor a tensor of one element.
     """
     if isinstance(loss, int | float):
         return torch.tensor(float(loss))
@@ -163,8 +162,8 @@ def scalar(loss: Any) -> Tensor:
     return loss
 
 
-def _unpacked(returned: Any, *, whole: bool) -> Passed:
-    if whole:
+def _as_arguments(returned: Any, *, as_one: bool) -> Passed:
+    if as_one:
         return Passed(args=(returned,))
     if isinstance(returned, Mapping):
         return Passed(kwargs=dict(returned))
@@ -181,7 +180,7 @@ def _is_pair(batch: Any) -> bool:
 
 
 def _names(function: Callable[..., Any]) -> tuple[set[str], bool]:
-    """The names of a function's arguments, and whether it takes any other name."""
+    """The names of a function's arguments, and whether it takes `**kwargs`."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # a builtin says nothing about its arguments

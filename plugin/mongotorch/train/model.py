@@ -1,7 +1,7 @@
-"""The TorchModel: a torch module with a name, versions, and what it needs to take and give what programs have.
+"""Defines the TorchModel: a torch module as a component, and how it predicts.
 
-Always: predicting is done in `eval()` mode without gradients, and leaves the module in the mode it was in; what
-`preprocess` returns is stacked as torch stacks it, and one item is a batch of one.
+Guarantees: predicting is done in `eval()` mode without gradients, and leaves the module in the mode it was in;
+one item is a batch of one.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class TorchModel(Component):
         object: The `torch.nn.Module`.
         trainer: What trains it when it is applied; None applies it as it is.
         validation: What is measured besides the objective, and on which further datasets.
-        preprocess: From an item to what the module takes, without the batch dimension; None takes it as it is.
-        postprocess: From one item of the output to what `predict` gives; None gives it as it is.
+        preprocess: Turns an item into what the module takes, without the batch dimension; None takes it as it is.
+        postprocess: Turns the output for one item into what `predict` returns; None returns it as it is.
         forward_method: The method of `object` that predicts.
-        train_forward_method: The method of `object` that trains; one of its own receives the whole batch.
+        train_forward_method: The method of `object` that trains; another than `__call__` receives the whole batch.
         preferred_devices: Devices in order of preference; the first that is there is used.
 
     Raises:
@@ -81,7 +81,7 @@ class TorchModel(Component):
 
     @property
     def takes_batch(self) -> bool:
-        """Whether a training method of its own receives everything, the target included."""
+        """Whether the training method receives the whole batch, the target included."""
         return self.train_forward_method != CALL
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -139,7 +139,7 @@ class TorchModel(Component):
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """`eval()` mode without gradients inside; each submodule gets back the mode that it had."""
+    """Put a module into `eval()` mode without gradients inside; each submodule gets its mode back afterwards."""
     training = [part for part in module.modules() if part.training]
     if training:
         module.eval()

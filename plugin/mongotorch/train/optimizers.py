@@ -1,7 +1,6 @@
-"""Optimizers by name, checked before any data is read, and their states as one value.
+"""Makes optimizers by name, checked before any data is read, and saves and loads their states.
 
-Always: a name that resolves here resolves in any process that has the same packages; the state of one optimizer
-is its `state_dict`, that of several is `{"optimizers": [state_dict, ...]}`.
+The state of one optimizer is its `state_dict`, that of several is `{"optimizers": [state_dict, ...]}`.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from mongotorch.codecs import resolve
 from mongotorch.errors import CodecError, OptimizerError
 from mongotorch.tensors import copy_tensors
 
-# What the optimizers of torch keep in the shape of the parameter.
-_ALIKE = frozenset(
+# What torch's optimizers hold in the shape of the parameter.
+_PARAMETER_SHAPED = frozenset(
     {"acc_delta", "ax", "exp_avg", "exp_avg_sq", "exp_inf", "grad_avg", "max_exp_avg_sq", "momentum_buffer"}
     | {"prev", "square_avg", "sum"}
 )
@@ -67,7 +66,7 @@ def check_optimizer(name: str, options: Mapping[str, Any]) -> None:
 
 
 def state_of(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
-    """The state of optimizers, a copy that later steps do not change."""
+    """A copy of the state of optimizers, which later steps do not change."""
     states = [copy_tensors(optimizer.state_dict()) for optimizer in optimizers]
     return states[0] if len(states) == 1 else {"optimizers": states}
 
@@ -96,9 +95,9 @@ def load_state(optimizers: Sequence[torch.optim.Optimizer], state: Mapping[str, 
 
 
 def _check_shapes(optimizer: torch.optim.Optimizer) -> None:
-    """Torch counts parameters only, and would fail in the first step. Raises: ValueError."""
+    """Refuse a state of other shapes: torch only counts parameters, and would fail in the first step."""
     for parameter, kept in optimizer.state.items():
-        for name in _ALIKE & set(kept):
+        for name in _PARAMETER_SHAPED & set(kept):
             if isinstance(kept[name], Tensor) and kept[name].shape != parameter.shape:
                 shapes = f"{tuple(kept[name].shape)} for a parameter of shape {tuple(parameter.shape)}"
                 raise ValueError(f"{name!r} has shape {shapes}")

@@ -1,8 +1,8 @@
-"""Modules and states as a small skeleton plus one blob a storage, so that versions share what did not change.
+"""Stores modules and states as a small pickle plus one blob a storage, so that versions share what did not change.
 
-Always: no tensor is inside the pickle; what was one tensor comes back as one (tied weights stay tied) and what
-only has equal content stays apart; blobs are device-free bytes, so a model of a GPU loads on a CPU; views of
-one storage stay views of one storage, but a lone slice of a large storage takes only its own bytes along.
+Guarantees: no tensor is inside the pickle. What was one tensor comes back as one (tied weights stay tied), what
+only has equal content stays apart, and views of one storage stay views of one storage; a lone slice of a large
+storage stores its own bytes only. Blobs know no device: a model of a GPU loads on a CPU.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ SMALL_BYTES = 4096
 """Storages below this many bytes share one blob: a blob each would cost more than it could save."""
 _KINDS = (Tensor, nn.Parameter)
 _READERS = 2
-"""Blobs that are read at once: while one waits for its first bytes or ends its hash, the other is on its way.
-More only cost memory."""
+"""Blobs that are read at once: while one is waited for or hashed, the other is transferred. More cost memory."""
 
 
 @final
@@ -45,16 +44,16 @@ class TorchCodec(Codec):
 
     def encode(self, value: Any, put: Put, *, where: str) -> dict[str, Any]:
         """Skeleton and storages. Raises: UnsafeClosureError, CodecError; then nothing was put."""
-        taken: dict[int, int] = {}
+        indices: dict[int, int] = {}
         tensors: list[Tensor] = []
 
         def external(part: Any) -> int | None:
             if type(part) not in _KINDS or not _is_plain(part):
                 return None  # sparse, quantised and subclasses: they pickle as torch pickles them
-            if id(part) not in taken:
-                taken[id(part)] = len(tensors)
+            if id(part) not in indices:
+                indices[id(part)] = len(tensors)
                 tensors.append(part)  # kept alive, or its id could come back as another's
-            return taken[id(part)]
+            return indices[id(part)]
 
         with torch.no_grad():
             skeleton = dumps(value, where=where, external=external)
@@ -74,11 +73,11 @@ class TorchCodec(Codec):
 
 @final
 class Tensors:
-    """The tensors of a record, on the CPU, each made when it is asked for and then the same again.
+    """The tensors of a record, on the CPU, each made once, when it is first asked for.
 
     Args:
         record: What `TorchCodec.encode` gave.
-        get: Gives blobs; all of them are asked for at once, from several threads.
+        get: Reads blobs; all of them are read at construction, from several threads.
     """
 
     def __init__(self, record: Mapping[str, Any], get: Get) -> None:
@@ -107,12 +106,12 @@ class Tensors:
 
 
 def fill_module(module: nn.Module, record: Mapping[str, Any], get: Get) -> None:
-    """Give a module the stored parameters and buffers of the same names; nothing is unpickled or imported.
+    """Fill a module with the stored parameters and buffers of the same names; nothing is unpickled or imported.
 
     Args:
         module: Of the same structure as the stored one.
         record: What `TorchCodec.encode` gave for that.
-        get: Gives blobs.
+        get: Reads blobs.
 
     Raises:
         CodecError: A name, shape or dtype differs; the module is unchanged.
