@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import re
 import uuid as uuids
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Final, Self
 
 import bson
@@ -174,12 +174,6 @@ def content_digest(component: Component, codecs: Codecs) -> str:
         return _digest(component, codecs, {})
 
 
-def children(component: Component) -> Iterator[Component]:
-    """The components that its fields refer to, directly."""
-    for field in stored_fields(type(component)):
-        yield from _components(getattr(component, field.name))
-
-
 def _digest(component: Component, codecs: Codecs, met: dict[int, str]) -> str:
     if id(component) in met:
         return met[id(component)]
@@ -202,7 +196,7 @@ def _encode(value: Any, codecs: Codecs, put: Put, ref: Ref, where: str, codec: s
         return reference(ref(value), type_id=value.type_id, identifier=value.identifier)
     if isinstance(value, Query):
         return {CODEC: "query", **value.to_document()}
-    if codec is None and type(value) in (list, tuple) and any(True for _ in _components(value)):
+    if codec is None and _holds_component(value):
         items = [_encode(v, codecs, put, ref, f"{where}[{n}]", None) for n, v in enumerate(value)]
         return sequence_record(value, items)
     return codecs.encode(value, put, codec=codec, where=where)
@@ -221,12 +215,10 @@ def _decode(record: Any, codecs: Codecs, get: Get, load_ref: LoadRef) -> Any:
     return codecs.decode(record, get)
 
 
-def _components(value: Any) -> Iterator[Component]:
-    if isinstance(value, Component):
-        yield value
-    elif type(value) in (list, tuple):
-        for part in value:
-            yield from _components(part)
+def _holds_component(value: Any) -> bool:
+    if type(value) in (list, tuple):
+        return any(_holds_component(part) for part in value)
+    return isinstance(value, Component)
 
 
 def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Self, final
 
 import bson
@@ -133,16 +133,6 @@ class Query:
         body = self._unpacked
         before = body["filter"]
         body["filter"] = {"$and": [before, dict(condition)]} if before else dict(condition)
-        return dataclasses.replace(self, body=_pack(body))
-
-    def project(self, fields: Iterable[str]) -> Query:
-        """With these fields and `_id` only, in place of the projection so far."""
-        body = self._unpacked
-        projection = {"_id": 1, **dict.fromkeys(fields, 1)}
-        if self.is_pipeline:
-            body["pipeline"].append({"$project": projection})
-        else:
-            body["projection"] = projection
         return dataclasses.replace(self, body=_pack(body))
 
     @property
