@@ -102,6 +102,13 @@ def test_anchors_lead_to_headings() -> None:
     assert lost == []
 
 
+def test_the_files_that_the_architecture_names_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    package, data = ROOT / "plugin" / "mongotorch", ROOT / "plugin" / "mongotorch" / "data"
+    named = set(re.findall(r"`([\w/]+(?:\.py|/))`", text))
+    assert [name for name in sorted(named) if not any((at / name).exists() for at in (ROOT, package, data))] == []
+
+
 def test_every_page_can_be_reached_from_the_index() -> None:
     index = ROOT / "docs" / "index.md"
     reached: set[Path] = set()
