@@ -45,7 +45,10 @@ SHORT_FILES = {
 }
 
 OPTIONAL_HEAVY = {"fiftyone", "ray", "sklearn", "torch", "torchmetrics"}
-NEEDS_AN_EXTRA = {"mongotorch.demo.digits"}  # own modules that import an optional heavy one at their top
+NEEDS_AN_EXTRA = {
+    "mongotorch.demo",
+    "mongotorch.demo.digits",
+}  # own modules that import an optional heavy one at their top
 
 # Words for which the field has a standard one, as parts of names (`_` and capitals part them).
 PRIVATE_WORDS = re.compile(
