@@ -37,7 +37,7 @@ soak: $(VENV)/.stamp-dev ## the long runs that `make test` leaves out
 bench: $(VENV)/.stamp-bench ## the stream against its rivals: a table, docs/benchmarks.json and .png (ARGS='--docs 1000000')
 	@$(VENV)/bench/bin/python -W ignore -m tests.benchmarks.bench_stream $(ARGS)
 
-lint: $(VENV)/.stamp-dev ## ruff, mypy --strict, the layer law
+lint: $(VENV)/.stamp-dev ## ruff, mypy --strict, the import rules
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy

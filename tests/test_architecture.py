@@ -45,10 +45,8 @@ SHORT_FILES = {
 }
 
 OPTIONAL_HEAVY = {"fiftyone", "ray", "sklearn", "torch", "torchmetrics"}
-NEEDS_AN_EXTRA = {
-    "mongotorch.demo",
-    "mongotorch.demo.digits",
-}  # own modules that import an optional heavy one at their top
+# Own modules that import an optional heavy one at their top.
+NEEDS_AN_EXTRA = {"mongotorch.demo", "mongotorch.demo.digits"}
 
 # Words for which the field has a standard one, as parts of names (`_` and capitals part them).
 PRIVATE_WORDS = re.compile(
