@@ -36,8 +36,6 @@ SHORT_FILES = {
     "__main__.py": "Python asks for this name: `python -m mongotorch`",
     "_version.py": "the build reads the version from it without importing the package",
     "cli/demo.py": "one command, one file, as the other commands",
-    "cli/storage.py": "one command group, one file, as the other commands",
-    "demo/second_process.py": "the program that the demo starts in another process",
     "loader_options.py": "shared by data and train, which do not see each other",
     "resources.py": "below every package that opens something",
     "store/access_roles.py": "what the command prints for an administrator; nothing else needs it",

@@ -1,7 +1,7 @@
-"""The command `mongotorch`: training, what is stored, what was run, schedules, and which version counts.
+"""The command `mongotorch`: training, what is stored, jobs, schedules, and versions.
 
-Always: tables where people read, `--json` where machines do; an error of ours is one line and exit code 1; each
-command is one call of the Datalayer, so that whatever it does can be done in Python too.
+Every command is one call of the `Datalayer`. It prints tables for people and, with `--json`, JSON for programs; an
+error of mongotorch is one line and exit code 1.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import typer
 
 from mongotorch._version import __version__
 from mongotorch.cli import demo, jobs, lineage, schedules, versions
-from mongotorch.cli import storage as stored
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -27,9 +26,9 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 # In the order in which the help lists them.
 for _command in (
-    *(demo.demo, stored.show, jobs.jobs, jobs.job, jobs.cancel, jobs.worker),
+    *(demo.demo, versions.show, jobs.jobs, jobs.job, jobs.cancel, jobs.worker),
     *(versions.promote, versions.rollback, versions.history, versions.diff, lineage.lineage),
-    *(stored.gc, stored.verify),
+    *(versions.gc, versions.verify),
 ):
     app.command()(_command)
 app.add_typer(schedules.app, name="schedule")

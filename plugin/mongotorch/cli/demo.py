@@ -1,7 +1,4 @@
-"""The command that shows the main job on real data: `demo`.
-
-Always: it finds a database to run on, and says which; what it trains is published there like any other model.
-"""
+"""The command `demo`: trains on handwritten digits in whichever database it finds, and says which that is."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mongotorch.cli.output import Uri, errors, print_pairs, said_of
+from mongotorch.cli.output import Uri, described, errors, print_pairs
 from mongotorch.datalayer import Datalayer
 from mongotorch.errors import EmbeddedServerError
 from mongotorch.settings import read_settings
@@ -23,30 +20,30 @@ def demo(uri: Uri = None, steps: Annotated[int, typer.Option(help="Optimizer ste
     from mongotorch.demo.digits import run_demo
 
     with errors(), _open_anything(uri) as db:
-        outcome = run_demo(db, steps=steps)
+        result = run_demo(db, steps=steps)
     rows: list[tuple[str, Any]] = [
-        ("documents", outcome.documents),
-        ("steps", outcome.steps),
-        ("samples per second", f"{outcome.samples_per_s:,.0f}"),
-        ("validation objective", f"{outcome.objective:.4f}"),
-        ("validation accuracy", f"{outcome.accuracy:.4f}"),
-        ("published", f"model demo-digits, version {outcome.version}"),
-        ("uuid", outcome.uuid),
+        ("documents", result.documents),
+        ("steps", result.steps),
+        ("samples per second", f"{result.samples_per_s:,.0f}"),
+        ("validation objective", f"{result.objective:.4f}"),
+        ("validation accuracy", f"{result.accuracy:.4f}"),
+        ("published", f"model demo-digits, version {result.version}"),
+        ("uuid", result.uuid),
     ]
-    if outcome.elsewhere is None:
+    if result.second_process is None:
         rows += [("another process", "not on mongomock, which lives in this process alone")]
     else:
         rows += [
-            ("another process", f"pid {outcome.elsewhere['pid']}"),
-            ("  accuracy, loaded by identifier", f"{outcome.elsewhere['identifier']:.4f}"),
-            ("  accuracy, loaded by uuid", f"{outcome.elsewhere['uuid']:.4f}"),
+            ("another process", f"pid {result.second_process['pid']}"),
+            ("  accuracy, loaded by identifier", f"{result.second_process['identifier']:.4f}"),
+            ("  accuracy, loaded by uuid", f"{result.second_process['uuid']:.4f}"),
         ]
     print_pairs("mongotorch demo", rows)
 
 
 @contextlib.contextmanager
 def _open_anything(uri: str | None) -> Iterator[Datalayer]:
-    """The database that was named, else the embedded server, else memory; says which."""
+    """The database of the address, else the embedded server, else memory; prints which it is."""
     try:
         db = Datalayer.connect(uri)
     except EmbeddedServerError as error:
@@ -55,5 +52,5 @@ def _open_anything(uri: str | None) -> Iterator[Datalayer]:
         Console().print(f"[yellow]{error.message}[/]", highlight=False)
         db = Datalayer.connect("mongomock://demo")
     with db:
-        typer.echo(f"database: {said_of(db)}")
+        typer.echo(f"database: {described(db)}")
         yield db

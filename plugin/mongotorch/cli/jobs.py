@@ -1,7 +1,4 @@
-"""The commands of what runs: `jobs`, `job`, `cancel`, and `worker`, which performs them.
-
-Always: a run is told from its document alone; a worker that is told to stop leaves its run to the next one.
-"""
+"""The commands of jobs: `jobs`, `job`, `cancel`, and `worker`, which runs them."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mongotorch.cli.output import AsJson, Uri, opened, print_json, print_pairs, print_table, said_of
+from mongotorch.cli.output import AsJson, Uri, described, opened, print_json, print_pairs, print_table
 from mongotorch.worker import Worker, run_pool
 
 _ENDED = {"succeeded": "succeeded", "failed": "failed", "cancelled": "was cancelled"}
@@ -19,11 +16,11 @@ _ENDED = {"succeeded": "succeeded", "failed": "failed", "cancelled": "was cancel
 
 def jobs(
     status: Annotated[str | None, typer.Option(help="queued, running, succeeded, failed or cancelled")] = None,
-    limit: Annotated[int, typer.Option(help="The most.")] = 20,
+    limit: Annotated[int, typer.Option(help="At most so many.")] = 20,
     uri: Uri = None,
     as_json: AsJson = False,
 ) -> None:
-    """The runs, the newest first."""
+    """The jobs, newest first."""
     with opened(uri) as db:
         records = [job.record for job in db.jobs(status=status, limit=limit)]
     if as_json:
@@ -33,14 +30,14 @@ def jobs(
     for record in records:
         progress, error = record.get("progress") or {}, record.get("error") or {}
         left = f"{progress['left_s']:.0f} s" if "left_s" in progress and record["status"] == "running" else ""
-        told = (progress.get("step", ""), progress.get("samples_per_s", ""), left, error.get("type", ""))
-        rows.append((record["_id"], f"{record['type_id']} {record['identifier']}", record["status"], *told))
+        cells = (progress.get("step", ""), progress.get("samples_per_s", ""), left, error.get("type", ""))
+        rows.append((record["_id"], f"{record['type_id']} {record['identifier']}", record["status"], *cells))
     columns = ("job", "component", "status", "step", "samples/s", "left", "error")
     print_table(columns, rows, whole=["job"])
 
 
 def job(uuid: str, uri: Uri = None, as_json: AsJson = False) -> None:
-    """One run: parameters, environment, progress, and the error with its traceback."""
+    """One job: parameters, environment, progress, and the error with its traceback."""
     with opened(uri) as db:
         record = db.job(uuid).record
     if as_json:
@@ -53,7 +50,7 @@ def job(uuid: str, uri: Uri = None, as_json: AsJson = False) -> None:
 
 
 def cancel(uuid: str, uri: Uri = None, as_json: AsJson = False) -> None:
-    """Ask a run to stop at its next step, and publish nothing; exit code 1 where it had ended already."""
+    """Make a job stop at its next step and publish nothing; exit code 1 if it had ended already."""
     with opened(uri) as db:
         run = db.job(uuid)
         done, status = run.cancel(), run.status
@@ -65,15 +62,15 @@ def cancel(uuid: str, uri: Uri = None, as_json: AsJson = False) -> None:
 
 
 def worker(
-    once: Annotated[bool, typer.Option(help="Perform one job, if there is one, and end.")] = False,
+    once: Annotated[bool, typer.Option(help="Run one job, if there is one, and end.")] = False,
     until_idle: Annotated[bool, typer.Option(help="End when no schedule is due and no job waits.")] = False,
     concurrency: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
     uri: Uri = None,
 ) -> None:
-    """Work the queue, and see to the schedules: watch their documents, and fire what is due.
+    """Run queued jobs, watch the documents of schedules, and fire the schedules that are due.
 
-    Any number of workers may run; one of them sees to the schedules at a time, and each firing is one job.
-    SIGTERM checkpoints the run and hands it back, to be resumed by another worker.
+    Any number of workers may run; one of them at a time fires schedules, and each firing is one job.
+    At SIGTERM the current run writes a checkpoint and is handed back, to be resumed by another worker.
     """
     if concurrency > 1:
         command = [sys.executable, "-m", "mongotorch", "worker"]
@@ -88,6 +85,6 @@ def worker(
             )
         )
     with opened(uri) as db:
-        typer.echo(f"working on {said_of(db)}")
+        typer.echo(f"working on {described(db)}")
         done = int(Worker(db).once()) if once else Worker(db).run(until_idle=until_idle)
     typer.echo(f"{done} job(s) performed")

@@ -1,7 +1,6 @@
-"""The command `lineage`: what a version was made of, and the versions that it comes from.
+"""The command `lineage`: what a version was made from, and the versions it descends from.
 
-Always: all of it is told from documents; nothing is unpickled. An ancestor that was removed ends the line, and
-is said to be gone.
+It reads documents and unpickles nothing. An ancestor that was removed ends the line, and is shown as gone.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from mongotorch.errors import NotFoundError
 from mongotorch.query import Query
 from mongotorch.store import LIVE, Move
 
-_SAID = ("type_id", "identifier", "version", "created")
+_IDENTITY = ("type_id", "identifier", "version", "created")
 _RUN = (
     *("parent", "start", "job", "schedule", "seed", "steps", "best_step"),
     *("data", "metrics", "verdict", "environment"),
@@ -38,27 +37,27 @@ def lineage(
     uri: Uri = None,
     as_json: AsJson = False,
 ) -> None:
-    """What a version was made of (data, job, seed, metrics, verdict, …), and which versions it comes from."""
+    """What a version was made from (data, job, seed, metrics, verdict, …), and the versions it descends from."""
     with opened(uri) as db:
         line = _Line(db)
         document = line.find(of, identifier, version)
-        said = line.facts(document)
+        record = line.record(document)
         ancestors = list(line.ancestors(document, depth))
     if as_json:
-        print_json({**said, "ancestors": ancestors})
+        print_json({**record, "ancestors": ancestors})
         return
-    print_pairs(f"{_name(said)} {said['uuid']}", list(_rows(said, ancestors)))
-    tree = Tree(_label(said))
+    print_pairs(f"{_name(record)} {record['uuid']}", list(_rows(record, ancestors)))
+    tree = Tree(_label(record))
     for ancestor in ancestors:
         tree.add(f"from {_label(ancestor)}")
-    oldest = ancestors[-1] if ancestors else said
+    oldest = ancestors[-1] if ancestors else record
     if _origin(oldest) is not None:
         tree.add("from older ones: --depth")
     Console(markup=False, highlight=False).print(tree)
 
 
 class _Line:
-    """Follows a version back, and knows what is live.
+    """Follows a version back to its ancestors, and looks up which versions are live.
 
     Args:
         db: The open database.
@@ -69,7 +68,7 @@ class _Line:
         self._moves: dict[tuple[str, str], Move | None] = {}
 
     def find(self, of: str, identifier: str | None, version: int | None) -> dict[str, Any]:
-        """The document that a person names. Raises: NotFoundError."""
+        """The document of a uuid, or of a kind, name and version. Raises: NotFoundError."""
         if identifier is None:
             return self._document(of)
         if version is None:
@@ -80,15 +79,15 @@ class _Line:
         document: dict[str, Any] = self._db.show(of, identifier, version)
         return document
 
-    def facts(self, document: Mapping[str, Any]) -> dict[str, Any]:
-        """What a document says of where its version comes from, and whether `live` names it."""
-        said = {"uuid": document["_id"], **{name: document[name] for name in _SAID}}
+    def record(self, document: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of a document that say where its version comes from, and whether `live` names it."""
+        record = {"uuid": document["_id"], **{name: document[name] for name in _IDENTITY}}
         move = self._live(document["type_id"], document["identifier"])
-        said["live"] = move is not None and move.to_uuid == document["_id"]
-        return said | {name: document[name] for name in _RUN if name in document}
+        record["live"] = move is not None and move.to_uuid == document["_id"]
+        return record | {name: document[name] for name in _RUN if name in document}
 
     def ancestors(self, document: Mapping[str, Any], depth: int) -> Iterator[dict[str, Any]]:
-        """The facts of the versions that one comes from, the nearest first."""
+        """The records of the versions that one descends from, the nearest first."""
         for _ in range(depth):
             uuid = _origin(document)
             if uuid is None:
@@ -98,7 +97,7 @@ class _Line:
             except NotFoundError:
                 yield {"uuid": uuid, "gone": True}
                 return
-            yield self.facts(document)
+            yield self.record(document)
 
     def _document(self, uuid: str) -> dict[str, Any]:
         document: dict[str, Any] = self._db.show(uuid=uuid)
@@ -112,73 +111,77 @@ class _Line:
         return self._moves[name]
 
 
-def _origin(said: Mapping[str, Any]) -> str | None:
-    """The uuid of the version that a run began with: of a schedule's run what was live, else what it was given."""
-    start = said.get("start")
-    uuid: str | None = start["model"] if start else said.get("parent")
+def _origin(record: Mapping[str, Any]) -> str | None:
+    """The uuid of the version that a run started from: for a schedule the live one, else the given one."""
+    start = record.get("start")
+    uuid: str | None = start["model"] if start else record.get("parent")
     return uuid
 
 
-def _rows(said: Mapping[str, Any], ancestors: list[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
-    yield "created", iso(said["created"])
-    yield "live", "yes" if said["live"] else "no"
-    if "job" not in said:
+def _rows(record: Mapping[str, Any], ancestors: list[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
+    yield "created", iso(record["created"])
+    yield "live", "yes" if record["live"] else "no"
+    if "job" not in record:
         yield "made by", "no run: it is as it was given"
         return
-    if said.get("parent"):
-        parent = next((one for one in ancestors if one["uuid"] == said["parent"]), None)
-        yield "parent", said["parent"] if parent is None else f"{_name(parent)} {said['parent']}"
-    if start := said.get("start"):
+    if record.get("parent"):
+        parent = next((one for one in ancestors if one["uuid"] == record["parent"]), None)
+        yield "parent", record["parent"] if parent is None else f"{_name(parent)} {record['parent']}"
+    if start := record.get("start"):
         optimizer = f", with the optimizer of {start['trainer']}" if start["trainer"] else ""
         yield "started from", start["model"] + optimizer
-    yield "job", said["job"]
-    if schedule := said.get("schedule"):
+    yield "job", record["job"]
+    if schedule := record.get("schedule"):
         yield "schedule", f"{schedule['identifier']}, firing {schedule['firing']}: {schedule['reason']}"
-    if "seed" in said:
-        yield "seed", said["seed"]
-    yield "steps", f"{said['steps']}, the best was {said['best_step']}"
-    yield from _data_rows(said.get("data") or {})
-    if metrics := said.get("metrics"):
+    if "seed" in record:
+        yield "seed", record["seed"]
+    yield "steps", f"{record['steps']}, the best was {record['best_step']}"
+    yield from _data_rows(record.get("data") or {})
+    if metrics := record.get("metrics"):
         yield "metrics", _numbers(metrics)
-    if verdict := said.get("verdict"):
+    if verdict := record.get("verdict"):
         yield "verdict", f"{'' if verdict['promote'] else 'not '}let through: {verdict['why']} ({verdict['gate']})"
-    if environment := said.get("environment"):
+    if environment := record.get("environment"):
         yield "environment", ", ".join(f"{name} {value}" for name, value in environment.items())
 
 
 def _data_rows(data: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What is known of the documents: only the query, where lineage was off."""
+    """The record of the documents; only the query, if lineage was off."""
     if "query" in data:
         query = _query(data["query"])
         yield "query", query if len(query) <= _LONGEST else query[:_LONGEST] + " …"
     if watermark := data.get("watermark"):
         yield "watermark", iso(watermark.as_datetime() if isinstance(watermark, Timestamp) else watermark)
     for fold in ("train", "valid"):
-        if facts := data.get(fold):
-            yield f"{fold} documents", f"{facts['count']:,}, digest {facts['digest']}"
+        if members := data.get(fold):
+            yield f"{fold} documents", f"{members['count']:,}, digest {members['digest']}"
 
 
 def _query(document: Mapping[str, Any]) -> str:
     query = Query.from_document(document)
     if query.is_pipeline:
         return f"{query.collection}.aggregate({query.stages})"
-    said = f"{query.collection}.find({query.where})"
-    said += f".sort({list(query.ordering)})" if query.ordering else ""
-    said += f".skip({query.skipped})" if query.skipped else ""
-    return said + (f".limit({query.limited})" if query.limited is not None else "")
+    shown = f"{query.collection}.find({query.where})"
+    shown += f".sort({list(query.ordering)})" if query.ordering else ""
+    shown += f".skip({query.skipped})" if query.skipped else ""
+    return shown + (f".limit({query.limited})" if query.limited is not None else "")
 
 
-def _label(said: Mapping[str, Any]) -> str:
-    """One version in a line."""
-    if said.get("gone"):
-        return f"{said['uuid']}, which is gone"
-    parts = [_name(said), f"{said['steps']} steps" if "steps" in said else "as it was given"]
-    parts += [_numbers(said["metrics"])] if said.get("metrics") else []
-    return " · ".join([*parts, *["live"] * said["live"]])
+def _label(record: Mapping[str, Any]) -> str:
+    """A version in one line."""
+    if record.get("gone"):
+        return f"{record['uuid']}, which is gone"
+    parts = [_name(record), f"{record['steps']} steps" if "steps" in record else "as it was given"]
+    parts += [_numbers(record["metrics"])] if record.get("metrics") else []
+    return " · ".join([*parts, *["live"] * record["live"]])
 
 
-def _name(said: Mapping[str, Any]) -> str:
-    return f"{said['type_id']} {said['identifier']} version {said['version']}" if "version" in said else "gone"
+def _name(record: Mapping[str, Any]) -> str:
+    return (
+        f"{record['type_id']} {record['identifier']} version {record['version']}"
+        if "version" in record
+        else "gone"
+    )
 
 
 def _numbers(values: Mapping[str, float]) -> str:

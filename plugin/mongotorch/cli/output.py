@@ -1,7 +1,7 @@
-"""What every command prints with, and the options that they share.
+"""What all commands share: options, opening the database, errors, and printing tables and JSON.
 
-Always: a password in an address is never printed; a time is UTC, as ISO 8601 says it; JSON is the relaxed extended
-JSON of MongoDB, which `bson.json_util.loads` reads back as it was stored.
+Guarantees: a password in an address is never printed. Times are UTC in ISO 8601. JSON is MongoDB's relaxed
+extended JSON, which `bson.json_util.loads` reads back as it was stored.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _JSON = json_util.JSONOptions(json_mode=json_util.JSONMode.RELAXED)
 
 @contextlib.contextmanager
 def errors() -> Iterator[None]:
-    """An error of ours becomes one line, and exit code 1."""
+    """Print a `MongotorchError` as one line, and exit with code 1."""
     try:
         yield
     except MongotorchError as error:
@@ -39,19 +39,19 @@ def errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def opened(uri: str | None) -> Iterator[Datalayer]:
-    """The database that was named; an error of ours becomes one line."""
+    """The database of an address; a `MongotorchError` is printed as one line."""
     with errors(), Datalayer.connect(uri) as db:
         yield db
 
 
-def said_of(db: Datalayer) -> str:
-    """Which database it is, for people: without a password."""
+def described(db: Datalayer) -> str:
+    """The database for people: its address without a password, and the kind of server."""
     kinds = {"mongomock": "in the memory of this process", "embedded": "the embedded MongoDB server"}
     return f"{redact(db.uri)} ({kinds.get(db.uri.partition(':')[0], 'a MongoDB server')})"
 
 
 def time_of(text: str) -> datetime:
-    """A time as one types it: ISO 8601, in UTC unless it says another zone; a date alone is its first moment."""
+    """The time of a text in ISO 8601, in UTC unless it has a zone; a date alone is midnight."""
     try:
         moment = datetime.fromisoformat(text)
     except ValueError as error:
@@ -62,7 +62,7 @@ def time_of(text: str) -> datetime:
 
 
 def iso(moment: datetime | None) -> str:
-    """A time in UTC for people to read, to the millisecond where it has any; nothing for None."""
+    """A time in UTC as text, with milliseconds only if it has some; the empty text for None."""
     if moment is None:
         return ""
     utc = moment.astimezone(UTC).replace(tzinfo=None) if moment.tzinfo else moment
@@ -70,12 +70,12 @@ def iso(moment: datetime | None) -> str:
 
 
 def print_table(columns: Iterable[str], rows: Iterable[Iterable[Any]], *, whole: Iterable[str] = ()) -> None:
-    """A table with a line of headings.
+    """Print a table with headings.
 
     Args:
         columns: The headings.
-        rows: The cells; what is no text is printed as Python says it.
-        whole: The headings of the columns that are not broken into lines.
+        rows: The cells; values other than text are printed by `str`.
+        whole: The headings of the columns that are not wrapped.
     """
     table = Table()
     unbroken = set(whole)
@@ -87,7 +87,7 @@ def print_table(columns: Iterable[str], rows: Iterable[Iterable[Any]], *, whole:
 
 
 def print_pairs(title: str, rows: Iterable[tuple[str, Any]]) -> None:
-    """A table of names and values."""
+    """Print a table of names and values."""
     table = Table(title=title, show_header=False, title_justify="left")
     for name, value in rows:
         table.add_row(name, str(value))
@@ -95,15 +95,17 @@ def print_pairs(title: str, rows: Iterable[tuple[str, Any]]) -> None:
 
 
 def print_value(value: Any, *, as_json: bool) -> None:
-    """A dataclass, field by field."""
-    said = dataclasses.asdict(value)
+    """Print a dataclass field by field."""
+    fields = dataclasses.asdict(value)
     if as_json:
-        print_json(said)
+        print_json(fields)
         return
-    rows = [(name, "\n".join(map(str, part)) if isinstance(part, tuple) else part) for name, part in said.items()]
+    rows = [
+        (name, "\n".join(map(str, part)) if isinstance(part, tuple) else part) for name, part in fields.items()
+    ]
     print_pairs(type(value).__name__.lower(), rows)
 
 
 def print_json(value: Any) -> None:
-    """Plain values, with what BSON knows besides."""
+    """Print plain values and BSON types as JSON."""
     typer.echo(json.dumps(json.loads(json_util.dumps(value, json_options=_JSON)), indent=2))

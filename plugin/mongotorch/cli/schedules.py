@@ -1,6 +1,6 @@
 """The commands of schedules: `mongotorch schedule list|pause|resume|run|preview`.
 
-Always: they say and change what the database keeps of a schedule; watching and firing is a worker's.
+A worker watches and fires schedules.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from typing import Annotated, Any
 import typer
 
 from mongotorch.cli.output import AsJson, Uri, iso, opened, print_json, print_table, time_of
+from mongotorch.codecs import codec_of
 from mongotorch.datalayer import Datalayer
 from mongotorch.errors import NotFoundError
 
-app = typer.Typer(no_args_is_help=True, help="Schedules: what runs again, when, and what became of it.")
+app = typer.Typer(no_args_is_help=True, help="Schedules: what runs again, when, and with which outcome.")
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The schedule.")]
 _COLUMNS = ("schedule", "state", "trigger", "counted", "firings", "next", "last", "outcome", "problem")
 _COUNTED = {"inserted": "new", "changed": "changed"}
@@ -23,9 +24,9 @@ _COUNTED = {"inserted": "new", "changed": "changed"}
 
 @app.command("list")
 def list_(uri: Uri = None, as_json: AsJson = False) -> None:
-    """Every schedule: its trigger, what was counted since it fired, when it is due, what came of the newest run.
+    """Every schedule: its trigger, the counts since it fired, when it is due, and the outcome of the newest run.
 
-    A worker is what watches and fires: `mongotorch worker`.
+    A worker watches and fires schedules: `mongotorch worker`.
     """
     with opened(uri) as db:
         documents = db.schedules()
@@ -39,20 +40,20 @@ def list_(uri: Uri = None, as_json: AsJson = False) -> None:
 
 @app.command()
 def pause(name: Name, uri: Uri = None, as_json: AsJson = False) -> None:
-    """Let a schedule fire no more by itself; what happens meanwhile is counted."""
+    """Stop a schedule from firing by itself; its documents are counted meanwhile."""
     _pause(uri, name, paused=True, as_json=as_json)
 
 
 @app.command()
 def resume(name: Name, uri: Uri = None, as_json: AsJson = False) -> None:
-    """Let a schedule fire again."""
+    """Let a paused schedule fire again."""
     _pause(uri, name, paused=False, as_json=as_json)
 
 
 @app.command()
 def run(
     name: Name,
-    why: Annotated[str, typer.Option(help="What the job says as its reason.")] = "by hand",
+    why: Annotated[str, typer.Option(help="The reason, for the job.")] = "by hand",
     uri: Uri = None,
     as_json: AsJson = False,
 ) -> None:
@@ -77,7 +78,7 @@ def preview(
     uri: Uri = None,
     as_json: AsJson = False,
 ) -> None:
-    """When a schedule would have fired; documents count at the time that their ObjectId was made."""
+    """When a schedule would have fired; documents count at the time in their ObjectId."""
     with opened(uri) as db:
         firings = db.preview(db.load("schedule", name), since=since, until=until)
     if as_json:
@@ -100,10 +101,10 @@ def _pause(uri: str | None, name: str, *, paused: bool, as_json: bool) -> None:
 
 def _row(document: Mapping[str, Any], trigger: str) -> tuple[Any, ...]:
     last, outcome = document.get("last") or {}, document.get("outcome") or {}
-    came = ""
+    shown = ""
     if outcome:
-        came = f"{outcome['model']} version {outcome['version']} "
-        came += "promoted: " if outcome["promoted"] else "not promoted: "
+        shown = f"{outcome['model']} version {outcome['version']} "
+        shown += "promoted: " if outcome["promoted"] else "not promoted: "
     return (
         document["_id"],
         "paused" if document["paused"] else "on",
@@ -112,13 +113,13 @@ def _row(document: Mapping[str, Any], trigger: str) -> tuple[Any, ...]:
         document["firings"],
         "" if document["paused"] else iso(document["next_at"]),
         f"{iso(last['at'])}: {last['reason']}" if last else "",
-        came + outcome.get("why", ""),
+        shown + outcome.get("why", ""),
         document["problem"] or "",
     )
 
 
 def _counted(document: Mapping[str, Any]) -> str:
-    """What its trigger looks at, since the last firing."""
+    """The counts and measurements that its trigger looks at, since the last firing."""
     state = document["state"]
     parts = [f"{state[name]:,} {_COUNTED[name]}" for name in _COUNTED if name in document["watches"]]
     parts += [f"{name} {value:.4g}" for name, value in (state.get("scores") or {}).items()]
@@ -126,7 +127,7 @@ def _counted(document: Mapping[str, Any]) -> str:
 
 
 def _trigger(db: Datalayer, component: str) -> str:
-    """A schedule's trigger, and how long it waits at most, from its document: nothing is imported for it."""
+    """A schedule's trigger and its longest wait, from its document alone: nothing is imported."""
     try:
         fields = db.show(uuid=component)["fields"]
     except NotFoundError:  # it was removed while this was printed
@@ -136,14 +137,14 @@ def _trigger(db: Datalayer, component: str) -> str:
 
 
 def _written(record: Any) -> str:
-    """A stored value as one would write it in Python, without the arguments that are None."""
+    """A stored value as Python code, without the arguments that are None."""
     if not isinstance(record, Mapping):
         return repr(record)
-    if record.get("_codec") != "value":
-        return f"<{record.get('_codec', 'document')}>"
+    if codec_of(record) != "value":
+        return f"<{codec_of(record) or 'document'}>"
     arguments = []
     for name, part in record["fields"].items():
-        if isinstance(part, Mapping) and part.get("_codec") == "tuple":
+        if codec_of(part) == "tuple":
             arguments += [_written(item) for item in part["items"]]
         elif part is not None:
             arguments.append(f"{name}={_written(part)}")

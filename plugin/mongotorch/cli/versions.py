@@ -1,6 +1,6 @@
-"""The commands of which version counts: `promote`, `rollback`, `history`, and `diff` for how two differ.
+"""The commands of what is stored and which version is live.
 
-Always: a move says who made it, when and why, and is never taken out of the history; nothing is unpickled.
+`show`, `promote`, `rollback`, `history`, `diff`, `gc`, `verify`. None of them unpickles anything.
 """
 
 from __future__ import annotations
@@ -10,13 +10,32 @@ from typing import Annotated
 
 import typer
 
-from mongotorch.cli.output import AsJson, Uri, iso, opened, print_json, print_table, time_of
+from mongotorch.cli.output import AsJson, Uri, iso, opened, print_json, print_table, print_value, time_of
 from mongotorch.store import LIVE, Move
 
 Kind = Annotated[str, typer.Argument(metavar="TYPE", help="The kind: model.")]
 Identifier = Annotated[str, typer.Argument(help="The name.")]
 Alias = Annotated[str, typer.Option(help="The alias.")]
 Why = Annotated[str, typer.Option(help="Why, for the history.")]
+
+
+def show(
+    type_id: Annotated[
+        str | None, typer.Argument(help="model, trainer, metric, validation, dataset, schedule")
+    ] = None,
+    identifier: Annotated[str | None, typer.Argument()] = None,
+    version: Annotated[int | None, typer.Argument()] = None,
+    uri: Uri = None,
+    as_json: AsJson = False,
+) -> None:
+    """What is stored: kinds, identifiers, versions, or one version's whole document."""
+    with opened(uri) as db:
+        found = db.show(type_id, identifier, version)
+    if as_json or isinstance(found, dict):
+        print_json(found)
+    else:
+        for name in found:
+            typer.echo(name)
 
 
 def promote(
@@ -29,7 +48,7 @@ def promote(
     uri: Uri = None,
     as_json: AsJson = False,
 ) -> None:
-    """Let an alias name a version: `load` gives it, and what serves the alias goes over to it."""
+    """Point an alias at a version: `load` returns it, and handles of `live` switch to it."""
     with opened(uri) as db:
         move = db.promote(type_id, identifier, version, uuid, alias=alias, why=why)
     _print_move(move, as_json=as_json)
@@ -43,7 +62,7 @@ def rollback(
     uri: Uri = None,
     as_json: AsJson = False,
 ) -> None:
-    """Let an alias name again what it named before its newest move; once more, and that is undone."""
+    """Point an alias back at what it named before; a second rollback undoes the first."""
     with opened(uri) as db:
         move = db.rollback(type_id, identifier, alias=alias, why=why)
     _print_move(move, as_json=as_json)
@@ -88,11 +107,30 @@ def diff(
         typer.echo(found)
 
 
+def gc(
+    dry_run: Annotated[bool, typer.Option(help="Only say what would be removed.")] = False,
+    grace_s: Annotated[float, typer.Option(help="Seconds for which it must have been unreferenced.")] = 3600.0,
+    uri: Uri = None,
+    as_json: AsJson = False,
+) -> None:
+    """Remove what no component, checkpoint or running job refers to."""
+    with opened(uri) as db:
+        print_value(db.gc(dry_run, grace_s=grace_s), as_json=as_json)
+
+
+def verify(uri: Uri = None, as_json: AsJson = False) -> None:
+    """Hash every blob and check every signature; exit code 1 if something is broken."""
+    with opened(uri) as db:
+        found = db.verify()
+    print_value(found, as_json=as_json)
+    raise typer.Exit(1 if found.problems else 0)
+
+
 def _print_move(move: Move, *, as_json: bool) -> None:
     if as_json:
         print_json(move.to_document())
         return
-    # The same sentence where it was named before: then it tells since when.
+    # The same sentence if the alias named that version already: it says since when.
     typer.echo(
         f"{move.alias} of {move.type_id} {move.identifier} is version {_named(move.to_version)} "
         f"since {iso(move.when)} (move {move.n}, by {move.who}; before: {_named(move.from_version)})"

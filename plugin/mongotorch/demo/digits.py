@@ -1,7 +1,6 @@
-"""The demo: handwritten digits go into the database, a network is trained out of it, another process predicts.
+"""The demo: stores handwritten digits, trains a network on them, and predicts in another process.
 
-Always: what is shown was measured in this run; the data is real (scikit-learn ships it); the other process gets
-nothing but the address, a name and a uuid.
+The other process gets nothing but the address, a name and a uuid. The data is real: scikit-learn ships it.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class Outcome:
         accuracy: Its accuracy there.
         version: Its version.
         uuid: Its uuid.
-        elsewhere: What the other process found: accuracy by identifier and by uuid; None on mongomock.
+        second_process: What the other process measured: accuracy by identifier and by uuid; None on mongomock.
     """
 
     documents: int
@@ -50,7 +49,7 @@ class Outcome:
     accuracy: float
     version: int
     uuid: str
-    elsewhere: dict[str, Any] | None
+    second_process: dict[str, Any] | None
 
 
 class DigitsNet(nn.Module):
@@ -70,12 +69,12 @@ class DigitsNet(nn.Module):
 
 
 def accuracy(output: Tensor, target: Tensor) -> float:
-    """The share of right answers."""
+    """The share of correct predictions."""
     return (output.argmax(dim=1) == target).float().mean().item()
 
 
 def insert_digits(db: Datalayer) -> int:
-    """Put the images into the database, unless they are there; how many there are."""
+    """Insert the images unless they are there; returns how many there are."""
     collection = db[COLLECTION]
     digits = load_digits()
     if collection.count() != len(digits.target):
@@ -132,12 +131,12 @@ def run_demo(db: Datalayer, *, steps: int = STEPS) -> Outcome:
         accuracy=values["accuracy"][best],
         version=model.version,
         uuid=model.uuid,
-        elsewhere=None if db.uri.startswith("mongomock:") else _elsewhere(db, model.uuid),
+        second_process=None if db.uri.startswith("mongomock:") else _run_second_process(db, model.uuid),
     )
 
 
-def measure_again(db: Datalayer, uuid: str) -> dict[str, Any]:
-    """What the other process does: load the model by identifier and by uuid, predict the fold `valid`."""
+def _measure(db: Datalayer, uuid: str) -> dict[str, Any]:
+    """Load the model by identifier and by uuid, predict the fold `valid`, and measure the accuracy."""
     rows = list(db.execute(db[COLLECTION].find().fold("valid")))
     found: dict[str, Any] = {"pid": os.getpid(), "documents": len(rows)}
     for how, model in (("identifier", db.load("model", MODEL)), ("uuid", db.load(uuid=uuid))):
@@ -147,12 +146,18 @@ def measure_again(db: Datalayer, uuid: str) -> dict[str, Any]:
     return found
 
 
-def _elsewhere(db: Datalayer, uuid: str) -> dict[str, Any]:
-    # The address goes through the environment: it may hold a password, and arguments are for all to see.
-    command = [sys.executable, "-m", "mongotorch.demo.second_process", uuid]
+def _run_second_process(db: Datalayer, uuid: str) -> dict[str, Any]:
+    # The address goes through the environment: it may hold a password, and other users can see arguments.
+    command = [sys.executable, "-c", "from mongotorch.demo import digits; digits.second_process()", uuid]
     environment = {**os.environ, "MONGOTORCH_URI": db.uri}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:
         raise MongotorchError(f"the other process could not load the model:\n{done.stderr}")
     found: dict[str, Any] = json.loads(done.stdout)
     return found
+
+
+def second_process() -> None:
+    """Be the other process: measure the model of the uuid in the arguments, and print the result as JSON."""
+    with Datalayer.connect() as db:
+        json.dump(_measure(db, sys.argv[1]), sys.stdout)

@@ -1,7 +1,7 @@
-"""Test suites that implementations inherit: what a codec, a compute engine, a store or a trigger has to do.
+"""Test suites to inherit: what every codec, compute engine, database and trigger has to do.
 
-Always: a suite asks for its subject by fixtures that the inheriting class fills in, and opens nothing by itself;
-importing this needs pytest, and `mongotorch` itself never imports it.
+A suite asks for its subject by fixtures that the inheriting class defines, and opens nothing itself. Importing it
+needs pytest; `mongotorch` itself never imports it.
 """
 
 from __future__ import annotations

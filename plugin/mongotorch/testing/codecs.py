@@ -1,7 +1,6 @@
-"""What every codec has to do, as tests that a class for one codec inherits.
+"""The tests of a codec, for a class to inherit.
 
-Always: blobs come back as a `bytearray` and records through BSON, as from a store, so that a codec that works
-here works there.
+Blobs come back as a `bytearray` and records through BSON, as from a database: a codec that passes works there too.
 """
 
 # ruff: noqa: S101 - these are tests
@@ -43,24 +42,24 @@ class Blobs:
 class CodecSuite:
     """The tests of a codec.
 
-    A class that inherits it, called `Test…`, fills in the fixtures `codec`, `values` and `refused`, and `same`
+    A class that inherits it, called `Test…`, defines the fixtures `codec`, `values` and `refused`, and `same`
     where `==` does not say whether two values are the same.
     """
 
     @pytest.fixture
     def codec(self) -> Codec:
         """The codec."""
-        raise NotImplementedError("fill in the fixture `codec`")
+        raise NotImplementedError("define the fixture `codec`")
 
     @pytest.fixture
     def values(self) -> Sequence[Any]:
         """Values that it stores: each kind, and the smallest and the oddest of it."""
-        raise NotImplementedError("fill in the fixture `values`")
+        raise NotImplementedError("define the fixture `values`")
 
     @pytest.fixture
     def refused(self) -> Sequence[Any]:
         """Values that it cannot store."""
-        raise NotImplementedError("fill in the fixture `refused`")
+        raise NotImplementedError("define the fixture `refused`")
 
     def same(self, value: Any, again: Any) -> bool:
         """Whether what came back is what was stored."""

@@ -1,8 +1,4 @@
-"""What a database behind an address has to do, as tests that a class for one backend inherits.
-
-Always: everything goes through a datalayer over the address, as a program would; the database is the inheriting
-class's: it hands over an empty one, and takes it away again.
-"""
+"""The tests of a database behind an address, for a class to inherit; each test goes through a datalayer."""
 
 # ruff: noqa: S101 - these are tests
 
@@ -46,12 +42,12 @@ class Thing(Component):
 
 
 class StoreSuite:
-    """The tests of a backend: a class that inherits it, called `Test…`, fills in the fixture `address`."""
+    """The tests of a backend: a class that inherits it, called `Test…`, defines the fixture `address`."""
 
     @pytest.fixture
     def address(self) -> str:
         """The address of an empty database, for one test."""
-        raise NotImplementedError("fill in the fixture `address`")
+        raise NotImplementedError("define the fixture `address`")
 
     @pytest.fixture
     def db(self, address: str) -> Iterator[Datalayer]:

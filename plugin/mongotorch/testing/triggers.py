@@ -1,7 +1,6 @@
-"""What every trigger has to do, as tests that a class for one trigger inherits.
+"""The tests of a trigger, for a class to inherit.
 
-Always: no clock is read and nothing is left to chance: time, documents and measurements come of a walk whose
-random numbers are seeded.
+Time, documents and measurements come from a random walk with a seed: no clock is read, and every run is the same.
 """
 
 # ruff: noqa: S101, S311 - these are tests; their random numbers are no secret
@@ -32,7 +31,7 @@ Asked = tuple[datetime, State, Decision, State]
 class TriggerSuite:
     """The tests of a trigger.
 
-    A class that inherits it, called `Test…`, fills in the fixture `trigger`: one that fires at least once in a
+    A class that inherits it, called `Test…`, defines the fixture `trigger`: one that fires at least once in a
     month in which documents come by the dozen and every metric in `metrics` is measured anew between 0 and 1.
     """
 
@@ -41,7 +40,7 @@ class TriggerSuite:
     @pytest.fixture
     def trigger(self) -> Trigger:
         """The trigger."""
-        raise NotImplementedError("fill in the fixture `trigger`")
+        raise NotImplementedError("define the fixture `trigger`")
 
     @pytest.fixture(params=SEEDS)
     def walk(self, trigger: Trigger, request: pytest.FixtureRequest) -> list[Asked]:
@@ -77,8 +76,8 @@ class TriggerSuite:
     def test_a_firing_consumes_what_was_counted_and_nothing_else_does(self, walk: list[Asked]) -> None:
         """Measurements, and when it all began, are not its to change."""
         for _, state, decision, after in walk:
-            wanted = state.consumed() if decision.fire else state
-            assert dataclasses.replace(after, memory=wanted.memory) == wanted
+            expected = state.consumed() if decision.fire else state
+            assert dataclasses.replace(after, memory=expected.memory) == expected
 
     def test_it_wants_to_be_asked_again_later_than_now_or_not_at_all(self, walk: list[Asked]) -> None:
         """Else a scheduler would spin."""
