@@ -24,11 +24,12 @@ from bson import Binary, Code, DBRef, Decimal128, MaxKey, MinKey, ObjectId, Rege
 from numpy.typing import NDArray
 
 from mongotorch.data.decode.column import Column
-from mongotorch.data.decode.layout import BsonType
 
 U64 = NDArray[np.uint64]
 _MASK = 2**64 - 1
-_OTHER = 0x7F  # tags whatever is no type of its own here
+# The type of a value in its key, as BSON has it; part of every key, so these never change.
+_DOUBLE, _STRING, _DOCUMENT, _BINARY, _OBJECT_ID, _BOOL, _DATE = 0x01, 0x02, 0x03, 0x05, 0x07, 0x08, 0x09
+_INTEGER, _DECIMAL, _OTHER = 0x12, 0x13, 0x7F
 
 
 def mix(values: U64) -> U64:
@@ -50,9 +51,9 @@ def salt(*parts: int) -> np.uint64:
 def pack_ids(ids: Column) -> bytes:
     """Documents that hold an `_id` and nothing else, as concatenated BSON; numbers that are equal stay equal."""
     width, tag = {
-        "oid": (12, BsonType.OBJECT_ID),
-        "int64": (8, BsonType.INT64),
-        "float64": (8, BsonType.DOUBLE),
+        "oid": (12, _OBJECT_ID),
+        "int64": (8, _INTEGER),
+        "float64": (8, _DOUBLE),
     }.get("oid" if ids.kind == "oid" else ids.dtype if ids.kind == "number" else "", (0, 0))
     if not width or not isinstance(ids.data, np.ndarray):
         return b"".join(bson.encode({"_id": document_id}) for document_id in ids.values())
@@ -68,12 +69,12 @@ def id_keys(ids: Column) -> U64:
     if isinstance(data, list) or ids.kind == "array" or data.ndim > 2 or (ids.kind == "number" and data.ndim > 1):
         return _keys_of_values(ids.values())
     if ids.kind == "oid":
-        return _fold(BsonType.OBJECT_ID, data)
+        return _fold(_OBJECT_ID, data)
     if ids.kind == "date":
-        return _fold(BsonType.DATE, _octets(data.astype("<i8")))
+        return _fold(_DATE, _octets(data.astype("<i8")))
     if data.dtype == np.bool_:
-        return _fold(BsonType.BOOL, _octets(data))
-    return _fold(BsonType.INT64, _octets(data.astype("<i8"))) if data.dtype.kind == "i" else _doubles(data)
+        return _fold(_BOOL, _octets(data))
+    return _fold(_INTEGER, _octets(data.astype("<i8"))) if data.dtype.kind == "i" else _doubles(data)
 
 
 def _fold(tag: int, rows: NDArray[np.uint8]) -> U64:
@@ -94,9 +95,9 @@ def _octets(data: NDArray[Any]) -> NDArray[np.uint8]:
 def _doubles(data: NDArray[np.float64]) -> U64:
     whole = (data == np.floor(data)) & (data >= -(2.0**63)) & (data < 2.0**63)
     cleaned = np.where(np.isnan(data), np.nan, data)
-    keys = _fold(BsonType.DOUBLE, _octets(cleaned.astype("<f8")))
+    keys = _fold(_DOUBLE, _octets(cleaned.astype("<f8")))
     integers = np.where(whole, data, 0.0).astype("<i8")
-    return np.where(whole, _fold(BsonType.INT64, _octets(integers)), keys)
+    return np.where(whole, _fold(_INTEGER, _octets(integers)), keys)
 
 
 def _keys_of_values(values: list[Any]) -> U64:
@@ -116,18 +117,18 @@ def _keys_of_values(values: list[Any]) -> U64:
 def _canonical(value: Any) -> tuple[int, bytes]:
     """The type tag and the bytes of a value, the same for values that are equal in MongoDB."""
     if isinstance(value, str) and type(value) is str:
-        return BsonType.STRING, value.encode()
+        return _STRING, value.encode()
     if isinstance(value, ObjectId):
-        return BsonType.OBJECT_ID, value.binary
+        return _OBJECT_ID, value.binary
     if isinstance(value, bool):
-        return BsonType.BOOL, bytes([value])
+        return _BOOL, bytes([value])
     if isinstance(value, int | float | Decimal128):
         return _number_bytes(value)
     if isinstance(value, bytes):
-        return BsonType.BINARY, bytes([value.subtype if isinstance(value, Binary) else 0]) + value
+        return _BINARY, bytes([value.subtype if isinstance(value, Binary) else 0]) + value
     if isinstance(value, datetime):
-        return BsonType.DATE, struct.pack("<q", milliseconds(value))
-    tag = BsonType.DOCUMENT if isinstance(value, dict) else _OTHER
+        return _DATE, struct.pack("<q", milliseconds(value))
+    tag = _DOCUMENT if isinstance(value, dict) else _OTHER
     return tag, bson.encode({"": _plain(value)})
 
 
@@ -136,12 +137,12 @@ def _number_bytes(value: Any) -> tuple[int, bytes]:
     if isinstance(exact, Decimal) and exact.is_nan():
         exact = math.nan
     if isinstance(exact, float) and math.isnan(exact):
-        return BsonType.DOUBLE, struct.pack("<d", np.nan)
+        return _DOUBLE, struct.pack("<d", np.nan)
     if math.isfinite(exact) and -(2**63) <= exact < 2**63 and exact == int(exact):
-        return BsonType.INT64, struct.pack("<q", int(exact))
+        return _INTEGER, struct.pack("<q", int(exact))
     if isinstance(exact, float) or float(exact) == exact:
-        return BsonType.DOUBLE, struct.pack("<d", float(exact))
-    return BsonType.DECIMAL, str(exact.normalize()).encode()
+        return _DOUBLE, struct.pack("<d", float(exact))
+    return _DECIMAL, str(exact.normalize()).encode()
 
 
 def _plain(value: Any) -> Any:
@@ -155,9 +156,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal128):
         return value
     tag, content = _number_bytes(value)
-    if tag == BsonType.INT64:
+    if tag == _INTEGER:
         return struct.unpack("<q", content)[0]
-    return struct.unpack("<d", content)[0] if tag == BsonType.DOUBLE else Decimal128(content.decode())
+    return struct.unpack("<d", content)[0] if tag == _DOUBLE else Decimal128(content.decode())
 
 
 # The server's canonical types: what compares by value has one number.
