@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import socket
 import subprocess
 import uuid
@@ -23,13 +24,29 @@ settings.register_profile("mongotorch", deadline=None)
 settings.load_profile("mongotorch")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs the real server `server`, so that `-m "not server"` runs without one."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what needs the real server `server`, for `-m "not server"`, and put long tests first."""
     for item in items:
         names = set(getattr(item, "fixturenames", ()))
         params = getattr(getattr(item, "callspec", None), "params", {})
         if params.get("uri") == "mongod" or ("mongod" in names and "uri" not in params):
             item.add_marker("server")
+    items[:] = _long_first(items, getattr(config, "workerinput", {"workercount": 1})["workercount"])
+
+
+def _long_first(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
+    """The same tests: each xdist worker begins with its part of the long ones, so that none is left for the end.
+
+    `--dist worksteal` gives every worker an equal part of the list, one behind the other.
+    """
+    long = [item for item in items if item.get_closest_marker("fault")]
+    short = iter([item for item in items if not item.get_closest_marker("fault")])
+    ordered: list[pytest.Item] = []
+    for worker in range(workers):
+        own = long[worker::workers]
+        share = (len(items) - len(ordered)) // (workers - worker)
+        ordered += own + list(itertools.islice(short, max(share - len(own), 0)))
+    return ordered + list(short)
 
 
 @pytest.fixture(scope="session")
