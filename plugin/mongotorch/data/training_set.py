@@ -37,7 +37,7 @@ from mongotorch.data.prefetch import ThreadPrefetcher
 from mongotorch.data.read.reader import open_reader
 from mongotorch.errors import DataError
 from mongotorch.mongo.retry import RetryPolicy
-from mongotorch.mongo.server_features import is_mock, utc_now
+from mongotorch.mongo.server_features import clock_of, cluster_time, is_mock
 from mongotorch.query import Query
 from mongotorch.signature import Key
 
@@ -274,8 +274,5 @@ def watermark(database: Any, *, read_deadline_s: float = 60.0) -> Timestamp | da
     Raises:
         ServerUnavailableError: It did not answer.
     """
-    if is_mock(database):
-        return utc_now()
-    reply = RetryPolicy(deadline_s=read_deadline_s).run(lambda: database.command("hello"), "asking for the time")
-    time: Timestamp | datetime = reply.get("operationTime", reply["localTime"])
-    return time
+    policy = RetryPolicy(deadline_s=read_deadline_s)
+    return policy.run(lambda: cluster_time(database) or clock_of(database).now(), "asking for the time")

@@ -26,7 +26,7 @@ from pymongo.errors import OperationFailure, PyMongoError
 
 from mongotorch.errors import JobTimeoutError, StoreError
 from mongotorch.mongo.error_translation import HISTORY_LOST, NO_CHANGE_STREAMS, driver_errors, has_code
-from mongotorch.mongo.server_features import is_mock
+from mongotorch.mongo.server_features import cluster_time, is_mock
 from mongotorch.query import Query
 from mongotorch.resources import Owner
 
@@ -142,7 +142,8 @@ def baseline(database: Any, query: Query) -> Baseline:
         ServerUnavailableError: The server cannot be reached.
     """
     with driver_errors("counting documents"):
-        if is_mock(database) or (at := _operation_time(database)) is None:
+        at = cluster_time(database)
+        if at is None:
             return Baseline(count=counted(database, query), token=None)
         count = _count_at(database, query, at)
         try:
@@ -161,11 +162,6 @@ def counted(database: Any, query: Query, ids: Collection[Any] | None = None) -> 
         among = {"_id": {"$in": list(ids)}}
         where = {"$and": [where, among]} if where else among
     return int(database[query.collection].count_documents(where))
-
-
-def _operation_time(database: Any) -> Timestamp | None:
-    time: Timestamp | None = database.command("hello").get("operationTime")
-    return time
 
 
 def _count_at(database: Any, query: Query, at: Timestamp) -> int:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from bson import Timestamp
 from pymongo.errors import OperationFailure
 
 from mongotorch.mongo.error_translation import UNAUTHORIZED, has_code
@@ -110,6 +111,12 @@ Clock = ServerClock | LocalClock
 def clock_of(database: Any, now: Now | None = None) -> Clock:
     """The clock of a database: the server's, except on mongomock or where `now` is given."""
     return LocalClock(now) if now is not None or is_mock(database) else ServerClock(database)
+
+
+def cluster_time(database: Any) -> Timestamp | None:
+    """The time that orders all writes of a replica set; None on a standalone server and on mongomock."""
+    time: Timestamp | None = None if is_mock(database) else database.command("hello").get("operationTime")
+    return time
 
 
 def utc_now() -> datetime:

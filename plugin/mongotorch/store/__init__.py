@@ -1,4 +1,8 @@
-"""mongotorch's own records in the database: blobs, components, aliases, jobs, checkpoints, metrics, schedules."""
+"""mongotorch's own records in the database: blobs, components, aliases, jobs, checkpoints, metrics, schedules.
+
+Every method that asks the database also raises what `mongotorch.mongo.error_translation.driver_errors` makes of
+driver errors: ServerUnavailableError, SettingError (for rights), CodecError and StoreError.
+"""
 
 from mongotorch.store.aliases import LIVE, Aliases, Move, follow_alias
 from mongotorch.store.blobs import BlobStore
