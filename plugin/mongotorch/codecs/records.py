@@ -19,6 +19,8 @@ CODEC: Final = "_codec"
 """The key that names the codec of a record."""
 REFERENCE: Final = "_ref"
 """The key that holds the uuid in a reference."""
+RESERVED_NAMES: Final = frozenset({"dict", "int", "query", "tuple"})
+"""Records that no codec reads, but the registry or a component itself."""
 
 FORMAT: Final = 2
 """The format that this release writes, and the newest that it reads."""

@@ -21,7 +21,7 @@ from mongotorch.codecs.arrays import ArrayCodec
 from mongotorch.codecs.base import Codec, Get, Put
 from mongotorch.codecs.names import NameCodec
 from mongotorch.codecs.pickles import DillCodec
-from mongotorch.codecs.records import CODEC, REFERENCE, codec_of, sequence_record
+from mongotorch.codecs.records import CODEC, REFERENCE, RESERVED_NAMES, codec_of, sequence_record
 from mongotorch.codecs.values import ValueCodec
 from mongotorch.errors import CodecError, MongotorchError
 
@@ -30,7 +30,6 @@ _PLAIN = (
     *(type(None), bool, int, float, str, bytes),
     *(ObjectId, Regex, Int64, Decimal128, Timestamp, MinKey, MaxKey),
 )
-_OWN = ("int", "tuple", "dict", "query")  # records that the registry or the component reads itself
 _RESERVED = frozenset({CODEC, REFERENCE})
 _INT64 = range(-(2**63), 2**63)
 
@@ -66,7 +65,7 @@ class Codecs:
     """A set of codecs, asked in order for the default choice."""
 
     def __init__(self, codecs: tuple[Codec, ...]) -> None:
-        names = [*_OWN, *(codec.name for codec in codecs)]
+        names = [*RESERVED_NAMES, *(codec.name for codec in codecs)]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise CodecError(f"two codecs are called {', '.join(map(repr, twice))}; give each a name of its own")

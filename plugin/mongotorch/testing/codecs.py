@@ -14,11 +14,10 @@ from typing import Any, cast, final
 import bson
 import pytest
 
-from mongotorch.codecs import Codec, Codecs
+from mongotorch.codecs import CODEC, REFERENCE, RESERVED_NAMES, Codec, Codecs
 from mongotorch.errors import CodecError
 
-RESERVED_NAMES = frozenset({"dict", "int", "query", "tuple"})
-RESERVED_KEYS = frozenset({"_codec", "_ref"})
+RESERVED_KEYS = frozenset({CODEC, REFERENCE})
 
 
 @final

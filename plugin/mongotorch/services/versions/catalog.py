@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any, final
 
-from mongotorch.codecs import Codecs
+from mongotorch.codecs import Codecs, codec_of
 from mongotorch.component import Component, begin_component, content_digest, encode_component, fill_component
 from mongotorch.errors import (
     CodecError,
@@ -212,7 +212,7 @@ class Catalog:
             CodecError: The document is not a model's, or the module has another structure.
         """
         record = document["fields"].get("object") if document["type_id"] == TorchModel.type_id else None
-        if not isinstance(record, Mapping) or record.get("_codec") != "torch":
+        if record is None or codec_of(record) != "torch":
             raise CodecError(f"{document['_id']} holds no torch module; `code` fills modules only", field="code")
         fill_module(module, record, self.blobs.get)
         plain = {
