@@ -42,7 +42,7 @@ def _due(
 
 
 @dataclasses.dataclass(frozen=True)
-class Counted(Trigger):
+class _Counted(Trigger):
     """Fires on a number of documents, or on how long the first of them has waited."""
 
     counts: ClassVar[str]
@@ -67,7 +67,7 @@ class Counted(Trigger):
 
 @final
 @dataclasses.dataclass(frozen=True)
-class NewDocuments(Counted):
+class NewDocuments(_Counted):
     """Fires when `n` documents were inserted since the last firing, by any client.
 
     Args:
@@ -84,7 +84,7 @@ class NewDocuments(Counted):
 
 @final
 @dataclasses.dataclass(frozen=True)
-class Changed(Counted):
+class Changed(_Counted):
     """Fires on `n` inserts, updates and deletes since the last firing, by any client.
 
     Args:
