@@ -99,7 +99,7 @@ class Applier:
         else:
             job_id = before[0]["_id"]  # it is running, or ended without a result and is tried again
             if status == "failed":
-                self._checkpoints.drop(job_id)  # a run that failed starts anew
+                self._checkpoints.drop(job_id)  # a run that failed starts from the beginning
             self._jobs.requeue(job_id)
 
         def submit() -> BaseException | None:

@@ -173,6 +173,9 @@ class Jobs:
             NotFoundError: There is no such job.
             JobTimeoutError: It has not ended in that time; it goes on.
         """
+        job = self.get(job_id)
+        if job["status"] in FINAL_STATUSES:
+            return job  # no change stream is opened for a job that has ended
         return wait_until(
             self._documents,
             job_id,

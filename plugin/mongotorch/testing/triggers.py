@@ -25,14 +25,14 @@ SEEDS = range(3)
 STEPS = 200
 SOON = timedelta(days=2)
 Asked = tuple[datetime, State, Decision, State]
-"""When it was asked, about what, and what it said."""
+"""The time and state that the trigger was asked with, its decision, and the state after."""
 
 
 class TriggerSuite:
     """The tests of a trigger.
 
     A class that inherits it, called `Test…`, defines the fixture `trigger`: one that fires at least once in a
-    month in which documents come by the dozen and every metric in `metrics` is measured anew between 0 and 1.
+    month in which documents arrive by the dozen and every metric in `metrics` is measured between 0 and 1.
     """
 
     metrics = ("objective", "accuracy")
@@ -52,7 +52,7 @@ class TriggerSuite:
         assert {decision.fire for _, _, decision, _ in walk} == {True, False}
 
     def test_the_same_question_has_the_same_answer(self, trigger: Trigger, walk: list[Asked]) -> None:
-        """Whoever asks, and whenever: it reads no clock and keeps nothing."""
+        """A trigger reads no clock and keeps no state of its own."""
         for now, state, decision, after in walk:
             assert copy.deepcopy(trigger).due(now, state) == (decision, after)
 

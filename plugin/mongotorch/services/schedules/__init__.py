@@ -1,1 +1,1 @@
-"""Schedules at work: registered, watched, fired, and run through their gate."""
+"""Schedules: registered, watched, fired, trained, judged by their gate."""

@@ -8,6 +8,7 @@ other. A job that is tried again after it published promotes by that verdict, on
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -278,7 +279,7 @@ def _scored(
 ) -> list[Scored]:
     """Measure models on the documents of a query, which are read once."""
     spec = validation_spec(trainer, settings, query)
-    with Stream(connection.opener(), spec, database=connection.database) as batches:
+    with contextlib.closing(Stream(connection.opener(), spec, database=connection.database)) as batches:
         return score(trainer, models, batches)
 
 

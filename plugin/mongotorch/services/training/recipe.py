@@ -73,7 +73,7 @@ def opened_fit(
         recipe: What to train; its model is changed.
         connection: The database.
         settings: The datalayer's.
-        state: What `Fit.capture` gave in an earlier run; None starts anew.
+        state: What `Fit.capture` gave in an earlier run; None starts from the beginning.
 
     Raises:
         MongotorchError: The select, its folds or an option cannot be used; no step was made.
@@ -83,7 +83,9 @@ def opened_fit(
     with contextlib.ExitStack() as opened:
 
         def stream(spec: StreamSpec) -> Stream:
-            return opened.enter_context(Stream(connection.opener(), spec, database=database))
+            made = Stream(connection.opener(), spec, database=database)
+            opened.callback(made.close)
+            return made
 
         batches = stream(training_spec(trainer, settings, recipe.training))
         sets: dict[str, Stream] = {}

@@ -99,7 +99,7 @@ class TrainingRun:
         return self.catalog.components.of_job(job["_id"])
 
     def origin(self, job: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The `origin` of the recipe that a job resumes; None where it starts anew."""
+        """The `origin` of the recipe that a job resumes; None where it starts from the beginning."""
         run = self._checkpoints.run(job["_id"])
         return None if run is None else run.get("origin", {})
 

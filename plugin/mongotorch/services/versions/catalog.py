@@ -2,8 +2,8 @@
 
 Guarantees: nothing is written before everything is encoded, so a refused value leaves no trace; blobs are stored
 first, and one insert makes a version visible. Two documents that become visible together share one insert: the
-first has the uuid of the second as its `anchor`. A uuid belongs to one stored version for ever; equal content is
-recognised and not stored again. Nothing is unpickled before its bytes are verified.
+first has the uuid of the second as its `anchor`. A uuid belongs to one stored version;
+equal content is recognised and not stored again. Nothing is unpickled before its bytes are verified.
 """
 
 from __future__ import annotations
