@@ -13,7 +13,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from enum import IntEnum
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -27,62 +26,18 @@ from mongotorch.data.decode.column import Column, build
 
 ID = "_id"
 Bytes = NDArray[np.uint8]
-
-
-class BsonType(IntEnum):
-    """The type byte of a BSON element."""
-
-    DOUBLE = 0x01
-    STRING = 0x02
-    DOCUMENT = 0x03
-    ARRAY = 0x04
-    BINARY = 0x05
-    UNDEFINED = 0x06
-    OBJECT_ID = 0x07
-    BOOL = 0x08
-    DATE = 0x09
-    NULL = 0x0A
-    REGEX = 0x0B
-    DB_POINTER = 0x0C
-    CODE = 0x0D
-    SYMBOL = 0x0E
-    CODE_WITH_SCOPE = 0x0F
-    INT32 = 0x10
-    TIMESTAMP = 0x11
-    INT64 = 0x12
-    DECIMAL = 0x13
-    MAX_KEY = 0x7F
-    MIN_KEY = 0xFF
-
-
-FIXED_SIZES: dict[int, int] = {
-    BsonType.DOUBLE: 8,
-    BsonType.OBJECT_ID: 12,
-    BsonType.BOOL: 1,
-    BsonType.DATE: 8,
-    BsonType.INT32: 4,
-    BsonType.TIMESTAMP: 8,
-    BsonType.INT64: 8,
-    BsonType.DECIMAL: 16,
-    **dict.fromkeys((BsonType.UNDEFINED, BsonType.NULL, BsonType.MAX_KEY, BsonType.MIN_KEY), 0),
-}
+# The type bytes of BSON that are named below; the tables know all of them.
+_DOCUMENT, _ARRAY, _BINARY, _OBJECT_ID, _DATE, _NULL, _REGEX = 0x03, 0x04, 0x05, 0x07, 0x09, 0x0A, 0x0B
+FIXED_SIZES = {0x01: 8, 0x06: 0, 0x07: 12, 0x08: 1, 0x09: 8, 0x0A: 0, 0x10: 4, 0x11: 8, 0x12: 8, 0x13: 16}
+FIXED_SIZES |= {0x7F: 0, 0xFF: 0}
 """Bytes of a value, by its type."""
-EXTRA_SIZES: dict[int, int] = {
-    BsonType.STRING: 4,
-    BsonType.DOCUMENT: 0,
-    BsonType.ARRAY: 0,
-    BsonType.BINARY: 5,
-    BsonType.DB_POINTER: 16,
-    BsonType.CODE: 4,
-    BsonType.SYMBOL: 4,
-    BsonType.CODE_WITH_SCOPE: 0,
-}
+EXTRA_SIZES = {0x02: 4, 0x03: 0, 0x04: 0, 0x05: 5, 0x0C: 16, 0x0D: 4, 0x0E: 4, 0x0F: 0}
 """For types whose values begin with their length (int32): bytes of a value besides that many."""
 _NUMBERS: dict[int, np.dtype[Any]] = {
-    BsonType.DOUBLE: np.dtype("<f8"),
-    BsonType.BOOL: np.dtype("u1"),
-    BsonType.INT32: np.dtype("<i4"),
-    BsonType.INT64: np.dtype("<i8"),
+    0x01: np.dtype("<f8"),
+    0x08: np.dtype("u1"),
+    0x10: np.dtype("<i4"),
+    0x12: np.dtype("<i8"),
 }
 _INT32 = struct.Struct("<i")
 _REFERENCE = b"$ref"
@@ -286,7 +241,7 @@ class Layout:
         if extra is not None:
             self._mask[value : value + 4] = 0xFF
             return int(value + extra + _INT32.unpack_from(self._row, value)[0])
-        if kind != BsonType.REGEX:
+        if kind != _REGEX:
             raise LayoutError(f"BSON type {kind:#04x}")
         after = self._row.index(0, self._row.index(0, value) + 1) + 1
         self._mask[value:after] = 0xFF
@@ -298,25 +253,25 @@ class Layout:
         if node.path is not None:
             opaque = FieldReader(form="opaque", start=at, stop=after, name=self._row[at + 1 : value - 1].decode())
             self.fields[node.path] = self._reader(node.path, kind, value, after) or opaque
-        if node.below and kind == BsonType.DOCUMENT:
+        if node.below and kind == _DOCUMENT:
             self._document(value, node)
 
     def _reader(self, path: str, kind: int, value: int, after: int) -> FieldReader | None:
         if kind in _NUMBERS:
             return FieldReader(form="number", start=value, stop=after, dtype=_NUMBERS[kind])
-        if kind == BsonType.NULL:
+        if kind == _NULL:
             return FieldReader(form="null", start=value, stop=after)
-        if kind == BsonType.OBJECT_ID:
+        if kind == _OBJECT_ID:
             return FieldReader(form="oid", start=value, stop=after)
-        if kind == BsonType.DATE:
+        if kind == _DATE:
             return FieldReader(form="date", start=value, stop=after, name=path.rpartition(".")[2])
         if path == ID:
             return None  # an `_id` is never an array
-        if kind == BsonType.ARRAY:
+        if kind == _ARRAY:
             return self._list(value, after)
-        if kind == BsonType.BINARY:
+        if kind == _BINARY:
             return self._vector(value, after)
-        return self._array(value, after) if kind == BsonType.DOCUMENT else None
+        return self._array(value, after) if kind == _DOCUMENT else None
 
     def _list(self, value: int, after: int) -> FieldReader | None:
         dtype = _NUMBERS.get(self._row[value + 4])

@@ -17,7 +17,7 @@ import bson
 import numpy as np
 from numpy.typing import NDArray
 
-from mongotorch.data.decode.layout import EXTRA_SIZES, FIXED_SIZES, BsonType, Bytes
+from mongotorch.data.decode.layout import EXTRA_SIZES, FIXED_SIZES, Bytes
 from mongotorch.errors import DataError
 
 Reply = bytes | memoryview  # concatenated BSON documents
@@ -96,7 +96,7 @@ def _alike(array: memoryview) -> Reply | None:
         count = min(count, most)
         rows = octets[at : at + count * (head + size)].reshape(count, head + size)
         lengths = rows[:, head : head + 4]
-        if (rows[:, 0] != BsonType.DOCUMENT).any() or rows[:, head - 1].any() or (lengths != lengths[0]).any():
+        if (rows[:, 0] != 0x03).any() or rows[:, head - 1].any() or (lengths != lengths[0]).any():
             return None
         if int(_INT32.unpack_from(array, at + head)[0]) != size:
             return None
