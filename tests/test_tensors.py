@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from mongotorch.data.decode.decoder import decode
-from mongotorch.data.stream.batches import SampleBuilder, build
-from mongotorch.data.stream.rows import column_tensor
+from mongotorch.data.stream.batches import SampleBuilder, build, column_tensor
 from mongotorch.errors import DataError, ShapeError
 from mongotorch.signature import Key
 from mongotorch.tensors import (

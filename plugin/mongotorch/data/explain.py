@@ -16,12 +16,11 @@ from typing import Any, final
 
 from pymongo.errors import OperationFailure
 
-from mongotorch.data.decode.decoder import Columns
+from mongotorch.data.decode import Columns
 from mongotorch.data.prefetch import close_iterator
-from mongotorch.data.read.reader import Reader
-from mongotorch.data.stream.batches import SampleBuilder, batch_of
+from mongotorch.data.read import Reader
+from mongotorch.data.stream.batches import SampleBuilder, batch_of, gathered
 from mongotorch.data.stream.order import Order
-from mongotorch.data.stream.rows import gathered
 from mongotorch.data.stream.spec import StreamSpec
 from mongotorch.data.stream.stream import Stream
 from mongotorch.data.stream.windows import WindowReader, open_windows

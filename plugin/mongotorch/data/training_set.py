@@ -31,10 +31,9 @@ from bson.errors import BSONError
 from bson.raw_bson import RawBSONDocument
 from numpy.typing import NDArray
 
-from mongotorch.data.decode.decoder import decode
-from mongotorch.data.decode.replies import Reply, offsets
+from mongotorch.data.decode import Reply, decode, offsets
 from mongotorch.data.prefetch import ThreadPrefetcher
-from mongotorch.data.read.reader import open_reader
+from mongotorch.data.read import open_reader
 from mongotorch.errors import DataError
 from mongotorch.mongo.retry import RetryPolicy
 from mongotorch.mongo.server_features import clock_of, cluster_time, is_mock

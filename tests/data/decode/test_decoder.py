@@ -14,7 +14,7 @@ from bson import ObjectId
 from bson.binary import Binary, BinaryVectorDtype
 
 from mongotorch.data.decode.decoder import Columns, decode
-from mongotorch.data.stream.rows import column_tensor, gathered
+from mongotorch.data.stream.batches import column_tensor, gathered
 from mongotorch.errors import DataError, FieldMissingError
 
 

@@ -1,6 +1,7 @@
 """The guarantees of the stream, on both backends: the same batches whatever the settings."""
 
 import json
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from bson import Binary, ObjectId
 from bson.binary import BinaryVectorDtype
 from torch.utils.data import DataLoader
 
+import mongotorch
 from mongotorch.data import Stream, StreamSpec, assign_folds, check_select, fold_of
 from mongotorch.errors import (
     DataError,
@@ -26,6 +28,7 @@ from mongotorch.query import Query
 from mongotorch.settings import read_settings
 
 COUNT = 1009
+MOST_FILES = 22  # of the package, that the first epoch of a stream runs through
 SELECT = Query.find("documents", {"y": {"$gte": 0}})
 QUERIES = {
     "by id": SELECT,
@@ -298,6 +301,26 @@ def test_a_batch_that_is_changed_does_not_change_what_is_held(documents: Any, ma
             x.zero_()
         for x, y, _ in stream:
             assert torch.equal(x[:, 0], y.float())
+
+
+@pytest.mark.parametrize("uri", ["mongod"], indirect=True)
+def test_an_epoch_can_be_followed_through_few_files(documents: Any, make: Make) -> None:
+    package, entered = str(Path(mongotorch.__file__).parent), set()
+
+    def note(frame: Any, event: str, _argument: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(package):
+            entered.add(frame.f_code.co_filename.removeprefix(package))
+
+    stream = make(data_prefetch=True, shuffle=True)
+    threading.setprofile(note)
+    sys.setprofile(note)
+    try:
+        batches = list(stream)
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
+    assert len(labels(batches)) == COUNT
+    assert len(entered) <= MOST_FILES, sorted(entered)
 
 
 def test_a_last_short_batch_is_kept_or_dropped(documents: Any, make: Make) -> None:

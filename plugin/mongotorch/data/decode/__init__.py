@@ -1,1 +1,23 @@
 """Decodes BSON replies into columns."""
+
+from mongotorch.data.decode.column import Column
+from mongotorch.data.decode.decoder import Columns, decode
+from mongotorch.data.decode.ids import U64, mix, pack_ids, salt, same_type, sort_key
+from mongotorch.data.decode.replies import Reply, find_command, found, last_id, offsets
+
+__all__ = [
+    "U64",
+    "Column",
+    "Columns",
+    "Reply",
+    "decode",
+    "find_command",
+    "found",
+    "last_id",
+    "mix",
+    "offsets",
+    "pack_ids",
+    "salt",
+    "same_type",
+    "sort_key",
+]

@@ -27,7 +27,7 @@ import bson
 from pymongo.errors import DuplicateKeyError, PyMongoError
 
 from mongotorch.codecs import WRITTEN, check_format
-from mongotorch.data.decode.ids import same_type, sort_key
+from mongotorch.data.decode import same_type, sort_key
 from mongotorch.data.prefetch import map_ordered
 from mongotorch.data.read.reader import IdRange, Reader
 from mongotorch.errors import DataError, EmptySelectError
@@ -109,7 +109,7 @@ def _walked(
 
 
 COLLECTION = "mt.plans"
-WINDOW = 64  # ranges that are shuffled together, at most
+MOST_SHUFFLED_RANGES = 64  # ranges that are shuffled together, at most
 _WALKED = 200_000  # documents; more are sampled
 _RANGES = 50_000  # at most, so that a plan fits into a document
 _PROBED = 64  # documents whose size is measured
@@ -170,7 +170,7 @@ class Sizes:
         """
         most = max(int(self.prefetch_bytes / 2 / max(row_bytes, 1.0)), 1)
         rows = max(min(self.prefetch_size, most // 2), 1)
-        return rows, max(min(WINDOW, self.prefetch_factor // 2, most // rows), 1)
+        return rows, max(min(MOST_SHUFFLED_RANGES, self.prefetch_factor // 2, most // rows), 1)
 
 
 def make_plan(database: Any, reader: Reader, sizes: Sizes) -> Plan:

@@ -24,8 +24,7 @@ from bson import Int64
 from bson.raw_bson import RawBSONDocument
 from pymongo.errors import PyMongoError
 
-from mongotorch.data.decode.ids import sort_key
-from mongotorch.data.decode.replies import Reply, find_command, found, last_id, offsets
+from mongotorch.data.decode import Reply, find_command, found, last_id, offsets, sort_key
 from mongotorch.mongo.retry import RetryPolicy
 from mongotorch.mongo.server_features import is_mock
 from mongotorch.query import Query

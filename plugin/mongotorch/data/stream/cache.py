@@ -28,10 +28,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mongotorch.data.decode.decoder import Columns, decode
-from mongotorch.data.decode.ids import U64, pack_ids
+from mongotorch.data.decode import U64, Columns, decode, pack_ids
+from mongotorch.data.stream.batches import CachedRows, Rows, layout, ordered, tensor_of
 from mongotorch.data.stream.order import WindowSpec
-from mongotorch.data.stream.rows import CachedRows, Rows, layout, ordered, tensor_of
 from mongotorch.data.stream.windows import Window, WindowReader
 
 _FORMAT = 2

@@ -21,10 +21,10 @@ from typing import final
 from torch.utils.data import get_worker_info
 
 from mongotorch.data.prefetch import ThreadPrefetcher, WorkerPool, close_iterator
-from mongotorch.data.read.reader import DatabaseAccess
+from mongotorch.data.read import DatabaseAccess
+from mongotorch.data.stream.batches import Rows
 from mongotorch.data.stream.cache import CachedSelect, cache_name, download, load
 from mongotorch.data.stream.order import Order, WindowSpec, worker_seed
-from mongotorch.data.stream.rows import Rows
 from mongotorch.data.stream.spec import StreamSpec
 from mongotorch.data.stream.windows import Window, WindowReader, open_windows
 from mongotorch.errors import DataError

@@ -18,7 +18,7 @@ from typing import final
 import numpy as np
 import numpy.typing as npt
 
-from mongotorch.data.decode.ids import U64, mix, salt
+from mongotorch.data.decode import U64, mix, salt
 
 _RANGES, _ROWS = 0x52414E474553, 0x524F5753  # "RANGES", "ROWS": two independent streams
 

@@ -16,8 +16,7 @@ from typing import Any, Self, final
 import bson
 import numpy as np
 
-from mongotorch.data.decode.column import Column
-from mongotorch.data.decode.ids import U64, sort_key
+from mongotorch.data.decode import U64, Column, sort_key
 
 _LONGEST = 256  # bytes of an `_id` that a state may hold
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, final
 
-from mongotorch.data.read.plan import Sizes
-from mongotorch.data.read.reader import DatabaseAccess
+from mongotorch.data.read import DatabaseAccess, Sizes
 from mongotorch.errors import ParameterError
 from mongotorch.loader_options import check_stream_loader
 from mongotorch.query import Query

@@ -21,14 +21,11 @@ from typing import final
 import numpy as np
 import numpy.typing as npt
 
-from mongotorch.data.decode.decoder import Columns, decode
-from mongotorch.data.decode.ids import U64
-from mongotorch.data.decode.replies import Reply
+from mongotorch.data.decode import U64, Columns, Reply, decode
 from mongotorch.data.prefetch import ThreadPrefetcher, close_iterator, map_ordered
-from mongotorch.data.read.plan import WINDOW, Plan, make_plan, resume_plan
-from mongotorch.data.read.reader import DatabaseAccess
+from mongotorch.data.read import MOST_SHUFFLED_RANGES, DatabaseAccess, Plan, make_plan, resume_plan
+from mongotorch.data.stream.batches import NO_ROWS, Rows, gathered, ordered
 from mongotorch.data.stream.order import Order, WindowSpec, position_keys
-from mongotorch.data.stream.rows import NO_ROWS, Rows, gathered, ordered
 from mongotorch.data.stream.spec import StreamSpec
 from mongotorch.errors import DataError
 
@@ -263,7 +260,7 @@ def open_windows(access: DatabaseAccess, spec: StreamSpec, digest: str | None = 
         if digest is None:
             return PlannedWindows(access, spec, make_plan(database, reader, sizes))
         return PlannedWindows(access, spec, resume_plan(database, reader, sizes, digest))
-    rows, window = sizes.prefetch_size, max(min(WINDOW, sizes.prefetch_factor // 2), 1)
+    rows, window = sizes.prefetch_size, max(min(MOST_SHUFFLED_RANGES, sizes.prefetch_factor // 2), 1)
     if digest is not None:
         rows, window = _sizes_of(digest)
     windows = OwnOrderWindows(access, spec, rows, window)

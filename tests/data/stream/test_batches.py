@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mongotorch.data.stream import rows as buffers
+from mongotorch.data.stream.batches import fresh
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (5,), (7, 2, 3), (2**18, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool, torch.bfloat16])
 def test_a_buffer_has_its_shape_and_can_be_written(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    made = buffers.fresh(shape, dtype)
+    made = fresh(shape, dtype)
     assert (tuple(made.shape), made.dtype) == (shape, dtype)
     made.fill_(1)
     assert bool((made == 1).all())
@@ -29,7 +29,7 @@ def test_a_large_buffer_lives_as_long_as_a_view_of_it_and_no_longer() -> None:
 
     gc.collect()
     before = resident()
-    view = buffers.fresh((size,), torch.uint8).fill_(3)[10:20]
+    view = fresh((size,), torch.uint8).fill_(3)[10:20]
     assert view.tolist() == [3] * 10
     held = resident()
     assert held - before > size * 0.9
