@@ -43,7 +43,7 @@ class OrderedMap(Protocol[S_contra, T_co]):
 
         Args:
             items: Taken one by one.
-            stopped: Whether nobody wants the results any more, so that they may end early.
+            stopped: Whether the results are not needed any more, so that they may end early.
         """
         ...
 
@@ -131,7 +131,7 @@ class ThreadPrefetcher(Generic[T]):
 
 @final
 class _Buffer(Generic[T]):
-    """What the thread of a prefetcher has read and nobody has taken yet."""
+    """What the thread of a prefetcher has read and what has not been taken yet."""
 
     def __init__(self, most: int, most_bytes: int, weigh: Callable[[T], int], stopped: threading.Event) -> None:
         self._most, self._most_bytes, self._weigh, self._stopped = most, most_bytes, weigh, stopped

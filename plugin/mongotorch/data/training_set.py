@@ -4,8 +4,8 @@ A set is a row of two 64-bit hashes for each document, of its `_id` and of its c
 The digest is the sum, modulo 2**256, of BLAKE2b-256 over each document as it was read: `_id` and the key's fields,
 as raw BSON in the order in which they are stored (so a rewrite that only reorders fields counts as a change). That
 is the additive hash of sets of Bellare and Micciancio ("A New Paradigm for Collision-Free Hashing", 1997): no
-accident goes unnoticed, and it could be kept up to date document by document. It is no proof against somebody who
-may choose thousands of documents freely (Wagner, "A Generalized Birthday Problem", 2002); signatures are.
+accident goes unnoticed, and it could be kept up to date document by document. It is no proof against an attacker
+who may choose thousands of documents freely (Wagner, "A Generalized Birthday Problem", 2002); signatures are.
 
 Guarantees: the digest does not depend on the order in which documents are read; equal `_id`s have equal hashes,
 also `5`, `NumberLong(5)` and `5.0`, which MongoDB treats as one; memory is 16 bytes a document up to

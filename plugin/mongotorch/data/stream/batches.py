@@ -2,13 +2,14 @@
 
 A field of a window is one tensor where its values are all alike, and batches are slices of it; only where they are
 not is it stacked value by value. Large tensors are memory mappings of their own (`fresh`): `malloc` would keep
-memory of that size in its heaps after the first window, where it is broken up by smaller pieces so that the
-process grows every few windows, and would hand it out in pages of 4 KB, each of which is a page fault while rows
-are scattered over them. A `transform` or a `collate_fn` gets samples (`SampleBuilder`) in the structure of the
-key: arrays are tensors in them, plain numbers Python numbers, plain lists Python lists.
+memory of that size in its heaps after the first window, where smaller allocations break it up, so that the process
+grows every few windows, and would hand it out in pages of 4 KB, each of which is a page fault while rows are
+scattered over them. A `transform` or a `collate_fn` gets samples (`SampleBuilder`) in the structure of the key:
+arrays are tensors in them, plain numbers Python numbers, plain lists Python lists.
 
 Guarantees: rows are ordered once a window; the batches of a shard are a function of the rows and of the position
-where it starts; all shards take the same number of steps; no samples are built where nobody asks for them.
+where it starts; all shards take the same number of steps; samples are only built for a `transform` or a
+`collate_fn`.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Rows(abc.ABC):
         """The `_id`s of some rows."""
         return self.columns(start, stop).ids.values()
 
-    def mark(self, hashes: npt.NDArray[np.uint64] | None, ids: Column | None) -> None:
+    def set_markers(self, hashes: npt.NDArray[np.uint64] | None, ids: Column | None) -> None:
         """Let rows be found again by their hashes, else by their `_id`s; those given ascend, both may be None."""
         if hashes is not None:
             self.markers = HashMarkers(hashes)
@@ -174,7 +175,7 @@ def column_tensor(columns: Columns, path: str) -> Tensor | None:
 
 
 def ordered(parts: list[Columns], order: npt.NDArray[np.int64] | None, *, owned: bool) -> Rows:
-    """The rows of ranges, in an order; `owned` where nobody else uses their columns."""
+    """The rows of ranges, in an order; `owned` where their columns are used nowhere else."""
     columns = parts[0] if len(parts) == 1 else Columns.concat(parts)
     if order is None:
         return ColumnRows(columns.owned(), owned=owned)
@@ -182,7 +183,7 @@ def ordered(parts: list[Columns], order: npt.NDArray[np.int64] | None, *, owned:
 
 
 def gathered(parts: list[Columns], order: npt.NDArray[np.int64] | None) -> Rows:
-    """The rows of ranges that nobody else uses, in an order: as tensors where all fields are alike."""
+    """The rows of ranges that are used nowhere else, in an order: as tensors where all fields are alike."""
     layouts = {layout(columns) for columns in parts}
     if len(layouts) > 1 or None in layouts:
         return ordered(parts, order, owned=True)

@@ -68,7 +68,7 @@ class CachedSelect(abc.ABC):
             if spec.order.shuffle:
                 permutation, hashes = spec.order.rows(np.concatenate(keys))
             rows = self.rows(spec.ranges, permutation)
-            rows.mark(hashes, self._ids[spec.ranges[0]].ids if hashes is None and self._by_id else None)
+            rows.set_markers(hashes, self._ids[spec.ranges[0]].ids if hashes is None and self._by_id else None)
             yield Window(spec=spec, rows=rows, lengths=[len(one) for one in keys])
 
     @abc.abstractmethod

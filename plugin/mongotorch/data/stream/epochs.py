@@ -230,7 +230,7 @@ def requests(specs: Iterator[WindowSpec], most: int) -> Iterator[list[WindowSpec
     """The windows as what a worker is given at a time.
 
     The last window of an epoch and the first ones of the next are small: they go together, so that they last as
-    long as reading what follows. Those of the very first epoch go alone, because somebody waits for them.
+    long as reading what follows. Those of the very first epoch go alone, because the first batch waits for them.
 
     Args:
         specs: The windows.

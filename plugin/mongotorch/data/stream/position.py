@@ -88,7 +88,7 @@ class IdMarkers(RowMarkers):
 @final
 @dataclass(frozen=True, kw_only=True)
 class Position:
-    """A place between two rows of an epoch.
+    """A position between two rows of an epoch.
 
     Attributes:
         epoch: The epoch.

@@ -43,8 +43,8 @@ class Stream(Owner, IterableDataset[Any]):
       stream.
     - One that comes with an `_id` inside of them is yielded once in this epoch where its window was not yet read,
       else from the next epoch on (with `across_epochs`, whose first windows are read early, the one after that);
-      never twice, and nobody else moves.
-    - One that is deleted before its window is read is not yielded, and nobody else moves; `report` counts both.
+      never twice, and no other document moves.
+    - One that is deleted before its window is read is not yielded, and no other one moves; `report` counts both.
     - A resumed stream goes on behind the very row that was yielded last, also where rows before it, or it
       itself, are gone. That is by the row's hash with `shuffle`, else by its `_id` (of up to 250 bytes; behind a
       longer one rows are counted).

@@ -115,7 +115,7 @@ class WindowReader(abc.ABC):
         Args:
             specs: Taken as far ahead as ranges are read ahead.
             prefetch: Whether the server reads the next ranges while one is decoded.
-            stopped: Whether nobody wants the windows any more; reading then ends after the current range.
+            stopped: Whether the windows are not needed any more; reading then ends after the current range.
 
         Raises:
             FieldMissingError: A document lacks a field.
@@ -170,7 +170,7 @@ class WindowReader(abc.ABC):
         if spec.order.shuffle:
             permutation, hashes = spec.order.rows(np.concatenate([self.keys(*pair) for pair in numbered]))
         rows = ordered(parts, permutation, owned=True) if self.samples else gathered(parts, permutation)
-        rows.mark(hashes, None if self.plan is None else parts[0].ids)
+        rows.set_markers(hashes, None if self.plan is None else parts[0].ids)
         return Window(spec=spec, rows=rows, lengths=lengths)
 
 
