@@ -27,7 +27,7 @@ from mongotorch.train.early_stopping import EarlyStopping
 from mongotorch.train.evaluation import evaluate
 from mongotorch.train.mapping import scalar
 from mongotorch.train.model import TorchModel, copied_state
-from mongotorch.train.optimizers import load_state, state_of
+from mongotorch.train.optimizers import continue_from, load_state, state_of
 from mongotorch.train.trainer import TorchTrainer
 
 
@@ -147,8 +147,8 @@ class Fit:
         with seeded(self._trainer.seed):
             self._model.object.to(self.device)
             self._optimizers = self._trainer.get_optimizers(self._model)
-            if self._trainer.optimizer_state is not None:
-                load_state(self._optimizers, self._trainer.optimizer_state)
+            if self._trainer.optimizer_state is not None and self._state is None:
+                continue_from(self._optimizers, self._trainer.optimizer_state)
             self._model.object.train()
             if self._state is not None:
                 self._restore(self._state)

@@ -6,6 +6,7 @@ The state of one optimizer is its `state_dict`, that of several is `{"optimizers
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,11 @@ from mongotorch.tensors import copy_tensors
 _PARAMETER_SHAPED = frozenset(
     {"acc_delta", "ax", "exp_avg", "exp_avg_sq", "exp_inf", "grad_avg", "max_exp_avg_sq", "momentum_buffer"}
     | {"prev", "square_avg", "sum"}
+)
+_CLASS = "optimizer"  # in a state: the name of the class whose state it is
+# What groups hold besides options: their parameters, and what torch's schedulers write there.
+_NOT_OPTIONS = frozenset(
+    {"params", "param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}
 )
 
 
@@ -65,33 +71,99 @@ def check_optimizer(name: str, options: Mapping[str, Any]) -> None:
     make_optimizer(name, [nn.Parameter(torch.zeros(1, 1))], options)  # a matrix: Muon takes nothing else
 
 
+def optimizer_name(cls: type[torch.optim.Optimizer]) -> str:
+    """The name of an optimizer's class as `optimizer_cls` takes it."""
+    if getattr(torch.optim, cls.__name__, None) is cls:
+        return cls.__name__
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
 def state_of(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
-    """A copy of the state of optimizers, which later steps do not change."""
-    states = [copy_tensors(optimizer.state_dict()) for optimizer in optimizers]
+    """The state of optimizers, a copy that later steps do not change; each names its class as `optimizer`."""
+    states = [{**copy_tensors(one.state_dict()), _CLASS: optimizer_name(type(one))} for one in optimizers]
     return states[0] if len(states) == 1 else {"optimizers": states}
 
 
 def load_state(optimizers: Sequence[torch.optim.Optimizer], state: Mapping[str, Any]) -> None:
-    """Give optimizers a state that `state_of` gave.
+    """Give optimizers a whole state that `state_of` gave, options included: a run goes on where it stopped.
 
     Raises:
         OptimizerError: It is that of other optimizers, or of a model with other parameters.
     """
-    states = [state] if len(optimizers) == 1 else state.get("optimizers", [])
-    if len(states) != len(optimizers):
+    for optimizer, one in zip(optimizers, _states(optimizers, state), strict=True):
+        _load(optimizer, one)
+
+
+def continue_from(optimizers: Sequence[torch.optim.Optimizer], state: Mapping[str, Any]) -> None:
+    """Give new optimizers what an earlier run learned (moments, step counters); their own options stay.
+
+    An option is what the class takes at construction: a learning rate, a weight decay. What an optimizer keeps in
+    its groups besides, as an estimate that it updates, is state.
+
+    Raises:
+        OptimizerError: It is the state of other optimizers or groups, or of a model with other parameters.
+    """
+    for optimizer, one in zip(optimizers, _states(optimizers, state), strict=True):
+        _check_class(optimizer, one)
+        own, kept = optimizer.state_dict()["param_groups"], list(one.get("param_groups", ()))
+        sizes = [[len(group.get("params", ())) for group in groups] for groups in (own, kept)]
+        if sizes[0] != sizes[1]:
+            raise OptimizerError(
+                f"optimizer_state has groups of {sizes[1]} parameters, this run's optimizer has {sizes[0]}; "
+                "give optimizer_state=None to start anew",
+                field="optimizer_state",
+            )
+        options = set(inspect.signature(type(optimizer).__init__).parameters)
+        groups = [
+            {**new, **{name: old[name] for name in set(new) & set(old) - options}, "params": old["params"]}
+            for new, old in zip(own, kept, strict=True)
+        ]
+        _load(optimizer, {"state": one.get("state", {}), "param_groups": groups})
+
+
+def check_state(name: str, options: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Refuse a state that is not that of one optimizer of this class. Raises: OptimizerError."""
+    optimizer = make_optimizer(name, [nn.Parameter(torch.zeros(1, 1))], options)
+    for one in _states([optimizer], state):
+        _check_class(optimizer, one)
+
+
+def _check_class(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    own = optimizer_name(type(optimizer))
+    kept = state.get(_CLASS)
+    if kept is None:  # torch's own state does not name its class: another one's options tell
+        names = {name for group in state.get("param_groups", ()) for name in group}
+        unknown = sorted(names - {name for group in optimizer.param_groups for name in group} - _NOT_OPTIONS)
+        if not unknown:
+            return
+        kept = f"an optimizer with the options {', '.join(unknown)}"
+    if kept != own:
         raise OptimizerError(
-            f"optimizer_state is not that of {len(optimizers)} optimizers; leave it out to start anew",
+            f"optimizer_state is that of {kept}, and optimizer_cls is {own}; give optimizer_state=None to start anew",
             field="optimizer_state",
         )
-    for optimizer, one in zip(optimizers, states, strict=True):
-        try:
-            optimizer.load_state_dict(copy.deepcopy(dict(one)))
-            _check_shapes(optimizer)
-        except (KeyError, TypeError, ValueError) as error:
-            raise OptimizerError(
-                f"optimizer_state does not fit the model's parameters ({error}); leave it out to start anew",
-                field="optimizer_state",
-            ) from error
+
+
+def _states(optimizers: Sequence[torch.optim.Optimizer], state: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    states: Sequence[Mapping[str, Any]] = [state] if len(optimizers) == 1 else state.get("optimizers", [])
+    if len(states) != len(optimizers) or (len(optimizers) == 1 and "optimizers" in state):
+        raise OptimizerError(
+            f"optimizer_state is not that of {len(optimizers)} optimizer(s); give optimizer_state=None to start anew",
+            field="optimizer_state",
+        )
+    return states
+
+
+def _load(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    try:
+        optimizer.load_state_dict(copy.deepcopy({name: part for name, part in state.items() if name != _CLASS}))
+        _check_shapes(optimizer)
+    except (KeyError, TypeError, ValueError) as error:
+        raise OptimizerError(
+            f"optimizer_state does not fit the model's parameters ({error}); "
+            "give optimizer_state=None to start anew",
+            field="optimizer_state",
+        ) from error
 
 
 def _check_shapes(optimizer: torch.optim.Optimizer) -> None:

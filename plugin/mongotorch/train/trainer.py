@@ -24,7 +24,7 @@ from mongotorch.query import Query
 from mongotorch.signature import OBJECTIVE, Key, check_signature
 from mongotorch.train.mapping import BatchMapping, Passed, check_key, scalar
 from mongotorch.train.model import TorchModel
-from mongotorch.train.optimizers import check_optimizer, make_optimizer
+from mongotorch.train.optimizers import check_optimizer, check_state, make_optimizer
 
 UNLIMITED = 10**100
 COMPUTE_OPTIONS = frozenset({"device", "num_workers"})
@@ -74,7 +74,9 @@ class TorchTrainer(Component):
         listen: `objective`, or the name of a metric (`dataset/metric` for one on a dataset).
         optimizer_cls: A name in `torch.optim`, or `package.module:Class`.
         optimizer_kwargs: Its options.
-        optimizer_state: Loaded before the first step; a run stores that of the published weights.
+        optimizer_state: What an earlier run of the same optimizer learned (moments, step counters), loaded before
+            the first step; the options stay those of `optimizer_kwargs`. A run stores that of the published
+            weights. None starts anew.
         collate_fn: Makes a batch of a list of samples; None stacks them.
         model: The model it trains when it is applied itself.
         seed: Seeds everything random: the order of the data, dropout, and what workers draw.
@@ -119,6 +121,8 @@ class TorchTrainer(Component):
         check_compute(self.compute_kwargs or {})
         check_trainer_loader(self.loader_kwargs or {}, workers=(self.compute_kwargs or {}).get("num_workers"))
         check_optimizer(self.optimizer_cls, self.optimizer_kwargs or {})
+        if self.optimizer_state is not None and type(self).get_optimizers is TorchTrainer.get_optimizers:
+            check_state(self.optimizer_cls, self.optimizer_kwargs or {}, self.optimizer_state)
         if self.optimizer_cls == "LBFGS" and type(self).take_step is TorchTrainer.take_step:
             raise OptimizerError(
                 "LBFGS evaluates the objective several times a step; override take_step", field="optimizer_cls"
