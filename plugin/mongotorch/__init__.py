@@ -89,6 +89,7 @@ _HOMES = {
     "Waited": "mongotorch.schedule.triggers.documents",
     "Worker": "mongotorch.worker",
     "preview": "mongotorch.schedule",
+    "restore_parametrized": "mongotorch.train.tensor_codec",
 }
 
 __all__ = [

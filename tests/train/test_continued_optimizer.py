@@ -35,7 +35,9 @@ def test_every_optimizer_goes_on_with_the_new_options_and_the_old_state(name: st
     assert before["state"] or name == "SGD"
     changed = {"lr": 1e-6, "weight_decay": 0.125} if "weight_decay" in before["param_groups"][0] else {"lr": 1e-6}
 
-    run = fit(trainer(SELECT, optimizer_cls=name, optimizer_kwargs=changed, optimizer_state=before, max_iterations=1))
+    run = fit(
+        trainer(SELECT, optimizer_cls=name, optimizer_kwargs=changed, optimizer_state=before, max_iterations=1)
+    )
     events = run.run()
     first = next(events)
     after = run.capture()["optimizer"]
@@ -74,7 +76,8 @@ def test_the_state_of_another_optimizer_is_refused(name: str) -> None:
 def test_a_state_without_the_name_of_its_class_is_judged_by_its_options() -> None:
     module = net()
     plain = torch.optim.Adam(module.parameters(), lr=0.5)
-    nn.functional.cross_entropy(module(BATCHES[0][0]), BATCHES[0][1]).backward()
+    loss: Any = nn.functional.cross_entropy(module(BATCHES[0][0]), BATCHES[0][1])
+    loss.backward()
     plain.step()
 
     assert trainer(SELECT, optimizer_state=plain.state_dict()).optimizer_state is not None

@@ -139,13 +139,20 @@ def running_python() -> str:
     return f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
-def dumps(value: Any, *, where: str, external: Callable[[Any], Any] | None = None) -> Pickled:
+def dumps(
+    value: Any,
+    *,
+    where: str,
+    external: Callable[[Any], Any] | None = None,
+    reduce: Callable[[Any], tuple[Any, ...] | None] | None = None,
+) -> Pickled:
     """Pickle a value.
 
     Args:
         value: What to pickle.
         where: Its name, where the path in an error starts.
         external: For each object inside: what stands for it (kept outside the pickle), or None to pickle it.
+        reduce: For each object inside: what `__reduce_ex__` should give instead of its own, or None for its own.
 
     Raises:
         UnsafeClosureError: It holds a database client or a datalayer; `field` is the path to it.
@@ -153,7 +160,7 @@ def dumps(value: Any, *, where: str, external: Callable[[Any], Any] | None = Non
     """
     buffer = io.BytesIO()
     try:
-        _Pickler(buffer, external).dump(value)
+        _Pickler(buffer, external, reduce).dump(value)
     except _UnsafeObjectError as refused:
         path = path_to_unsafe(value, where) or where
         raise UnsafeClosureError(
@@ -256,10 +263,15 @@ def _ordered(function: Any, args: Any) -> Any:
 
 
 class _Pickler(dill.Pickler):  # type: ignore[misc]
-    def __init__(self, file: io.BytesIO, external: Callable[[Any], Any] | None) -> None:
+    def __init__(
+        self,
+        file: io.BytesIO,
+        external: Callable[[Any], Any] | None,
+        reduce: Callable[[Any], tuple[Any, ...] | None] | None,
+    ) -> None:
         # The protocol is fixed: its default follows the Python version, and the digest of a value must not.
         super().__init__(file, protocol=4, recurse=True, byref=False, fmode=0)
-        self._external = external
+        self._external, self._reduce = external, reduce
         self._texts: dict[str, str] = {}
         self._postproc = _Postponed()
 
@@ -279,6 +291,11 @@ class _Pickler(dill.Pickler):  # type: ignore[misc]
                 self.save(part)
             self.write(pickle.STACK_GLOBAL)
             self.memoize(value)
+            return
+        elif (
+            self._reduce is not None and id(value) not in self.memo and (parts := self._reduce(value)) is not None
+        ):
+            self.save_reduce(*parts, obj=value)
             return
         super().save(value, save_persistent_id)
 

@@ -73,8 +73,9 @@ def check_optimizer(name: str, options: Mapping[str, Any]) -> None:
 
 def optimizer_name(cls: type[torch.optim.Optimizer]) -> str:
     """The name of an optimizer's class as `optimizer_cls` takes it."""
-    if getattr(torch.optim, cls.__name__, None) is cls:
-        return cls.__name__
+    name: str = cls.__name__
+    if getattr(torch.optim, name, None) is cls:
+        return name
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
@@ -139,7 +140,8 @@ def _check_class(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> 
         kept = f"an optimizer with the options {', '.join(unknown)}"
     if kept != own:
         raise OptimizerError(
-            f"optimizer_state is that of {kept}, and optimizer_cls is {own}; give optimizer_state=None to start anew",
+            f"optimizer_state is that of {kept}, and optimizer_cls is {own}; "
+            "give optimizer_state=None to start anew",
             field="optimizer_state",
         )
 
@@ -148,7 +150,8 @@ def _states(optimizers: Sequence[torch.optim.Optimizer], state: Mapping[str, Any
     states: Sequence[Mapping[str, Any]] = [state] if len(optimizers) == 1 else state.get("optimizers", [])
     if len(states) != len(optimizers) or (len(optimizers) == 1 and "optimizers" in state):
         raise OptimizerError(
-            f"optimizer_state is not that of {len(optimizers)} optimizer(s); give optimizer_state=None to start anew",
+            f"optimizer_state is not that of {len(optimizers)} optimizer(s); "
+            "give optimizer_state=None to start anew",
             field="optimizer_state",
         )
     return states

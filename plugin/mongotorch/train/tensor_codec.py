@@ -7,6 +7,7 @@ storage stores its own bytes only. Blobs know no device: a model of a GPU loads 
 
 from __future__ import annotations
 
+import copyreg
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from mongotorch.codecs import Codec, Get, Put, check_python, dumps, loads
 from mongotorch.errors import CodecError
@@ -56,7 +58,7 @@ class TorchCodec(Codec):
             return indices[id(part)]
 
         with torch.no_grad():
-            skeleton = dumps(value, where=where, external=external)
+            skeleton = dumps(value, where=where, external=external, reduce=_reduce_parametrized)
             records, storages = _layout(tensors, _names(value))
             return {
                 "skeleton": put(skeleton.data),
@@ -147,9 +149,32 @@ def _put_storages(storages: Sequence[memoryview], put: Put) -> dict[str, Any]:
     return {"storages": records, "small": put(bytes(small)) if small else None}
 
 
+def _reduce_parametrized(value: Any) -> tuple[Any, ...] | None:
+    """How a parametrised module is pickled: by the class that it was before, and its attributes.
+
+    `torch.nn.utils.parametrize` gives such a module a class of its own, which cannot be imported.
+    """
+    if not isinstance(value, nn.Module) or not parametrize.is_parametrized(value):
+        return None
+    cls: type = parametrize.type_before_parametrizations(value)
+    empty = copyreg._reconstructor  # type: ignore[attr-defined]  # what pickle itself makes empty objects by
+    return empty, (cls, object, None), dict(vars(value)), None, None, restore_parametrized
+
+
+def restore_parametrized(module: nn.Module, attributes: Mapping[str, Any]) -> None:
+    """Make a new, empty module of the unparametrised class the parametrised module that was stored.
+
+    Args:
+        module: The module.
+        attributes: Of the stored one, `parametrizations` among its modules.
+    """
+    vars(module).update(attributes)
+    parametrize._inject_new_class(module)
+    for name in attributes["_modules"]["parametrizations"]:
+        parametrize._inject_property(module, name)
+
+
 def _is_plain(tensor: Tensor) -> bool:
-    if tensor.grad_fn is not None:
-        raise CodecError("a tensor with a graph behind it cannot be stored; detach it")
     return tensor.layout is torch.strided and not tensor.is_quantized and tensor.device.type != "meta"
 
 
@@ -185,7 +210,7 @@ def _layout(tensors: Sequence[Tensor], names: Mapping[int, str]) -> tuple[list[d
             "stride": stride,
             "offset": offset,
             "storage": index,
-            "requires_grad": tensor.requires_grad,
+            "requires_grad": tensor.requires_grad and tensor.is_leaf,  # what has a graph is stored without it
             "parameter": isinstance(tensor, nn.Parameter),
         }
         records.append(record | ({"name": names[id(tensor)]} if id(tensor) in names else {}))
