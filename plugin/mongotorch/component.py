@@ -24,7 +24,8 @@ from mongotorch.query import Query
 
 IDENTIFIER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 ADDED: Final = "added"
-"""Key in the metadata of a field that a later release gave a component; its value is that release's version."""
+"""Key in the metadata of a field that a later release gave a component; its value is that release's version.
+Such a field is stored only where it is not at its default, so that records are those of the earlier release."""
 _IDENTITY = frozenset({"identifier", "db", "uuid"})
 Ref = Callable[["Component"], str]
 """From a component to the uuid under which it is, or will be, stored."""
@@ -117,6 +118,7 @@ def encode_component(component: Component, codecs: Codecs, put: Put, ref: Ref) -
     fields = {
         field.name: _encode(getattr(component, field.name), codecs, put, ref, field.name, chosen.get(field.name))
         for field in stored_fields(type(component))
+        if ADDED not in field.metadata or not _is_default(field, getattr(component, field.name))
     }
     return {"class": codecs.encode(type(component), put, where="class"), "fields": fields}
 
@@ -158,7 +160,7 @@ def content_digest(component: Component, codecs: Codecs) -> str:
     """SHA-256, in hex, of a component's class, identifier and fields, without uuid, version and db.
 
     The same component has the same digest in every release: names are those of the first releases, and a field
-    that came later (`metadata={ADDED: ...}`) counts only where it is not at its default.
+    that came later is stored only where it is not at its default.
     """
     with first_names():
         return _digest(component, codecs, {})
@@ -173,9 +175,6 @@ def _digest(component: Component, codecs: Codecs, met: dict[int, str]) -> str:
         return hashlib.sha256(data).hexdigest()
 
     body = encode_component(component, codecs, name_of_blob, lambda child: _digest(child, codecs, met))
-    for field in stored_fields(type(component)):
-        if ADDED in field.metadata and _is_default(field, getattr(component, field.name)):
-            del body["fields"][field.name]
     content = {"type_id": component.type_id, "identifier": component.identifier, **body}
     met[id(component)] = hashlib.sha256(bson.encode(content)).hexdigest()
     return met[id(component)]

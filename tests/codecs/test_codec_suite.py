@@ -108,7 +108,7 @@ class TestTorchCodec(CodecSuite):
     @pytest.fixture
     def refused(self) -> Sequence[Any]:
         client: Any = mongomock.MongoClient()
-        return [torch.ones(2, requires_grad=True) * 2, [torch.ones(2), (part for part in "ab")], {"a": [client]}]
+        return [[torch.ones(2), (part for part in "ab")], {"a": [client]}]
 
     def same(self, value: Any, again: Any) -> bool:
         if isinstance(value, nn.Module):

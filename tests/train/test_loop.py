@@ -26,7 +26,7 @@ class Watching(nn.Module):
         self.outputs: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        self.seen.append((self.dropout.training, torch.is_inference_mode_enabled()))
+        self.seen.append((self.dropout.training, not torch.is_grad_enabled()))
         output: Tensor = self.layer(self.dropout(x))
         self.outputs.append(output.detach().clone())
         return output

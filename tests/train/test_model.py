@@ -37,7 +37,7 @@ class Watching(nn.Module):
         self.seen: list[tuple[bool, bool, int]] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        self.seen.append((self.training, torch.is_inference_mode_enabled(), len(x)))
+        self.seen.append((self.training, not torch.is_grad_enabled(), len(x)))
         found: Tensor = self.dropout(self.frozen(x))
         return found
 

@@ -3,7 +3,7 @@
 `evaluate` measures one model over sets of batches, for a training run. `score` measures several models with one
 loss for each document, so that they can be compared in pairs.
 
-Guarantees: the model is in `eval()` mode under `inference_mode`; a mean is over samples, not over batches. In
+Guarantees: the model is in `eval()` mode without gradients; a mean is over samples, not over batches. In
 `score` every batch goes to all models before the next one is read, so that a database that goes on changing
 cannot give them different documents.
 """
@@ -113,19 +113,22 @@ def _evaluate_set(
 ) -> dict[str, float]:
     running = [RunningMetric(metric, device) for metric in metrics]
     total = torch.zeros((), dtype=torch.float64, device="cpu")
-    rows = 0
+    rows, weights = 0, 0.0
     for batch in batches:
         batch = to_device(batch, device)
         count = count_rows(batch)
         passed = trainer.forward(model, batch)
         loss = scalar(trainer.compute_validation_objective(model, passed))
-        total += loss.detach().double().cpu().reshape(()) * count
+        weight = count * trainer.counted_share(passed)
+        if weight:  # the mean of a batch of which nothing counts is NaN, and no part of any mean
+            total += loss.detach().double().cpu().reshape(()) * weight
+        weights += weight
         for metric in running:
             metric.update(passed, count)
         rows += count
     if not rows:
         raise EmptyFoldError(f"the validation set {name!r} has no batch; a validation needs documents")
-    objective = total.item() / rows
+    objective = total.item() / weights if weights else math.nan
     if not math.isfinite(objective):
         raise NonFiniteLossError(
             f"the objective on the validation set {name!r} is {objective}; nothing is published. "

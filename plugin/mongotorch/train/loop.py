@@ -12,15 +12,16 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, final
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mongotorch.errors import EmptySelectError, NonFiniteLossError
+from mongotorch.errors import EmptySelectError, NonFiniteLossError, ParameterError
 from mongotorch.tensors import copy_tensors, count_rows, to_device
 from mongotorch.train.devices import training_device
 from mongotorch.train.early_stopping import EarlyStopping
@@ -73,6 +74,7 @@ class Trained:
         optimizer_state: The optimizer state at `best_step`.
         metric_values: The values of every validation by name, the trainer's earlier values included.
         best_step: The step whose weights the model has.
+        eval_modules: The names of the submodules that stayed in `eval()` mode.
         metrics: The values measured of those weights, by name; empty where they were not measured.
     """
 
@@ -80,6 +82,7 @@ class Trained:
     optimizer_state: dict[str, Any]
     metric_values: dict[str, list[float]]
     best_step: int
+    eval_modules: tuple[str, ...]
     metrics: dict[str, float]
 
 
@@ -149,7 +152,8 @@ class Fit:
             self._optimizers = self._trainer.get_optimizers(self._model)
             if self._trainer.optimizer_state is not None and self._state is None:
                 continue_from(self._optimizers, self._trainer.optimizer_state)
-            self._model.object.train()
+            self._warn_of_untrained_objective()
+            self._eval_modules = self._model.start_training()
             if self._state is not None:
                 self._restore(self._state)
             yield from self._steps()
@@ -173,6 +177,7 @@ class Fit:
             optimizer_state=_on_cpu(optimizer_state),
             metric_values=self._values,
             best_step=step,
+            eval_modules=self._eval_modules,
             metrics=dict(metrics),
         )
 
@@ -203,13 +208,12 @@ class Fit:
         set_generator_state(state["random"])
 
     def _steps(self) -> Iterator[Event]:
-        trainer = self._trainer
         if self._is_validation_due():  # the run that was captured ended between a step and its validation
             yield self._validate()
         while not self.is_over:
             self._begin_epoch()
             for batch in self._batches:
-                loss = trainer.take_step(self._model, to_device(batch, self.device), self._optimizers)
+                loss = self._take_step(batch)
                 self.step, self._idle = self.step + 1, 0
                 self._unchecked.append(loss := scalar(loss).detach())
                 if self.device.type == "cpu" or len(self._unchecked) >= _MOST_UNCHECKED:
@@ -219,6 +223,32 @@ class Fit:
                     yield self._validate()
                 if self.is_over:
                     return
+
+    def _take_step(self, batch: Any) -> Tensor:
+        try:
+            return self._trainer.take_step(self._model, to_device(batch, self.device), self._optimizers)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ParameterError(
+                f"step {self.step + 1} has a batch of {count_rows(batch)} row(s), of which a batch norm has no "
+                'statistics; give loader_kwargs={"drop_last": True}, or another batch_size',
+                field="loader_kwargs",
+            ) from error
+
+    def _warn_of_untrained_objective(self) -> None:
+        objective = self._trainer.objective
+        if not isinstance(objective, nn.Module):
+            return
+        objective.to(self.device)
+        trained = {id(p) for o in self._optimizers for group in o.param_groups for p in group["params"]}
+        left = [name for name, p in objective.named_parameters() if p.requires_grad and id(p) not in trained]
+        if left:
+            warnings.warn(
+                f"the objective has parameters that no optimizer trains: {', '.join(left)}; return an optimizer "
+                "over them from get_optimizers, or give them requires_grad=False",
+                stacklevel=2,
+            )
 
     def _is_validation_due(self) -> bool:
         interval = self._trainer.validation_interval

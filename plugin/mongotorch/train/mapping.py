@@ -5,13 +5,14 @@ Guarantees: training and validation map a batch the same way.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mongotorch.errors import ParameterError, SignatureError
 from mongotorch.signature import Key
@@ -146,6 +147,35 @@ def check_key(key: Key, signature: str, *, takes_batch: bool) -> None:
             "add the target, or use signature='singleton'",
             field="signature",
         )
+
+
+def counted_share(objective: Callable[..., Any], passed: Passed) -> float:
+    """The share of its targets that an objective takes its mean over, classes weighted as it weighs them.
+
+    Args:
+        objective: `cross_entropy` or `nll_loss`, as functions, modules or partials of them; others count all.
+        passed: The objective's arguments.
+
+    Returns:
+        1 where all count; 0 where every target is `ignore_index`.
+    """
+    options: dict[str, Any] = {}
+    while isinstance(objective, functools.partial):
+        options, objective = {**objective.keywords, **options}, objective.func
+    if isinstance(objective, nn.CrossEntropyLoss | nn.NLLLoss):
+        options = {name: getattr(objective, name) for name in ("weight", "ignore_index", "reduction")}
+    elif objective not in (nn.functional.cross_entropy, nn.functional.nll_loss):
+        return 1.0
+    args, _ = passed.for_metrics()
+    target = args[1] if len(args) > 1 else passed.kwargs.get("target")
+    if not isinstance(target, Tensor) or target.is_floating_point() or not target.numel():
+        return 1.0
+    if options.get("reduction", "mean") != "mean":
+        return 1.0
+    counted = target[target != options.get("ignore_index", -100)]
+    weight = options.get("weight")
+    total = counted.numel() if weight is None else float(weight.to(target.device)[counted].sum())
+    return total / target.numel()
 
 
 def scalar(loss: Any) -> Tensor:

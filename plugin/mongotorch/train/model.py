@@ -14,7 +14,7 @@ from typing import Any, ClassVar, final
 import torch
 from torch import nn
 
-from mongotorch.component import Component
+from mongotorch.component import ADDED, Component
 from mongotorch.errors import ParameterError
 from mongotorch.tensors import copy_tensors, stack_inputs, to_device, unstack
 from mongotorch.train.devices import pick_device
@@ -41,6 +41,8 @@ class TorchModel(Component):
         forward_method: The method of `object` that predicts.
         train_forward_method: The method of `object` that trains; another than `__call__` receives the whole batch.
         preferred_devices: Devices in order of preference; the first that is there is used.
+        eval_modules: Names of submodules that stay in `eval()` mode while the rest is trained. None: those that
+            are in it when a run starts, where the module as a whole is not; a run publishes their names.
 
     Raises:
         IdentifierError: The identifier is none.
@@ -57,6 +59,7 @@ class TorchModel(Component):
     forward_method: str = CALL
     train_forward_method: str = CALL
     preferred_devices: Sequence[str] = ("cuda", "mps", "cpu")
+    eval_modules: Sequence[str] | None = dataclasses.field(default=None, metadata={ADDED: "0.2.0"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,6 +81,9 @@ class TorchModel(Component):
         if self.validation is not None and not isinstance(self.validation, Validation):
             raise ParameterError("validation must be a Validation or None", field="validation")
         pick_device(self.preferred_devices)
+        unknown = sorted(set(self.eval_modules or ()) - {name for name, _ in self.object.named_modules()})
+        if unknown:
+            raise ParameterError(f"eval_modules: the module has no {unknown}", field="eval_modules")
 
     @property
     def takes_batch(self) -> bool:
@@ -87,6 +93,23 @@ class TorchModel(Component):
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of the module."""
         return self.object.parameters()
+
+    def start_training(self) -> tuple[str, ...]:
+        """Put the module into `train()` mode, but for what stays in `eval()`.
+
+        Returns:
+            The names of the submodules that stay in `eval()`.
+        """
+        parts = dict(self.object.named_modules())
+        if self.eval_modules is not None:
+            kept = tuple(self.eval_modules)
+        else:
+            # A module that is in `eval()` as a whole was loaded so; that says nothing of its parts.
+            kept = tuple(name for name, part in parts.items() if self.object.training and not part.training)
+        self.object.train()
+        for name in kept:
+            parts[name].training = False
+        return kept
 
     def train_forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module's training method returns."""
@@ -144,7 +167,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     if training:
         module.eval()
     try:
-        with torch.inference_mode():
+        # Not `inference_mode`: what a module caches in it could never be trained with.
+        with torch.no_grad():
             yield
     finally:
         for part in training:

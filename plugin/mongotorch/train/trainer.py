@@ -22,7 +22,7 @@ from mongotorch.errors import OptimizerError, ParameterError
 from mongotorch.loader_options import check_trainer_loader
 from mongotorch.query import Query
 from mongotorch.signature import OBJECTIVE, Key, check_signature
-from mongotorch.train.mapping import BatchMapping, Passed, check_key, scalar
+from mongotorch.train.mapping import BatchMapping, Passed, check_key, counted_share, scalar
 from mongotorch.train.model import TorchModel
 from mongotorch.train.optimizers import check_optimizer, check_state, make_optimizer
 
@@ -196,11 +196,20 @@ class TorchTrainer(Component):
         """What a validation measures as `objective` of one batch; batches are averaged by their samples.
 
         Args:
-            model: The model, in `eval()` mode, under `inference_mode`.
+            model: The model, in `eval()` mode, without gradients.
             passed: What the model made of the batch: the objective's arguments.
         """
         loss: Tensor = passed.into(self.objective)
         return loss
+
+    def counted_share(self, passed: Passed) -> float:
+        """The share of a batch's targets that its objective is a mean over; 1 unless it leaves some out.
+
+        Known are `cross_entropy` and `nll_loss`, which leave out `ignore_index` and weigh classes.
+        """
+        if type(self).compute_validation_objective is not TorchTrainer.compute_validation_objective:
+            return 1.0
+        return counted_share(self.objective, passed)
 
     def _check_types(self) -> None:
         if not isinstance(self.select, Query):
