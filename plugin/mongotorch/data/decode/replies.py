@@ -29,12 +29,21 @@ _SMALLEST_DOCUMENT = 5
 
 
 def offsets(raw: Reply) -> Iterator[tuple[int, int]]:
-    """Where each document of concatenated BSON starts and ends. Raises: DataError where that cannot be."""
-    start = 0
-    while start < len(raw):
-        end = start + _length_at(raw, start)
-        yield start, end
-        start = end
+    """Where each document of concatenated BSON starts and ends.
+
+    Raises:
+        DataError: A document is longer or shorter than it says.
+    """
+    length_at, start, size = _INT32.unpack_from, 0, len(raw)
+    while start < size:
+        try:
+            (length,) = length_at(raw, start)
+        except struct.error:
+            length = 0
+        if length < _SMALLEST_DOCUMENT or start + length > size:
+            raise DataError("documents that are not valid BSON: one is longer or shorter than it says")
+        yield start, start + length
+        start += length
 
 
 def last_id(raw: Reply) -> tuple[Any]:
@@ -167,7 +176,7 @@ def by_length(content: Reply, smallest: int, most: int) -> tuple[list[Group], tu
         DataError: The lengths in the documents do not add up.
     """
     octets = np.frombuffer(content, np.uint8)
-    length = _length_at(content, 0) if content else 1
+    _, length = next(offsets(content), (0, 1))
     if len(content) % length == 0:
         matrix = octets.reshape(-1, length)
         if (matrix[:, :4] == matrix[:1, :4]).all():
@@ -185,10 +194,3 @@ def by_length(content: Reply, smallest: int, most: int) -> tuple[list[Group], tu
     rare = np.flatnonzero(~np.isin(lengths, common))
     spans = zip(starts[rare].tolist(), lengths[rare].tolist(), strict=True)
     return groups, (rare, b"".join([content[start : start + size] for start, size in spans]))
-
-
-def _length_at(content: bytes | memoryview, at: int) -> int:
-    length = int(_INT32.unpack_from(content, at)[0])
-    if length < _SMALLEST_DOCUMENT or at + length > len(content):
-        raise DataError("documents that are not valid BSON: one is longer or shorter than it says")
-    return length
