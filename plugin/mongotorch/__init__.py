@@ -1,6 +1,6 @@
-"""Train PyTorch models where the data lives: the public face.
+"""Trains PyTorch models where the data lives: the public names of mongotorch.
 
-Always: importing this imports neither torch nor a driver; a name is imported when it is first used.
+Guarantees: importing this imports neither torch nor a driver; a name is imported when it is first used.
 """
 
 from __future__ import annotations
