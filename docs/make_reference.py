@@ -75,6 +75,9 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
         "testing": ("testing:*",),
     },
 }
+# Users get these from a datalayer: how they are built is not theirs.
+HANDED_OUT = {"Collection", "Datalayer", "Job", "Live", "Stream"}
+NOT_FOR_USERS = {"Datalayer.runner", "Datalayer.scheduler"}  # for the worker
 SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises", "Source")
 LISTS = ("Args", "Attributes", "Raises")
 ENTRY = re.compile(r"    (\*{0,2}\w[\w., *]*?): (.*)")
@@ -237,16 +240,19 @@ def fields(settings: Any) -> str:
 def describe(name: str, value: Any) -> str:
     """One public name."""
     parts = [f"## `{name}`\n"]
-    own = vars(value).get("__doc__") if inspect.isclass(value) else inspect.getdoc(value)
+    own = (vars(value).get("__doc__") if inspect.isclass(value) else inspect.getdoc(value)) or ""
     if inspect.isclass(value) and shown_bases(value):
         parts.append(f"Is a `{shown_bases(value)[0].__name__}`.\n")
-    if hasattr(value, "model_fields"):
+    if name in HANDED_OUT:
+        own = re.sub(r"(?ms)^    Args:\n.*?(?=^    \w+:\n|\Z)", "", own)
+    elif hasattr(value, "model_fields"):
         parts.append(fields(value))
     elif not inspect.isclass(value) or has_constructor(value):
         parts.append(signature(name, value))
-    parts.append(prose(own or ""))
+    parts.append(prose(own))
     if inspect.isclass(value) and not issubclass(value, BaseException):
-        parts += [describe_member(name, *member) for member in members(value)]
+        found = [(member, at) for member, at in members(value) if f"{name}.{member}" not in NOT_FOR_USERS]
+        parts += [describe_member(name, *member) for member in found]
     return "\n".join(parts)
 
 
