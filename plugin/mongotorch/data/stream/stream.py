@@ -30,29 +30,30 @@ _STATE_VERSION = 1
 
 @final
 class Stream(Owner, IterableDataset[Any]):
-    """An `IterableDataset` of batches, one epoch an iteration.
+    """An `IterableDataset` of batches; each iteration is one epoch.
 
-    Under a `torch.utils.data.DataLoader` (with `batch_size=None`) its workers take turns in the same batches;
-    a loader copies the stream to its workers, so call `set_epoch` before each of its epochs.
+    Under a `torch.utils.data.DataLoader` (with `batch_size=None`) the workers share the batches in turn. A loader
+    copies the stream to its workers, so call `set_epoch` before each of its epochs.
 
-    **Documents that come and go.** The first iteration fixes the plan: bounds on `_id` between the first and the
-    last one that the select had then. They hold for the life of the stream and for those that resume from its
-    state.
+    **Documents that are inserted or deleted meanwhile.** The first iteration fixes the plan: bounds on `_id`
+    between the first and the last document that the select has then. They hold for the life of the stream, and for
+    streams that resume from its state.
 
     - A document with an `_id` outside of the bounds (with generated ObjectIds: any later one) belongs to the next
       stream.
-    - One that comes with an `_id` inside of them is yielded once in this epoch where its window was not yet read,
-      else from the next epoch on (with `across_epochs`, whose first windows are read early, the one after that);
-      never twice, and no other document moves.
-    - One that is deleted before its window is read is not yielded, and no other one moves; `report` counts both.
-    - A resumed stream goes on behind the very row that was yielded last, also where rows before it, or it
-      itself, are gone. That is by the row's hash with `shuffle`, else by its `_id` (of up to 250 bytes; behind a
-      longer one rows are counted).
-    - Batches after a change hold the same rows in the same order, cut at other places.
-    - A query with a sort (without `shuffle`), a skip, a limit or a pipeline has no bounds: it is asked anew each
-      epoch, a resume counts rows, and a change in between shifts them.
-    - Shards read for themselves: they are disjoint as long as the documents do not change during an epoch.
-    - `memory` and `download` read once; what changes later is not noticed by the stream.
+    - A document inserted inside the bounds is yielded once in this epoch if its window has not been read yet, else
+      from the next epoch on (with `across_epochs`, which reads the first windows early, the one after that). It is
+      never yielded twice, and moves no other document.
+    - A document deleted before its window is read is not yielded, and moves no other document. `report` counts
+      both.
+    - A resumed stream continues right behind the last row that was yielded, even if that row or rows before it are
+      gone. It finds the place by the row's hash with `shuffle`, else by its `_id` (of up to 250 bytes; behind a
+      longer one it counts rows).
+    - After such a change batches hold the same rows in the same order, but are cut at other places.
+    - A query with a sort (without `shuffle`), a skip, a limit or a pipeline has no bounds: it runs again each
+      epoch, resuming counts rows, and a change in between shifts them.
+    - Each shard reads for itself: shards are disjoint as long as the documents do not change during an epoch.
+    - `memory` and `download` read once; the stream does not notice later changes.
 
     Args:
         open_database: Opens the database, once in each process that reads; what it opens is closed by `close`.
@@ -122,7 +123,7 @@ class Stream(Owner, IterableDataset[Any]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken; its seed counts, other settings may differ.
+        """Continue where `state_dict` was taken, with the seed of that stream; other settings may differ.
 
         Raises:
             DataError: No such state, or that of a stream with another `shuffle`.
@@ -141,7 +142,7 @@ class Stream(Owner, IterableDataset[Any]):
         self._position, self._pending = Position.from_state(state), True
 
     def close(self) -> None:
-        """End threads and processes, let go of memory and files, close the database if it was opened here."""
+        """Stop threads and processes, release memory and files, and close the database if it was opened here."""
         self._stop()
         self._close_reader()
         self._access.close()
