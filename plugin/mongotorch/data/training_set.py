@@ -31,7 +31,7 @@ from bson.errors import BSONError
 from bson.raw_bson import RawBSONDocument
 from numpy.typing import NDArray
 
-from mongotorch.data.decode import Reply, decode, offsets
+from mongotorch.data.decode import Reply, decode, id_keys, offsets
 from mongotorch.data.prefetch import ThreadPrefetcher
 from mongotorch.data.read import open_reader
 from mongotorch.errors import DataError
@@ -140,7 +140,7 @@ def id_key(document_id: Any) -> int:
         raw = bson.encode({"_id": document_id}, codec_options=_BSON)
     except (BSONError, OverflowError, TypeError, ValueError) as error:
         raise DataError(f"BSON cannot hold the _id {document_id!r}: {error}", field="_id") from error
-    return int(decode(raw, ()).id_keys()[0])
+    return int(id_keys(decode(raw, ()).ids)[0])
 
 
 def _by_id(rows: Hashes) -> tuple[Hashes, Hashes, NDArray[np.int64]]:
@@ -220,7 +220,7 @@ def unseen(
     found: list[Any] = []
     for reply in _replies(database, query, {"_id": 1}, read_deadline_s):
         columns = decode(reply, ())
-        new = np.flatnonzero(~among(columns.id_keys(), seen))
+        new = np.flatnonzero(~among(id_keys(columns.ids), seen))
         if len(new):
             values = columns.ids.values()
             found += [values[row] for row in new.tolist()]
@@ -256,7 +256,7 @@ def _hashes(reply: Reply, digests: NDArray[np.uint32]) -> Hashes:
     """The rows of a reply's documents; one without an `_id` (of a pipeline) is known by its content."""
     columns = decode(reply, ())
     contents = np.ascontiguousarray(digests[:, :2]).view("<u8").astype(np.uint64).reshape(-1)
-    ids = columns.id_keys()
+    ids = id_keys(columns.ids)
     if isinstance(columns.ids.data, list) and None in columns.ids.data:
         there = ["_id" in RawBSONDocument(reply[start:end]) for start, end in offsets(reply)]
         ids = np.where(there, ids, contents)

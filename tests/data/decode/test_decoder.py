@@ -13,7 +13,9 @@ import torch
 from bson import ObjectId
 from bson.binary import Binary, BinaryVectorDtype
 
-from mongotorch.data.decode.decoder import Columns, decode
+from mongotorch.data.decode.columns import Columns
+from mongotorch.data.decode.decoder import decode
+from mongotorch.data.decode.ids import id_keys
 from mongotorch.data.stream.batches import column_tensor, gathered
 from mongotorch.errors import DataError, FieldMissingError
 
@@ -182,7 +184,7 @@ def test_no_documents_are_columns_without_rows() -> None:
     columns = decode(b"", ["x"])
     assert len(columns) == 0
     assert columns.column("x") == []
-    assert columns.id_keys().shape == (0,)
+    assert id_keys(columns.ids).shape == (0,)
 
 
 def test_columns_of_other_paths_do_not_join() -> None:
@@ -195,7 +197,7 @@ def test_columns_cross_to_another_process_whole() -> None:
     columns = decode([raw([document(1)]), raw([document(2)])], PATHS)
     crossed = pickle.loads(pickle.dumps(columns))
     assert crossed["deep.ints"].values() == columns["deep.ints"].values()
-    assert crossed.id_keys().tolist() == columns.id_keys().tolist()
+    assert id_keys(crossed.ids).tolist() == id_keys(columns.ids).tolist()
     assert crossed.nbytes == columns.nbytes
 
 
@@ -207,7 +209,7 @@ def test_bytes_held_count_arrays_exactly_and_lists_by_estimate() -> None:
 
 def test_id_keys_are_the_same_for_ever() -> None:
     ids: list[Any] = [5, 5.0, 0.5, "five", ObjectId("0" * 24), b"five", None, {"a": 5}, datetime(2020, 1, 1)]
-    keys = decode(raw([{"_id": one} for one in ids]), ()).id_keys()
+    keys = id_keys(decode(raw([{"_id": one} for one in ids]), ()).ids)
     assert keys[0] == keys[1]
     assert len(set(keys.tolist())) == len(ids) - 1
     assert [hex(key) for key in keys.tolist()] == GOLDEN

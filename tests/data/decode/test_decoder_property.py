@@ -15,8 +15,9 @@ from bson.binary import Binary, BinaryVectorDtype
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mongotorch.data.decode.column import Column, build
-from mongotorch.data.decode.decoder import Columns, decode
+from mongotorch.data.decode.columns import Column, Columns, build
+from mongotorch.data.decode.decoder import decode
+from mongotorch.data.decode.ids import id_keys
 from mongotorch.errors import FieldMissingError
 
 pytestmark = pytest.mark.property
@@ -301,8 +302,8 @@ def test_rows_taken_cut_and_joined_are_the_columns_of_those_documents(
 @ANY_INPUT
 @given(st.lists(identities, min_size=1, max_size=20))
 def test_id_keys_do_not_depend_on_the_company_or_the_way_of_decoding(ids: list[Any]) -> None:
-    together = decode(raw([{"_id": value} for value in ids]), (), smallest_group=1).id_keys()
-    alone = [decode(raw([{"_id": value}]), ()).id_keys()[0] for value in ids]
+    together = id_keys(decode(raw([{"_id": value} for value in ids]), (), smallest_group=1).ids)
+    alone = [id_keys(decode(raw([{"_id": value}]), ()).ids)[0] for value in ids]
     assert together.dtype == np.uint64
     assert together.tolist() == alone
 
@@ -313,8 +314,8 @@ def test_ids_that_are_equal_numbers_have_equal_keys(number: int) -> None:
     same: list[Any] = [number, Int64(number), Decimal128(str(number))]
     if int(float(number)) == number and -(2**63) <= number < 2**63:
         same.append(float(number))
-    keys = [decode(raw([{"_id": form}]), ()).id_keys()[0] for form in same]
-    inside = [decode(raw([{"_id": {"k": [form]}}]), ()).id_keys()[0] for form in same]
+    keys = [id_keys(decode(raw([{"_id": form}]), ()).ids)[0] for form in same]
+    inside = [id_keys(decode(raw([{"_id": {"k": [form]}}]), ()).ids)[0] for form in same]
     assert len(set(keys)) == 1
     assert len(set(inside)) == 1
     assert keys[0] != inside[0]

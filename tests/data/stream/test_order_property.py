@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mongotorch.data.decode.column import build
+from mongotorch.data.decode.columns import build
 from mongotorch.data.decode.ids import sort_key
 from mongotorch.data.stream.batches import CachedRows, cut
 from mongotorch.data.stream.order import Order

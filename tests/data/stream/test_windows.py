@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 
 from mongotorch.data import StreamSpec
-from mongotorch.data.decode.decoder import Columns
+from mongotorch.data.decode.columns import Columns
 from mongotorch.data.decode.ids import U64
 from mongotorch.data.stream.epochs import most_together, requests, windows_from
 from mongotorch.data.stream.order import Order, WindowSpec

@@ -1,8 +1,8 @@
 """Decodes BSON replies into columns."""
 
-from mongotorch.data.decode.column import Column
-from mongotorch.data.decode.decoder import Columns, decode
-from mongotorch.data.decode.ids import U64, mix, pack_ids, salt, same_type, sort_key
+from mongotorch.data.decode.columns import Column, Columns
+from mongotorch.data.decode.decoder import decode
+from mongotorch.data.decode.ids import U64, id_keys, mix, pack_ids, salt, same_type, sort_key
 from mongotorch.data.decode.replies import Reply, find_command, found, last_id, offsets
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "decode",
     "find_command",
     "found",
+    "id_keys",
     "last_id",
     "mix",
     "offsets",

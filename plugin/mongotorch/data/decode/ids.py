@@ -23,7 +23,7 @@ import numpy as np
 from bson import Binary, Code, DBRef, Decimal128, MaxKey, MinKey, ObjectId, Regex, Timestamp
 from numpy.typing import NDArray
 
-from mongotorch.data.decode.column import Column
+from mongotorch.data.decode.columns import Column
 
 U64 = NDArray[np.uint64]
 _MASK = 2**64 - 1
@@ -64,7 +64,7 @@ def pack_ids(ids: Column) -> bytes:
 
 
 def id_keys(ids: Column) -> U64:
-    """The keys of a column of `_id`s, (n,) uint64."""
+    """A stable 64-bit key for each `_id`, equal for ids that are equal in MongoDB; (n,) uint64."""
     data = ids.data
     if isinstance(data, list) or ids.kind == "array" or data.ndim > 2 or (ids.kind == "number" and data.ndim > 1):
         return _keys_of_values(ids.values())

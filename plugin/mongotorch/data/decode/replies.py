@@ -17,12 +17,17 @@ import bson
 import numpy as np
 from numpy.typing import NDArray
 
-from mongotorch.data.decode.layout import EXTRA_SIZES, FIXED_SIZES, Bytes
 from mongotorch.errors import DataError
 
+Bytes = NDArray[np.uint8]
 Reply = bytes | memoryview  # concatenated BSON documents
 Rows = NDArray[np.intp]
 Group = tuple[Rows | None, Bytes]  # positions of the rows (None: all, in order) and the rows
+FIXED_SIZES = {0x01: 8, 0x06: 0, 0x07: 12, 0x08: 1, 0x09: 8, 0x0A: 0, 0x10: 4, 0x11: 8, 0x12: 8, 0x13: 16}
+FIXED_SIZES |= {0x7F: 0, 0xFF: 0}
+"""Bytes of a value, by its type."""
+EXTRA_SIZES = {0x02: 4, 0x03: 0, 0x04: 0, 0x05: 5, 0x0C: 16, 0x0D: 4, 0x0E: 4, 0x0F: 0}
+"""For types whose values begin with their length (int32): bytes of a value besides that many."""
 _INT32 = struct.Struct("<i")
 _INT64 = struct.Struct("<q")
 _SMALLEST_DOCUMENT = 5

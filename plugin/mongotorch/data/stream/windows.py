@@ -21,7 +21,7 @@ from typing import final
 import numpy as np
 import numpy.typing as npt
 
-from mongotorch.data.decode import U64, Columns, Reply, decode
+from mongotorch.data.decode import U64, Columns, Reply, decode, id_keys
 from mongotorch.data.prefetch import ThreadPrefetcher, close_iterator, map_ordered
 from mongotorch.data.read import MOST_SHUFFLED_RANGES, DatabaseAccess, Plan, make_plan, resume_plan
 from mongotorch.data.stream.batches import NO_ROWS, Rows, gathered, ordered
@@ -207,7 +207,7 @@ class PlannedWindows(WindowReader):
 
     def keys(self, number: int, columns: Columns) -> U64:  # noqa: ARG002 - of the interface
         """A hash of each `_id`."""
-        return columns.id_keys()
+        return id_keys(columns.ids)
 
 
 @final

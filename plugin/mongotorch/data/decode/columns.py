@@ -1,4 +1,4 @@
-"""Holds the decoded values of one field, in the cheapest form that keeps their exact BSON meaning.
+"""Holds decoded documents as columns, each in the cheapest form that keeps the exact BSON meaning of its values.
 
 Numbers of one BSON meaning and one shape are one numpy array; what does not fit stays a list of what `bson.decode`
 gives, with stored arrays as numpy arrays.
@@ -8,7 +8,7 @@ Guarantees: the form depends on the values alone, not on how they were decoded, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import chain
@@ -160,6 +160,79 @@ def merge(parts: Sequence[tuple[Array | None, Column]], *, identity: bool = Fals
         return build(listed if order is None else [listed[at] for at in order], identity=identity)
     joined = np.concatenate([np.asarray(column.data) for _, column in parts])
     return Column(kind=first.kind, data=joined if order is None else joined[order], dtype=first.dtype)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Columns:
+    """Some documents, as one column for each path.
+
+    Attributes:
+        paths: The dotted paths, in the order asked for.
+        ids: The `_id`s (None for documents without one).
+        fields: The column of each path.
+    """
+
+    paths: tuple[str, ...]
+    ids: Column
+    fields: Mapping[str, Column]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, path: str) -> Column:
+        """The column of one path with its kind and dtype name."""
+        return self.fields[path]
+
+    def column(self, path: str) -> Array | list[Any]:
+        """The values of one path.
+
+        Returns:
+            An (n, *shape) array: doubles float64, integers int64, booleans bool, stored arrays in their dtype
+            (bfloat16 as uint16 bit patterns, see `Column.dtype`). A list of n decoded values for all else:
+            strings, dates, mixed types, lists or arrays of different lengths.
+        """
+        column = self.fields[path]
+        array = column.array()
+        return column.values() if array is None else array
+
+    def plain(self, path: str) -> bool:
+        """Whether the column is of BSON numbers, rather than of arrays with a dtype of their own."""
+        return self.fields[path].plain
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in memory; estimated for columns that are lists."""
+        return self.ids.nbytes + sum(column.nbytes for column in self.fields.values())
+
+    def take(self, indices: NDArray[Any]) -> Columns:
+        """The rows at these positions, in their order, copied."""
+        rows = np.asarray(indices, np.intp)
+        taken = {path: column.take(rows) for path, column in self.fields.items()}
+        return Columns(paths=self.paths, ids=self.ids.take(rows, identity=True), fields=taken)
+
+    def slice(self, start: int, stop: int) -> Columns:
+        """Rows from `start` to before `stop`; arrays are shared, not copied."""
+        cut = {path: column.slice(start, stop) for path, column in self.fields.items()}
+        return Columns(paths=self.paths, ids=self.ids.slice(start, stop, identity=True), fields=cut)
+
+    def owned(self) -> Columns:
+        """The same rows in memory of their own, none of them a view of the documents."""
+        fields = {path: column.owned() for path, column in self.fields.items()}
+        return Columns(paths=self.paths, ids=self.ids.owned(), fields=fields)
+
+    @classmethod
+    def concat(cls, parts: Sequence[Columns]) -> Columns:
+        """The rows of all parts, one after the other.
+
+        Raises:
+            ValueError: There are no parts, or their paths differ.
+        """
+        if len({part.paths for part in parts}) != 1:
+            raise ValueError("columns to join must be at least one, and of the same paths")
+        paths = parts[0].paths
+        joined = {path: merge([(None, part.fields[path]) for part in parts]) for path in paths}
+        ids = merge([(None, part.ids) for part in parts], identity=True)
+        return cls(paths=paths, ids=ids, fields=joined)
 
 
 def _form(column: Column) -> tuple[str, str, tuple[int, ...]]:
