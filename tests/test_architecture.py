@@ -36,7 +36,6 @@ SHORT_FILES = {
     "cli/demo.py": "one command, one file, as the other commands",
     "resources.py": "below every package that opens something",
     "store/access_roles.py": "the roles that an administrator creates; nothing else needs them",
-    "train/devices.py": "the one place that chooses a device",
 }
 
 OPTIONAL_HEAVY = {"fiftyone", "ray", "sklearn", "torch", "torchmetrics"}

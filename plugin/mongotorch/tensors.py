@@ -1,4 +1,4 @@
-"""Maps, copies, moves, stacks and splits tensors, alone or in any nesting of lists, tuples and dicts.
+"""Maps, copies, moves, stacks, splits and compares tensors, alone or in any nesting of lists, tuples and dicts.
 
 A structure is a tensor, or a list, tuple or mapping of structures; everything else in it is left as it is. What
 comes out has the same types as what went in: namedtuples, `OrderedDict`s and other subclasses are rebuilt, and a
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mongotorch.codecs.arrays import BFloat16
 from mongotorch.errors import DataError, ShapeError
@@ -228,6 +228,35 @@ def unstack(output: Any, count: int) -> list[Any]:
     return [output] * count
 
 
+def differences(first: Any, second: Any, where: str = "") -> Iterator[str]:
+    """The names of what differs in two modules, states, or structures of tensors and plain values.
+
+    Tensors are compared by their memory: 0.0 and -0.0 differ, and a NaN equals itself.
+
+    Args:
+        first: One of them.
+        second: The other.
+        where: The name of the whole.
+    """
+    if isinstance(first, nn.Module) and isinstance(second, nn.Module):
+        first, second = first.state_dict(), second.state_dict()
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        if not _same_bits(first, second):
+            yield where
+    elif isinstance(first, Mapping) and isinstance(second, Mapping):
+        for key in dict.fromkeys([*first, *second]):
+            name = f"{where}.{key}" if where else str(key)
+            if key in first and key in second:
+                yield from differences(first[key], second[key], name)
+            else:
+                yield name
+    elif isinstance(first, list | tuple) and isinstance(second, list | tuple) and len(first) == len(second):
+        for at, (one, other) in enumerate(zip(first, second, strict=True)):
+            yield from differences(one, other, f"{where}[{at}]")
+    elif type(first) is not type(second) or first != second:
+        yield where
+
+
 def _transpose(
     samples: Sequence[Any], batch: Callable[[list[Any], str], Any], ids: Sequence[Any] | None, field: str
 ) -> Any:
@@ -274,3 +303,10 @@ def _is_numbers(value: list[Any]) -> bool:
 
 def _describe(value: Any) -> str:
     return "lists of different lengths or types" if isinstance(value, list) else type(value).__name__
+
+
+def _same_bits(first: Tensor, second: Tensor) -> bool:
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    one, other = (part.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for part in (first, second))
+    return torch.equal(one, other)

@@ -19,7 +19,8 @@ from mongotorch.query import Query
 from mongotorch.services.training.recipe import TrainingRecipe, opened_fit, scan, summary
 from mongotorch.services.versions.catalog import Catalog
 from mongotorch.settings import Settings
-from mongotorch.train import TorchModel, TorchTrainer, differences, warm_start
+from mongotorch.tensors import differences
+from mongotorch.train import TorchModel, TorchTrainer, warm_start
 
 CHANGED: Final = "changed"
 _SHOWN_ELSEWHERE: Final = frozenset({"metric_values", "trainer", "model", "artifacts"})

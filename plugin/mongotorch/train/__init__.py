@@ -3,10 +3,9 @@
 from mongotorch.train.evaluation import Scored, evaluate, score
 from mongotorch.train.loop import Batches, Event, Fit, Stepped, Trained, Validated
 from mongotorch.train.metrics import Dataset, Metric, Validation
-from mongotorch.train.model import TorchModel
-from mongotorch.train.optimizer_state import differences, same_structure, warm_start
+from mongotorch.train.model import TorchModel, same_structure
 from mongotorch.train.tensor_codec import fill_module
-from mongotorch.train.trainer import TorchTrainer, trainer_and_model
+from mongotorch.train.trainer import TorchTrainer, trainer_and_model, warm_start
 
 __all__ = [
     "Batches",
@@ -21,7 +20,6 @@ __all__ = [
     "Trained",
     "Validated",
     "Validation",
-    "differences",
     "evaluate",
     "fill_module",
     "same_structure",

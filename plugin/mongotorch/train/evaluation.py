@@ -21,10 +21,9 @@ import torch
 from mongotorch.errors import EmptyFoldError, NonFiniteLossError, ParameterError
 from mongotorch.signature import OBJECTIVE
 from mongotorch.tensors import count_rows, map_tensors, to_device
-from mongotorch.train.devices import training_device
 from mongotorch.train.mapping import Passed, scalar
 from mongotorch.train.metrics import Metric
-from mongotorch.train.model import TorchModel, evaluating
+from mongotorch.train.model import TorchModel, evaluating, training_device
 from mongotorch.train.trainer import TorchTrainer
 
 

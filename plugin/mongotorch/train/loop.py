@@ -23,11 +23,10 @@ from torch import Tensor, nn
 
 from mongotorch.errors import EmptySelectError, NonFiniteLossError, ParameterError
 from mongotorch.tensors import copy_tensors, count_rows, to_device
-from mongotorch.train.devices import training_device
 from mongotorch.train.early_stopping import EarlyStopping
 from mongotorch.train.evaluation import evaluate
 from mongotorch.train.mapping import scalar
-from mongotorch.train.model import TorchModel, copied_state
+from mongotorch.train.model import TorchModel, copied_state, training_device
 from mongotorch.train.optimizers import continue_from, load_state, state_of
 from mongotorch.train.trainer import TorchTrainer
 

@@ -1,7 +1,7 @@
-"""Defines the TorchModel: a torch module as a component, and how it predicts.
+"""Defines the TorchModel: a torch module as a component, how it predicts, and the device it runs on.
 
-Guarantees: predicting is done in `eval()` mode without gradients, and leaves the module in the mode it was in;
-one item is a batch of one.
+Guarantees: predicting is done in `eval()` mode without gradients, and leaves the module in the mode it was in; one
+item is a batch of one. A device that is named and missing is an error, never silently another one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch import nn
 from mongotorch.component import ADDED, Component
 from mongotorch.errors import ParameterError
 from mongotorch.tensors import copy_tensors, stack_inputs, to_device, unstack
-from mongotorch.train.devices import pick_device
 from mongotorch.train.metrics import Validation
 
 CALL = "__call__"
@@ -179,3 +178,62 @@ def copied_state(module: nn.Module) -> dict[str, Any]:
     """A copy of the module's state that later steps do not change."""
     copied: dict[str, Any] = copy_tensors(dict(module.state_dict()))
     return copied
+
+
+def pick_device(preferred: Sequence[str]) -> torch.device:
+    """The first of these devices that is there.
+
+    Args:
+        preferred: Names such as `cuda`, `cuda:1`, `mps`, `cpu`.
+
+    Raises:
+        ParameterError: Torch knows no such name, or none of the devices is there.
+    """
+    names = [preferred] if isinstance(preferred, str) else list(preferred)
+    for name in names:
+        if _is_there(_device(name, "preferred_devices")):
+            return torch.device(name)
+    raise ParameterError(f"none of the devices {names} is there; add 'cpu'", field="preferred_devices")
+
+
+def training_device(compute_kwargs: Mapping[str, Any] | None, preferred: Sequence[str]) -> torch.device:
+    """The device that `compute_kwargs` names, else the first preferred one that is there.
+
+    Raises:
+        ParameterError: Torch knows no such name, or the device is not there.
+    """
+    name = (compute_kwargs or {}).get("device")
+    if not name:
+        return pick_device(preferred)
+    device = _device(name, "compute_kwargs")
+    if not _is_there(device):
+        raise ParameterError(f"compute_kwargs: the device {name!r} is not there", field="compute_kwargs")
+    return device
+
+
+def _device(name: str, field: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise ParameterError(f"{name!r} is no device that torch knows", field=field) from error
+
+
+def _is_there(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
+    if device.type == "mps":
+        return torch.backends.mps.is_available()
+    return device.type == "cpu"
+
+
+def same_structure(model: TorchModel, other: TorchModel) -> bool:
+    """Whether the weights of one model fit into the other: the same names, shapes and dtypes."""
+    return _structure(model) == _structure(other)
+
+
+def _structure(model: TorchModel) -> dict[str, tuple[Any, ...]]:
+    state = model.object.state_dict()
+    return {
+        name: (tuple(getattr(part, "shape", ())), str(getattr(part, "dtype", type(part))))
+        for name, part in state.items()
+    }

@@ -122,6 +122,15 @@ def continue_from(optimizers: Sequence[torch.optim.Optimizer], state: Mapping[st
         _load(optimizer, {"state": one.get("state", {}), "param_groups": groups})
 
 
+def with_options(state: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the state of one or of several optimizers, with these options in place of those of that name."""
+    new: dict[str, Any] = copy_tensors(state)
+    for one in new.get("optimizers", [new]):
+        for group in one.get("param_groups", ()):
+            group.update({name: value for name, value in options.items() if name in group})
+    return new
+
+
 def check_state(name: str, options: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Refuse a state that is not that of one optimizer of this class. Raises: OptimizerError."""
     optimizer = make_optimizer(name, [nn.Parameter(torch.zeros(1, 1))], options)

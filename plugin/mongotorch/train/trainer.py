@@ -24,7 +24,7 @@ from mongotorch.query import Query
 from mongotorch.signature import OBJECTIVE, Key, check_signature
 from mongotorch.train.mapping import BatchMapping, Passed, check_key, counted_share, scalar
 from mongotorch.train.model import TorchModel
-from mongotorch.train.optimizers import check_optimizer, check_state, make_optimizer
+from mongotorch.train.optimizers import check_optimizer, check_state, make_optimizer, with_options
 
 UNLIMITED = 10**100
 COMPUTE_OPTIONS = frozenset({"device", "num_workers"})
@@ -261,3 +261,25 @@ def trainer_and_model(component: Component) -> tuple[TorchTrainer, TorchModel]:
             f"{component!r} cannot be trained: a trainer needs a `model`, a model needs a `trainer`", field="model"
         )
     return trainer, model
+
+
+def warm_start(trainer: TorchTrainer, model: TorchModel, source: TorchModel) -> TorchTrainer:
+    """Let a run start where the one that trained `source` ended.
+
+    Args:
+        trainer: How the run trains.
+        model: What it trains; its weights become those of `source`, which must have the same structure.
+        source: The trained model, with the trainer that was published with it.
+
+    Returns:
+        The trainer under the same uuid, with the other run's optimizer state where the optimizer's class is the
+        same.
+    """
+    model.object.load_state_dict(source.object.state_dict())
+    before = source.trainer
+    if not isinstance(before, TorchTrainer) or before.optimizer_state is None:
+        return trainer
+    if before.optimizer_cls != trainer.optimizer_cls:
+        return trainer
+    state = with_options(before.optimizer_state, trainer.optimizer_kwargs or {})
+    return trainer.replace(uuid=trainer.uuid, optimizer_state=state)
