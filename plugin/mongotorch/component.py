@@ -86,6 +86,11 @@ class Component(abc.ABC):
         version: int | None = self.__dict__.get("_version")
         return version
 
+    @property
+    def trained(self) -> bool:
+        """Whether it is a stored version that a run published."""
+        return bool(self.__dict__.get("_trained"))
+
     def replace(self, **changes: Any) -> Self:
         """A changed copy with a uuid of its own, not stored yet."""
         return dataclasses.replace(self, **{"uuid": None, **changes})
@@ -136,6 +141,7 @@ def begin_component(document: Mapping[str, Any], codecs: Codecs, get: Get) -> Co
     for name in ("identifier", "version"):
         object.__setattr__(component, "_version" if name == "version" else name, document[name])
     object.__setattr__(component, "uuid", document["_id"])
+    object.__setattr__(component, "_trained", is_trained(document))
     object.__setattr__(component, "db", None)
     return component
 
@@ -154,6 +160,11 @@ def fill_component(
         else:
             value = _default(field)
         object.__setattr__(component, field.name, value)
+
+
+def is_trained(document: Mapping[str, Any]) -> bool:
+    """Whether a stored document is a version that a run published, rather than one that was applied."""
+    return document.get("job") is not None
 
 
 def content_digest(component: Component, codecs: Codecs) -> str:

@@ -11,7 +11,7 @@ from datetime import datetime
 from types import EllipsisType
 from typing import Any, ClassVar, Self, final
 
-from mongotorch.component import Component
+from mongotorch.component import Component, is_trained
 from mongotorch.data import Explanation, Stream, explain
 from mongotorch.data.collection import Collection, read_documents
 from mongotorch.errors import ParameterError
@@ -245,6 +245,8 @@ class Datalayer(Owner):
     ) -> Any:
         """What is stored: kinds, identifiers of a kind, versions of a name, or one version's whole document.
 
+        The document says besides whether the version is `trained`: published by a run, rather than applied.
+
         Args:
             type_id: The kind; None lists the kinds.
             identifier: The name; None lists the names of the kind.
@@ -257,14 +259,14 @@ class Datalayer(Owner):
         """
         components = self._services.catalog.components
         if uuid is not None:
-            return components.get(uuid)
+            return _shown(components.get(uuid))
         if type_id is None:
             return components.kinds()
         if identifier is None:
             return components.identifiers(type_id)
         if version is None:
             return components.versions(type_id, identifier)
-        return components.find(type_id, identifier, version)
+        return _shown(components.find(type_id, identifier, version))
 
     def remove(self, type_id: str, identifier: str, version: int | None = None, force: bool = False) -> int:
         """Remove a version, or all versions of a name; returns how many were removed.
@@ -304,7 +306,8 @@ class Datalayer(Owner):
         Args:
             type_id: The kind.
             identifier: The name.
-            version: The version; None is the newest, unless a uuid is given.
+            version: The version; None is the newest that a run published (the newest of all
+                where none was trained), unless a uuid is given.
             uuid: Instead of the version.
             alias: The alias.
             why: The reason, for the history.
@@ -499,3 +502,7 @@ class Datalayer(Owner):
     def verify(self) -> Verified:
         """Read and hash every blob, check every component and alias; problems are reported, not raised."""
         return self._services.verifier.verify()
+
+
+def _shown(document: dict[str, Any]) -> dict[str, Any]:
+    return {**document, "trained": is_trained(document)}

@@ -14,6 +14,7 @@ from mongotorch.errors import JobCancelledError, JobFailedError, JobTimeoutError
 
 _RESUME_INTERVAL_S = 2.0
 """How often a waiting caller checks whether the run has to be resumed."""
+_LONGEST_ERROR = 200  # characters of it in a `repr`
 T = TypeVar("T")
 
 
@@ -90,7 +91,11 @@ class Job(Generic[T]):
         self._result = result
 
     def __repr__(self) -> str:
-        return f"Job({self.uuid!r}, {self.status})"
+        status, error = self.status, self.error
+        if error is None:
+            return f"Job({self.uuid!r}, {status})"
+        text = " ".join(f"{error['type']}: {error['message']}".split())
+        return f"Job({self.uuid!r}, {status}: {text[:_LONGEST_ERROR]})"
 
     @property
     def component(self) -> T:
@@ -113,6 +118,12 @@ class Job(Generic[T]):
     def record(self) -> dict[str, Any]:
         """The whole job document: times, parameters, environment, error with its traceback."""
         return {} if self._records is None else dict(self._records.get(self.uuid))
+
+    @property
+    def error(self) -> dict[str, Any] | None:
+        """Why the run failed: `type`, `message`, `traceback`, `document_id`, `field`; None unless it did."""
+        record = self.record
+        return dict(record["error"]) if record.get("status") == "failed" and record.get("error") else None
 
     def done(self) -> bool:
         """Whether the run has ended, however it ended."""

@@ -88,14 +88,7 @@ class Applier:
             return self.job(before[0]["_id"])  # the version that it published is still there
         if status is None or status == "succeeded":
             # A second run of one version is a method of its own: (component, method) is unique.
-            job_id, _ = self._jobs.add(
-                component=uuid,
-                type_id=stored["type_id"],
-                identifier=stored["identifier"],
-                method=METHOD if not before else f"{METHOD}-{len(before)}",
-                priority=priority,
-                parameters=_parameters(stored["fields"]),
-            )
+            job_id = self._add_job(stored, again=status == "succeeded", priority=priority)
         else:
             job_id = before[0]["_id"]  # it is running, or ended without a result and is tried again
             if status == "failed":
@@ -106,6 +99,23 @@ class Applier:
             return self._engine.submit(job_id, self._run)
 
         return self._job(job_id, uuid, submit(), submit)
+
+    def _add_job(self, stored: Mapping[str, Any], *, again: bool, priority: int) -> str:
+        """The job of a first run, which another process may have added; with `again` one more of its own."""
+        uuid = stored["_id"]
+        number = self._jobs.count(component=uuid) if again else 0
+        while True:
+            job_id, is_new = self._jobs.add(
+                component=uuid,
+                type_id=stored["type_id"],
+                identifier=stored["identifier"],
+                method=METHOD if not number else f"{METHOD}-{number}",
+                priority=priority,
+                parameters=_parameters(stored["fields"]),
+            )
+            if is_new or not again:
+                return job_id
+            number += 1
 
     def _settle(self, job_id: str) -> None:
         """Record the end of a job whose process died between publishing and recording it."""

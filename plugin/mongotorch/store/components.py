@@ -23,6 +23,8 @@ from mongotorch.store.blobs import BlobStore
 from mongotorch.store.signing import Trust
 
 COLLECTION: Final = "mt.components"
+REMOVED: Final = "mt.removed"
+"""For each name of which a version was removed: the highest number that was."""
 KIND: Final = "component"
 SLOW_S: Final = 60.0
 """A publication that takes longer checks afterwards again that nothing it needs was collected."""
@@ -38,7 +40,7 @@ class Components:
     """
 
     def __init__(self, database: Any, trust: Trust | None = None) -> None:
-        self._documents = database[COLLECTION]
+        self._documents, self._removed = database[COLLECTION], database[REMOVED]
         self._blobs = BlobStore(database)
         self._trust = trust or Trust()
 
@@ -53,34 +55,41 @@ class Components:
         ensure_index(self._documents, "refs")
 
     @driver_errors("publishing a component")
-    def publish(self, document: Mapping[str, Any], *, needs: Iterable[str] = ()) -> int:
+    def publish(
+        self, document: Mapping[str, Any], *, needs: Iterable[str] = (), only_as: int | None = None
+    ) -> int:
         """Insert a document under the next free version number.
 
         Args:
             document: `_id`, `type_id`, `identifier` and its other fields; its `blobs` are stored already.
             needs: Uuids of documents that must exist, visible or not.
+            only_as: Insert it only under this number, which `next_version` gave; None takes the next free one.
 
         Returns:
             The version number, from 0.
 
         Raises:
-            ConflictError: Its `_id` is taken, its job has published already, or a document it needs is gone.
+            ConflictError: Its `_id` is taken, its job has published already, a document it needs is gone, or the
+                next number is not `only_as`.
             IntegrityError: One of its blobs is not stored.
             CodecError: BSON cannot hold it.
         """
         needed = tuple(needs)
         started = time.monotonic()
         self._require(document, needed)
-        version = self._insert(document)
+        version = self._insert(document, only_as)
         if time.monotonic() - started > SLOW_S:
             self._require_still(document, needed)
         return version
 
-    def _insert(self, document: Mapping[str, Any]) -> int:
-        name = {"type_id": document["type_id"], "identifier": document["identifier"]}
+    def _insert(self, document: Mapping[str, Any], only_as: int | None) -> int:
         while True:
-            last = self._documents.find_one(name, {"version": 1}, sort=[("version", -1)])
-            version: int = 0 if last is None else last["version"] + 1
+            version = self._next(document["type_id"], document["identifier"])
+            if only_as is not None and version != only_as:
+                raise ConflictError(
+                    f"another version of {document['type_id']} {document['identifier']!r} was stored meanwhile",
+                    field="version",
+                )
             try:
                 # The version and the format are part of what is signed.
                 whole = {**document, **WRITTEN, "version": version}
@@ -90,6 +99,20 @@ class Components:
                 self._raise_if_taken(document, error)
                 continue
             return version
+
+    @driver_errors("looking for a version number")
+    def next_version(self, type_id: str, identifier: str) -> int:
+        """The number of the next version of a name, larger than any it ever had."""
+        return self._next(type_id, identifier)
+
+    def _next(self, type_id: str, identifier: str) -> int:
+        # In this order: a removal records the number before the version is gone.
+        newest = self._documents.find_one(
+            {"type_id": type_id, "identifier": identifier}, {"version": 1}, sort=[("version", -1)]
+        )
+        removed = self._removed.find_one({"_id": f"{type_id}:{identifier}"})
+        numbers = [found["version"] for found in (newest, removed) if found is not None]
+        return max(numbers, default=-1) + 1
 
     def _raise_if_taken(self, document: Mapping[str, Any], error: Exception) -> None:
         if self._documents.find_one({"_id": document["_id"]}, {"_id": 1}) is not None:
@@ -156,6 +179,19 @@ class Components:
         return self._checked(next(self._named(type_id, identifier), None))
 
     @driver_errors("looking for a component")
+    def newest_by_default(self, type_id: str, identifier: str) -> dict[str, Any]:
+        """The document that a name without a version means: the newest version that a run published.
+
+        Where no version was trained it is the newest of all.
+
+        Raises:
+            NotFoundError: There is no version.
+            TrustError: A trusted key did not sign it.
+        """
+        trained = self._checked(next(self._named(type_id, identifier, job={"$type": "string"}), None))
+        return self.find(type_id, identifier) if trained is None else trained
+
+    @driver_errors("looking for a component")
     def by_digest(self, type_id: str, identifier: str, digest: str) -> dict[str, Any] | None:
         """The newest visible version with this content, or None. Raises: TrustError, FormatError."""
         return self._checked(next(self._named(type_id, identifier, digest=digest), None))
@@ -210,8 +246,14 @@ class Components:
 
     @driver_errors("removing a component")
     def remove(self, uuid: str) -> None:
-        """Remove a document; the caller has checked that nothing needs it."""
-        self._documents.delete_one({"_id": uuid})
+        """Remove a document; the caller has checked that nothing needs it. Its number is never used again."""
+        document = self._documents.find_one({"_id": uuid}, {"type_id": 1, "identifier": 1, "version": 1})
+        if document is None:
+            return
+        name = f"{document['type_id']}:{document['identifier']}"
+        highest = {"$max": {"version": document["version"]}, "$set": dict(WRITTEN)}
+        self._removed.update_one({"_id": name}, highest, upsert=True)
+        self._documents.delete_one({"_id": document["_id"]})
 
     def _checked(self, document: dict[str, Any] | None) -> dict[str, Any] | None:
         return None if document is None else self._read(document)

@@ -154,6 +154,10 @@ class Jobs:
         return found
 
     @driver_errors("looking for a job")
+    def count(self, *, component: str) -> int:
+        """How many jobs a component has had."""
+        return int(self._documents.count_documents({"component": component}))
+
     def is_waiting(self) -> bool:
         """Whether a job is queued that this release can run."""
         return self._documents.find_one({"status": "queued", **READABLE}, {"_id": 1}) is not None

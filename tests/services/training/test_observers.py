@@ -76,7 +76,11 @@ def test_a_lost_lease_ends_the_run_before_anything_is_written() -> None:
     observers = [JobProgress(lease, limit=9), Recorded("b", calls), CheckpointWriter(written.append, interval_s=0)]
     with pytest.raises(JobCancelledError):
         observe(fit(trainer(SELECT, max_iterations=9)), observers)
-    assert (calls, written, lease.progress) == (["b start 0", "b closed"], [], {})
+    assert (calls, written, lease.progress) == (
+        ["b start 0", "b closed"],
+        [],
+        {"step": 0, "samples": 0, "max_steps": 9},
+    )
 
 
 def test_a_stop_writes_a_checkpoint_of_the_step_and_releases_the_job() -> None:

@@ -177,8 +177,8 @@ def test_a_version_that_is_removed_by_force_is_served_no_longer(versions: Datala
     versions.remove("model", "m", force=True)
     assert said(live.predict(ONES)) in {0, 1, 2}  # nothing is left: what it has is all there is
     versions.apply(constant(4))
-    versions.promote("model", "m", 0)
-    assert live.wait_for(0, timeout_s=SOON_S)
+    versions.promote("model", "m", 4)  # numbers of removed versions are not used again
+    assert live.wait_for(4, timeout_s=SOON_S)
     assert settled(lambda: said(live.predict(ONES)) == 4)
 
 

@@ -7,11 +7,15 @@ job is noticed at the next `check`.
 from __future__ import annotations
 
 import threading
+import time
 from types import TracebackType
 from typing import Any, Self, final
 
 from mongotorch.errors import JobCancelledError, MongotorchError
 from mongotorch.store import Jobs
+
+PROGRESS_S = 0.5
+"""How long progress waits before it is written, at the most."""
 
 
 @final
@@ -37,6 +41,7 @@ class Heartbeat:
         self._lost = threading.Event()
         self._ended, self._stopping = threading.Event(), stop or threading.Event()
         self._one = threading.Lock()
+        self._written: dict[str, Any] | None = None
         self._thread = threading.Thread(target=self._run, name="mongotorch-heartbeat", daemon=True)
         self.progress: dict[str, Any] = {}
 
@@ -66,6 +71,7 @@ class Heartbeat:
     def beat(self) -> None:
         """Renew the lease and write the progress now."""
         with self._one:
+            self._written = self.progress
             alive = self._jobs.heartbeat(
                 self._job_id, self._attempt, lease_s=self._lease_s, progress=self.progress or None
             )
@@ -73,8 +79,13 @@ class Heartbeat:
             self._lost.set()
 
     def _run(self) -> None:
-        while not self._ended.wait(self._lease_s / 3):
+        renewal_s = self._lease_s / 3
+        renewed_s = time.monotonic()
+        while not self._ended.wait(min(renewal_s, PROGRESS_S)):
+            if self.progress is self._written and time.monotonic() - renewed_s < renewal_s:
+                continue  # nothing is new, and the lease has time
             try:
                 self.beat()
+                renewed_s = time.monotonic()
             except MongotorchError:
                 continue  # the database is away; the lease decides, and publishing checks it again

@@ -6,6 +6,8 @@ recorded with its traceback, without secrets, and raised unchanged.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
 import traceback
 from collections.abc import Mapping
@@ -17,6 +19,8 @@ from mongotorch.mongo.redact import redact
 from mongotorch.services.training.heartbeat import Heartbeat
 from mongotorch.settings import Settings
 from mongotorch.store import Jobs
+
+_log = logging.getLogger("mongotorch.jobs")
 
 
 @final
@@ -89,7 +93,11 @@ class JobRunner:
             except JobCancelledError:
                 raise
             except Exception as error:
-                self._jobs.fail(job_id, attempt, error=_described(error), retry=retry and _may_pass(error))
+                described = _described(error)
+                _log.error("%s", _failure(job, described))
+                with contextlib.suppress(MongotorchError):
+                    heartbeat.beat()  # how far it came is kept
+                self._jobs.fail(job_id, attempt, error=described, retry=retry and _may_pass(error))
                 raise
             except BaseException:  # Ctrl-C in the caller's own process: the person wants it to end
                 self._jobs.cancel(job_id)
@@ -99,6 +107,12 @@ class JobRunner:
             raise JobCancelledError(
                 f"job {job_id}: attempt {attempt} lost its lease before it could record its end"
             )
+
+
+def _failure(job: Mapping[str, Any], error: Mapping[str, Any]) -> str:
+    """One line about a job that failed."""
+    message = " ".join(str(error["message"]).split())
+    return f"job {job['_id']} of {job['type_id']} {job['identifier']!r} failed: {error['type']}: {message}"
 
 
 def _may_pass(error: Exception) -> bool:

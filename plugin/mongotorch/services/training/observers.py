@@ -97,6 +97,10 @@ class JobProgress(Observer):
         self._first_step = 0
         self.progress: dict[str, Any] = {"step": 0, "samples": 0, "max_steps": limit}
 
+    def on_start(self, fit: Fit) -> None:
+        """Say that the run has begun."""
+        self._lease.progress = self.progress
+
     def on_step(self, event: Stepped) -> None:
         """Count the step and its samples. Raises: JobCancelledError when the lease is lost."""
         self._lease.check()

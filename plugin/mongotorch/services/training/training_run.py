@@ -206,7 +206,9 @@ def _trained_pair(
     job: Mapping[str, Any], recipe: TrainingRecipe, trained: Trained
 ) -> tuple[TorchModel, TorchTrainer]:
     """What a run publishes: the model, and the trainer with the state of its optimizer, each naming the other."""
-    model = recipe.model.replace(uuid=_attempt_uuid(job, "model"), trainer=None)
+    model = recipe.model.replace(
+        uuid=_attempt_uuid(job, "model"), trainer=None, eval_modules=trained.eval_modules or None
+    )
     trainer = recipe.trainer.replace(
         uuid=_attempt_uuid(job, "trainer"),
         optimizer_state=trained.optimizer_state,

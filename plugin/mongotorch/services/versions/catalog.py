@@ -10,12 +10,20 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any, final
 
 from mongotorch.codecs import Codecs, codec_of
-from mongotorch.component import Component, begin_component, content_digest, encode_component, fill_component
+from mongotorch.component import (
+    Component,
+    begin_component,
+    content_digest,
+    encode_component,
+    fill_component,
+    is_trained,
+)
 from mongotorch.errors import (
     CodecError,
     ConflictError,
@@ -28,16 +36,25 @@ from mongotorch.services.versions.promotion import Promoter, title
 from mongotorch.store import LIVE, Aliases, BlobStore, Components, Move, Trust
 from mongotorch.train import TorchModel, fill_module
 
+_STORE_TRIES = 100
 _PLAIN = ("forward_method", "train_forward_method")
 
 
 @dataclasses.dataclass(kw_only=True)
 class _Draft:
-    """Documents and blobs that are going to be written; none of them is visible yet."""
+    """Documents and blobs that are going to be written; none of them is visible yet.
+
+    Attributes:
+        documents: By uuid.
+        blobs: By name.
+        uuids: By the id of a component, the uuid that it is, or will be, stored under.
+        numbers: By uuid, the only version number a document may take; None: any.
+    """
 
     documents: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     blobs: dict[str, bytes | memoryview] = dataclasses.field(default_factory=dict)
     uuids: dict[int, str] = dataclasses.field(default_factory=dict)
+    numbers: dict[str, int] | None = None
 
 
 @final
@@ -85,7 +102,8 @@ class Catalog:
             identifier: The name.
             version: The version; None is the one that the alias names.
             uuid: Instead of all these.
-            alias: The alias; None is `live`, or the newest version if `live` names none.
+            alias: The alias; None is `live`. If `live` names none: the newest version that a run published, or the
+                newest of all where none was trained.
 
         Raises:
             NotFoundError: There is none.
@@ -104,7 +122,7 @@ class Catalog:
         if head is not None and head.to_uuid is not None:
             return self.named_by(head)
         if alias is None:
-            return self.components.find(type_id, identifier)
+            return self.components.newest_by_default(type_id, identifier)
         there = self.aliases.aliases(type_id, identifier)
         raise NotFoundError(
             f"{type_id} {identifier!r} has no alias {alias!r}" + (f"; there are {there}" * bool(there))
@@ -132,7 +150,7 @@ class Catalog:
         return found
 
     def served(self, model: TorchModel) -> dict[str, Any] | None:
-        """The document of the version that a model's name serves: the live one, else the newest, else None."""
+        """The document of the version that a model's name serves, as `find` says; None where there is none."""
         try:
             return self.find(model.type_id, model.identifier)
         except NotFoundError:
@@ -220,6 +238,7 @@ class Catalog:
         }
         model = TorchModel(document["identifier"], uuid=document["_id"], object=module, **plain)
         object.__setattr__(model, "_version", document["version"])
+        object.__setattr__(model, "_trained", is_trained(document))
         return model
 
     def _load(self, document: Mapping[str, Any], loaded: dict[str, Component]) -> Component:
@@ -252,13 +271,21 @@ class Catalog:
             ConflictError: The uuid belongs to a different component.
         """
         digest = content_digest(component, self.codecs)
-        recognised = self._recognise(component, digest, exact=exact)
-        if recognised is not None:
-            return recognised
-        draft = _Draft()
-        self._draft(component, draft, always=(component.uuid,), digest=digest)
-        self._write(draft)
-        return component.uuid
+        for attempt in itertools.count(1):
+            draft = _Draft(numbers={})
+            self._number(component, draft)  # before it is looked for: what comes later takes this number
+            recognised = self._recognise(component, digest, exact=exact)
+            if recognised is not None:
+                return recognised
+            self._draft(component, draft, always=(component.uuid,), digest=digest)
+            try:
+                self._write(draft)
+            except ConflictError:  # others store at this moment: perhaps this very content
+                if attempt == _STORE_TRIES:
+                    raise
+                continue
+            return component.uuid
+        raise AssertionError  # for the type checker
 
     def publish(
         self,
@@ -309,6 +336,11 @@ class Catalog:
             return str(newest["_id"])
         return None if taken is None else str(taken["_id"])
 
+    def _number(self, component: Component, draft: _Draft) -> None:
+        if draft.numbers is not None and component.uuid not in draft.numbers:
+            number = self.components.next_version(component.type_id, component.identifier)
+            draft.numbers[component.uuid] = number
+
     def _draft(
         self, component: Component, draft: _Draft, *, always: tuple[str, ...], digest: str | None = None
     ) -> str:
@@ -317,6 +349,7 @@ class Catalog:
             return draft.uuids[id(component)]
         digest = digest or content_digest(component, self.codecs)
         draft.uuids[id(component)] = component.uuid
+        self._number(component, draft)
         if component.uuid not in always:
             known = self.components.by_digest(component.type_id, component.identifier, digest)
             if known is not None:
@@ -348,7 +381,8 @@ class Catalog:
         for document in draft.documents.values():
             # A document whose anchor is published after it cannot require the anchor to be there.
             needs = set(document["refs"]) - {document.get("anchor")}
-            self.components.publish(document, needs=needs)
+            only_as = None if draft.numbers is None else draft.numbers[document["_id"]]
+            self.components.publish(document, needs=needs, only_as=only_as)
 
     # Removal
 

@@ -49,7 +49,8 @@ class Promoter:
         Args:
             type_id: The kind.
             identifier: The name.
-            version: The version; None is the newest, unless a uuid is given.
+            version: The version; None is the newest that a run published (the newest of all
+                where none was trained), unless a uuid is given.
             uuid: Instead of the version.
             alias: The alias.
             why: The reason, for the history.
@@ -122,6 +123,8 @@ class Promoter:
                     self._aliases.move(*head.name, to=None, expected=head, who=current_user(), why=REMOVED)
 
     def _target(self, type_id: str, identifier: str, version: int | None, uuid: str | None) -> dict[str, Any]:
+        if uuid is None and version is None:
+            return self._components.newest_by_default(type_id, identifier)
         if uuid is None:
             return self._components.find(type_id, identifier, version)
         if version is not None:
