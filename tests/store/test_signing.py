@@ -317,6 +317,7 @@ def test_keys_come_from_the_environment_and_from_a_file(tmp_path: Path, monkeypa
         key=settings.signing_key.get_secret_value(), key_file=settings.signing_key_file, policy=settings.trust
     )
 
+    assert trust is not None
     assert trust.signing is not None
     assert trust.signing.key_id == KEY.key_id
     assert {key.key_id for key in trust.accepted} == {KEY.key_id, OLD.key_id, FOREIGN.key_id}
@@ -375,6 +376,7 @@ def test_who_holds_only_the_public_key_can_check_and_not_sign(house: House) -> N
 
     uuid = writer.store()
 
+    assert reading is not None
     assert reading.signing is None
     assert house.trusting(reading).catalog.load_uuid(uuid)
     house.documents.update_one({"_id": uuid}, {"$set": {"digest": "0"}})

@@ -265,13 +265,16 @@ class Ed25519Key:
 Policy = Literal["any", "signed"]
 
 
-def trust_of(*, key: str | None, key_file: Path | None, policy: Policy) -> Trust:
+def trust_of(*, key: str | None, key_file: Path | None, policy: Policy) -> Trust | None:
     """How to sign and verify, by the settings.
 
     Args:
         key: The text of keys.
         key_file: A file of more keys; the first that can sign signs if none of `key` can.
         policy: `signed` refuses documents that no accepted key has signed; `any` accepts unsigned ones.
+
+    Returns:
+        None where there are no keys: nothing is signed or verified.
 
     Raises:
         SettingError: A key cannot be used, the file cannot be read, or the policy is `signed` without any key.
@@ -293,7 +296,7 @@ def trust_of(*, key: str | None, key_file: Path | None, policy: Policy) -> Trust
                 "trust='signed' needs the keys to trust: set MONGOTORCH_SIGNING_KEY, or signing_key_file",
                 setting="trust",
             )
-        return Trust()
+        return None
     signing = next((each for each in keys if each.can_sign), None)
     return Trust(signing, tuple(keys), required=policy == "signed")
 
