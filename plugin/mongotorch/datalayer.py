@@ -142,7 +142,7 @@ class Datalayer(Owner):
             seed=seed,
             shard=shard,
         )
-        return Stream(self._connection.opener(), spec, database=self._connection.database)
+        return Stream(self._connection.opener, spec, database=self._connection.database)
 
     def explain(self, trainer: TorchTrainer, *, step_seconds: float | None = None) -> Explanation:
         """What reading a trainer's documents costs, measured on a few ranges before training.
@@ -156,7 +156,7 @@ class Datalayer(Owner):
         """
         spec = training_spec(trainer, self.settings)
         connection = self._connection
-        return explain(connection.database, spec, connection.opener(), step_seconds=step_seconds)
+        return explain(connection.database, spec, connection.opener, step_seconds=step_seconds)
 
     # Runs
 

@@ -44,7 +44,7 @@ def test_options_that_the_driver_does_not_know_are_a_setting_error(option: str) 
 def test_two_connections_of_a_process_see_the_same_data(uri: str) -> None:
     with open_address(uri, read_settings()) as first, open_address(uri, read_settings()) as second:
         first.database.notes.insert_one({"_id": 1})
-        elsewhere = first.opener()()
+        elsewhere = first.opener()
         assert second.database.notes.count_documents({}) == 1
         assert elsewhere.notes.count_documents({}) == 1
         elsewhere.client.close()

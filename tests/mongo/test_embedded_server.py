@@ -178,7 +178,7 @@ def test_a_server_that_was_killed_is_started_again_over_its_data(folder: Path) -
 def test_the_uri_has_the_database_and_opens_from_elsewhere(folder: Path) -> None:
     with open_address(f"embedded:{folder}?db=shop", read_settings()) as connection:
         connection.database.notes.insert_one({"_id": 1})
-        elsewhere = connection.opener()()
+        elsewhere = connection.opener()
         assert elsewhere.name == "shop"
         assert elsewhere.notes.count_documents({}) == 1
         elsewhere.client.close()

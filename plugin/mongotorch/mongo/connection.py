@@ -1,6 +1,6 @@
 """Opens the database of an address: a server, an embedded server, or mongomock in the memory of this process.
 
-`open_address` gives a `Connection`; its `opener()` opens the same database again, in this or another process.
+`open_address` gives a `Connection`; its `opener` opens the same database again, in this or another process.
 
 Guarantees: a connection closes its client and releases its embedded server; no password is in a `repr` or an
 error; connections of one process to one mongomock name share their data, which lives as long as one of their
@@ -125,6 +125,7 @@ class Connection(Owner):
     Attributes:
         kind: `mongodb`, `mongomock` or `embedded`.
         uri: The address with the database in it; may contain a password.
+        opener: Opens the same database again, in any process, as long as this connection is open.
         database: The driver's database.
         client: The driver's client.
         closed: Whether it was closed.
@@ -134,17 +135,13 @@ class Connection(Owner):
         self.kind = address.kind
         self.closed = False
         self.uri = address.uri
-        self._opener = opener
+        self.opener = opener
         self._server = server
         self.database: Any = opener()
         self.client: Any = self.database.client
 
     def __repr__(self) -> str:
         return f"Connection({redact(self.uri)!r})"
-
-    def opener(self) -> Opener:
-        """Opens the same database again, in any process, as long as this connection is open."""
-        return self._opener
 
     def ping(self) -> None:
         """Ask the server whether it is there; nothing on mongomock.

@@ -49,7 +49,7 @@ def make(uri: str, documents: Any) -> Iterator[Make]:
     """Makes streams that read on, and sees that they leave no thread behind."""
     streams: list[Stream] = []
     with open_address(uri, read_settings()) as connection:
-        opener = connection.opener()
+        opener = connection.opener
 
     def stream(**given: Any) -> Stream:
         small = {"batch_size": 64, "prefetch_size": 20, "prefetch_factor": 8, "seed": 5, "across_epochs": True}
@@ -162,7 +162,7 @@ def test_a_stream_that_nobody_closes_takes_its_reading_with_it(make: Make, uri: 
         spec = StreamSpec(
             query=Query.find("documents"), key=("x", "y"), batch_size=64, data_prefetch=True, across_epochs=True
         )
-        stream = Stream(connection.opener(), spec, database=connection.database)
+        stream = Stream(connection.opener, spec, database=connection.database)
         list(stream)
         assert readers()
         del stream

@@ -31,7 +31,7 @@ def make(uri: str, database: Any) -> Iterator[Make]:
     random.Random(2).shuffle(documents)
     database["documents"].insert_many(documents)
     with open_address(uri, read_settings()) as connection:
-        opener = connection.opener()
+        opener = connection.opener
     streams: list[Stream] = []
 
     def stream(**given: Any) -> Stream:

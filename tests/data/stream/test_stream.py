@@ -67,7 +67,7 @@ def make(uri: str, database: Any, tmp_path: Path) -> Iterator[Make]:
     """Makes streams that open the database themselves, and closes them."""
     streams: list[Stream] = []
     with open_address(uri, read_settings()) as connection:
-        opener = connection.opener()
+        opener = connection.opener
 
     def stream(**given: Any) -> Stream:
         small = {

@@ -279,7 +279,7 @@ def _scored(
 ) -> list[Scored]:
     """Measure models on the documents of a query, which are read once."""
     spec = validation_spec(trainer, settings, query)
-    with contextlib.closing(Stream(connection.opener(), spec, database=connection.database)) as batches:
+    with contextlib.closing(Stream(connection.opener, spec, database=connection.database)) as batches:
         return score(trainer, models, batches)
 
 

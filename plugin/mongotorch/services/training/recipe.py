@@ -83,7 +83,7 @@ def opened_fit(
     with contextlib.ExitStack() as opened:
 
         def stream(spec: StreamSpec) -> Stream:
-            made = Stream(connection.opener(), spec, database=database)
+            made = Stream(connection.opener, spec, database=database)
             opened.callback(made.close)
             return made
 
