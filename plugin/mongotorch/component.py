@@ -18,7 +18,17 @@ from typing import Any, ClassVar, Final, Self
 
 import bson
 
-from mongotorch.codecs import Codecs, Get, Put, first_names, records
+from mongotorch.codecs import (
+    CODEC,
+    Codecs,
+    Get,
+    Put,
+    codec_of,
+    first_names,
+    reference,
+    referenced,
+    sequence_record,
+)
 from mongotorch.errors import CodecError, IdentifierError, ParameterError
 from mongotorch.query import Query
 
@@ -193,17 +203,17 @@ def _digest(component: Component, codecs: Codecs, met: dict[int, str]) -> str:
 
 def _encode(value: Any, codecs: Codecs, put: Put, ref: Ref, where: str, codec: str | None) -> Any:
     if isinstance(value, Component):
-        return records.reference(ref(value), type_id=value.type_id, identifier=value.identifier)
+        return reference(ref(value), type_id=value.type_id, identifier=value.identifier)
     if isinstance(value, Query):
-        return {records.CODEC: "query", **value.to_document()}
+        return {CODEC: "query", **value.to_document()}
     if codec is None and _holds_component(value):
         items = [_encode(v, codecs, put, ref, f"{where}[{n}]", None) for n, v in enumerate(value)]
-        return records.sequence_record(value, items)
+        return sequence_record(value, items)
     return codecs.encode(value, put, codec=codec, where=where)
 
 
 def _decode(record: Any, codecs: Codecs, get: Get, load_ref: LoadRef) -> Any:
-    uuid, codec = records.referenced(record), records.codec_of(record)
+    uuid, codec = referenced(record), codec_of(record)
     if uuid is not None:
         return load_ref(uuid)
     if codec == "query":

@@ -7,7 +7,7 @@ from mongotorch.codecs.arrays import ArrayParts, decode_document, encode_documen
 from mongotorch.codecs.base import Codec, Get, Put
 from mongotorch.codecs.names import current_name, first_names, name_of, resolve
 from mongotorch.codecs.pickles import Pickled, check_python, dumps, loads, running_python
-from mongotorch.codecs.records import (
+from mongotorch.codecs.registry import (
     CODEC,
     FORMAT,
     NEWER,
@@ -15,6 +15,7 @@ from mongotorch.codecs.records import (
     REFERENCE,
     RESERVED_NAMES,
     WRITTEN,
+    Codecs,
     Opaque,
     check_format,
     codec_of,
@@ -24,7 +25,6 @@ from mongotorch.codecs.records import (
     renamed,
     sequence_record,
 )
-from mongotorch.codecs.registry import Codecs
 
 __all__ = [
     "CODEC",
