@@ -20,7 +20,7 @@ from rich.table import Table
 
 from mongotorch.datalayer import Datalayer
 from mongotorch.errors import MongotorchError
-from mongotorch.mongo.redact import redact
+from mongotorch.mongo.error_translation import redact
 
 Uri = Annotated[str | None, typer.Option(help="The database; else MONGOTORCH_URI, else the embedded server.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -1,14 +1,16 @@
-"""Translates driver errors into the errors of `mongotorch.errors`, and names the server's error codes.
+"""Translates driver errors into the errors of `mongotorch.errors`, and redacts passwords in what people read.
 
 The tables below have every code that mongotorch reacts to, by what it means for a caller. The names are those of
 MongoDB's `error_codes.yml`, where it has one.
 
-Guarantees: the driver's error is the `__cause__` of the translated one, and no message contains a password.
+Guarantees: the driver's error is the `__cause__` of the translated one, and no message contains a password
+or a token of an address; in doubt more is hidden.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Collection, Iterator
 from typing import Final
 
@@ -25,7 +27,6 @@ from pymongo.errors import (
 )
 
 from mongotorch.errors import CodecError, MongotorchError, ServerUnavailableError, SettingError, StoreError
-from mongotorch.mongo.redact import redact
 
 UNAUTHORIZED: Final = 13
 MAX_TIME_MS_EXPIRED: Final = 50
@@ -71,6 +72,23 @@ NO_CHANGE_STREAMS: Final = {40573: "only on replica sets", UNAUTHORIZED: "Unauth
 """This server, or this user, has no change streams."""
 NO_SUCH_OPERATOR: Final = {168: "InvalidPipelineOperator", 31325: "unknown expression", 40324: "unknown stage"}
 """This server version does not know an aggregation operator."""
+# Of any scheme: a mistyped address contains its password too.
+_USERINFO = re.compile(r"([a-z][a-z0-9+.-]*://)([^\s:@/]*):[^\s]*@", re.IGNORECASE)
+_SECRET_OPTIONS = re.compile(
+    r"((?:tlsCertificateKeyFilePassword|proxyPassword|authMechanismProperties)=)[^&\s'\"]*", re.IGNORECASE
+)
+
+
+def redact(text: str) -> str:
+    """Replace the passwords in an address, or in a text that contains addresses, with `***`.
+
+    Args:
+        text: `mongodb://user:password@host/db`, or any text.
+
+    Returns:
+        The text with `***` for each password, and for each option that holds a secret.
+    """
+    return _SECRET_OPTIONS.sub(r"\1***", _USERINFO.sub(r"\1\2:***@", text))
 
 
 def has_code(error: Exception, codes: int | Collection[int]) -> bool:

@@ -8,7 +8,7 @@ from mongotorch.store.aliases import LIVE, Aliases, Move, follow_alias
 from mongotorch.store.blobs import BlobStore
 from mongotorch.store.checkpoints import Checkpoints
 from mongotorch.store.components import Components
-from mongotorch.store.jobs import Jobs
+from mongotorch.store.jobs import Jobs, plain
 from mongotorch.store.maintenance import Collected, GarbageCollector, Verified, Verifier
 from mongotorch.store.metrics import MetricLog
 from mongotorch.store.schedules import Schedules
@@ -30,5 +30,6 @@ __all__ = [
     "Verified",
     "Verifier",
     "follow_alias",
+    "plain",
     "trust_of",
 ]

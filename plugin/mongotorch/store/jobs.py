@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import uuid as uuids
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any, Final, final
 
+from bson import ObjectId
 from pymongo import ReturnDocument
 from pymongo.errors import DuplicateKeyError
 
 from mongotorch.codecs import READABLE, WRITTEN, check_format
 from mongotorch.errors import NotFoundError
 from mongotorch.mongo.change_stream import wait_until
-from mongotorch.mongo.error_translation import driver_errors
-from mongotorch.mongo.redact import plain
+from mongotorch.mongo.error_translation import driver_errors, redact
 from mongotorch.mongo.server_features import Later, Now, clock_of, ensure_index
 
 COLLECTION: Final = "mt.jobs"
@@ -33,6 +34,9 @@ BACK_OFF_S: Final = 1.0
 MAX_BACK_OFF_S: Final = 300.0
 MAX_LOSSES: Final = 20
 """How many workers in a row may vanish without progress; the next claim fails the job instead."""
+_INT64: Final = range(-(2**63), 2**63)
+_MAX_TEXT: Final = 100_000  # characters
+_MAX_DEPTH: Final = 50
 _QUEUED: Final = {"status": "queued", "lease_until": None, "worker": None}
 _EMPTY: Final = ("started", "finished", "lease_until", "worker", "error", "result")
 
@@ -329,3 +333,31 @@ def _lost(job: Mapping[str, Any]) -> dict[str, Any]:
         f"{job['worker']}); look for a lack of memory there, then queue it again"
     )
     return {"type": "JobLostError", "message": message, "traceback": None, "document_id": None, "field": None}
+
+
+def plain(value: Any, _depth: int = 0) -> Any:
+    """The value in plain BSON, for people to read; any value can be converted.
+
+    Args:
+        value: Any object. Integers beyond 64 bits, objects that BSON does not have, and containers below the 50th
+            level become their `repr`.
+
+    Returns:
+        The converted value, its texts redacted and cut at 100,000 characters.
+    """
+    if value is None or type(value) in (bool, float, bytes, datetime, ObjectId):
+        return value
+    if type(value) is int and value in _INT64:
+        return value
+    if isinstance(value, str):
+        return redact(value.encode(errors="replace").decode())[:_MAX_TEXT]
+    if _depth < _MAX_DEPTH and isinstance(value, Mapping):
+        return {plain_key(key): plain(part, _depth + 1) for key, part in value.items()}
+    if _depth < _MAX_DEPTH and isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(part, _depth + 1) for part in value]
+    return plain(repr(value), _depth)
+
+
+def plain_key(key: Any) -> str:
+    """A field name that every server and mongomock accept: `.` and `$` become `_`."""
+    return str(key).encode(errors="replace").decode().replace("\0", "?").replace(".", "_").replace("$", "_")

@@ -10,8 +10,8 @@ from typing import Any, Final, final
 
 from mongotorch.codecs import WRITTEN, check_format
 from mongotorch.mongo.error_translation import driver_errors
-from mongotorch.mongo.redact import plain_key
 from mongotorch.mongo.server_features import Later, clock_of, ensure_index
+from mongotorch.store.jobs import plain_key
 
 COLLECTION: Final = "mt.metrics"
 

@@ -15,7 +15,7 @@ from typing import Any, final
 
 from mongotorch.errors import JobCancelledError, JobReleasedError, MongotorchError, ServerUnavailableError
 from mongotorch.jobs import Handler, environment, worker_name
-from mongotorch.mongo.redact import redact
+from mongotorch.mongo.error_translation import redact
 from mongotorch.services.training.heartbeat import Heartbeat
 from mongotorch.settings import Settings
 from mongotorch.store import Jobs

@@ -14,13 +14,12 @@ from typing import Any, Final, final
 from mongotorch.errors import ConflictError, JobCancelledError
 from mongotorch.jobs import Lease, environment
 from mongotorch.mongo.connection import Connection
-from mongotorch.mongo.redact import plain
 from mongotorch.services.training.checkpoints import CheckpointWriter, RunCheckpoints
 from mongotorch.services.training.observers import JobProgress, MetricRecorder, Observer, ProgressBar, observe
 from mongotorch.services.training.recipe import DataProvenance, TrainingRecipe, data_provenance, opened_fit
 from mongotorch.services.versions.catalog import Catalog
 from mongotorch.settings import Settings
-from mongotorch.store import Checkpoints, Jobs, MetricLog
+from mongotorch.store import Checkpoints, Jobs, MetricLog, plain
 from mongotorch.train import TorchModel, TorchTrainer, Trained, trainer_and_model
 
 _SHOWN_MOST: Final = 10**9  # steps; a larger limit is no total that a bar could show
