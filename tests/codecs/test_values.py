@@ -12,7 +12,7 @@ import pytest
 
 from mongotorch import AnyOf, Better, Cron, NewDocuments
 from mongotorch.codecs import Codec, Codecs
-from mongotorch.codecs.values import ValueCodec
+from mongotorch.codecs.names import ValueCodec
 from mongotorch.errors import CodecError
 from mongotorch.testing.codecs import Blobs, CodecSuite
 

@@ -24,9 +24,8 @@ from bson import Decimal128, Int64, MaxKey, MinKey, ObjectId, Regex, Timestamp
 
 from mongotorch.codecs.arrays import ArrayCodec
 from mongotorch.codecs.base import Codec, Get, Put
-from mongotorch.codecs.names import NameCodec, current_name
+from mongotorch.codecs.names import NameCodec, ValueCodec, current_name
 from mongotorch.codecs.pickles import DillCodec
-from mongotorch.codecs.values import ValueCodec
 from mongotorch.errors import CodecError, FormatError, MongotorchError
 
 CODEC: Final = "_codec"
