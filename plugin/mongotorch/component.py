@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import re
 import uuid as uuids
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Final, Self
 
 import bson
@@ -117,7 +117,9 @@ def stored_fields(cls: type[Component]) -> list[dataclasses.Field[Any]]:
     return [field for field in dataclasses.fields(cls) if field.name not in _IDENTITY]
 
 
-def encode_component(component: Component, codecs: Codecs, put: Put, ref: Ref) -> dict[str, Any]:
+def encode_component(
+    component: Component, codecs: Codecs, put: Put, ref: Ref, *, known: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The record `{"class", "fields"}` of a component.
 
     Args:
@@ -125,13 +127,16 @@ def encode_component(component: Component, codecs: Codecs, put: Put, ref: Ref) -
         codecs: The codecs to choose from.
         put: Takes the blobs.
         ref: Called for each component among the fields.
+        known: By field, records that are taken as they are: those fields are not encoded.
 
     Raises:
         CodecError: A field cannot be stored; `field` names it.
     """
-    chosen = component.artifacts or {}
+    records = known or {}
     fields = {
-        field.name: _encode(getattr(component, field.name), codecs, put, ref, field.name, chosen.get(field.name))
+        field.name: records[field.name]
+        if field.name in records
+        else _encode_field(component, field.name, codecs, put, ref)
         for field in stored_fields(type(component))
         if ADDED not in field.metadata or not _is_default(field, getattr(component, field.name))
     }
@@ -177,28 +182,58 @@ def is_trained(document: Mapping[str, Any]) -> bool:
     return document.get("job") is not None
 
 
-def content_digest(component: Component, codecs: Codecs) -> str:
+def content_digest(
+    component: Component, codecs: Codecs, *, known: Mapping[int, Mapping[str, Any]] | None = None
+) -> str:
     """SHA-256, in hex, of a component's class, identifier and fields, without uuid, version and db.
 
     The same component has the same digest in every release: names are those of the first releases, and a field
     that came later is stored only where it is not at its default.
+
+    Args:
+        component: What to digest.
+        codecs: The codecs to choose from.
+        known: By the `id` of a component and by field, what `digest_fields` gave of fields that did not change.
+
+    Raises:
+        CodecError: A field cannot be stored; `field` names it.
     """
     with first_names():
-        return _digest(component, codecs, {})
+        return _digest(component, codecs, {}, known or {})
 
 
-def _digest(component: Component, codecs: Codecs, met: dict[int, str]) -> str:
+def digest_fields(component: Component, codecs: Codecs, names: Iterable[str]) -> dict[str, Any]:
+    """The part that some fields have in the digest of a component. Raises: CodecError."""
+    with first_names():
+        return {
+            name: _encode_field(component, name, codecs, _name_of_blob, lambda one: _digest(one, codecs, {}, {}))
+            for name in names
+        }
+
+
+def _digest(
+    component: Component, codecs: Codecs, met: dict[int, str], known: Mapping[int, Mapping[str, Any]]
+) -> str:
     if id(component) in met:
         return met[id(component)]
     met[id(component)] = f"cycle:{component.type_id}:{component.identifier}"
 
-    def name_of_blob(data: bytes | memoryview) -> str:
-        return hashlib.sha256(data).hexdigest()
+    def ref(child: Component) -> str:
+        return _digest(child, codecs, met, known)
 
-    body = encode_component(component, codecs, name_of_blob, lambda child: _digest(child, codecs, met))
+    body = encode_component(component, codecs, _name_of_blob, ref, known=known.get(id(component)))
     content = {"type_id": component.type_id, "identifier": component.identifier, **body}
     met[id(component)] = hashlib.sha256(bson.encode(content)).hexdigest()
     return met[id(component)]
+
+
+def _name_of_blob(data: bytes | memoryview) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _encode_field(component: Component, name: str, codecs: Codecs, put: Put, ref: Ref) -> Any:
+    chosen = (component.artifacts or {}).get(name)
+    return _encode(getattr(component, name), codecs, put, ref, name, chosen)
 
 
 def _encode(value: Any, codecs: Codecs, put: Put, ref: Ref, where: str, codec: str | None) -> Any:

@@ -7,21 +7,25 @@ attempt that has lost its lease publishes nothing. A failure changes no publishe
 from __future__ import annotations
 
 import dataclasses
+import logging
+import re
 import uuid as uuids
 from collections.abc import Mapping
 from typing import Any, Final, final
 
-from mongotorch.errors import ConflictError, JobCancelledError
+from mongotorch.errors import CodecError, ConflictError, JobCancelledError
 from mongotorch.jobs import Lease, environment
 from mongotorch.mongo.connection import Connection
 from mongotorch.services.training.checkpoints import CheckpointWriter, RunCheckpoints
 from mongotorch.services.training.observers import JobProgress, MetricRecorder, Observer, ProgressBar, observe
 from mongotorch.services.training.recipe import DataProvenance, TrainingRecipe, data_provenance, opened_fit
-from mongotorch.services.versions.catalog import Catalog
+from mongotorch.services.versions.catalog import Catalog, StoredFields
 from mongotorch.settings import Settings
 from mongotorch.store import Checkpoints, Jobs, MetricLog, plain
 from mongotorch.train import TorchModel, TorchTrainer, Trained, trainer_and_model
 
+_log = logging.getLogger("mongotorch.jobs")
+_LEFT_OUT: Final = ("optimizer_state", "metric_values")  # of the trainer, where they cannot be stored
 _SHOWN_MOST: Final = 10**9  # steps; a larger limit is no total that a bar could show
 _NAMESPACE: Final = uuids.UUID("a3f4c1de-6a0f-4b0e-9d0c-2f1f5e7f8b11")
 
@@ -34,10 +38,12 @@ class TrainingResult:
     Attributes:
         trained: Steps, optimizer state and measurements; the weights are in the recipe's model.
         data: The provenance of its data.
+        stored: `trainer` and `model`, with their fields as they were before the run.
     """
 
     trained: Trained
     data: DataProvenance
+    stored: Mapping[str, StoredFields]
 
 
 @final
@@ -121,6 +127,11 @@ class TrainingRun:
         """
         trainer, resumed = recipe.trainer, self._checkpoints.load(job["_id"])
         state = None if resumed is None else resumed.state
+        # Before the run: what is not replaced in it is published as it was stored, whatever it holds by then.
+        stored = {
+            "trainer": self.catalog.stored_fields(trainer, without=(recipe.model,)),
+            "model": self.catalog.stored_fields(recipe.model, without=(trainer,)),
+        }
         with opened_fit(recipe, self._connection, self._settings, state=state) as fit:
             if resumed is None:
                 data, origin = data_provenance(recipe, self._connection, self._settings), recipe.origin
@@ -143,7 +154,7 @@ class TrainingRun:
             observe(fit, observers)
         trained = fit.trained()
         lease.check()
-        return TrainingResult(trained=trained, data=data)
+        return TrainingResult(trained=trained, data=data, stored=stored)
 
     def publish(
         self,
@@ -182,13 +193,41 @@ class TrainingRun:
             **(record or {}),
         }
         try:
-            self.catalog.publish(model, partner=trainer, records=records, blobs=result.data.blobs)
+            self._publish(model, trainer, result, records)
         except ConflictError:
             first = self.published(job)  # an attempt that had lost its lease was faster
             if first is None:
                 raise
             return first
         return self.catalog.components.get(model.uuid)
+
+    def _publish(
+        self,
+        model: TorchModel,
+        trainer: TorchTrainer,
+        result: TrainingResult,
+        records: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        """Publish both; a field of the trainer that cannot be stored any more is left out, with a warning."""
+        stored = {model.uuid: result.stored["model"], trainer.uuid: result.stored["trainer"]}
+        for _ in dataclasses.fields(trainer):
+            try:
+                self.catalog.publish(
+                    model, partner=trainer, records=records, blobs=result.data.blobs, stored=stored
+                )
+            except CodecError as error:
+                name = re.split(r"\W", error.field or "", maxsplit=1)[0]
+                if name not in _LEFT_OUT:
+                    raise
+                _log.warning(
+                    "%s of trainer %r cannot be stored, and is published without: %s",
+                    name,
+                    trainer.identifier,
+                    error,
+                )
+                object.__setattr__(trainer, name, None)
+            else:
+                return
 
     def _record(self, job: Mapping[str, Any], parent: str, trained: Trained) -> dict[str, Any]:
         """The fields that the documents of both the model and the trainer have."""

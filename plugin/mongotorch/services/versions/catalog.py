@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any, final
 
@@ -20,6 +20,7 @@ from mongotorch.component import (
     Component,
     begin_component,
     content_digest,
+    digest_fields,
     encode_component,
     fill_component,
     is_trained,
@@ -40,6 +41,35 @@ _STORE_TRIES = 100
 _PLAIN = ("forward_method", "train_forward_method")
 
 
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredFields:
+    """Fields of a stored component as they are before a run, which can change what they hold.
+
+    Attributes:
+        values: The value of each field, to recognise one that was not replaced.
+        records: What is stored of each.
+        digested: The part of each in the digest of the content.
+        blobs: The blobs that the component's document names.
+        refs: The uuids that it refers to.
+    """
+
+    values: Mapping[str, Any]
+    records: Mapping[str, Any]
+    digested: Mapping[str, Any]
+    blobs: frozenset[str]
+    refs: frozenset[str]
+
+    def unchanged(self, component: Component) -> list[str]:
+        """The fields of a component that are the very values of these."""
+        return [name for name, value in self.values.items() if getattr(component, name) is value]
+
+    def referred(self, fields: Iterable[str]) -> tuple[set[str], set[str]]:
+        """The blobs and the uuids that the records of some fields refer to."""
+        texts = {text for name in fields for text in _texts(self.records[name])}
+        return texts & self.blobs, texts & self.refs
+
+
 @dataclasses.dataclass(kw_only=True)
 class _Draft:
     """Documents and blobs that are going to be written; none of them is visible yet.
@@ -48,6 +78,7 @@ class _Draft:
         documents: By uuid.
         blobs: By name.
         uuids: By the id of a component, the uuid that it is, or will be, stored under.
+        components: Components with the fields that need not be encoded where they did not change.
         numbers: By uuid, the only version number a document may take; None: any.
     """
 
@@ -55,6 +86,15 @@ class _Draft:
     blobs: dict[str, bytes | memoryview] = dataclasses.field(default_factory=dict)
     uuids: dict[int, str] = dataclasses.field(default_factory=dict)
     numbers: dict[str, int] | None = None
+    components: list[tuple[Component, StoredFields]] = dataclasses.field(default_factory=list)
+
+    def digested(self) -> dict[int, dict[str, Any]]:
+        """The fields that did not change, by the `id` of a component, as `content_digest` takes them."""
+        found: dict[int, dict[str, Any]] = {}
+        for component, fields in self.components:
+            unchanged = fields.unchanged(component)
+            found[id(component)] = {name: fields.digested[name] for name in unchanged}
+        return found
 
 
 @final
@@ -287,6 +327,31 @@ class Catalog:
             return component.uuid
         raise AssertionError  # for the type checker
 
+    def stored_fields(self, component: Component, *, without: Iterable[Component]) -> StoredFields:
+        """The fields of a stored component that a run leaves as they are; not its tensors.
+
+        Args:
+            component: A stored one.
+            without: Components that the run replaces.
+
+        Raises:
+            NotFoundError: It is not stored.
+            CodecError: A field cannot be encoded any more.
+        """
+        document = self.components.get(component.uuid)
+        records = {
+            name: record
+            for name, record in document["fields"].items()
+            if codec_of(record) != "torch" and not any(getattr(component, name) is one for one in without)
+        }
+        return StoredFields(
+            values={name: getattr(component, name) for name in records},
+            records=records,
+            digested=digest_fields(component, self.codecs, records),
+            blobs=frozenset(document["blobs"]),
+            refs=frozenset(document["refs"]),
+        )
+
     def publish(
         self,
         root: Component,
@@ -294,6 +359,7 @@ class Catalog:
         partner: Component,
         records: Mapping[str, Mapping[str, Any]],
         blobs: Mapping[str, bytes],
+        stored: Mapping[str, StoredFields] | None = None,
     ) -> None:
         """Make two components that refer to each other visible by one insert, that of `root`.
 
@@ -302,12 +368,14 @@ class Catalog:
             partner: The trainer that trained it.
             records: By uuid, further fields of the document: `source_digest`, `job`, `parent`.
             blobs: By name, further blobs that the root's record names; they live as long as its document.
+            stored: By uuid of either, the fields that are taken as they were stored where they did not change.
 
         Raises:
             CodecError: A field cannot be stored; nothing was written.
             ConflictError: The job has published before.
         """
         draft = _Draft()
+        draft.components = [(one, stored[one.uuid]) for one in (root, partner) if stored and one.uuid in stored]
         self._draft(partner, draft, always=(root.uuid, partner.uuid))
         if root.uuid not in draft.documents:
             self._draft(root, draft, always=(root.uuid, partner.uuid))
@@ -347,7 +415,7 @@ class Catalog:
         """Encode a component and its parts into the draft; the uuid it is, or will be, stored under."""
         if id(component) in draft.uuids:
             return draft.uuids[id(component)]
-        digest = digest or content_digest(component, self.codecs)
+        digest = digest or content_digest(component, self.codecs, known=draft.digested())
         draft.uuids[id(component)] = component.uuid
         self._number(component, draft)
         if component.uuid not in always:
@@ -362,7 +430,12 @@ class Catalog:
             refs.add(uuid := self._draft(child, draft, always=always))
             return uuid
 
-        body = encode_component(component, self.codecs, _collect(draft.blobs, own), ref)
+        unchanged: dict[str, Any] = {}
+        for _, fields in (pair for pair in draft.components if pair[0] is component):
+            unchanged = {name: fields.records[name] for name in fields.unchanged(component)}
+            blobs, uuids = fields.referred(unchanged)
+            own, refs = own | blobs, refs | uuids
+        body = encode_component(component, self.codecs, _collect(draft.blobs, own), ref, known=unchanged)
         draft.documents[component.uuid] = {
             "_id": component.uuid,
             "type_id": component.type_id,
@@ -435,6 +508,18 @@ class Catalog:
                 f"version {head.to_version} of {head.type_id} {head.identifier!r} is named by the alias "
                 f"{head.alias!r}; promote another version first, or say force=True"
             )
+
+
+def _texts(record: Any) -> Iterator[str]:
+    """Every text in a record."""
+    if isinstance(record, str):
+        yield record
+    elif isinstance(record, Mapping):
+        for part in record.values():
+            yield from _texts(part)
+    elif isinstance(record, list):
+        for part in record:
+            yield from _texts(part)
 
 
 def _collect(blobs: dict[str, bytes | memoryview], own: set[str]) -> Callable[[bytes | memoryview], str]:
