@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -115,3 +116,28 @@ def test_a_module_given_as_code_gets_the_weights_and_nothing_is_unpickled() -> N
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in other.state_dict().items())
     with pytest.raises(CodecError, match=r"0\.weight"):
         fill_module(nn.Sequential(nn.Linear(40, 41), nn.BatchNorm1d(41)), record, blobs.blob)
+
+
+def weighted(weight: torch.Tensor) -> Any:
+    """A loss that holds a tensor in its closure."""
+    return lambda output, target: nn.functional.cross_entropy(output, target, weight=weight)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: functools.partial(nn.functional.cross_entropy, weight=torch.tensor([1.0, 2.0, 3.0])),
+        lambda: weighted(torch.tensor([1.0, 2.0, 3.0])),
+        lambda: functools.partial(weighted(torch.tensor([1.0, 2.0, 3.0]))),
+    ],
+)
+def test_a_function_that_holds_a_tensor_is_recognised_and_comes_back(make: Any) -> None:
+    kept = [make() for _ in range(3)]  # alive together: each has an address of its own
+    records = [through(one)[1] for one in kept]
+
+    assert records[0]["_codec"] == "torch"
+    assert records[0] == records[1] == records[2]
+    again, _, _ = through(kept[0])
+    assert records[0] == through(again)[1]
+    output, target = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    assert torch.equal(again(output, target), kept[0](output, target))

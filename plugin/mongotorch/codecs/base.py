@@ -25,6 +25,9 @@ class Registry(Protocol):
     def decode(self, record: Any, get: Get) -> Any:
         """The value of what `encode` gave. Raises: CodecError."""
 
+    def claimed_by(self, part: Any) -> str | None:
+        """The codec that stores whatever holds a part; None for most."""
+
 
 class Codec(abc.ABC):
     """One way to store a value. A new one is a class and an entry point in `mongotorch.codecs`."""
@@ -55,6 +58,10 @@ class Codec(abc.ABC):
         Raises:
             CodecError: The record cannot be read here.
         """
+
+    def claims(self, part: Any) -> bool:  # noqa: ARG002
+        """Whether what holds this part, at any depth, is stored by this codec rather than pickled."""
+        return False
 
     def bound(self, registry: Registry) -> Self:  # noqa: ARG002
         """The codec as part of a registry; itself, unless it stores the parts of a value through the registry."""

@@ -18,12 +18,12 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import CodeType, FunctionType, MethodType
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, Self, final
 
 import dill
 from dill._dill import _setitems
 
-from mongotorch.codecs.base import Codec, Get, Put
+from mongotorch.codecs.base import Codec, Get, Put, Registry
 from mongotorch.codecs.names import PACKAGE, SPAWNED_MAIN, resolve, stored_name
 from mongotorch.errors import CodecError, MongotorchError, PythonVersionError, UnsafeClosureError
 
@@ -208,17 +208,45 @@ def loads(data: bytes, *, python: str | None, external: Callable[[Any], Any] | N
 
 @final
 class DillCodec(Codec):
-    """Anything that has no name and no codec of its own, by dill."""
+    """Anything that has no name and no codec of its own, by dill.
+
+    Args:
+        registry: Says which other codec stores a value for the sake of a part, such as a tensor in a closure; the
+            registry that it becomes part of gives itself.
+    """
 
     name = "dill"
+
+    def __init__(self, registry: Registry | None = None) -> None:
+        self._registry = registry
+
+    def bound(self, registry: Registry) -> Self:
+        """The codec for a registry."""
+        return type(self)(registry)
 
     def handles(self, value: Any) -> bool:  # noqa: ARG002
         """True for any value: it is the last resort."""
         return True
 
     def encode(self, value: Any, put: Put, *, where: str) -> dict[str, Any]:
-        """A pickle beside the record. Raises: UnsafeClosureError, CodecError."""
-        pickled = dumps(value, where=where)
+        """A pickle beside the record, or the record of the codec that claims a part of the value.
+
+        Raises:
+            UnsafeClosureError, CodecError: As `dumps`.
+        """
+        registry = self._registry
+
+        def refuse_claimed(part: Any) -> None:
+            name = None if registry is None else registry.claimed_by(part)
+            if name is not None:
+                raise _ClaimedError(name)
+
+        try:
+            pickled = dumps(value, where=where, external=refuse_claimed)
+        except _ClaimedError as claimed:
+            assert registry is not None  # noqa: S101 - for the type checker
+            record: dict[str, Any] = registry.encode(value, put, codec=claimed.name, where=where)
+            return record
         return {"blob": put(pickled.data), "python": pickled.python}
 
     def decode(self, record: Mapping[str, Any], get: Get) -> Any:
@@ -240,6 +268,12 @@ def _is_own(value: Any) -> bool:
 
 def _are_texts(values: Iterable[Any]) -> bool:
     return all(type(value) is str for value in values)
+
+
+class _ClaimedError(MongotorchError):
+    def __init__(self, name: str) -> None:
+        super().__init__(f"it holds what the codec {name!r} stores")
+        self.name = name
 
 
 class _UnsafeObjectError(Exception):

@@ -141,6 +141,10 @@ class Codecs:
         chosen = next(c for c in self._codecs.values() if c.handles(value))
         return {CODEC: chosen.name, **chosen.encode(value, put, where=where)}
 
+    def claimed_by(self, part: Any) -> str | None:
+        """The name of the codec that stores whatever holds a part; None for most parts."""
+        return next((codec.name for codec in self._codecs.values() if codec.claims(part)), None)
+
     def decode(self, record: Any, get: Get) -> Any:
         """The value of what `encode` gave. Raises: CodecError, PythonVersionError."""
         try:
