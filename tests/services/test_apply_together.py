@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from tests.helpers import fill, trainer
 
-from mongotorch import Datalayer
+from mongotorch import Datalayer, TorchTrainer
 
 
 @pytest.mark.parametrize("compute", ["local", "queue"])
@@ -16,17 +16,17 @@ def test_twelve_at_once_are_one_training(db: Datalayer, uri: str, compute: str) 
     select = fill(db)
     barrier = threading.Barrier(12)
 
-    def apply(_: int) -> str:
+    def apply(applied: TorchTrainer) -> str:
         with Datalayer.connect(uri, valid_fraction=0.2, progress=False, compute=compute) as own:
-            applied = trainer(select)  # a uuid of its own each: the content is what is the same
             barrier.wait(60)
             job = own.apply(applied)
             if compute == "local":
                 assert job.result(timeout=120).version == 1
             return job.uuid
 
+    # A uuid of its own each: the content is what is the same.
     with ThreadPoolExecutor(12) as pool:
-        list(pool.map(apply, range(12)))
+        list(pool.map(apply, [trainer(select) for _ in range(12)]))
 
     assert db["mt.jobs"].raw.count_documents({}) == 1
     assert db.show("trainer", "t") == ([0, 1] if compute == "local" else [0])

@@ -18,7 +18,7 @@ from pymongo.errors import DuplicateKeyError
 from mongotorch.codecs import WRITTEN, check_format
 from mongotorch.errors import ConflictError, IntegrityError, NotFoundError
 from mongotorch.mongo.error_translation import driver_errors
-from mongotorch.mongo.server_features import ensure_index
+from mongotorch.mongo.server_features import clock_of, ensure_index
 from mongotorch.store.blobs import BlobStore
 from mongotorch.store.signing import Trust
 
@@ -41,6 +41,7 @@ class Components:
 
     def __init__(self, database: Any, trust: Trust | None = None) -> None:
         self._documents, self._removed = database[COLLECTION], database[REMOVED]
+        self._clock = clock_of(database)
         self._blobs = BlobStore(database)
         self._trust = trust
 
@@ -94,7 +95,8 @@ class Components:
                 # The version and the format are part of what is signed.
                 whole = {**document, **WRITTEN, "version": version}
                 signed = self._trust.sign(whole, kind=KIND) if self._trust is not None else whole
-                self._documents.insert_one(signed)
+                with self._clock.alone():
+                    self._documents.insert_one(signed)
             except DuplicateKeyError as error:
                 # The number was taken: try the next one. Or the uuid or the job was: that stays so.
                 self._raise_if_taken(document, error)
