@@ -25,6 +25,8 @@ class Settings(BaseSettings):
         cache_dir: Folder for the memory-mapped columns of `download=True`.
         compute: The compute engine: `local` runs in the calling process, `queue` leaves it to workers.
         prefetch_bytes: Most bytes that a stream may read ahead.
+        worker_niceness: What is added to the niceness of the processes that read for `num_workers`, 0 to 19: with
+            fewer cores than processes they then give way to the training.
         valid_fraction: Share of inserted documents that go to the `valid` fold.
         server_timeout_s: Seconds to look for a server before giving up.
         read_deadline_s: Seconds for which a failed read is retried before giving up.
@@ -45,6 +47,7 @@ class Settings(BaseSettings):
     cache_dir: Path = Path(".mongotorch/cache")
     compute: str = "local"
     prefetch_bytes: int = Field(default=256 * 2**20, gt=0)
+    worker_niceness: int = Field(default=0, ge=0, le=19)
     valid_fraction: float = Field(default=0.05, ge=0.0, le=1.0)
     server_timeout_s: float = Field(default=10.0, gt=0)
     read_deadline_s: float = Field(default=60.0, gt=0)

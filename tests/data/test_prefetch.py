@@ -196,3 +196,15 @@ def test_a_users_own_beginning_of_a_worker_is_kept() -> None:
     assert list(pool.map(iter([[0]]), 0)) == ["0"]
     pool.close()
     assert "BEGUN" not in os.environ
+
+
+def nicenesses(items: Iterator[int], *, stopped: Callable[[], bool]) -> Iterator[int]:
+    """The niceness of the process that works, for each item."""
+    for _ in items:
+        yield os.nice(0)
+
+
+@pytest.mark.parametrize("niceness", [0, 7])
+def test_workers_have_the_niceness_that_was_set(niceness: int) -> None:
+    pool = WorkerPool(nicenesses, {"num_workers": 1}, niceness=niceness)
+    assert list(pool.map(iter([[1, 2]]), 0)) == [os.nice(0) + niceness] * 2

@@ -222,9 +222,10 @@ class WorkerPool(Generic[S, T]):
     Args:
         function: Gets the items of one request; pickled where processes are spawned.
         options: Options of `torch.utils.data.DataLoader`.
+        niceness: What is added to the niceness of each process, where the system has one.
     """
 
-    def __init__(self, function: OrderedMap[S, T], options: Mapping[str, Any]) -> None:
+    def __init__(self, function: OrderedMap[S, T], options: Mapping[str, Any], *, niceness: int = 0) -> None:
         self._home = os.getpid()
         # An aligned word, which workers see without a lock: the number of the map that is wanted.
         self._current = RawValue("q", 0)
@@ -239,7 +240,7 @@ class WorkerPool(Generic[S, T]):
             batch_size=None,
             collate_fn=_same,
             generator=self._generator or self._own,
-            worker_init_fn=_Begin(begin),
+            worker_init_fn=_Begin(begin, niceness),
             **self._options,
         )
 
@@ -313,10 +314,12 @@ class _RequestSet(Dataset[Any]):
 class _Begin:
     """What a worker does first."""
 
-    def __init__(self, users: Callable[[int], Any] | None) -> None:
-        self._users = users
+    def __init__(self, users: Callable[[int], Any] | None, niceness: int) -> None:
+        self._users, self._niceness = users, niceness
 
     def __call__(self, worker: int) -> None:
+        if self._niceness and hasattr(os, "nice"):
+            os.nice(self._niceness)
         threading.Thread(target=_end_with_parent, daemon=True).start()
         if self._users is not None:
             self._users(worker)

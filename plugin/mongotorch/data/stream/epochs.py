@@ -190,7 +190,7 @@ class EpochReader:
     def _worker_pool(self, reader: WindowReader) -> WorkerPool[WindowSpec, Window]:
         options = {n: v for n, v in self._spec.loader.items() if not n.startswith("pin_memory")}
         options["prefetch_factor"] = self._lead // self._spec.workers
-        return WorkerPool(reader.read, options)
+        return WorkerPool(reader.read, options, niceness=self._spec.worker_niceness)
 
     def _cache(self, reader: WindowReader) -> CachedSelect:
         spec = self._spec

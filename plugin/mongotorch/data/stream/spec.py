@@ -41,6 +41,7 @@ class StreamSpec:
         prefetch_factor: Times `prefetch_size` that may be ready or under way; half of it, 64 at most, is shuffled
             together.
         prefetch_bytes: Bytes that may be ready.
+        worker_niceness: What is added to the niceness of worker processes.
         loader: Options of `torch.utils.data.DataLoader`: `num_workers`, `pin_memory` and the like.
         cache_dir: Folder for `download`.
         read_deadline_s: Seconds after which a broken read is given up.
@@ -62,6 +63,7 @@ class StreamSpec:
     prefetch_size: int = 1000
     prefetch_factor: int = 100
     prefetch_bytes: int = 256 * 2**20
+    worker_niceness: int = 0
     loader: Mapping[str, Any] = field(default_factory=dict)
     cache_dir: Path | None = None
     read_deadline_s: float = 60.0

@@ -206,7 +206,9 @@ class Stream(Owner, IterableDataset[Any]):
                 yield [columns_of(slices)]
 
         if self._builders is None:
-            self._builders = WorkerPool(self._builder.build_each, self.spec.loader)
+            self._builders = WorkerPool(
+                self._builder.build_each, self.spec.loader, niceness=self.spec.worker_niceness
+            )
         batches = self._builders.map(requests(), worker_seed(self._seed, epoch))
         try:
             for batch in batches:
