@@ -27,6 +27,17 @@ from mongotorch.train.model import TorchModel, evaluating, training_device
 from mongotorch.train.trainer import TorchTrainer
 
 
+def batch_rows(batches: Iterable[Any], batch: Any) -> int:
+    """How many documents a batch is of.
+
+    Args:
+        batches: What just gave it; a stream has counted the documents where it read them.
+        batch: The batch; its first dimension counts where nothing else is known.
+    """
+    rows: int | None = getattr(batches, "batch_rows", None)
+    return count_rows(batch) if rows is None else rows
+
+
 class RunningMetric:
     """One metric over the batches of one evaluation: a mean over rows, or what a torchmetrics object computes.
 
@@ -115,7 +126,7 @@ def _evaluate_set(
     rows, weights = 0, 0.0
     for batch in batches:
         batch = to_device(batch, device)
-        count = count_rows(batch)
+        count = batch_rows(batches, batch)
         passed = trainer.forward(model, batch)
         loss = scalar(trainer.compute_validation_objective(model, passed))
         weight = count * trainer.counted_share(passed)
@@ -173,7 +184,7 @@ def score(trainer: TorchTrainer, models: Sequence[TorchModel], batches: Iterable
     scorers = [_ModelScorer(trainer, model) for model in models]
     for batch in batches:
         for scorer in scorers:
-            scorer.update(batch)
+            scorer.update(batch, batch_rows(batches, batch))
     return [scorer.scored() for scorer in scorers]
 
 
@@ -188,10 +199,9 @@ class _ModelScorer:
         self._running = [RunningMetric(metric, self._device) for metric in metrics]
         self._losses: list[float] = []
 
-    def update(self, batch: Any) -> None:
+    def update(self, batch: Any, rows: int) -> None:
         with evaluating(self._model.object):
             batch = to_device(batch, self._device)
-            rows = count_rows(batch)
             passed = self._trainer.forward(self._model, batch)
             for metric in self._running:
                 metric.update(passed, rows)

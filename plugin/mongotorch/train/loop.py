@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from mongotorch.errors import EmptySelectError, NonFiniteLossError, ParameterError
-from mongotorch.tensors import copy_tensors, count_rows, to_device
+from mongotorch.tensors import copy_tensors, to_device
 from mongotorch.train.early_stopping import EarlyStopping
-from mongotorch.train.evaluation import evaluate
+from mongotorch.train.evaluation import batch_rows, evaluate
 from mongotorch.train.mapping import scalar
 from mongotorch.train.model import TorchModel, copied_state, training_device
 from mongotorch.train.optimizers import continue_from, load_state, state_of
@@ -217,7 +217,7 @@ class Fit:
                 self._unchecked.append(loss := scalar(loss).detach())
                 if self.device.type == "cpu" or len(self._unchecked) >= _MOST_UNCHECKED:
                     self._check_losses()
-                yield Stepped(step=self.step, loss=loss, rows=count_rows(batch))
+                yield Stepped(step=self.step, loss=loss, rows=batch_rows(self._batches, batch))
                 if self._is_validation_due():
                     yield self._validate()
                 if self.is_over:
@@ -230,8 +230,8 @@ class Fit:
             if "more than 1 value per channel" not in str(error):
                 raise
             raise ParameterError(
-                f"step {self.step + 1} has a batch of {count_rows(batch)} row(s), of which a batch norm has no "
-                'statistics; give loader_kwargs={"drop_last": True}, or another batch_size',
+                f"step {self.step + 1} has a batch of {batch_rows(self._batches, batch)} row(s), of which a batch "
+                'norm has no statistics; give loader_kwargs={"drop_last": True}, or another batch_size',
                 field="loader_kwargs",
             ) from error
 

@@ -252,6 +252,11 @@ def fresh(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 RowSlice = tuple[Rows, int, int]  # rows of a window, from the first to before the second number
 
 
+def rows_in(slices: list[RowSlice]) -> int:
+    """How many rows a batch has."""
+    return sum(stop - start for _, start, stop in slices)
+
+
 def columns_of(slices: list[RowSlice]) -> Columns:
     """The columns of a batch's rows."""
     parts = [rows.columns(start, stop) for rows, start, stop in slices]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from mongotorch.data.prefetch import WorkerPool, close_iterator
-from mongotorch.data.stream.batches import RowSlice, SampleBuilder, batch_of, columns_of, cut
+from mongotorch.data.stream.batches import RowSlice, SampleBuilder, batch_of, columns_of, cut, rows_in
 from mongotorch.data.stream.epochs import EpochReader, Report
 from mongotorch.data.stream.order import worker_seed
 from mongotorch.data.stream.position import Position
@@ -60,6 +60,9 @@ class Stream(Owner, IterableDataset[Any]):
         spec: What to stream, and how.
         database: An open database to use in this process; it is left open.
 
+    Attributes:
+        batch_rows: How many documents the batch is of that was yielded last; None before the first.
+
     Raises:
         EmptySelectError: On iteration: the select matches no document.
         FieldMissingError: On iteration: a document lacks a field of the key.
@@ -80,6 +83,7 @@ class Stream(Owner, IterableDataset[Any]):
         self._reader = EpochReader(spec, self._access)
         self._builders: WorkerPool[Any, Any] | None = None
         self._running: Iterator[Any] | None = None
+        self.batch_rows: int | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         fresh = {"_reader": EpochReader(self.spec, self._access), "_builders": None, "_running": None}
@@ -165,8 +169,8 @@ class Stream(Owner, IterableDataset[Any]):
         batches = self._batches(start)
         any_batch = start != Position(epoch=start.epoch)
         try:
-            for batch, position in batches:
-                any_batch = True
+            for batch, position, rows in batches:
+                any_batch, self.batch_rows = True, rows
                 self._position, self._pending = position, position.epoch != start.epoch
                 yield batch
         finally:
@@ -181,8 +185,11 @@ class Stream(Owner, IterableDataset[Any]):
             return EmptySelectError(f"the select matches no document in {self.spec.query.collection!r}")
         return DataError(f"an epoch has no batch: the select has too few documents for {rows}")
 
-    def _batches(self, start: Position) -> Iterator[tuple[Any, Position]]:
-        """Batches with the positions behind them; samples are built in workers where there are some."""
+    def _batches(self, start: Position) -> Iterator[tuple[Any, Position, int]]:
+        """Batches, the positions behind them and their numbers of documents.
+
+        Samples are built in workers where there are some.
+        """
         build = self.spec.builds_samples
         cuts = self._cuts(start)
         try:
@@ -191,18 +198,18 @@ class Stream(Owner, IterableDataset[Any]):
                 return
             for slices, position in cuts:
                 batch = self._builder(columns_of(slices)) if build else batch_of(slices, self.spec.key)
-                yield self._finished(batch), position
+                yield self._finished(batch), position, rows_in(slices)
         finally:
             close_iterator(cuts)
 
     def _built_by_workers(
         self, cuts: Iterator[tuple[list[RowSlice], Position]], epoch: int
-    ) -> Iterator[tuple[Any, Position]]:
-        positions: deque[Position] = deque()
+    ) -> Iterator[tuple[Any, Position, int]]:
+        requested: deque[tuple[Position, int]] = deque()
 
         def requests() -> Iterator[list[Any]]:
             for slices, position in cuts:
-                positions.append(position)
+                requested.append((position, rows_in(slices)))
                 yield [columns_of(slices)]
 
         if self._builders is None:
@@ -212,7 +219,7 @@ class Stream(Owner, IterableDataset[Any]):
         batches = self._builders.map(requests(), worker_seed(self._seed, epoch))
         try:
             for batch in batches:
-                yield batch, positions.popleft()
+                yield batch, *requested.popleft()
         finally:
             close_iterator(batches)
 
