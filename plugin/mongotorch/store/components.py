@@ -251,12 +251,11 @@ class Components:
     def remove(self, uuid: str) -> None:
         """Remove a document; the caller has checked that nothing needs it. Its number is never used again."""
         document = self._documents.find_one({"_id": uuid}, {"type_id": 1, "identifier": 1, "version": 1})
-        if document is None:
-            return
-        name = f"{document['type_id']}:{document['identifier']}"
-        highest = {"$max": {"version": document["version"]}, "$set": dict(WRITTEN)}
-        self._removed.update_one({"_id": name}, highest, upsert=True)
-        self._documents.delete_one({"_id": document["_id"]})
+        if document is not None:
+            name = f"{document['type_id']}:{document['identifier']}"
+            highest = {"$max": {"version": document["version"]}, "$set": dict(WRITTEN)}
+            self._removed.update_one({"_id": name}, highest, upsert=True)
+        self._documents.delete_one({"_id": uuid})
 
     def _checked(self, document: dict[str, Any] | None) -> dict[str, Any] | None:
         return None if document is None else self._read(document)
