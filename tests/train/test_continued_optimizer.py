@@ -93,6 +93,26 @@ def test_the_state_of_another_model_is_refused_before_the_first_step() -> None:
         next(run.run())
 
 
+class Wrapped(torch.optim.Adam):
+    """An optimizer of one's own that hands its options on."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+
+
+def test_an_optimizer_that_hands_its_options_on_takes_the_new_ones() -> None:
+    name = f"{__name__}:Wrapped"
+    before = trained_state(name, lr=0.01)
+    changed = {"lr": 1e-6, "weight_decay": 0.125}
+    given: dict[str, Any] = {"optimizer_cls": name, "optimizer_kwargs": changed, "max_iterations": 1}
+
+    run = fit(trainer(SELECT, optimizer_state=before, **given))
+    list(run.run())
+
+    (group,) = run.trained().optimizer_state["param_groups"]
+    assert (group["lr"], group["weight_decay"]) == (1e-6, 0.125)
+
+
 def test_none_starts_anew() -> None:
     once = fit(trainer(SELECT, max_iterations=3))
     again = fit(trainer(SELECT, max_iterations=3, optimizer_state=None))

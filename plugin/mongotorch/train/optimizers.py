@@ -114,21 +114,14 @@ def continue_from(optimizers: Sequence[torch.optim.Optimizer], state: Mapping[st
                 "give optimizer_state=None to start anew",
                 field="optimizer_state",
             )
-        options = set(inspect.signature(type(optimizer).__init__).parameters)
+        # Of all base classes: one that takes `**kwargs` hands them on.
+        classes: Any = type(optimizer).__mro__
+        options = {name for cls in classes for name in inspect.signature(cls.__init__).parameters}
         groups = [
             {**new, **{name: old[name] for name in set(new) & set(old) - options}, "params": old["params"]}
             for new, old in zip(own, kept, strict=True)
         ]
         _load(optimizer, {"state": one.get("state", {}), "param_groups": groups})
-
-
-def with_options(state: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of the state of one or of several optimizers, with these options in place of those of that name."""
-    new: dict[str, Any] = copy_tensors(state)
-    for one in new.get("optimizers", [new]):
-        for group in one.get("param_groups", ()):
-            group.update({name: value for name, value in options.items() if name in group})
-    return new
 
 
 def check_state(name: str, options: Mapping[str, Any], state: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ from mongotorch.query import Query
 from mongotorch.signature import OBJECTIVE, Key, check_signature
 from mongotorch.train.mapping import BatchMapping, Passed, check_key, counted_share, scalar
 from mongotorch.train.model import TorchModel
-from mongotorch.train.optimizers import check_optimizer, check_state, make_optimizer, with_options
+from mongotorch.train.optimizers import check_optimizer, check_state, make_optimizer
 
 UNLIMITED = 10**100
 COMPUTE_OPTIONS = frozenset({"device", "num_workers"})
@@ -281,5 +281,4 @@ def warm_start(trainer: TorchTrainer, model: TorchModel, source: TorchModel) -> 
         return trainer
     if before.optimizer_cls != trainer.optimizer_cls:
         return trainer
-    state = with_options(before.optimizer_state, trainer.optimizer_kwargs or {})
-    return trainer.replace(uuid=trainer.uuid, optimizer_state=state)
+    return trainer.replace(uuid=trainer.uuid, optimizer_state=before.optimizer_state)

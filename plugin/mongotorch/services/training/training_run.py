@@ -210,7 +210,7 @@ class TrainingRun:
     ) -> None:
         """Publish both; a field of the trainer that cannot be stored any more is left out, with a warning."""
         stored = {model.uuid: result.stored["model"], trainer.uuid: result.stored["trainer"]}
-        for _ in dataclasses.fields(trainer):
+        for _ in range(len(_LEFT_OUT) + 1):
             try:
                 self.catalog.publish(
                     model, partner=trainer, records=records, blobs=result.data.blobs, stored=stored
