@@ -1,8 +1,8 @@
 """Maps, copies, moves, stacks, splits and compares tensors, alone or in any nesting of lists, tuples and dicts.
 
-A structure is a tensor, or a list, tuple or mapping of structures; everything else in it is left as it is. What
-comes out has the same types as what went in: namedtuples, `OrderedDict`s and other subclasses are rebuilt, and a
-mapping that cannot be rebuilt becomes a dict.
+A structure is a tensor, or a list, tuple, mapping or dataclass of structures; everything else in it is left as it
+is. What comes out has the same types as what went in: namedtuples, `OrderedDict`s and other subclasses are
+rebuilt, a dict's with its attributes, and a mapping that cannot be rebuilt becomes a dict.
 
 Dtypes: plain floats and lists of them become torch's default dtype, integers int64, booleans bool; arrays and
 tensors keep theirs.
@@ -11,6 +11,8 @@ tensors keep theirs.
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -29,10 +31,14 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, Mapping):
-        return _rebuild(value, {name: map_tensors(function, part) for name, part in value.items()})
-    if isinstance(value, list | tuple):
-        return _rebuild(value, [map_tensors(function, part) for part in value])
-    return value
+        parts: Any = {name: map_tensors(function, part) for name, part in value.items()}
+    elif isinstance(value, list | tuple):
+        parts = [map_tensors(function, part) for part in value]
+    elif _is_dataclass(value):
+        parts = {name: map_tensors(function, part) for name, part in _fields(value).items()}
+    else:
+        return value
+    return _rebuild(value, parts, lambda part: map_tensors(function, part))
 
 
 def leaves(value: Any) -> Iterator[Any]:
@@ -67,22 +73,73 @@ def count_rows(batch: Any) -> int:
     return next((size for size in sizes if size != 1), 1)
 
 
-def _rebuild(container: Any, parts: Any) -> Any:
-    """A container of the type of another: of a list of parts for a sequence, of a dict of them for a mapping."""
-    kind = type(container)
+def _is_dataclass(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type | nn.Module)
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass that are set, by name."""
+    names = [field.name for field in dataclasses.fields(value)]
+    return {name: getattr(value, name) for name in names if hasattr(value, name)}
+
+
+def _rebuild(container: Any, parts: Any, other: Callable[[Any], Any] = lambda part: part) -> Any:
+    """A container of the type of another, and with its attributes.
+
+    Args:
+        container: The other.
+        parts: A list of parts for a sequence, a dict of them for a mapping or a dataclass.
+        other: What becomes of an attribute that is none of the parts.
+    """
+    kind: Any = type(container)
     if kind in (list, dict):
         return parts
     if isinstance(container, tuple) and hasattr(container, "_fields"):
         return kind(*parts)
     try:
         if isinstance(container, dict | UserDict):  # a copy keeps what else it holds, such as a default factory
-            built = copy.copy(container)
+            built = _copied(container)
             for name, part in parts.items():
                 built[name] = part
+            _rebuild_attributes(container, built, parts, other)
             return built
+        if not isinstance(container, Mapping | list | tuple):
+            return _rebuild_dataclass(container, parts)
         return kind(parts)
     except TypeError:
         return tuple(parts) if isinstance(container, tuple) else parts
+
+
+def _copied(container: Any) -> Any:
+    kind: Any = type(container)
+    try:
+        return copy.copy(container)
+    except Exception:  # noqa: BLE001 - a `__getattr__` that knows items only fails in it in many ways
+        built = kind.__new__(kind)
+        built.__dict__.update(container.__dict__)
+        return built
+
+
+def _rebuild_attributes(container: Any, built: Any, parts: Any, other: Callable[[Any], Any]) -> None:
+    """Give a copied mapping the attributes of the other, the new part where one is an item too."""
+    attributes: dict[str, Any] = getattr(container, "__dict__", {})
+    if attributes is container:  # its items are its attributes
+        built.__dict__ = built
+        return
+    new = {id(part): parts[name] for name, part in container.items()}
+    for name, part in attributes.items():
+        if part is not container and not (isinstance(container, UserDict) and name == "data"):
+            built.__dict__[name] = new[id(part)] if id(part) in new else other(part)
+
+
+def _rebuild_dataclass(value: Any, parts: Mapping[str, Any]) -> Any:
+    changed = {name: part for name, part in parts.items() if part is not getattr(value, name)}
+    if not changed:
+        return value
+    built = copy.copy(value)
+    for name, part in changed.items():
+        object.__setattr__(built, name, part)  # it may be frozen
+    return built
 
 
 def from_array(values: npt.NDArray[Any], *, plain: bool) -> Tensor:
@@ -219,13 +276,27 @@ def unstack(output: Any, count: int) -> list[Any]:
         raise ShapeError(
             f"the output has shape {tuple(output.shape)} for {count} items; its first dimension must be the batch"
         )
-    if isinstance(output, Mapping):
-        named = {name: unstack(part, count) for name, part in output.items()}
-        return [_rebuild(output, {name: part[n] for name, part in named.items()}) for n in range(count)]
     if isinstance(output, list | tuple):
         parts = [unstack(part, count) for part in output]
         return [_rebuild(output, [part[n] for part in parts]) for n in range(count)]
-    return [output] * count
+    if not isinstance(output, Mapping) and not _is_dataclass(output):
+        return [output] * count
+    items = output if isinstance(output, Mapping) else _fields(output)
+    named = {name: unstack(part, count) for name, part in items.items()}
+    return [
+        _rebuild(
+            output, {name: part[n] for name, part in named.items()}, functools.partial(_item, count=count, n=n)
+        )
+        for n in range(count)
+    ]
+
+
+def _item(attribute: Any, count: int, n: int) -> Any:
+    """What an attribute holds of one of `count` items; all of it where it is not about items."""
+    try:
+        return unstack(attribute, count)[n]
+    except ShapeError:
+        return attribute
 
 
 def differences(first: Any, second: Any, where: str = "") -> Iterator[str]:

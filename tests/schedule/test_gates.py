@@ -248,6 +248,7 @@ def test_a_verdict_is_plain_with_the_values_of_both() -> None:
         "champion": {"objective": 0.31, "accuracy": 0.8},
         "challenger": {"objective": 0.1, "accuracy": 0.9},
         "interval": list(verdict.interval),
+        "unit": "documents",
     }
 
 
@@ -259,3 +260,46 @@ def test_gates_are_values_that_are_stored_as_such(gate: Gate) -> None:
     assert record["_codec"] == "value"
     assert codecs.decode(bson.decode(bson.encode(record)), lambda _: b"") == gate
     assert hash(dataclasses.replace(gate)) == hash(gate)  # type: ignore[type-var]
+
+
+def batches(losses: list[float], weights: list[float]) -> Scores:
+    return Scores(losses, unit="batches", weights=weights, documents=20)
+
+
+def test_batches_count_by_their_weight_and_the_verdict_says_that_they_are_compared() -> None:
+    verdict = Better().judge(batches([1.0, 9.0], [16, 4]), batches([1.5, 2.0], [16, 4]))
+    assert verdict.promote, "2.6 against 1.6"
+    assert (verdict.unit, verdict.documents) == ("batches", 20)
+    assert verdict.to_document()["unit"] == "batches"
+    assert "1.6 against the champion's 2.6 on 20 documents in 2 batches: better by 1" in verdict.why
+    assert Scores([1.0, 9.0], weights=[16, 4]).to_document() == {"objective": pytest.approx(2.6)}
+
+
+def test_the_interval_of_batches_is_that_of_the_documents_they_repeat() -> None:
+    draw = np.random.default_rng(3)
+    ours, gain = draw.normal(1.0, 0.1, 50), draw.normal(0.05, 0.1, 50)
+    plain = Better(confidence=0.95).judge(Scores(ours.tolist()), Scores((ours - gain).tolist()))
+    same = [Scores(losses.tolist(), weights=[4.0] * 50) for losses in (ours, ours - gain)]
+    assert Better(confidence=0.95).judge(*same).interval == plain.interval
+    one = np.where(np.arange(50) == 7, 1e6, 1.0)
+    weighed = [Scores(losses.tolist(), weights=one.tolist()) for losses in (ours, ours - gain)]
+    interval = Better(confidence=0.95).judge(*weighed).interval
+    assert interval is not None
+    assert interval[0] < gain[7] - 0.01 or interval[1] > gain[7] + 0.01, (
+        "a third of the resamples lack the heavy one"
+    )
+    assert interval[0] <= gain[7] + 1e-3 <= interval[1] + 2e-3
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "message"),
+    [
+        (batches([1.0], [4]), Scores([1.0]), "1 batches and the trained one on 1 documents"),
+        (batches([1.0, 2.0], [4, 3]), batches([1.0, 2.0], [3, 4]), "differs"),
+        (batches([1.0, 2.0], [4, 0]), batches([1.0, 2.0], [4, 0]), "above 0"),
+        (batches([1.0, 2.0], [4]), batches([1.0, 2.0], [4]), "for each loss"),
+    ],
+)
+def test_scores_of_other_units_or_weights_are_not_compared(ours: Scores, theirs: Scores, message: str) -> None:
+    with pytest.raises(ParameterError, match=message):
+        Better().judge(ours, theirs)

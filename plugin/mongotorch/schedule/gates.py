@@ -12,7 +12,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Final, final
+from typing import Any, ClassVar, Final, Literal, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,16 +33,30 @@ class Scores:
     """What was measured of one model.
 
     Args:
-        losses: The objective of each document, in the same order for the models that are compared.
+        losses: The objective of each unit, in the same order for the models that are compared.
         values: The objective and the metrics over all documents, by name.
+        unit: What the losses are of: `documents`, or `batches` where the objective of a batch is no mean over its
+            documents.
+        weights: What each loss counts in the mean; None: all the same.
+        documents: How many documents they are of; None: as many as there are losses.
     """
 
     losses: Sequence[float]
     values: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    unit: Literal["documents", "batches"] = "documents"
+    weights: Sequence[float] | None = None
+    documents: int | None = None
+
+    @property
+    def mean(self) -> float:
+        """The weighted mean of the losses; NaN without any. Raises: ParameterError."""
+        if len(self.losses) == 0:
+            return float("nan")
+        return _mean(_array(self.losses), _weights(self))
 
     def to_document(self) -> dict[str, float]:
         """The values, with the mean loss as `objective` if they do not contain it. Raises: ParameterError."""
-        mean = {} if len(self.losses) == 0 else {OBJECTIVE: _mean(_array(self.losses))}
+        mean = {} if len(self.losses) == 0 else {OBJECTIVE: self.mean}
         return {**mean, **{name: float(value) for name, value in self.values.items()}}
 
 
@@ -60,6 +74,7 @@ class Verdict:
         challenger: The values of the trained model; empty where it was not scored.
         interval: The confidence interval of the champion's mean loss minus the challenger's; None where the gate
             asks for none.
+        unit: What they were compared by: `documents`, or `batches`; see `Scores`.
     """
 
     promote: bool
@@ -69,6 +84,7 @@ class Verdict:
     champion: Mapping[str, float] | None = None
     challenger: Mapping[str, float] = dataclasses.field(default_factory=dict)
     interval: tuple[float, float] | None = None
+    unit: Literal["documents", "batches"] = "documents"
 
     def to_document(self) -> dict[str, Any]:
         """The fields as plain BSON."""
@@ -115,9 +131,10 @@ class Gate(abc.ABC):
             promote=promote,
             why=why,
             gate=repr(self),
-            documents=0 if challenger is None else len(challenger.losses),
+            documents=0 if challenger is None else _documents(challenger),
             champion=None if champion is None else champion.to_document(),
             challenger={} if challenger is None else challenger.to_document(),
+            unit="documents" if challenger is None else challenger.unit,
         )
 
 
@@ -163,7 +180,7 @@ class Better(Gate):
         margin: By how much the mean loss has to be lower, in its own unit; 0 promotes any that is lower.
         confidence: None compares the means. A number between 0 and 1, such as 0.95, promotes only where the lower
             end of that confidence interval of the difference is above the margin (a paired bootstrap over
-            documents).
+            documents, or over batches where the objective is no mean over documents).
 
     Raises:
         ParameterError: An argument cannot be used; `field` names it.
@@ -184,32 +201,33 @@ class Better(Gate):
         """Promotes a challenger that is better by more than the margin; see `Gate.judge`."""
         if challenger is None or len(challenger.losses) == 0:
             return self.verdict(False, "the trained model was not scored on any document", champion, challenger)
-        theirs = _array(challenger.losses)
-        if not np.isfinite(_mean(theirs)):
-            return self.verdict(False, f"the trained model's loss {_not_finite(theirs)}", champion, challenger)
+        theirs, theirs_mean = _array(challenger.losses), challenger.mean
+        if not np.isfinite(theirs_mean):
+            why = f"the trained model's loss {_not_finite(theirs, challenger.unit)}"
+            return self.verdict(False, why, champion, challenger)
         if champion is None:
             return self.verdict(True, "nothing is live yet", champion, challenger)
         ours = _array(champion.losses)
-        if ours.shape != theirs.shape:
-            raise ParameterError(
-                f"the live model was scored on {len(ours):,} documents and the trained one on {len(theirs):,}; "
-                "score both on the same",
-                field="losses",
-            )
-        if not np.isfinite(_mean(ours)):
-            return self.verdict(True, f"the live model's loss {_not_finite(ours)}", champion, challenger)
-        interval = None if self.confidence is None else interval_of_mean(ours - theirs, self.confidence)
-        gain = _mean(ours) - _mean(theirs)
+        _check_same(champion, challenger)
+        if not np.isfinite(champion.mean):
+            why = f"the live model's loss {_not_finite(ours, champion.unit)}"
+            return self.verdict(True, why, champion, challenger)
+        interval = None
+        if self.confidence is not None:
+            interval = interval_of_mean(ours - theirs, self.confidence, _weights(challenger))
+        gain = champion.mean - theirs_mean
         promote = (gain if interval is None else interval[0]) > self.margin
-        why = self._reason(_mean(ours), _mean(theirs), len(ours), interval, promote)
+        why = self._reason(champion.mean, challenger, interval, promote)
         return dataclasses.replace(self.verdict(promote, why, champion, challenger), interval=interval)
 
-    def _reason(
-        self, ours: float, theirs: float, documents: int, interval: tuple[float, float] | None, promote: bool
-    ) -> str:
+    def _reason(self, ours: float, challenger: Scores, interval: tuple[float, float] | None, promote: bool) -> str:
+        theirs = challenger.mean
         gain = ours - theirs
         compared = "equal" if gain == 0 else f"{'better' if gain > 0 else 'worse'} by {abs(gain):.4g}"
-        reason = f"mean loss {theirs:.4g} against the champion's {ours:.4g} on {documents:,} documents: {compared}"
+        on = f"{_documents(challenger):,} documents"
+        if challenger.unit == "batches":
+            on += f" in {len(challenger.losses):,} batches"
+        reason = f"mean loss {theirs:.4g} against the champion's {ours:.4g} on {on}: {compared}"
         if interval is not None:
             percent = f"{100 * (self.confidence or 0):.4g}"
             reason += f" ({percent} % interval {interval[0]:.4g} to {interval[1]:.4g})"
@@ -256,14 +274,16 @@ def gate_of(value: Any) -> Gate:
     return Asked(value)
 
 
-def interval_of_mean(differences: Losses, confidence: float) -> tuple[float, float]:
+def interval_of_mean(differences: Losses, confidence: float, weights: Losses | None = None) -> tuple[float, float]:
     """The percentile bootstrap interval of a mean, from 10,000 resamples with replacement.
 
     Takes about a second for every 10,000 differences, and a bounded amount of memory.
 
     Args:
-        differences: One finite number a document, shape (documents,), float64. A single one has no interval.
+        differences: One finite number a unit (a document or a batch), shape (units,), float64. A single one has no
+            interval.
         confidence: The share of the resampled means that lie within the interval, between 0 and 1.
+        weights: What each counts in the mean, above 0, shape (units,); None: all the same.
 
     Returns:
         Its lower and upper end; -inf and inf for fewer than two differences.
@@ -278,10 +298,34 @@ def interval_of_mean(differences: Losses, confidence: float) -> tuple[float, flo
     means = np.empty(RESAMPLES)
     for start in range(0, RESAMPLES, rows):
         size = (min(rows, RESAMPLES - start), number)
-        drawn = differences[generator.integers(0, number, size, dtype=np.uint32)]
-        means[start : start + rows] = drawn.mean(axis=1)
+        at = generator.integers(0, number, size, dtype=np.uint32)
+        if weights is None:
+            means[start : start + rows] = differences[at].mean(axis=1)
+        else:
+            means[start : start + rows] = (differences * weights)[at].sum(axis=1) / weights[at].sum(axis=1)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
+
+
+def _documents(scores: Scores) -> int:
+    return len(scores.losses) if scores.documents is None else scores.documents
+
+
+def _check_same(champion: Scores, challenger: Scores) -> None:
+    """Refuse scores of other documents. Raises: ParameterError."""
+    units = [f"{len(scores.losses):,} {scores.unit}" for scores in (champion, challenger)]
+    if units[0] != units[1]:
+        raise ParameterError(
+            f"the live model was scored on {units[0]} and the trained one on {units[1]}; score both on the same",
+            field="losses",
+        )
+    ours, theirs = _weights(champion), _weights(challenger)
+    if ours is not theirs and (ours is None or theirs is None or not np.array_equal(ours, theirs)):
+        raise ParameterError(
+            f"what the {champion.unit} count differs between the live model and the trained one; "
+            "score both on the same targets",
+            field="weights",
+        )
 
 
 def _array(losses: Sequence[float]) -> Losses:
@@ -291,12 +335,22 @@ def _array(losses: Sequence[float]) -> Losses:
     return array
 
 
-def _mean(losses: Losses) -> float:
+def _weights(scores: Scores) -> Losses | None:
+    """The weights of scores; None where all are the same. Raises: ParameterError."""
+    if scores.weights is None:
+        return None
+    array = np.asarray(scores.weights, dtype=np.float64)
+    if array.shape != (len(scores.losses),) or not (array > 0).all():
+        raise ParameterError("weights: give one number above 0 for each loss", field="weights")
+    return None if not array.size or (array == array[0]).all() else array
+
+
+def _mean(losses: Losses, weights: Losses | None) -> float:
     """The mean; not finite where a loss is not, or where their sum is beyond what a float can hold."""
     with np.errstate(over="ignore", invalid="ignore"):
-        return float(losses.mean())
+        return float(losses.mean() if weights is None else (losses * weights).sum() / weights.sum())
 
 
-def _not_finite(losses: Losses) -> str:
+def _not_finite(losses: Losses, unit: str) -> str:
     number = int(np.count_nonzero(~np.isfinite(losses)))
-    return f"is not finite on {number:,} of {len(losses):,} documents" if number else "has no finite mean"
+    return f"is not finite on {number:,} of {len(losses):,} {unit}" if number else "has no finite mean"

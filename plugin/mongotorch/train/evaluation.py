@@ -1,11 +1,11 @@
 """Measures models: the objective and the metrics over validation sets, or several models on the same documents.
 
-`evaluate` measures one model over sets of batches, for a training run. `score` measures several models with one
-loss for each document, so that they can be compared in pairs.
+`evaluate` measures one model over sets of batches, for a training run. `score` measures several models in the same
+way, and keeps the loss of each document or batch, so that they can be compared in pairs.
 
 Guarantees: the model is in `eval()` mode without gradients; a mean is over samples, not over batches. In
 `score` every batch goes to all models before the next one is read, so that a database that goes on changing
-cannot give them different documents.
+cannot give them different documents; each draws the same random numbers for it.
 """
 
 from __future__ import annotations
@@ -14,16 +14,23 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 
 from mongotorch.errors import EmptyFoldError, NonFiniteLossError, ParameterError
 from mongotorch.signature import OBJECTIVE
-from mongotorch.tensors import count_rows, map_tensors, to_device
+from mongotorch.tensors import copy_tensors, count_rows, map_tensors, to_device
 from mongotorch.train.mapping import Passed, scalar
 from mongotorch.train.metrics import Metric
-from mongotorch.train.model import TorchModel, evaluating, training_device
+from mongotorch.train.model import (
+    TorchModel,
+    evaluating,
+    generator_state,
+    seeded,
+    set_generator_state,
+    training_device,
+)
 from mongotorch.train.trainer import TorchTrainer
 
 
@@ -121,30 +128,56 @@ def _evaluate_set(
     device: torch.device,
     name: str,
 ) -> dict[str, float]:
-    running = [RunningMetric(metric, device) for metric in metrics]
-    total = torch.zeros((), dtype=torch.float64, device="cpu")
-    rows, weights = 0, 0.0
+    measured = _Measured(trainer, model, metrics, device)
     for batch in batches:
-        batch = to_device(batch, device)
-        count = batch_rows(batches, batch)
-        passed = trainer.forward(model, batch)
-        loss = scalar(trainer.compute_validation_objective(model, passed))
-        weight = count * trainer.counted_share(passed)
-        if weight:  # the mean of a batch of which nothing counts is NaN, and no part of any mean
-            total += loss.detach().double().cpu().reshape(()) * weight
-        weights += weight
-        for metric in running:
-            metric.update(passed, count)
-        rows += count
-    if not rows:
+        measured.update(batch, batch_rows(batches, batch))
+    if not measured.rows:
         raise EmptyFoldError(f"the validation set {name!r} has no batch; a validation needs documents")
-    objective = total.item() / weights if weights else math.nan
-    if not math.isfinite(objective):
+    values = measured.values()
+    if not math.isfinite(values[OBJECTIVE]):
         raise NonFiniteLossError(
-            f"the objective on the validation set {name!r} is {objective}; nothing is published. "
+            f"the objective on the validation set {name!r} is {values[OBJECTIVE]}; nothing is published. "
             "Try a lower learning rate, or look at the data"
         )
-    return {OBJECTIVE: objective, **{metric.name: metric.value() for metric in running}}
+    return values
+
+
+class _Measured:
+    """The objective and the metrics of one model, over the batches of one set.
+
+    Attributes:
+        rows: Documents so far.
+    """
+
+    def __init__(
+        self, trainer: TorchTrainer, model: TorchModel, metrics: Sequence[Metric], device: torch.device
+    ) -> None:
+        self._trainer, self._model, self._device = trainer, model, device
+        self._running = [RunningMetric(metric, device) for metric in metrics]
+        self._total = torch.zeros((), dtype=torch.float64, device="cpu")
+        self._weights, self.rows = 0.0, 0
+
+    def update(self, batch: Any, rows: int) -> tuple[Passed, float, float]:
+        """Take in a batch of so many rows; what the model made of it, its loss, and the weight of that."""
+        passed = self._trainer.forward(self._model, to_device(batch, self._device))
+        loss = self.loss(passed).double().cpu()
+        weight = rows * self._trainer.counted_share(passed)
+        if weight:  # the mean of a batch of which nothing counts is NaN, and no part of any mean
+            self._total += loss * weight
+        self._weights += weight
+        for metric in self._running:
+            metric.update(passed, rows)
+        self.rows += rows
+        return passed, loss.item(), weight
+
+    def loss(self, passed: Passed) -> torch.Tensor:
+        """The validation objective, shape (), on the model's device."""
+        return scalar(self._trainer.compute_validation_objective(self._model, passed)).detach().reshape(())
+
+    def values(self) -> dict[str, float]:
+        """The objective and the metrics over all batches, by name; NaN where nothing counted."""
+        objective = self._total.item() / self._weights if self._weights else math.nan
+        return {OBJECTIVE: objective, **{metric.name: metric.value() for metric in self._running}}
 
 
 @final
@@ -153,19 +186,26 @@ class Scored:
     """What was measured of one model.
 
     Attributes:
-        losses: The objective of each document, in the order in which they came.
-        values: `objective`, which is their mean, and the metrics by name; empty without a document.
+        unit: What `losses` are of: `documents`, or `batches` where the objective is no mean over documents.
+        losses: The objective of each unit of which something counted, in the order in which they came.
+        weights: What each of them counts in the objective over all.
+        documents: How many documents there were.
+        values: The objective and the metrics over all documents, by name; empty without a document.
     """
 
+    unit: Literal["documents", "batches"]
     losses: tuple[float, ...]
+    weights: tuple[float, ...]
+    documents: int
     values: dict[str, float]
 
 
 def score(trainer: TorchTrainer, models: Sequence[TorchModel], batches: Iterable[Any]) -> list[Scored]:
-    """Measure models on the same documents.
+    """Measure models on the same documents, as a validation does.
 
-    The loss of a document is the validation objective of a batch of that document alone. A model whose training
-    method gives the loss of a whole batch gives that loss to each document of the batch.
+    Their losses are those of single documents if the objective of each batch is, for every model, the mean of the
+    objectives of its documents alone: within 1e-4 of them, or the precision of the loss. Else they are those of
+    batches.
 
     Args:
         trainer: Maps batches and computes the objective.
@@ -182,48 +222,106 @@ def score(trainer: TorchTrainer, models: Sequence[TorchModel], batches: Iterable
         MongotorchError: What the batches raise.
     """
     scorers = [_ModelScorer(trainer, model) for model in models]
-    for batch in batches:
-        for scorer in scorers:
-            scorer.update(batch, batch_rows(batches, batch))
-    return [scorer.scored() for scorer in scorers]
+    alone = True
+    with seeded(trainer.seed):
+        for batch in batches:
+            state = generator_state()
+            for scorer in scorers:
+                set_generator_state(state)
+                # A copy each: a model may change what it gets in place.
+                scorer.update(copy_tensors(batch), batch_rows(batches, batch), alone=alone)
+            alone = alone and all(scorer.is_mean_of_documents for scorer in scorers)
+    return [scorer.scored("documents" if alone else "batches") for scorer in scorers]
 
 
 class _ModelScorer:
-    """Measures one model, batch after batch."""
+    """Measures one model, batch after batch.
+
+    Attributes:
+        is_mean_of_documents: Whether the loss of each batch was the mean of the losses of its documents.
+    """
 
     def __init__(self, trainer: TorchTrainer, model: TorchModel) -> None:
         self._trainer, self._model = trainer, model
-        self._device = training_device(trainer.compute_kwargs, model.preferred_devices)
-        model.object.to(self._device)
+        device = training_device(trainer.compute_kwargs, model.preferred_devices)
+        model.object.to(device)
         metrics = model.validation.metrics if model.validation is not None else ()
-        self._running = [RunningMetric(metric, self._device) for metric in metrics]
-        self._losses: list[float] = []
+        self._measured = _Measured(trainer, model, metrics, device)
+        self._of: dict[str, list[tuple[float, float]]] = {"documents": [], "batches": []}
+        self.is_mean_of_documents = True
 
-    def update(self, batch: Any, rows: int) -> None:
+    def update(self, batch: Any, rows: int, *, alone: bool) -> None:
+        """Take in a batch of so many rows, and each of its documents `alone`."""
         with evaluating(self._model.object):
-            batch = to_device(batch, self._device)
-            passed = self._trainer.forward(self._model, batch)
-            for metric in self._running:
-                metric.update(passed, rows)
-            losses = [self._loss(_one_row(passed, at, rows)) for at in range(rows)]
-            # One transfer for all: each makes an accelerator catch up.
-            self._losses += torch.stack(losses).double().cpu().tolist()
+            passed, loss, weight = self._measured.update(batch, rows)
+            if weight:
+                self._of["batches"].append((loss, weight))
+            if alone:
+                self._update_documents(passed, rows, loss)
 
-    def scored(self) -> Scored:
-        if not self._losses:
-            return Scored(losses=(), values={})
-        values = {OBJECTIVE: sum(self._losses) / len(self._losses)}
-        values |= {metric.name: metric.value() for metric in self._running}
-        return Scored(losses=tuple(self._losses), values=values)
+    def _update_documents(self, passed: Passed, rows: int, loss: float) -> None:
+        try:
+            each = [_one_row(passed, at, rows) for at in range(rows)]
+            weights = [self._trainer.counted_share(one) for one in each]
+            found = torch.stack([self._measured.loss(one) for one in each])
+        except Exception:  # noqa: BLE001 - whatever the objective says to a batch of one: it is of batches
+            self.is_mean_of_documents = False
+            return
+        # One transfer for all: each makes an accelerator catch up.
+        losses = [
+            (value, weight) for value, weight in zip(found.double().cpu().tolist(), weights, strict=True) if weight
+        ]
+        self.is_mean_of_documents = _is_mean(losses, loss, found.dtype) and not _is_shared(passed, losses, rows)
+        self._of["documents"] += losses
 
-    def _loss(self, passed: Passed) -> torch.Tensor:
-        return scalar(self._trainer.compute_validation_objective(self._model, passed)).detach().reshape(())
+    def scored(self, unit: Literal["documents", "batches"]) -> Scored:
+        """What was measured, with the losses of documents or of batches."""
+        losses, weights = zip(*self._of[unit], strict=True) if self._of[unit] else ((), ())
+        documents = self._measured.rows
+        values = self._measured.values() if documents else {}
+        return Scored(unit=unit, losses=losses, weights=weights, documents=documents, values=values)
+
+
+def _is_mean(losses: Sequence[tuple[float, float]], whole: float, dtype: torch.dtype) -> bool:
+    """Whether the loss of a batch is the weighted mean of losses, within what rounding explains."""
+    total = sum(weight for _, weight in losses)
+    if not total:
+        return True  # nothing counts
+    mean = sum(loss * weight for loss, weight in losses) / total
+    if not math.isfinite(whole) or not math.isfinite(mean):
+        return math.isfinite(whole) == math.isfinite(mean)
+    size = sum(abs(loss) * weight for loss, weight in losses) / total
+    precision = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+    return abs(mean - whole) <= max(1e-4, 2 * precision) * max(size, abs(whole))
+
+
+def _is_shared(passed: Passed, losses: Sequence[tuple[float, float]], rows: int) -> bool:
+    """Whether documents only seem to have losses of their own, and have that of the batch, given by the model."""
+    if rows == 1 or len({loss for loss, _ in losses}) > 1:
+        return False
+    tensors = [part for part in _tensors(passed) if part.is_floating_point()]
+    return any(not _has_rows(part, rows) for part in tensors)
+
+
+def _tensors(passed: Passed) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(keep, (passed.args, passed.kwargs))
+    return found
+
+
+def _has_rows(tensor: torch.Tensor, rows: int) -> bool:
+    return tensor.ndim > 0 and tensor.shape[0] == rows
 
 
 def _one_row(passed: Passed, row: int, rows: int) -> Passed:
     """The objective's arguments for one document: a batch of one."""
 
     def cut(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor[row : row + 1] if tensor.ndim and tensor.shape[0] == rows else tensor
+        return tensor[row : row + 1] if _has_rows(tensor, rows) else tensor
 
     return Passed(args=map_tensors(cut, passed.args), kwargs=map_tensors(cut, passed.kwargs))

@@ -9,15 +9,12 @@ depend on the trainer's seed alone, and the global generators of the program are
 
 from __future__ import annotations
 
-import contextlib
 import math
-import random
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, final
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +23,14 @@ from mongotorch.tensors import copy_tensors, to_device
 from mongotorch.train.early_stopping import EarlyStopping
 from mongotorch.train.evaluation import batch_rows, evaluate
 from mongotorch.train.mapping import scalar
-from mongotorch.train.model import TorchModel, copied_state, training_device
+from mongotorch.train.model import (
+    TorchModel,
+    copied_state,
+    generator_state,
+    seeded,
+    set_generator_state,
+    training_device,
+)
 from mongotorch.train.optimizers import continue_from, load_state, state_of
 from mongotorch.train.trainer import TorchTrainer
 
@@ -309,38 +313,3 @@ class Fit:
 
 def _on_cpu(state: Any) -> Any:
     return to_device(copy_tensors(state), torch.device("cpu"))
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed torch's, numpy's and Python's global generators inside, and restore them afterwards."""
-    before = generator_state()
-    # numpy takes 32 bits only; torch takes 64.
-    torch.manual_seed(seed % 2**63)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
-    try:
-        yield
-    finally:
-        set_generator_state(before)
-
-
-def generator_state() -> dict[str, Any]:
-    """The state of torch's (each CUDA device too), numpy's and Python's global generators."""
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [name, np.array(keys), int(position), int(has_gauss), float(cached)],
-        "python": random.getstate(),
-    }
-
-
-def set_generator_state(state: Mapping[str, Any]) -> None:
-    """Set all generators to what `generator_state` gave; CUDA devices that are not here are left out."""
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
-        torch.cuda.set_rng_state_all(list(state["cuda"]))
-    np.random.set_state(tuple(state["numpy"]))
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))

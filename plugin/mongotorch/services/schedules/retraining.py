@@ -284,7 +284,13 @@ def _scored(
 
 
 def _scores(scored: Scored) -> Scores:
-    return Scores(losses=scored.losses, values=scored.values)
+    return Scores(
+        losses=scored.losses,
+        values=scored.values,
+        unit=scored.unit,
+        weights=scored.weights,
+        documents=scored.documents,
+    )
 
 
 def _without_scores(gate: Gate, error: MongotorchError) -> Verdict:
