@@ -14,7 +14,7 @@ import hashlib
 import re
 import uuid as uuids
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Final, Self
+from typing import Any, ClassVar, Final, Self, final
 
 import bson
 
@@ -22,9 +22,11 @@ from mongotorch.codecs import (
     CODEC,
     Codecs,
     Get,
-    Put,
+    NamedBlob,
+    NewBlobs,
     codec_of,
     first_names,
+    first_names_given,
     reference,
     referenced,
     sequence_record,
@@ -85,7 +87,7 @@ class Component(abc.ABC):
         if not isinstance(other, Component) or type(self) is not type(other):
             return NotImplemented
         codecs = Codecs.default()
-        return content_digest(self, codecs) == content_digest(other, codecs)
+        return content_digest(self, Encoder(codecs)) == content_digest(other, Encoder(codecs))
 
     def __hash__(self) -> int:
         return hash((self.type_id, self.identifier))
@@ -117,17 +119,69 @@ def stored_fields(cls: type[Component]) -> list[dataclasses.Field[Any]]:
     return [field for field in dataclasses.fields(cls) if field.name not in _IDENTITY]
 
 
+@final
+class Encoder:
+    """Encodes the values of components, each once: what the digest of a component is made of is what is stored.
+
+    A value is encoded again only where its record holds names that were others in the first releases.
+
+    Args:
+        codecs: The codecs to choose from.
+
+    Attributes:
+        blobs: By name, the blobs of all records.
+    """
+
+    def __init__(self, codecs: Codecs) -> None:
+        self._codecs = codecs
+        self._new = NewBlobs()
+        # The value is kept alive, or its id could come back as another's.
+        self._records: dict[tuple[int, str | None, bool], tuple[Any, Any, frozenset[str]]] = {}
+        self.blobs: dict[str, NamedBlob] = {}
+
+    def encode(self, value: Any, *, where: str, codec: str | None = None, own: set[str] | None = None) -> Any:
+        """The record of a value.
+
+        Args:
+            value: Anything but a component.
+            where: Its name, for errors.
+            codec: The name of the codec to use, over the default choice.
+            own: Takes the names of the blobs of the record.
+
+        Raises:
+            CodecError: It cannot be stored.
+        """
+        before = first_names_given()
+        key = (id(value), codec, before is not None)
+        if key not in self._records:
+            new = NewBlobs(self._new.known)
+            record = self._codecs.encode(value, new, codec=codec, where=where)
+            self.blobs |= new.blobs
+            self._records[key] = entry = (value, record, frozenset(new.blobs))
+            if before is not None and first_names_given() == before:
+                self._records[id(value), codec, False] = entry
+        _, record, names = self._records[key]
+        if own is not None:
+            own |= names
+        return record
+
+
 def encode_component(
-    component: Component, codecs: Codecs, put: Put, ref: Ref, *, known: Mapping[str, Any] | None = None
+    component: Component,
+    encoder: Encoder,
+    ref: Ref,
+    *,
+    known: Mapping[str, Any] | None = None,
+    own: set[str] | None = None,
 ) -> dict[str, Any]:
     """The record `{"class", "fields"}` of a component.
 
     Args:
         component: What to encode.
-        codecs: The codecs to choose from.
-        put: Takes the blobs.
+        encoder: Encodes its fields and keeps their blobs.
         ref: Called for each component among the fields.
         known: By field, records that are taken as they are: those fields are not encoded.
+        own: Takes the names of the blobs of the fields that are encoded.
 
     Raises:
         CodecError: A field cannot be stored; `field` names it.
@@ -136,11 +190,11 @@ def encode_component(
     fields = {
         field.name: records[field.name]
         if field.name in records
-        else _encode_field(component, field.name, codecs, put, ref)
+        else _encode_field(component, field.name, encoder, ref, own)
         for field in stored_fields(type(component))
         if ADDED not in field.metadata or not _is_default(field, getattr(component, field.name))
     }
-    return {"class": codecs.encode(type(component), put, where="class"), "fields": fields}
+    return {"class": encoder.encode(type(component), where="class", own=own), "fields": fields}
 
 
 def begin_component(document: Mapping[str, Any], codecs: Codecs, get: Get) -> Component:
@@ -183,7 +237,7 @@ def is_trained(document: Mapping[str, Any]) -> bool:
 
 
 def content_digest(
-    component: Component, codecs: Codecs, *, known: Mapping[int, Mapping[str, Any]] | None = None
+    component: Component, encoder: Encoder, *, known: Mapping[int, Mapping[str, Any]] | None = None
 ) -> str:
     """SHA-256, in hex, of a component's class, identifier and fields, without uuid, version and db.
 
@@ -192,59 +246,55 @@ def content_digest(
 
     Args:
         component: What to digest.
-        codecs: The codecs to choose from.
+        encoder: Encodes its fields.
         known: By the `id` of a component and by field, what `digest_fields` gave of fields that did not change.
 
     Raises:
         CodecError: A field cannot be stored; `field` names it.
     """
     with first_names():
-        return _digest(component, codecs, {}, known or {})
+        return _digest(component, encoder, {}, known or {})
 
 
-def digest_fields(component: Component, codecs: Codecs, names: Iterable[str]) -> dict[str, Any]:
+def digest_fields(component: Component, encoder: Encoder, names: Iterable[str]) -> dict[str, Any]:
     """The part that some fields have in the digest of a component. Raises: CodecError."""
     with first_names():
         return {
-            name: _encode_field(component, name, codecs, _name_of_blob, lambda one: _digest(one, codecs, {}, {}))
+            name: _encode_field(component, name, encoder, lambda one: _digest(one, encoder, {}, {}), None)
             for name in names
         }
 
 
 def _digest(
-    component: Component, codecs: Codecs, met: dict[int, str], known: Mapping[int, Mapping[str, Any]]
+    component: Component, encoder: Encoder, met: dict[int, str], known: Mapping[int, Mapping[str, Any]]
 ) -> str:
     if id(component) in met:
         return met[id(component)]
     met[id(component)] = f"cycle:{component.type_id}:{component.identifier}"
 
     def ref(child: Component) -> str:
-        return _digest(child, codecs, met, known)
+        return _digest(child, encoder, met, known)
 
-    body = encode_component(component, codecs, _name_of_blob, ref, known=known.get(id(component)))
+    body = encode_component(component, encoder, ref, known=known.get(id(component)))
     content = {"type_id": component.type_id, "identifier": component.identifier, **body}
     met[id(component)] = hashlib.sha256(bson.encode(content)).hexdigest()
     return met[id(component)]
 
 
-def _name_of_blob(data: bytes | memoryview) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _encode_field(component: Component, name: str, codecs: Codecs, put: Put, ref: Ref) -> Any:
+def _encode_field(component: Component, name: str, encoder: Encoder, ref: Ref, own: set[str] | None) -> Any:
     chosen = (component.artifacts or {}).get(name)
-    return _encode(getattr(component, name), codecs, put, ref, name, chosen)
+    return _encode(getattr(component, name), encoder, ref, own, name, chosen)
 
 
-def _encode(value: Any, codecs: Codecs, put: Put, ref: Ref, where: str, codec: str | None) -> Any:
+def _encode(value: Any, encoder: Encoder, ref: Ref, own: set[str] | None, where: str, codec: str | None) -> Any:
     if isinstance(value, Component):
         return reference(ref(value), type_id=value.type_id, identifier=value.identifier)
     if isinstance(value, Query):
         return {CODEC: "query", **value.to_document()}
     if codec is None and _holds_component(value):
-        items = [_encode(v, codecs, put, ref, f"{where}[{n}]", None) for n, v in enumerate(value)]
+        items = [_encode(v, encoder, ref, own, f"{where}[{n}]", None) for n, v in enumerate(value)]
         return sequence_record(value, items)
-    return codecs.encode(value, put, codec=codec, where=where)
+    return encoder.encode(value, where=where, codec=codec, own=own)
 
 
 def _decode(record: Any, codecs: Codecs, get: Get, load_ref: LoadRef) -> Any:

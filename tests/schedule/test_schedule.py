@@ -24,7 +24,7 @@ from mongotorch import (
     TorchTrainer,
 )
 from mongotorch.codecs import Codecs
-from mongotorch.component import begin_component, content_digest, encode_component, fill_component
+from mongotorch.component import Encoder, begin_component, content_digest, encode_component, fill_component
 from mongotorch.errors import IdentifierError, ParameterError
 from mongotorch.schedule import Scores, State, gate_of
 from mongotorch.schedule.triggers import Waited
@@ -129,14 +129,11 @@ def test_updates_alone_do_not_wait_where_only_inserts_are_counted(make: Make) ->
 @pytest.mark.parametrize("gate", [Never(), lower, lambda champion, challenger: True])
 def test_what_is_stored_comes_back(make: Make, trainer: TorchTrainer, gate: Any) -> None:
     codecs = Codecs.default()
-    blobs: dict[str, bytes] = {}
+    encoder = Encoder(codecs)
     schedule = make(trigger=AnyOf(Cron("0 3 * * *", "Europe/Berlin"), NewDocuments(9)), gate=gate, max_wait=9.5)
 
-    def put(data: bytes | memoryview) -> str:
-        blobs[str(len(blobs))] = bytes(data)
-        return str(len(blobs) - 1)
-
-    body = bson.decode(bson.encode(encode_component(schedule, codecs, put, lambda child: child.uuid)))
+    body = bson.decode(bson.encode(encode_component(schedule, encoder, lambda child: child.uuid)))
+    blobs = {name: bytes(blob.data) for name, blob in encoder.blobs.items()}
     document = {"_id": schedule.uuid, "identifier": "nightly", "version": 0, **body}
     again = begin_component(document, codecs, blobs.__getitem__)
     fill_component(again, document, codecs, blobs.__getitem__, lambda uuid: trainer)
@@ -153,7 +150,9 @@ def test_what_is_stored_comes_back(make: Make, trainer: TorchTrainer, gate: Any)
 
 def test_the_content_follows_from_what_was_given(make: Make) -> None:
     codecs = Codecs.default()
-    digests = [content_digest(make(**given), codecs) for given in ({}, {}, {"paused": True}, {"gate": Never()})]
+    digests = [
+        content_digest(make(**given), Encoder(codecs)) for given in ({}, {}, {"paused": True}, {"gate": Never()})
+    ]
 
     assert digests[0] == digests[1]
     assert len(set(digests)) == 3

@@ -5,17 +5,20 @@ Nothing here knows torch or a database; `put` and `get` are handed in and decide
 
 from mongotorch.codecs.arrays import ArrayParts, decode_document, encode_document, numpy_array, numpy_parts
 from mongotorch.codecs.base import Codec, Get, Put
-from mongotorch.codecs.names import current_name, first_names, name_of, resolve
+from mongotorch.codecs.names import current_name, first_names, first_names_given, name_of, resolve
 from mongotorch.codecs.pickles import Pickled, check_python, dumps, loads, running_python
 from mongotorch.codecs.registry import (
     CODEC,
     FORMAT,
     NEWER,
+    PART_BYTES,
     READABLE,
     REFERENCE,
     RESERVED_NAMES,
     WRITTEN,
     Codecs,
+    NamedBlob,
+    NewBlobs,
     Opaque,
     check_format,
     codec_of,
@@ -30,6 +33,7 @@ __all__ = [
     "CODEC",
     "FORMAT",
     "NEWER",
+    "PART_BYTES",
     "READABLE",
     "REFERENCE",
     "RESERVED_NAMES",
@@ -38,6 +42,8 @@ __all__ = [
     "Codec",
     "Codecs",
     "Get",
+    "NamedBlob",
+    "NewBlobs",
     "Opaque",
     "Pickled",
     "Put",
@@ -50,6 +56,7 @@ __all__ = [
     "dumps",
     "encode_document",
     "first_names",
+    "first_names_given",
     "loads",
     "name_of",
     "numpy_array",

@@ -81,7 +81,7 @@ FIRST_NAMES: Final[Mapping[str, str]] = {
 }
 """From the path that the first releases stored to the public name."""
 _FIRST_OF: Final = {public: first for first, public in FIRST_NAMES.items()}
-_uses_first_names: ContextVar[bool] = ContextVar("mongotorch_first_names", default=False)
+_replaced: ContextVar[list[str] | None] = ContextVar("mongotorch_first_names", default=None)
 
 
 def stored_name(module: str, qualname: str) -> tuple[str, str]:
@@ -98,7 +98,9 @@ def stored_name(module: str, qualname: str) -> tuple[str, str]:
         return module, qualname
     top = qualname.partition(".")[0]
     home = _home(module, top)
-    if _uses_first_names.get() and (first := _FIRST_OF.get(f"{home}.{top}")):
+    replaced = _replaced.get()
+    if replaced is not None and (first := _FIRST_OF.get(f"{home}.{top}")):
+        replaced.append(first)
         home = first.rpartition(".")[0]
     return home, qualname
 
@@ -118,11 +120,17 @@ def current_name(name: str) -> str:
 @contextlib.contextmanager
 def first_names() -> Iterator[None]:
     """Let `stored_name` give the names that the first releases stored, inside and in this thread; for digests."""
-    before = _uses_first_names.set(True)
+    before = _replaced.set([])
     try:
         yield
     finally:
-        _uses_first_names.reset(before)
+        _replaced.reset(before)
+
+
+def first_names_given() -> int | None:
+    """How many names `stored_name` gave inside `first_names` that are no longer those of today; None outside."""
+    replaced = _replaced.get()
+    return None if replaced is None else len(replaced)
 
 
 def _home(module: str, top: str) -> str:

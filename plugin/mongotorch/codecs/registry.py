@@ -7,15 +7,22 @@ such parts. Packages add codecs by the entry point group `mongotorch.codecs`.
 Every document that mongotorch writes has the number of its format in `format`; one without it was written by the
 first releases and is of format 1. This release reads formats 1 and 2 and writes 2.
 
+`NewBlobs` is a `put` that stores nothing yet.
+
 Guarantees: tuples, integers beyond 64 bits and dicts whose keys are no field names come back as what they were.
-What a record says of itself (`codec_of`, `referenced`, `describe`) is read without decoding it.
+What a record says of itself (`codec_of`, `referenced`, `describe`) is read without decoding it. A blob is hashed
+once, when it is named; where another thread could change its memory afterwards it also gets checksums of what was
+hashed, so that other bytes are never stored under its name.
 """
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
 import datetime
 import hashlib
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any, Final, Self, final
@@ -45,6 +52,9 @@ READABLE: Final = {FORMAT_FIELD: {"$not": {"$gt": FORMAT}}}
 NEWER: Final = {FORMAT_FIELD: {"$gt": FORMAT}}
 """The filter for records that it cannot read."""
 
+PART_BYTES: Final = 2**20
+"""So many bytes of a blob have a checksum together."""
+
 GROUP = "mongotorch.codecs"
 _PLAIN = (
     *(type(None), bool, int, float, str, bytes),
@@ -52,6 +62,70 @@ _PLAIN = (
 )
 _RESERVED = frozenset({CODEC, REFERENCE})
 _INT64 = range(-(2**63), 2**63)
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class NamedBlob:
+    """Bytes that are going to be stored, hashed already.
+
+    Attributes:
+        name: The SHA-256 in hex.
+        data: The bytes; they may be the memory of a tensor.
+        checksums: The CRC-32 of each `PART_BYTES` of them when they were hashed; None where nothing can change
+            them.
+    """
+
+    name: str
+    data: memoryview
+    checksums: tuple[int, ...] | None = dataclasses.field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, data: bytes | bytearray | memoryview) -> Self:
+        """Name bytes. What can be written to is hashed from a copy of each part, and that copy is checksummed."""
+        view = memoryview(data).cast("B")
+        if view.readonly:
+            return cls(name=hashlib.sha256(view).hexdigest(), data=view)
+        digest, checksums = hashlib.sha256(), []
+        copy = memoryview(bytearray(min(PART_BYTES, view.nbytes)))
+        for start in range(0, view.nbytes, PART_BYTES):
+            part = copy[: min(PART_BYTES, view.nbytes - start)]
+            part[:] = view[start : start + PART_BYTES]
+            digest.update(part)
+            checksums.append(zlib.crc32(part))
+        return cls(name=digest.hexdigest(), data=view, checksums=tuple(checksums))
+
+    def is_same(self, number: int, part: bytes) -> bool:
+        """Whether a part, a copy of those `PART_BYTES` of the data, is still what was hashed."""
+        return self.checksums is None or zlib.crc32(part) == self.checksums[number]
+
+
+@final
+class NewBlobs:
+    """A `put` that names blobs and keeps them until somebody stores them.
+
+    Args:
+        known: That of an earlier one: by address and length, memory that is not hashed again.
+
+    Attributes:
+        blobs: By name.
+        known: The same, with what was named here.
+    """
+
+    def __init__(self, known: dict[tuple[int, int], NamedBlob] | None = None) -> None:
+        self.blobs: dict[str, NamedBlob] = {}
+        self.known = {} if known is None else known
+
+    def __call__(self, data: bytes | memoryview) -> str:
+        """Name a blob, and keep it."""
+        view = memoryview(data).cast("B")
+        if view.readonly or not view.nbytes:
+            blob = NamedBlob.of(view)
+        else:
+            # The memory is kept alive by what is known of it, so its address is no other's meanwhile.
+            key = ctypes.addressof(ctypes.c_char.from_buffer(view)), view.nbytes
+            blob = self.known.get(key) or self.known.setdefault(key, NamedBlob.of(view))
+        return self.blobs.setdefault(blob.name, blob).name
 
 
 @final
@@ -121,13 +195,14 @@ class Codecs:
         if type(value) not in (list, tuple, dict):
             return self._encode(value, put, codec, where)
         # One part may be refused after another was encoded: nothing is put until all are.
-        pending: list[bytes | memoryview] = []
+        new = put if isinstance(put, NewBlobs) else NewBlobs()
         try:
-            record = self._encode(value, _deferred(pending), codec, where)
+            record = self._encode(value, new, codec, where)
         except RecursionError as error:
             raise CodecError(f"{where} contains itself, or is nested too deeply", field=where) from error
-        for data in pending:
-            put(data)
+        if new is not put:
+            for blob in new.blobs.values():
+                put(blob.data)
         return record
 
     def _encode(self, value: Any, put: Put, codec: str | None, where: str) -> Any:
@@ -210,14 +285,6 @@ def _is_text(value: str) -> bool:
     except UnicodeEncodeError:  # half a surrogate pair: Python holds it, BSON does not
         return False
     return True
-
-
-def _deferred(pending: list[bytes | memoryview]) -> Put:
-    def put(data: bytes | memoryview) -> str:
-        pending.append(data)
-        return hashlib.sha256(data).hexdigest()
-
-    return put
 
 
 def _plain(value: Any) -> tuple[bool, Any]:

@@ -5,8 +5,9 @@ bucket does not work on mongomock. Chunks are larger than GridFS's usual 255 KiB
 documents; each file says its chunk size, so that any GridFS client can read it.
 
 Guarantees: the hash is checked on every read; chunks are written before the file's document, so that a blob is
-whole or not there; of two writers of the same bytes the second uses the blob of the first; a touched blob is safe
-from garbage collection for its grace period.
+whole or not there; what changes while it is stored is refused, so that a name never stands for other bytes; of two
+writers of the same bytes the second uses the blob of the first; a touched blob is safe from garbage collection for
+its grace period.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from typing import Any, Final, cast, final
 from bson import Binary, ObjectId
 from pymongo.errors import DuplicateKeyError
 
-from mongotorch.codecs import WRITTEN, check_format
+from mongotorch.codecs import PART_BYTES, WRITTEN, NamedBlob, check_format
 from mongotorch.errors import IntegrityError, NotFoundError, StoreError
 from mongotorch.mongo.error_translation import driver_errors
 from mongotorch.mongo.server_features import Later, clock_of, ensure_index, is_mock
 
 # The bucket's name is older than the word blob; databases have it.
 BUCKET: Final = "mt.artifacts"
-CHUNK_BYTES: Final = 2**20
+CHUNK_BYTES: Final = PART_BYTES  # so that the checksums of a blob are those of its chunks
 SEGMENT_BYTES: Final = 4 * CHUNK_BYTES
 """About how many bytes are sent or received in one message."""
 UPLOAD_DEADLINE_S: Final = 1800.0
@@ -59,30 +60,35 @@ class BlobStore:
         ensure_index(self._chunks, [("files_id", 1), ("n", 1)], unique=True)
 
     @driver_errors("storing a blob")
-    def put(self, data: bytes | bytearray | memoryview) -> str:
+    def put(self, data: bytes | bytearray | memoryview | NamedBlob) -> str:
         """Store a blob if it is not stored yet.
 
         Args:
-            data: The bytes, of any size; never copied as a whole.
+            data: The bytes, of any size; never copied as a whole. What was named already is not hashed again.
 
         Returns:
             The blob's name: the SHA-256 in hex.
 
         Raises:
+            IntegrityError: The bytes changed while they were stored; nothing is stored.
             StoreError: The upload took longer than `UPLOAD_DEADLINE_S`.
         """
-        view = memoryview(data).cast("B")
-        name = hashlib.sha256(view).hexdigest()
+        blob = data if isinstance(data, NamedBlob) else NamedBlob.of(data)
+        name = blob.name
         if not self.touch([name]):
             return name
         file_id, started = ObjectId(), time.monotonic()
-        _write_chunks(self._chunks, file_id, view)
+        try:
+            _write_chunks(self._chunks, file_id, blob)
+        except IntegrityError:
+            self._chunks.delete_many({"files_id": file_id})
+            raise
         if time.monotonic() - started > UPLOAD_DEADLINE_S:
             self._chunks.delete_many({"files_id": file_id})
             raise StoreError(
                 f"blob {name} took longer than {UPLOAD_DEADLINE_S:.0f} s to upload; is the network up to it?"
             )
-        file = {"filename": name, "length": view.nbytes, "chunkSize": CHUNK_BYTES, "metadata": WRITTEN}
+        file = {"filename": name, "length": blob.data.nbytes, "chunkSize": CHUNK_BYTES, "metadata": WRITTEN}
         try:
             with self._clock.alone():
                 times = {"uploadDate": Later(), "touched": Later()}
@@ -152,14 +158,21 @@ class BlobStore:
             self._chunks.delete_many({"files_id": file["_id"]})
 
 
-def _write_chunks(chunks: Any, file_id: Any, view: memoryview) -> None:
+def _write_chunks(chunks: Any, file_id: Any, blob: NamedBlob) -> None:
+    view = blob.data
+
+    def chunk(n: int) -> dict[str, Any]:
+        data = Binary(view[n * CHUNK_BYTES : (n + 1) * CHUNK_BYTES])
+        if not blob.is_same(n, data):
+            raise IntegrityError(
+                "a tensor changed while it was stored: another thread trains or changes the module; store it when "
+                "that has ended, or store a copy of it"
+            )
+        return {"files_id": file_id, "n": n, "data": data}
+
     def write(start: int) -> None:
         end = min(start + SEGMENT_BYTES, view.nbytes)
-        documents = [
-            {"files_id": file_id, "n": at // CHUNK_BYTES, "data": Binary(view[at : at + CHUNK_BYTES])}
-            for at in range(start, end, CHUNK_BYTES)
-        ]
-        chunks.insert_many(documents)
+        chunks.insert_many([chunk(at // CHUNK_BYTES) for at in range(start, end, CHUNK_BYTES)])
 
     segments = range(0, view.nbytes, SEGMENT_BYTES)
     if len(segments) < 2 or is_mock(chunks):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final, final
@@ -40,6 +41,8 @@ from mongotorch.train import (
 MOST_NEW: Final = 100_000
 """More new documents are not named one by one in a query: the run then takes all of the select."""
 Document = Mapping[str, Any]
+LoadModel = Callable[[str], TorchModel]
+"""From a uuid to its model."""
 
 
 @final
@@ -84,10 +87,11 @@ class Retraining:
         if published is None:
             schedule = self._catalog.load_uuid(job["component"])
             assert isinstance(schedule, Schedule)  # noqa: S101 - for the type checker
-            origin = self._training.origin(job) or self._begin(schedule)
+            load = functools.cache(self._catalog.load_model)  # what is served starts the run, and is judged
+            origin = self._training.origin(job) or self._begin(schedule, load)
             if origin["ids"] == []:
                 return self._without_training(schedule, job)
-            published = self._train(schedule, origin, job, lease)
+            published = self._train(schedule, origin, job, lease, load)
         name = published["schedule"]["identifier"]
         refusal = self._promote(published, job=job["_id"], who=f"schedule {name}")
         why = refusal or published["verdict"]["why"]
@@ -103,13 +107,15 @@ class Retraining:
         self._record_outcome(schedule.identifier, outcome)
         return str(served["_id"])
 
-    def _train(self, schedule: Schedule, origin: Document, job: Document, lease: Lease) -> dict[str, Any]:
-        recipe = self._recipe(schedule, origin)
+    def _train(
+        self, schedule: Schedule, origin: Document, job: Document, lease: Lease, load: LoadModel
+    ) -> dict[str, Any]:
+        recipe = self._recipe(schedule, origin, load)
         result = self._training.train(recipe, job, lease)
         # Before the new version exists: `load` without a live alias would give the newest.
         why = f"served when schedule {schedule.identifier!r} brought its first version"
         served = self._catalog.pin_served(recipe.model, why)
-        verdict = self._judge(gate_of(schedule.gate), recipe, served)
+        verdict = self._judge(gate_of(schedule.gate), recipe, served, load)
         firing = {name: job["parameters"].get(name) for name in ("firing", "reason")}
         record = {
             "schedule": {"identifier": schedule.identifier, "uuid": schedule.uuid, **firing, **origin["data"]},
@@ -119,7 +125,7 @@ class Retraining:
         lease.check()
         return self._training.publish(job, recipe, result, record)
 
-    def _begin(self, schedule: Schedule) -> dict[str, Any]:
+    def _begin(self, schedule: Schedule, load: LoadModel) -> dict[str, Any]:
         """Decide where a run starts, and on which documents; its checkpoints keep it."""
         trainer, model = trainer_and_model(schedule.trainer)
         self._assign_folds(trainer.select)
@@ -132,17 +138,17 @@ class Retraining:
         start = None
         served = self._catalog.served(model) if schedule.warm_start else None
         # A model of another structure starts from its own weights.
-        if served is not None and same_structure(model, self._catalog.load_model(served["_id"])):
+        if served is not None and same_structure(model, load(served["_id"])):
             start = {"model": served["_id"], "trainer": self._trainer_of(served)}
         return {"start": start, "ids": ids, "data": data}
 
-    def _recipe(self, schedule: Schedule, origin: Document) -> TrainingRecipe:
+    def _recipe(self, schedule: Schedule, origin: Document, load: LoadModel) -> TrainingRecipe:
         trainer, model = trainer_and_model(schedule.trainer)
         query = None
         if origin["ids"] is not None:
             query = trainer.select.fold("train").filter({"_id": {"$in": origin["ids"]}})
         if origin["start"] is not None:
-            trainer = warm_start(trainer, model, self._catalog.load_model(origin["start"]["model"]))
+            trainer = warm_start(trainer, model, load(origin["start"]["model"]))
         return TrainingRecipe(trainer=trainer, model=model, train_query=query, origin=dict(origin))
 
     def _new_documents(self, trainer: TorchTrainer, model: TorchModel) -> tuple[list[Any] | None, str]:
@@ -180,9 +186,11 @@ class Retraining:
         users = self._catalog.components.users(model["_id"])
         return next((str(user["_id"]) for user in users if user.get("anchor") == model["_id"]), None)
 
-    def _judge(self, gate: Gate, recipe: TrainingRecipe, served: Document | None) -> dict[str, Any]:
+    def _judge(
+        self, gate: Gate, recipe: TrainingRecipe, served: Document | None, load: LoadModel
+    ) -> dict[str, Any]:
         """The verdict of a gate on the trained model, plain, with the version it was compared `against`."""
-        models = [recipe.model, *([] if served is None else [self._catalog.load_model(served["_id"])])]
+        models = [recipe.model, *([] if served is None else [load(served["_id"])])]
         try:
             check_select(self._connection.database, recipe.trainer.select, folds=("valid",))
             query = recipe.trainer.select.fold("valid")

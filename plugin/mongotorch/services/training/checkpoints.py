@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self, final
 
-from mongotorch.codecs import Codecs
+from mongotorch.codecs import Codecs, NewBlobs
 from mongotorch.errors import JobReleasedError
 from mongotorch.jobs import Lease
 from mongotorch.store import BlobStore, Checkpoints
@@ -83,14 +83,10 @@ class RunCheckpoints:
             run: The record that holds for the whole run; plain BSON.
             blobs: The blobs that `run` names, by name.
         """
-        names = [self._blobs.put(data) for data in blobs.values()]
-        record = {"said": dict(run), "blobs": list(names)}
-
-        def put(data: bytes | memoryview) -> str:
-            names.append(name := self._blobs.put(data))
-            return name
-
-        body = self._codecs.encode(dict(state), put, codec="torch", where="checkpoint")
+        record = {"said": dict(run), "blobs": [self._blobs.put(data) for data in blobs.values()]}
+        new = NewBlobs()
+        body = self._codecs.encode(dict(state), new, codec="torch", where="checkpoint")
+        names = [*record["blobs"], *(self._blobs.put(blob) for blob in new.blobs.values())]
         self._checkpoints.put(
             job=job["_id"], attempt=job["attempt"], step=state["step"], body=body, blobs=names, run=record
         )

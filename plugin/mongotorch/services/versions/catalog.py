@@ -9,15 +9,15 @@ equal content is recognised and not stored again. Nothing is unpickled before it
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any, final
 
-from mongotorch.codecs import Codecs, codec_of
+from mongotorch.codecs import Codecs, NamedBlob, codec_of
 from mongotorch.component import (
     Component,
+    Encoder,
     begin_component,
     content_digest,
     digest_fields,
@@ -75,6 +75,7 @@ class _Draft:
     """Documents and blobs that are going to be written; none of them is visible yet.
 
     Attributes:
+        encoder: Encodes fields, for digests and documents.
         documents: By uuid.
         blobs: By name.
         uuids: By the id of a component, the uuid that it is, or will be, stored under.
@@ -82,8 +83,9 @@ class _Draft:
         numbers: By uuid, the only version number a document may take; None: any.
     """
 
+    encoder: Encoder
     documents: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    blobs: dict[str, bytes | memoryview] = dataclasses.field(default_factory=dict)
+    blobs: dict[str, NamedBlob] = dataclasses.field(default_factory=dict)
     uuids: dict[int, str] = dataclasses.field(default_factory=dict)
     numbers: dict[str, int] | None = None
     components: list[tuple[Component, StoredFields]] = dataclasses.field(default_factory=list)
@@ -310,9 +312,10 @@ class Catalog:
             UnsafeClosureError: A field would carry a database client; nothing was written.
             ConflictError: The uuid belongs to a different component.
         """
-        digest = content_digest(component, self.codecs)
+        encoder = Encoder(self.codecs)
+        digest = content_digest(component, encoder)
         for attempt in itertools.count(1):
-            draft = _Draft(numbers={})
+            draft = _Draft(encoder=encoder, numbers={})
             self._number(component, draft)  # before it is looked for: what comes later takes this number
             recognised = self._recognise(component, digest, exact=exact)
             if recognised is not None:
@@ -347,7 +350,7 @@ class Catalog:
         return StoredFields(
             values={name: getattr(component, name) for name in records},
             records=records,
-            digested=digest_fields(component, self.codecs, records),
+            digested=digest_fields(component, Encoder(self.codecs), records),
             blobs=frozenset(document["blobs"]),
             refs=frozenset(document["refs"]),
         )
@@ -374,14 +377,14 @@ class Catalog:
             CodecError: A field cannot be stored; nothing was written.
             ConflictError: The job has published before.
         """
-        draft = _Draft()
+        draft = _Draft(encoder=Encoder(self.codecs))
         draft.components = [(one, stored[one.uuid]) for one in (root, partner) if stored and one.uuid in stored]
         self._draft(partner, draft, always=(root.uuid, partner.uuid))
         if root.uuid not in draft.documents:
             self._draft(root, draft, always=(root.uuid, partner.uuid))
         for uuid, record in records.items():
             draft.documents[uuid].update(record)
-        draft.blobs |= blobs
+        draft.blobs |= {name: NamedBlob(name=name, data=memoryview(data)) for name, data in blobs.items()}
         document = draft.documents.pop(root.uuid)
         document["blobs"] = sorted({*document["blobs"], *blobs})
         draft.documents[partner.uuid]["anchor"] = root.uuid
@@ -415,7 +418,7 @@ class Catalog:
         """Encode a component and its parts into the draft; the uuid it is, or will be, stored under."""
         if id(component) in draft.uuids:
             return draft.uuids[id(component)]
-        digest = digest or content_digest(component, self.codecs, known=draft.digested())
+        digest = digest or content_digest(component, draft.encoder, known=draft.digested())
         draft.uuids[id(component)] = component.uuid
         self._number(component, draft)
         if component.uuid not in always:
@@ -425,6 +428,7 @@ class Catalog:
                 return str(known["_id"])
         refs: set[str] = set()
         own: set[str] = set()
+        encoded: set[str] = set()
 
         def ref(child: Component) -> str:
             refs.add(uuid := self._draft(child, draft, always=always))
@@ -435,14 +439,15 @@ class Catalog:
             unchanged = {name: fields.records[name] for name in fields.unchanged(component)}
             blobs, uuids = fields.referred(unchanged)
             own, refs = own | blobs, refs | uuids
-        body = encode_component(component, self.codecs, _collect(draft.blobs, own), ref, known=unchanged)
+        body = encode_component(component, draft.encoder, ref, known=unchanged, own=encoded)
+        draft.blobs |= {name: draft.encoder.blobs[name] for name in encoded}
         draft.documents[component.uuid] = {
             "_id": component.uuid,
             "type_id": component.type_id,
             "identifier": component.identifier,
             **body,
             "digest": digest,
-            "blobs": sorted(own),
+            "blobs": sorted(own | encoded),
             "refs": sorted(refs),
             "created": datetime.now(UTC),
         }
@@ -520,13 +525,3 @@ def _texts(record: Any) -> Iterator[str]:
     elif isinstance(record, list):
         for part in record:
             yield from _texts(part)
-
-
-def _collect(blobs: dict[str, bytes | memoryview], own: set[str]) -> Callable[[bytes | memoryview], str]:
-    def put(data: bytes | memoryview) -> str:
-        name = hashlib.sha256(data).hexdigest()
-        blobs.setdefault(name, data)
-        own.add(name)
-        return name
-
-    return put
