@@ -5,13 +5,15 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from mongotorch.data.prefetch import ThreadPrefetcher, WorkerPool, map_ordered
+from mongotorch.data.prefetch import ReadPressure, ThreadPrefetcher, WorkerPool, map_ordered
 from mongotorch.errors import DataError, EmptySelectError
 
 
@@ -23,11 +25,18 @@ def ahead(source: Iterator[int], **given: Any) -> ThreadPrefetcher[int]:
     return ThreadPrefetcher(source, **{"most": 2, "most_bytes": 99, "weigh": lambda _: 1, **given})
 
 
-def squares(items: Iterator[int], *, stopped: Callable[[], bool]) -> Iterator[int]:
+def eventually(condition: Callable[[], bool]) -> bool:
+    end_s = time.monotonic() + 10
+    while not condition() and time.monotonic() < end_s:
+        time.sleep(0.001)
+    return condition()
+
+
+def squares(items: Iterator[int], *, pressure: ReadPressure) -> Iterator[int]:
     for item in items:
         if item < 0:
             raise DataError(f"no square of {item}")
-        if not stopped():
+        if not pressure.stopped():
             yield item * item
 
 
@@ -58,7 +67,7 @@ def test_an_item_that_is_larger_than_the_bound_is_let_through() -> None:
 
 
 def test_an_error_of_the_source_is_raised_behind_what_was_read_before_it() -> None:
-    read = ahead(squares(iter([1, 2, -1, 3]), stopped=lambda: False))
+    read = ahead(squares(iter([1, 2, -1, 3]), pressure=ReadPressure()))
     assert [next(read), next(read)] == [1, 4]
     with pytest.raises(DataError):
         next(read)
@@ -66,14 +75,14 @@ def test_an_error_of_the_source_is_raised_behind_what_was_read_before_it() -> No
 
 
 def test_closing_stops_the_source_and_ends_the_thread() -> None:
-    stopped, reading = threading.Event(), threading.Event()
+    pressure, reading = ReadPressure(), threading.Event()
 
     def items() -> Iterator[int]:
         reading.set()
-        assert stopped.wait(10)
+        assert eventually(pressure.stopped)
         yield 0
 
-    read = ahead(items(), stopped=stopped)
+    read = ahead(items(), pressure=pressure)
     assert reading.wait(10)
     read.close()
     read.close()
@@ -124,6 +133,72 @@ def test_results_come_in_order_from_several_threads_and_never_too_many() -> None
     assert list(heavy) == [4, 5, 6, 7, 8]
 
 
+def test_while_nobody_waits_one_item_is_worked_on_after_the_other() -> None:
+    working = threading.Semaphore(1)
+
+    def work(n: int) -> int:
+        assert working.acquire(blocking=False)
+        time.sleep(0.002)
+        working.release()
+        return n
+
+    results = map_ordered(
+        work, iter(range(20)), threads=2, most=4, most_bytes=99, weigh=lambda _: 1, awaited=lambda: False
+    )
+    assert list(results) == list(range(20))
+
+
+def test_results_stay_in_order_where_somebody_waits_now_and_then() -> None:
+    chance = random.Random(0)
+
+    def work(n: int) -> int:
+        time.sleep(chance.random() / 1000)
+        return n
+
+    for _ in range(5):
+        results = map_ordered(
+            work,
+            iter(range(100)),
+            threads=2,
+            most=4,
+            most_bytes=99,
+            weigh=lambda _: 1,
+            awaited=lambda: chance.random() < 0.5,
+        )
+        assert list(results) == list(range(100))
+
+
+def test_a_source_knows_whether_somebody_waits() -> None:
+    pressure = ReadPressure()
+    seen: list[bool] = []
+    assert pressure.awaited()
+
+    def items() -> Iterator[int]:
+        for item in range(3):
+            seen.append(eventually(pressure.awaited if item < 2 else lambda: not pressure.awaited()))
+            yield item
+
+    read = ahead(items(), pressure=pressure, most=9)
+    assert next(read) == 0
+    assert next(read) == 1
+    assert eventually(lambda: len(seen) == 3)
+    assert seen == [True, True, True]
+    read.close()
+
+
+def test_workers_know_whether_somebody_waits_for_them() -> None:
+    def waits(items: Iterator[int], *, pressure: ReadPressure) -> Iterator[bool]:
+        for item in items:
+            yield eventually(pressure.awaited if item == 0 else lambda: not pressure.awaited())
+
+    pool = WorkerPool(waits, {"num_workers": 1, "multiprocessing_context": "fork"})
+    results = pool.map(iter([[0], [1]]), 0)
+    assert next(results)
+    time.sleep(0.5)  # the worker is at the second request now
+    assert next(results)
+    results.close()  # type: ignore[attr-defined]
+
+
 def test_an_error_in_a_thread_comes_out_in_its_place() -> None:
     def work(n: int) -> int:
         if n == 3:
@@ -158,9 +233,9 @@ def test_a_worker_stops_early_when_its_map_is_closed() -> None:
     """The second request would go on for ever if it did not see that nobody wants it."""
     begun = multiprocessing.get_context("fork").Event()
 
-    def endless(items: Iterator[int], *, stopped: Callable[[], bool]) -> Iterator[int]:
+    def endless(items: Iterator[int], *, pressure: ReadPressure) -> Iterator[int]:
         for item in items:
-            while item and not stopped():
+            while item and not pressure.stopped():
                 begun.set()
             yield item
 
@@ -189,7 +264,7 @@ def test_a_users_own_beginning_of_a_worker_is_kept() -> None:
     def begin(worker: int) -> None:
         os.environ["BEGUN"] = str(worker)
 
-    def begun(items: Iterator[int], *, stopped: Callable[[], bool]) -> Iterator[str | None]:
+    def begun(items: Iterator[int], *, pressure: ReadPressure) -> Iterator[str | None]:
         return (os.environ.get("BEGUN") for _ in items)
 
     pool = WorkerPool(begun, {"num_workers": 1, "worker_init_fn": begin})
@@ -198,7 +273,7 @@ def test_a_users_own_beginning_of_a_worker_is_kept() -> None:
     assert "BEGUN" not in os.environ
 
 
-def nicenesses(items: Iterator[int], *, stopped: Callable[[], bool]) -> Iterator[int]:
+def nicenesses(items: Iterator[int], *, pressure: ReadPressure) -> Iterator[int]:
     """The niceness of the process that works, for each item."""
     for _ in items:
         yield os.nice(0)

@@ -12,10 +12,13 @@ processes end with the process that started them.
 
 from __future__ import annotations
 
+import copy
 import itertools
+import math
 import multiprocessing
 import os
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -33,19 +36,70 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 S_contra = TypeVar("S_contra", contravariant=True)
 _THREAD = "mongotorch-prefetch"
+_HANDED_OVER_S = 0.001
 
 
 class OrderedMap(Protocol[S_contra, T_co]):
     """Turns items into results, one after the other, when they are asked for."""
 
-    def __call__(self, items: Iterator[S_contra], /, *, stopped: Callable[[], bool]) -> Iterator[T_co]:
+    def __call__(self, items: Iterator[S_contra], /, *, pressure: ReadPressure) -> Iterator[T_co]:
         """The results of the items.
 
         Args:
             items: Taken one by one.
-            stopped: Whether the results are not needed any more, so that they may end early.
+            pressure: Whether the results are needed, and whether somebody waits for one.
         """
         ...
+
+
+@final
+class ReadPressure:
+    """Whether somebody waits for a result, and whether results are needed at all; entered while somebody waits.
+
+    It may be handed to worker processes when they are started: they see what the process that made it says later.
+    What another process says is not heard, since a fork may hold a copy of a reader that is none of its business.
+    A new one is that of somebody who waits.
+    """
+
+    def __init__(self) -> None:
+        self._home = os.getpid()
+        # Aligned words: each is read and written whole, without a lock.
+        self._since_s, self._current = RawValue("d", 0.0), RawValue("q", 0)
+        self._number = 0
+
+    def __enter__(self) -> None:
+        self._wait_since(time.monotonic())
+
+    def __exit__(self, *_: object) -> None:
+        self._wait_since(math.inf)
+
+    def awaited(self) -> bool:
+        """Whether somebody waits, and has done so for longer than it takes to hand over what is ready."""
+        return bool(time.monotonic() - self._since_s.value > _HANDED_OVER_S)
+
+    def stop(self) -> None:
+        """The results that are read now are not needed any more; those of the next map are."""
+        if os.getpid() == self._home:
+            self._current.value += 1
+
+    def stopped(self) -> bool:
+        """Whether the results are not needed any more."""
+        return bool(self._current.value != self._number)
+
+    @property
+    def current(self) -> int:
+        """The number of the map whose results are needed."""
+        return int(self._current.value)
+
+    def of(self, number: int) -> ReadPressure:
+        """The same for the results of a map of this number."""
+        pressure = copy.copy(self)
+        pressure._number = number
+        return pressure
+
+    def _wait_since(self, since_s: float) -> None:
+        if os.getpid() == self._home:
+            self._since_s.value = since_s
 
 
 def map_ordered(
@@ -56,17 +110,22 @@ def map_ordered(
     most: int,
     most_bytes: int,
     weigh: Callable[[T], int],
+    awaited: Callable[[], bool] = lambda: True,
 ) -> Iterator[T]:
-    """The results of the items, in their order, several of them under way in threads.
+    """The results of the items, in their order, several of them under way in threads while somebody waits for one.
+
+    What is read ahead of what anybody needs is read one after the other: several requests at a time fill a wait
+    soonest, but where nobody waits they only take the cores from whoever computes.
 
     Args:
-        function: Called in the threads.
+        function: Called in the threads, or by whoever takes the results while nobody waits.
         items: Taken when there is room.
         threads: How many.
         most: Items under way or ready, at most.
         most_bytes: Bytes under way or ready, at most, judged by the largest result so far; one item is always
             let through.
         weigh: Bytes of a result.
+        awaited: Whether somebody waits for a result; asked once for each item.
     """
     pool = ThreadPoolExecutor(threads, thread_name_prefix=_THREAD)
     pending: deque[Future[T]] = deque()
@@ -77,7 +136,12 @@ def map_ordered(
                 result = pending.popleft().result()
                 largest = max(largest, weigh(result))
                 yield result
-            pending.append(pool.submit(function, item))
+            if awaited():
+                pending.append(pool.submit(function, item))
+                continue
+            while pending:  # what was asked for before comes first
+                yield pending.popleft().result()
+            yield function(item)
         while pending:
             yield pending.popleft().result()
     finally:
@@ -97,7 +161,7 @@ class ThreadPrefetcher(Generic[T]):
         weigh: Bytes of an item.
         sizes: What each item counts, known before it is read; one each unless given. The thread takes one of
             these before the item that it belongs to.
-        stopped: Set when the prefetcher is closed, for a source that can end early.
+        pressure: Entered while somebody waits, and stopped when the prefetcher is closed, for a source that asks.
     """
 
     def __init__(
@@ -108,9 +172,9 @@ class ThreadPrefetcher(Generic[T]):
         most_bytes: int,
         weigh: Callable[[T], int],
         sizes: Iterator[int] | None = None,
-        stopped: threading.Event | None = None,
+        pressure: ReadPressure | None = None,
     ) -> None:
-        self._buffer = _Buffer(most, most_bytes, weigh, stopped or threading.Event())
+        self._buffer = _Buffer(most, most_bytes, weigh, pressure or ReadPressure())
         sizes = itertools.repeat(1) if sizes is None else sizes
         thread = threading.Thread(target=_fill, args=(self._buffer, source, sizes), name=_THREAD, daemon=True)
         self._closing = weakref.finalize(self, _end, self._buffer, thread, source, os.getpid())
@@ -133,8 +197,8 @@ class ThreadPrefetcher(Generic[T]):
 class _Buffer(Generic[T]):
     """What the thread of a prefetcher has read and what has not been taken yet."""
 
-    def __init__(self, most: int, most_bytes: int, weigh: Callable[[T], int], stopped: threading.Event) -> None:
-        self._most, self._most_bytes, self._weigh, self._stopped = most, most_bytes, weigh, stopped
+    def __init__(self, most: int, most_bytes: int, weigh: Callable[[T], int], pressure: ReadPressure) -> None:
+        self._most, self._most_bytes, self._weigh, self._pressure = most, most_bytes, weigh, pressure
         self._ready: deque[tuple[T, int, int]] = deque()
         self._bytes = self._counted = self._taken = 0
         self._end: BaseException | None = None
@@ -145,14 +209,14 @@ class _Buffer(Generic[T]):
         with self._changed:
             self._wait(lambda: not self._counted or self._counted + size <= self._most)
             self._counted += size
-            return not self._stopped.is_set()
+            return not self._pressure.stopped()
 
     def put(self, item: T, size: int) -> bool:
         """Wait until there is room for the bytes of an item, and add it; whether it is still wanted."""
         weight = self._weigh(item)
         with self._changed:
             self._wait(lambda: not self._ready or self._bytes + weight <= self._most_bytes)
-            if self._stopped.is_set():
+            if self._pressure.stopped():
                 return False
             self._ready.append((item, size, weight))
             self._bytes += weight
@@ -164,7 +228,8 @@ class _Buffer(Generic[T]):
         with self._changed:
             self._counted, self._taken = self._counted - self._taken, 0
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._ready or self._end is not None)
+            with self._pressure:
+                self._changed.wait_for(lambda: self._ready or self._end is not None)
             if self._ready:
                 item, self._taken, weight = self._ready.popleft()
                 self._bytes -= weight
@@ -183,12 +248,12 @@ class _Buffer(Generic[T]):
     def stop(self) -> None:
         """Let go of what is ready, and let nothing more in."""
         with self._changed:
-            self._stopped.set()
+            self._pressure.stop()
             self._ready.clear()
         self.end(StopIteration())
 
     def _wait(self, room: Callable[[], bool]) -> None:
-        self._changed.wait_for(lambda: self._stopped.is_set() or room())
+        self._changed.wait_for(lambda: self._pressure.stopped() or room())
 
 
 def _fill(buffer: _Buffer[T], source: Iterator[T], sizes: Iterator[int]) -> None:
@@ -227,15 +292,14 @@ class WorkerPool(Generic[S, T]):
 
     def __init__(self, function: OrderedMap[S, T], options: Mapping[str, Any], *, niceness: int = 0) -> None:
         self._home = os.getpid()
-        # An aligned word, which workers see without a lock: the number of the map that is wanted.
-        self._current = RawValue("q", 0)
+        self._pressure = ReadPressure()
         self._requests: _Requests[S] = _Requests()
         self._options = dict(options)
         self._generator = self._options.pop("generator", None)
         self._own = torch.Generator()
         begin = self._options.pop("worker_init_fn", None)
         self._loader: DataLoader[Any] = DataLoader(
-            _RequestSet(function, self._current),
+            _RequestSet(function, self._pressure),
             sampler=self._requests,
             batch_size=None,
             collate_fn=_same,
@@ -251,13 +315,19 @@ class WorkerPool(Generic[S, T]):
             requests: The items that a worker is given at a time, taken when a worker has room.
             seed: Of the workers' generators, in place of the global one.
         """
-        number = self._current.value
+        number = self._pressure.current
         self._requests.source = ((number, items) for items in requests)
         if self._generator is None:
             self._own.manual_seed(seed)
         replies = iter(self._loader)
         try:
-            for results, error in replies:
+            while True:
+                with self._pressure:
+                    reply = next(replies, None)
+                if reply is None:
+                    return
+                results, error = reply
+                del reply  # each result is held by whoever takes it alone
                 while results:
                     yield results.pop(0)
                 if error is not None:
@@ -271,8 +341,7 @@ class WorkerPool(Generic[S, T]):
 
     def stop(self) -> None:
         """Let workers end early what they do for the current map; in a forked process it does nothing."""
-        if os.getpid() == self._home:
-            self._current.value += 1
+        self._pressure.stop()
 
     def close(self) -> None:
         """End the processes that are kept for the next map."""
@@ -297,14 +366,14 @@ class _Requests(Sampler[Any], Generic[S]):
 class _RequestSet(Dataset[Any]):
     """What a worker does with one request: as many results as it can, and the error that ended them."""
 
-    def __init__(self, function: OrderedMap[Any, Any], current: Any) -> None:
-        self._function, self._current = function, current
+    def __init__(self, function: OrderedMap[Any, Any], pressure: ReadPressure) -> None:
+        self._function, self._pressure = function, pressure
 
     def __getitem__(self, request: tuple[int, list[Any]]) -> tuple[list[Any], MongotorchError | None]:
         number, items = request
         results: list[Any] = []
         try:
-            results.extend(self._function(iter(items), stopped=lambda: self._current.value != number))
+            results.extend(self._function(iter(items), pressure=self._pressure.of(number)))
         except MongotorchError as error:  # torch would rebuild it from its message alone
             return results, error
         return results, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 from mongotorch.data import StreamSpec
 from mongotorch.data.decode.columns import Columns
 from mongotorch.data.decode.ids import U64
+from mongotorch.data.prefetch import ReadPressure
 from mongotorch.data.stream.epochs import most_together, requests, windows_from
 from mongotorch.data.stream.order import Order, WindowSpec
 from mongotorch.data.stream.windows import WindowReader
@@ -30,15 +31,20 @@ class Counted(WindowReader):
         super().__init__(spec.open_access(lambda: None), spec)
         self.count, self.window = count, 4
         self.numbers: list[int] = []
+        self.pressure, self.stop_after = ReadPressure(), -1
 
     def order(self, order: Order, start: int, count: int | None) -> Iterator[npt.NDArray[Any]]:
         """One after the other."""
         return order.consecutive(self.count, start)
 
-    def replies(self, numbers: Iterable[int], *, prefetch: bool = False) -> Iterator[Any]:
+    def replies(
+        self, numbers: Iterable[int], *, prefetch: bool = False, awaited: Callable[[], bool] = lambda: True
+    ) -> Iterator[Any]:
         """Nothing for each range."""
         for number in numbers:
             self.numbers.append(number)
+            if len(self.numbers) == self.stop_after:
+                self.pressure.stop()
             yield [b""]
 
     def keys(self, number: int, columns: Columns) -> U64:
@@ -92,9 +98,10 @@ def test_the_windows_of_an_endless_sequence_are_those_of_its_epochs() -> None:
 
 def test_reading_ends_behind_the_range_at_which_it_is_stopped() -> None:
     reader = Counted(10)
+    reader.stop_after = 2
     windows = reader.read(
         iter([WindowSpec(order=order_of(False), number=0, ranges=[0, 1, 2, 3], last=True, size=4)]),
-        stopped=lambda: len(reader.numbers) == 2,
+        pressure=reader.pressure,
     )
     found = list(windows)
     assert [window.complete for window in found] == [False]

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from mongotorch.codecs.arrays import BFLOAT16
 from mongotorch.data.decode import Column, Columns, decode
+from mongotorch.data.prefetch import ReadPressure
 from mongotorch.data.stream.position import HashMarkers, IdMarkers, Position, RowMarkers
 from mongotorch.signature import Key, check_signature
 from mongotorch.tensors import collate, concat, from_array, one_tensor, stack
@@ -376,9 +377,9 @@ class SampleBuilder:
             return self.collate_fn(samples)
         return collate(samples, columns.ids.values())
 
-    def build_each(self, many: Iterator[Columns], *, stopped: Callable[[], bool]) -> Iterator[Any]:
+    def build_each(self, many: Iterator[Columns], *, pressure: ReadPressure) -> Iterator[Any]:
         """The batches of these columns, one each, as an ordered map (see `prefetch`)."""
-        return map(self, itertools.takewhile(lambda _: not stopped(), many))
+        return map(self, itertools.takewhile(lambda _: not pressure.stopped(), many))
 
 
 def build(columns: Columns, key: Key) -> list[Any]:

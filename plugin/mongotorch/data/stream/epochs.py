@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import final
 
 from torch.utils.data import get_worker_info
 
-from mongotorch.data.prefetch import ThreadPrefetcher, WorkerPool, close_iterator
+from mongotorch.data.prefetch import ReadPressure, ThreadPrefetcher, WorkerPool, close_iterator
 from mongotorch.data.read import DatabaseAccess
 from mongotorch.data.stream.batches import Rows
 from mongotorch.data.stream.cache import CachedSelect, cache_name, download, load
@@ -156,15 +155,15 @@ class EpochReader:
         if get_worker_info() is not None or not spec.data_prefetch:
             return reader.read(specs, prefetch=False)
         specs, sizes = itertools.tee(specs)
-        stopped = threading.Event()
+        pressure = ReadPressure()
         return ThreadPrefetcher(
-            reader.read(specs, stopped=stopped.is_set),
+            reader.read(specs, pressure=pressure),
             # A shuffled window is half of the bounds at most: one is trained on while the next is put together.
             most=2 * order.window if order.shuffle else max(spec.prefetch_factor, 2),
             most_bytes=spec.prefetch_bytes,
             weigh=_weigh,
             sizes=(window.size for window in sizes),
-            stopped=stopped,
+            pressure=pressure,
         )
 
     def _reads_across(self, reader: WindowReader, order: Order) -> bool:

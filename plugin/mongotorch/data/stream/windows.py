@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mongotorch.data.decode import U64, Columns, Reply, decode, id_keys
-from mongotorch.data.prefetch import ThreadPrefetcher, close_iterator, map_ordered
+from mongotorch.data.prefetch import ReadPressure, ThreadPrefetcher, close_iterator, map_ordered
 from mongotorch.data.read import MOST_SHUFFLED_RANGES, DatabaseAccess, Plan, make_plan, resume_plan
 from mongotorch.data.stream.batches import NO_ROWS, Rows, gathered, ordered
 from mongotorch.data.stream.order import Order, WindowSpec, position_keys
@@ -106,7 +106,7 @@ class WindowReader(abc.ABC):
         specs: Iterator[WindowSpec],
         *,
         prefetch: bool = True,
-        stopped: Callable[[], bool] = lambda: False,
+        pressure: ReadPressure | None = None,
     ) -> Iterator[Window]:
         """The windows of these specs, one after the other; the last one may be short where the query ends.
 
@@ -115,16 +115,19 @@ class WindowReader(abc.ABC):
         Args:
             specs: Taken as far ahead as ranges are read ahead.
             prefetch: Whether the server reads the next ranges while one is decoded.
-            stopped: Whether the windows are not needed any more; reading then ends after the current range.
+            pressure: Whether the windows are needed (else reading ends after the current range), and whether
+                somebody waits for one (else one range is read after the other); always, unless given.
 
         Raises:
             FieldMissingError: A document lacks a field.
             ServerUnavailableError: The server cannot be read.
         """
+        pressure = pressure or ReadPressure()
         for _, epoch in itertools.groupby(specs, key=lambda spec: spec.order.epoch):
             these, following = itertools.tee(epoch)
             numbers = (number for spec in following for number in spec.ranges)
-            ranges = self.ranges(itertools.takewhile(lambda _: not stopped(), numbers), prefetch=prefetch)
+            needed = itertools.takewhile(lambda _: not pressure.stopped(), numbers)
+            ranges = self.ranges(needed, prefetch=prefetch, awaited=pressure.awaited)
             try:
                 for spec in these:
                     # Nothing is named: a name would keep the ranges, and the window, while the next one is read.
@@ -136,9 +139,11 @@ class WindowReader(abc.ABC):
             finally:
                 close_iterator(ranges)
 
-    def ranges(self, numbers: Iterable[int], *, prefetch: bool = True) -> Generator[Columns, None, None]:
+    def ranges(
+        self, numbers: Iterable[int], *, prefetch: bool = True, awaited: Callable[[], bool] = lambda: True
+    ) -> Generator[Columns, None, None]:
         """The ranges of these numbers, decoded. Raises: see `read`."""
-        replies = self.replies(numbers, prefetch=prefetch)
+        replies = self.replies(numbers, prefetch=prefetch, awaited=awaited)
         try:
             yield from map(self.decode, replies)
         finally:
@@ -149,7 +154,9 @@ class WindowReader(abc.ABC):
         return iter(range(self.count)) if self.count is not None else itertools.count()
 
     @abc.abstractmethod
-    def replies(self, numbers: Iterable[int], *, prefetch: bool = False) -> Iterator[list[Reply]]:
+    def replies(
+        self, numbers: Iterable[int], *, prefetch: bool = False, awaited: Callable[[], bool] = lambda: True
+    ) -> Iterator[list[Reply]]:
         """The ranges of these numbers as BSON; they ascend without a gap where there is no plan."""
 
     def decode(self, replies: list[Reply]) -> Columns:
@@ -187,7 +194,9 @@ class PlannedWindows(WindowReader):
         """See `WindowReader.order`."""
         return order.windows(len(self.plan), start)
 
-    def replies(self, numbers: Iterable[int], *, prefetch: bool = False) -> Iterator[list[Reply]]:
+    def replies(
+        self, numbers: Iterable[int], *, prefetch: bool = False, awaited: Callable[[], bool] = lambda: True
+    ) -> Iterator[list[Reply]]:
         """See `WindowReader.replies`: ranges are independent, so two can be asked for at a time."""
         reader = self._access.reader()
 
@@ -203,6 +212,7 @@ class PlannedWindows(WindowReader):
             most=_UNDER_WAY,
             most_bytes=self._in_flight_bytes,
             weigh=_weigh,
+            awaited=awaited,
         )
 
     def keys(self, number: int, columns: Columns) -> U64:  # noqa: ARG002 - of the interface
@@ -223,7 +233,13 @@ class OwnOrderWindows(WindowReader):
         """See `WindowReader.order`."""
         return order.consecutive(count, start)
 
-    def replies(self, numbers: Iterable[int], *, prefetch: bool = False) -> Iterator[list[Reply]]:
+    def replies(
+        self,
+        numbers: Iterable[int],
+        *,
+        prefetch: bool = False,
+        awaited: Callable[[], bool] = lambda: True,  # noqa: ARG002 - one cursor is asked anyway
+    ) -> Iterator[list[Reply]]:
         """See `WindowReader.replies`; ends where the query ends."""
         numbers = iter(numbers)
         start = next(numbers, None)
