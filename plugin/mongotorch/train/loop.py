@@ -4,7 +4,7 @@
 or captured, and another process that restores the capture goes on to the same bits.
 
 Guarantees: the weights at the end are the best by `listen` where there was a validation, else the last; draws
-depend on the trainer's seed alone, and the global generators of the program are as they were afterwards.
+depend on the trainer's seed alone (see `generators`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from mongotorch.errors import EmptySelectError, NonFiniteLossError, ParameterErr
 from mongotorch.tensors import copy_tensors, to_device
 from mongotorch.train.early_stopping import EarlyStopping
 from mongotorch.train.evaluation import batch_rows, evaluate
+from mongotorch.train.generators import RunGenerators, set_generator_state
 from mongotorch.train.mapping import scalar
 from mongotorch.train.model import (
     TorchModel,
@@ -140,6 +141,7 @@ class Fit:
         self._values = {name: list(v) for name, v in (trainer.metric_values or {}).items()}
         self._measured: dict[str, float] = {}  # by the last validation
         self._unchecked: list[Tensor] = []
+        self._generators = RunGenerators(trainer.seed)
         self.step, self._validated = 0, 0
         self._idle = 0  # epochs begun since the last step
 
@@ -150,16 +152,7 @@ class Fit:
             NonFiniteLossError: A loss, the objective of a validation, or a weight at the end is not finite.
             MongotorchError: What the batches raise.
         """
-        with seeded(self._trainer.seed):
-            self._model.object.to(self.device)
-            self._optimizers = self._trainer.get_optimizers(self._model)
-            if self._trainer.optimizer_state is not None and self._state is None:
-                continue_from(self._optimizers, self._trainer.optimizer_state)
-            self._warn_of_untrained_objective()
-            self._eval_modules = self._model.start_training()
-            if self._state is not None:
-                self._restore(self._state)
-            yield from self._steps()
+        yield from self._generators.drawing(self._events())
         self._check_losses()
         self._check_weights()
 
@@ -193,7 +186,7 @@ class Fit:
             "validated": self._validated,
             "model": now["model"] if now else copied_state(self._model.object),
             "optimizer": now["optimizer"] if now else state_of(self._optimizers),
-            "random": generator_state(),
+            "random": self._generators.state(),
             "batches": self._batches.state_dict(),
             "values": {name: list(values) for name, values in self._values.items()},
             "measured": self._measured,
@@ -209,6 +202,17 @@ class Fit:
         self._measured = dict(state.get("measured", {}))
         self._best.load_state_dict(state["best"])
         set_generator_state(state["random"])
+
+    def _events(self) -> Generator[Event]:
+        self._model.object.to(self.device)
+        self._optimizers = self._trainer.get_optimizers(self._model)
+        if self._trainer.optimizer_state is not None and self._state is None:
+            continue_from(self._optimizers, self._trainer.optimizer_state)
+        self._warn_of_untrained_objective()
+        self._eval_modules = self._model.start_training()
+        if self._state is not None:
+            self._restore(self._state)
+        yield from self._steps()
 
     def _steps(self) -> Iterator[Event]:
         if self._is_validation_due():  # the run that was captured ended between a step and its validation

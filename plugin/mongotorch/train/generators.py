@@ -1,0 +1,146 @@
+"""Gives each run the process's random generators for itself: those of torch, numpy and Python.
+
+A module draws its dropout, and a transform its noise, from generators that a process has once. So runs take turns,
+from one event to the next, and each finds the generators as it left them.
+
+Guarantees: the draws of a run depend on its seed alone, also beside runs in other threads or inside a step of
+another run; the program finds its generators as they were before the runs. Other threads of the program that draw
+while a run is under way are not kept apart from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import threading
+from collections.abc import Generator, Iterator, Mapping
+from typing import Any, TypeVar, final
+
+import numpy as np
+import torch
+
+T = TypeVar("T")
+
+
+@final
+class RunGenerators:
+    """The random generators of one run.
+
+    Args:
+        seed: Where they start.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._state: dict[str, Any] | None = None  # None before the first draw
+
+    def drawing(self, source: Generator[T]) -> Generator[T]:
+        """The items of a source that draws from these generators, each made in a turn of this run."""
+        try:
+            while True:
+                with _turns.turn(self):
+                    try:
+                        item = next(source)
+                    except StopIteration:
+                        return
+                yield item
+        finally:
+            source.close()
+            _turns.end(self)
+
+    def state(self) -> dict[str, Any]:
+        """The state of the generators between two items."""
+        return _turns.state(self)
+
+    def save(self) -> None:
+        """Take over the state of the process's generators."""
+        self._state = generator_state()
+
+    def load(self) -> None:
+        """Give the process's generators this state."""
+        if self._state is None:
+            # numpy takes 32 bits only; torch takes 64.
+            torch.manual_seed(self._seed % 2**63)
+            np.random.seed(self._seed % 2**32)
+            random.seed(self._seed)
+        else:
+            set_generator_state(self._state)
+
+
+@final
+class _Turns:
+    """Whose state the process's generators have: one for the process, as the generators are."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._program = RunGenerators(0)
+        self._active = self._program
+        self._depth = 0
+
+    @contextlib.contextmanager
+    def turn(self, run: RunGenerators) -> Iterator[None]:
+        """Let a run draw; waits while a run of another thread has its turn."""
+        with self._lock:
+            before = self._active
+            self._switch(run)
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+                if self._depth:  # a run inside a step of another one, which goes on now
+                    self._switch(before)
+
+    def end(self, run: RunGenerators) -> None:
+        """Give the generators back to the program."""
+        with self._lock:
+            if self._active is run:
+                self._switch(self._program)
+
+    def state(self, run: RunGenerators) -> dict[str, Any]:
+        """The state of a run that is between two turns."""
+        with self._lock:
+            if self._active is run:
+                run.save()
+            return dict(run._state or {})
+
+    def _switch(self, run: RunGenerators) -> None:
+        if self._active is not run:
+            self._active.save()
+            run.load()
+            self._active = run
+
+
+_turns = _Turns()
+
+
+def _after_fork() -> None:
+    """A turn that another thread had is not in the new process."""
+    global _turns
+    _turns = _Turns()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def generator_state() -> dict[str, Any]:
+    """The state of torch's (each CUDA device too), numpy's and Python's global generators."""
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [name, np.array(keys), int(position), int(has_gauss), float(cached)],
+        "python": random.getstate(),
+    }
+
+
+def set_generator_state(state: Mapping[str, Any]) -> None:
+    """Set all generators to what `generator_state` gave; CUDA devices that are not here are left out."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
+        torch.cuda.set_rng_state_all(list(state["cuda"]))
+    np.random.set_state(tuple(state["numpy"]))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
