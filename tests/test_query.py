@@ -88,3 +88,26 @@ def test_the_order_of_keys_matters_as_it_does_to_mongodb() -> None:
 def test_what_cannot_be_run_or_stored_is_refused_at_once(make: Any) -> None:
     with pytest.raises(QueryError):
         make()
+
+
+@pytest.mark.parametrize(
+    ("query", "repeatable", "keeps_ids"),
+    [
+        (Query.find("c", {"a": 1}), True, True),
+        (Query.find("c", {"$sampleRate": 0.3}), False, True),
+        (Query.find("c", {"$expr": {"$lt": [{"$rand": {}}, 0.5]}}), False, True),
+        (Query.find("c", {"$expr": {"$gt": ["$at", "$$NOW"]}}), False, True),
+        (Query.find("c", {"note": "$sample"}), True, True),
+        (Query.aggregate("c", [{"$sample": {"size": 3}}]), False, True),
+        (Query.aggregate("c", [{"$lookup": {"from": "d", "pipeline": [{"$sample": {"size": 1}}]}}]), False, True),
+        (Query.aggregate("c", [{"$unwind": "$a"}, {"$project": {"_id": 1, "a": 1}}]), True, True),
+        (Query.aggregate("c", [{"$project": {"_id": 0, "a": 1}}]), True, False),
+        (Query.aggregate("c", [{"$addFields": {"_id": "$a"}}]), True, False),
+        (Query.aggregate("c", [{"$unset": ["a", "_id"]}]), True, False),
+        (Query.aggregate("c", [{"$group": {"_id": "$a"}}]), True, False),
+    ],
+)
+def test_a_query_says_whether_it_is_random_and_whose_ids_it_gives(
+    query: Query, repeatable: bool, keeps_ids: bool
+) -> None:
+    assert (query.is_repeatable, query.keeps_ids) == (repeatable, keeps_ids)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Self, final
 
 import bson
@@ -162,6 +162,17 @@ class Query:
             return []
         return ([{"$match": self.where}] if self.where else []) + list(self._unpacked["pipeline"])
 
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether nothing in it is random, so that it gives the same documents as long as those do not change."""
+        return not any(operator in _RANDOM for operator in _operators(self._unpacked))
+
+    @property
+    def keeps_ids(self) -> bool:
+        """Whether the `_id` of each result is that of a document of the collection."""
+        stages = self._unpacked.get("pipeline", [])
+        return not any(_changes_id(name, options) for stage in stages for name, options in stage.items())
+
     def to_document(self) -> dict[str, Any]:
         """The query as plain BSON; filter, projection and pipeline are canonical extended JSON text in it."""
         body = {key: json_util.dumps(_escaped(value), json_options=_JSON) for key, value in self._unpacked.items()}
@@ -237,3 +248,33 @@ def _count(what: str, n: int, *, least: int) -> int:
     if isinstance(n, bool) or not isinstance(n, int) or n < least:
         raise QueryError(f"{what} takes a whole number from {least} up, not {n!r}", field=what)
     return n
+
+
+_RANDOM = frozenset({"$sample", "$sampleRate", "$rand", "$$NOW", "$$CLUSTER_TIME"})
+_OTHER_IDS = frozenset(
+    {
+        *("$group", "$bucket", "$bucketAuto", "$sortByCount", "$count", "$facet", "$replaceRoot", "$replaceWith"),
+        *("$unionWith", "$documents", "$densify"),
+    }
+)
+
+
+def _operators(value: Any) -> Iterator[str]:
+    """The operators and variables in a filter or pipeline, at any depth."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield name
+            yield from _operators(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _operators(inner)
+    elif isinstance(value, str) and value.startswith("$$"):
+        yield value
+
+
+def _changes_id(stage: str, options: Any) -> bool:
+    if stage == "$unset":
+        return "_id" in ([options] if isinstance(options, str) else options)
+    if stage in ("$project", "$addFields", "$set") and isinstance(options, Mapping) and "_id" in options:
+        return stage != "$project" or options["_id"] not in (1, True)
+    return stage in _OTHER_IDS

@@ -287,3 +287,31 @@ def test_a_run_that_is_gone_on_with_keeps_the_facts_it_began_with(uri: str, tmp_
         assert document["data"]["members"] in document["blobs"]
         assert db.trained_on("late") == []
         assert len(db.trained_on(fold_ids(db, "train")[0])) == 1
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [[{"$sample": {"size": 30}}], [{"$project": {"_id": 0, "x": 1, "y": 1}}], [{"$group": {"_id": "$y"}}]],
+)
+def test_a_query_that_does_not_say_which_documents_it_gave_is_not_certain(
+    db: Datalayer, stages: list[dict[str, Any]]
+) -> None:
+    fill(db)
+    if "$group" in stages[0]:
+        stages = [{"$group": {"_id": "$y", "x": {"$first": "$x"}, "y": {"$first": "$y"}}}]
+    select = Query.aggregate(COLLECTION, stages)
+    trained = db.apply(trainer(select, in_memory=True, validation_interval=None)).result()
+
+    found = {document_id: db.trained_on(document_id) for document_id in (0, 119, "never there")}
+    assert {one.uuid for versions in found.values() for one in versions} == {trained.uuid}
+    assert not any(one.certain for versions in found.values() for one in versions)
+
+
+def test_a_random_query_does_not_claim_the_same_bits(db: Datalayer) -> None:
+    fill(db)
+    select = Query.aggregate(COLLECTION, [{"$sample": {"size": 30}}])
+    trained = db.apply(trainer(select, in_memory=True, validation_interval=None)).result()
+
+    reproduced = db.reproduce(trained.uuid)
+    assert not reproduced.trained
+    assert "other documents each time" in str(reproduced)

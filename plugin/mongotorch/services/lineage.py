@@ -86,7 +86,8 @@ class TrainedOn:
         identifier: Its name.
         version: Its version.
         uuid: Its identity.
-        certain: False if its training set was not recorded by document: it may contain this one.
+        certain: False if its training set was not recorded by document, or its query gives other documents each
+            time (`$sample`) or results with an `_id` of their own: it may contain this one.
     """
 
     type_id: str
@@ -131,12 +132,12 @@ def trained_on(catalog: Catalog, document_id: Any, collection: str | None = None
     contained: dict[str | None, bool] = {}  # many versions share one set
     found = []
     for document in catalog.components.trained(collection):
-        name = document["data"].get("members")
+        name, certain = document["data"].get("members"), document["data"].get("certain", True)
         if name is not None and name not in contained:
             contained[name] = Members.from_bytes(catalog.blobs.get(name)).holds(document_id)
-        if name is None or contained[name]:
+        if name is None or not certain or contained[name]:
             version = {key: document[key] for key in ("type_id", "identifier", "version")}
-            found.append(TrainedOn(**version, uuid=document["_id"], certain=name is not None))
+            found.append(TrainedOn(**version, uuid=document["_id"], certain=certain and name is not None))
     return found
 
 
@@ -177,6 +178,8 @@ def _members(catalog: Catalog, record: Mapping[str, Any] | None) -> Members:
         return Members.from_bytes(catalog.blobs.get(record["members"]))
     if "train" not in record:
         raise DataError("it was trained without lineage (the setting `lineage` was off)")
+    if not record.get("certain", True):
+        raise DataError("its query gives other documents each time")
     raise DataError(f"its {record['train']['count']} documents are too many to be kept one by one")
 
 

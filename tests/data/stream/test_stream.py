@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from bson.binary import BinaryVectorDtype
 from torch.utils.data import DataLoader
 
 import mongotorch
+from mongotorch import Datalayer
 from mongotorch.data import Stream, StreamSpec, assign_folds, check_select, fold_of
 from mongotorch.errors import (
     DataError,
@@ -21,6 +23,7 @@ from mongotorch.errors import (
     EmptySelectError,
     FieldMissingError,
     FoldMissingError,
+    QueryError,
     ShapeError,
 )
 from mongotorch.mongo.connection import open_address
@@ -382,3 +385,23 @@ def test_folds_are_checked_and_assigned(documents: Any, database: Any) -> None:
     for found in documents.find({}, {"_fold": 1}):
         assert found["_fold"] == fold_of(found["_id"], 0.2)
     check_select(database, SELECT)
+
+
+def test_a_computed_projection_is_shuffled_whether_or_not_it_gives_the_id(mongod: str) -> None:
+    with Datalayer.connect(f"mongodb://{mongod}/computed{uuid4().hex[:8]}", progress=False) as db:
+        db["c"].raw.insert_many([{"_id": n, "n": n} for n in range(100)])
+
+        def read(projection: dict[str, Any], *, shuffle: bool) -> list[int]:
+            select = Query.find("c", {}, projection)
+            with db.stream(select, key="twice", batch_size=10, shuffle=shuffle, seed=3) as stream:
+                return [value for batch in stream for value in batch.tolist()]
+
+        twice = {"twice": {"$multiply": ["$n", 2]}}
+        shuffled = read(twice, shuffle=True)
+        assert read(twice, shuffle=False) == [2 * n for n in range(100)]
+        assert sorted(shuffled) == [2 * n for n in range(100)]
+        assert shuffled != sorted(shuffled)
+        assert read({"_id": 0, **twice}, shuffle=True) == shuffled
+        with pytest.raises(QueryError, match="computes `_id`"):
+            read({**twice, "_id": {"$multiply": ["$n", -1]}}, shuffle=True)
+        db["c"].raw.database.client.drop_database(db["c"].raw.database.name)

@@ -25,6 +25,7 @@ from bson.raw_bson import RawBSONDocument
 from pymongo.errors import PyMongoError
 
 from mongotorch.data.decode import Reply, find_command, found, last_id, offsets, sort_key
+from mongotorch.errors import QueryError
 from mongotorch.mongo.retry import RetryPolicy
 from mongotorch.mongo.server_features import is_mock
 from mongotorch.query import Query
@@ -57,6 +58,9 @@ class Reader(abc.ABC):
         projection: What of each document.
         retry: How long broken reads are tried again.
 
+    Raises:
+        QueryError: The query's own projection computes `_id`.
+
     Attributes:
         threads: How many ranges may be read at a time.
     """
@@ -69,7 +73,13 @@ class Reader(abc.ABC):
         self.retry = retry
         own = query.projection_document or {}
         computed = any(not isinstance(value, int | float) for value in own.values())
-        self.projection = dict(own) if computed else dict(projection)
+        if computed and own.get("_id", 1) not in (0, 1):
+            raise QueryError(
+                "the projection computes `_id`, by which documents are read; give what it computes another name",
+                field="projection",
+            )
+        # Without `_id` nothing could be shuffled, and no broken read continued.
+        self.projection = {**own, "_id": 1} if computed else dict(projection)
 
     @abc.abstractmethod
     def ends(self) -> tuple[Any, Any] | None:

@@ -133,8 +133,17 @@ def data_provenance(recipe: TrainingRecipe, connection: Connection, settings: Se
     record["watermark"] = watermark(connection.database, read_deadline_s=settings.read_deadline_s)
     train = scan(recipe.training, recipe, connection, settings)
     valid = None if recipe.validation is None else scan(recipe.validation, recipe, connection, settings)
+    if not recipe.training.is_repeatable:
+        # What the run will read are other documents: only how many there are is known.
+        counts = {
+            name: None if one is None else {"count": one.count}
+            for name, one in (("train", train), ("valid", valid))
+        }
+        return DataProvenance(record={**record, **counts, "members": None, "certain": False})
     record["train"] = summary(train)
     record["valid"] = None if valid is None else summary(valid)
+    if not recipe.training.keeps_ids:
+        record["certain"] = False
     if train.rows is None:
         return DataProvenance(record={**record, "members": None})
     blob = train.to_bytes()
