@@ -21,16 +21,10 @@ import torch
 from mongotorch.errors import EmptyFoldError, NonFiniteLossError, ParameterError
 from mongotorch.signature import OBJECTIVE
 from mongotorch.tensors import copy_tensors, count_rows, map_tensors, to_device
+from mongotorch.train.generators import generator_state, seeded, set_generator_state
 from mongotorch.train.mapping import Passed, scalar
 from mongotorch.train.metrics import Metric
-from mongotorch.train.model import (
-    TorchModel,
-    evaluating,
-    generator_state,
-    seeded,
-    set_generator_state,
-    training_device,
-)
+from mongotorch.train.model import TorchModel, evaluating, training_device
 from mongotorch.train.trainer import TorchTrainer
 
 

@@ -115,6 +115,17 @@ class _Turns:
 _turns = _Turns()
 
 
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Let what is inside draw from generators of its own that start from a seed, in one turn."""
+    generators = RunGenerators(seed)
+    try:
+        with _turns.turn(generators):
+            yield
+    finally:
+        _turns.end(generators)
+
+
 def _after_fork() -> None:
     """A turn that another thread had is not in the new process."""
     global _turns

@@ -24,14 +24,7 @@ from mongotorch.train.early_stopping import EarlyStopping
 from mongotorch.train.evaluation import batch_rows, evaluate
 from mongotorch.train.generators import RunGenerators, set_generator_state
 from mongotorch.train.mapping import scalar
-from mongotorch.train.model import (
-    TorchModel,
-    copied_state,
-    generator_state,
-    seeded,
-    set_generator_state,
-    training_device,
-)
+from mongotorch.train.model import TorchModel, copied_state, training_device
 from mongotorch.train.optimizers import continue_from, load_state, state_of
 from mongotorch.train.trainer import TorchTrainer
 

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, final
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -239,38 +237,3 @@ def _structure(model: TorchModel) -> dict[str, tuple[Any, ...]]:
         name: (tuple(getattr(part, "shape", ())), str(getattr(part, "dtype", type(part))))
         for name, part in state.items()
     }
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed torch's, numpy's and Python's global generators inside, and restore them afterwards."""
-    before = generator_state()
-    # numpy takes 32 bits only; torch takes 64.
-    torch.manual_seed(seed % 2**63)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
-    try:
-        yield
-    finally:
-        set_generator_state(before)
-
-
-def generator_state() -> dict[str, Any]:
-    """The state of torch's (each CUDA device too), numpy's and Python's global generators."""
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [name, np.array(keys), int(position), int(has_gauss), float(cached)],
-        "python": random.getstate(),
-    }
-
-
-def set_generator_state(state: Mapping[str, Any]) -> None:
-    """Set all generators to what `generator_state` gave; CUDA devices that are not here are left out."""
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
-        torch.cuda.set_rng_state_all(list(state["cuda"]))
-    np.random.set_state(tuple(state["numpy"]))
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
