@@ -236,6 +236,11 @@ def is_trained(document: Mapping[str, Any]) -> bool:
     return document.get("job") is not None
 
 
+def is_refused(document: Mapping[str, Any]) -> bool:
+    """Whether a stored document is a version that the gate of a schedule did not let through."""
+    return (document.get("verdict") or {}).get("promote") is False
+
+
 def content_digest(
     component: Component, encoder: Encoder, *, known: Mapping[int, Mapping[str, Any]] | None = None
 ) -> str:

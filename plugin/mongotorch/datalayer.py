@@ -220,7 +220,8 @@ class Datalayer(Owner):
             identifier: Its name.
             version: Its version; None is the one that the alias names.
             uuid: Instead of all these: exactly that version.
-            alias: The alias; None is `live`, or the newest version if `live` names none.
+            alias: The alias; None is `live`. If `live` names none: the newest version that a run published and no
+                gate refused, or where there is none the newest of all that no gate refused.
             code: A module of the stored structure: its weights are filled in, and nothing that the database
                 holds is unpickled, imported or executed.
 
@@ -306,7 +307,7 @@ class Datalayer(Owner):
         Args:
             type_id: The kind.
             identifier: The name.
-            version: The version; None is the newest that a run published (the newest of all
+            version: The version; None is the newest that a run published and no gate refused (the newest of all
                 where none was trained), unless a uuid is given.
             uuid: Instead of the version.
             alias: The alias.
@@ -375,7 +376,7 @@ class Datalayer(Owner):
         Args:
             type_id: The kind: `model`.
             identifier: The name.
-            alias: The alias. While `live` names nothing, the version is the newest at the time of this call.
+            alias: The alias. While `live` names nothing, it is what `load` gives at the time of this call.
             on_promote: Called with the old and the new model, in that thread, after each change; an error in it
                 is logged and kept in `error`.
 

@@ -9,6 +9,7 @@ document is returned only if its signature is valid.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, final
@@ -16,6 +17,7 @@ from typing import Any, Final, final
 from pymongo.errors import DuplicateKeyError
 
 from mongotorch.codecs import WRITTEN, check_format
+from mongotorch.component import is_refused
 from mongotorch.errors import ConflictError, IntegrityError, NotFoundError
 from mongotorch.mongo.error_translation import driver_errors
 from mongotorch.mongo.server_features import clock_of, ensure_index
@@ -26,8 +28,11 @@ COLLECTION: Final = "mt.components"
 REMOVED: Final = "mt.removed"
 """For each name of which a version was removed: the highest number that was."""
 KIND: Final = "component"
+_NOT_REFUSED: Final = {"verdict.promote": {"$ne": False}}
 SLOW_S: Final = 60.0
 """A publication that takes longer checks afterwards again that nothing it needs was collected."""
+
+_log = logging.getLogger("mongotorch")
 
 
 @final
@@ -183,16 +188,47 @@ class Components:
 
     @driver_errors("looking for a component")
     def newest_by_default(self, type_id: str, identifier: str) -> dict[str, Any]:
-        """The document that a name without a version means: the newest version that a run published.
+        """The document that a name without a version means: the newest that a run published and no gate refused.
 
-        Where no version was trained it is the newest of all.
+        Where there is none, it is the newest of all that no gate refused.
 
         Raises:
-            NotFoundError: There is no version.
+            NotFoundError: There is no version, or only ones that a gate refused.
             TrustError: A trusted key did not sign it.
         """
-        trained = self._checked(next(self._named(type_id, identifier, job={"$type": "string"}), None))
-        return self.find(type_id, identifier) if trained is None else trained
+        trained = self.newest_trained(type_id, identifier)
+        if trained is None:
+            return self.find(type_id, identifier)
+        if not is_refused(trained):
+            return trained
+        found = self.newest_trained(type_id, identifier, refused=False)
+        if found is not None:
+            return found
+        name = f"{type_id} {identifier!r}"
+        found = self._checked(next(self._named(type_id, identifier, **_NOT_REFUSED), None))
+        if found is None:
+            raise NotFoundError(
+                f"no version of {name} but those that the gate of a schedule refused; name one, or promote it"
+            )
+        _log.warning(
+            "no version of %s is live, and the trained ones were refused: this is version %s, which was not "
+            "trained; promote a version, or name one",
+            name,
+            found["version"],
+        )
+        return found
+
+    @driver_errors("looking for a component")
+    def newest_trained(self, type_id: str, identifier: str, *, refused: bool = True) -> dict[str, Any] | None:
+        """The newest version that a run published; None where there is none. Raises: TrustError, FormatError.
+
+        Args:
+            type_id: The kind.
+            identifier: The name.
+            refused: Whether one that the gate of a schedule refused counts.
+        """
+        more = {} if refused else _NOT_REFUSED
+        return self._checked(next(self._named(type_id, identifier, job={"$type": "string"}, **more), None))
 
     @driver_errors("looking for a component")
     def by_digest(self, type_id: str, identifier: str, digest: str) -> dict[str, Any] | None:

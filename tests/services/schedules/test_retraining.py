@@ -38,7 +38,8 @@ def of(db: Datalayer) -> dict[str, Any]:
 
 
 def test_new_documents_start_a_run_that_goes_live_when_it_is_better(db: Datalayer) -> None:
-    fill(db)
+    select = fill(db)
+    db.apply(trainer(select, max_iterations=2)).result()
     db.apply(schedule(db, NewDocuments(30)))
     insert(db, 29)
     work(db)
@@ -50,14 +51,14 @@ def test_new_documents_start_a_run_that_goes_live_when_it_is_better(db: Datalaye
     assert (document["firings"], document["state"]["inserted"]) == (1, 0)
     assert document["outcome"]["promoted"], document["outcome"]
     live = db.load("model", "m")
-    assert live.version == 1
-    said = db.show("model", "m", 1)
+    assert live.version == 2
+    said = db.show("model", "m", 2)
     assert said["verdict"]["promote"]
-    assert said["verdict"]["against"]["version"] == 0
+    assert said["verdict"]["against"]["version"] == 1
     assert said["verdict"]["challenger"]["objective"] < said["verdict"]["champion"]["objective"]
     assert said["schedule"]["identifier"] == "s"
     assert db[COLLECTION].count({"_fold": {"$exists": False}}) == 0
-    assert [move.to_version for move in db.history("model", "m")] == [0, 1]
+    assert [move.to_version for move in db.history("model", "m")] == [1, 2]
 
 
 def test_documents_count_once_whoever_inserts_them_and_whatever_their_id(db: Datalayer) -> None:
@@ -213,22 +214,24 @@ def test_a_challenger_of_noise_is_stored_and_not_live(db: Datalayer) -> None:
 
 
 def test_a_shadow_is_scored_and_promoted_by_hand(db: Datalayer) -> None:
-    fill(db)
+    select = fill(db)
+    db.apply(trainer(select, max_iterations=2)).result()
     db.apply(schedule(db, Every(seconds=1e6), gate=Never()))
     shadow = run_by_hand(db)
     verdict = db.show("model", "m", shadow.version)["verdict"]
     assert verdict["challenger"]["objective"] < verdict["champion"]["objective"]
-    assert db.load("model", "m").version == 0
+    assert db.load("model", "m").version == 1
     db.promote("model", "m", shadow.version)
     assert db.load("model", "m").uuid == shadow.uuid
 
 
 def test_a_gate_that_cannot_compare_promotes_nothing(db: Datalayer) -> None:
-    fill(db)
+    select = fill(db)
+    db.apply(trainer(select, max_iterations=2)).result()
     db.apply(schedule(db, Every(seconds=1e6), gate=Better(margin=100.0)))
     version = run_by_hand(db).version
     assert "not more than the margin" in db.show("model", "m", version)["verdict"]["why"]
-    assert db.load("model", "m").version == 0
+    assert db.load("model", "m").version == 1
 
 
 def test_a_measurement_of_the_live_model_starts_a_run(db: Datalayer) -> None:

@@ -48,7 +48,7 @@ class Register:
         self.trigger_of = functools.lru_cache(maxsize=10_000)(self._trigger)
 
     def apply(self, schedule: Schedule) -> str:
-        """Store a schedule, and start it; the version of its model that is served stays served.
+        """Store a schedule, and start it; a trained version of its model that is served becomes live.
 
         Returns:
             The uuid that it is stored under.
@@ -60,7 +60,7 @@ class Register:
         """
         trainer, model = trainer_and_model(schedule.trainer)
         trainer.check_model(model)
-        self._catalog.pin_served(model, f"served when schedule {schedule.identifier!r} was applied")
+        self._catalog.pin_champion(model, f"served when schedule {schedule.identifier!r} was applied")
         uuid = self._catalog.store(schedule)
         self._put(schedule, trainer.select, uuid)
         return uuid

@@ -100,12 +100,15 @@ class Retraining:
         return str(published["_id"])
 
     def _without_training(self, schedule: Schedule, job: Document) -> str:
-        """No document is new: nothing is trained, and the version that is served is the result."""
-        served = self._catalog.served(trainer_and_model(schedule.trainer)[1])
-        assert served is not None  # noqa: S101 - applying the schedule stored its model
-        outcome = _outcome(job, served, promoted=False, why="no document is new")
+        """No document is new: nothing is trained, and the live version, or the newest, is the result."""
+        model = trainer_and_model(schedule.trainer)[1]
+        known = self._catalog.champion(model)
+        if known is None:  # the gate refused them all
+            known = self._catalog.components.newest_trained(model.type_id, model.identifier)
+        assert known is not None  # noqa: S101 - the documents are those of a trained version
+        outcome = _outcome(job, known, promoted=False, why="no document is new")
         self._record_outcome(schedule.identifier, outcome)
-        return str(served["_id"])
+        return str(known["_id"])
 
     def _train(
         self, schedule: Schedule, origin: Document, job: Document, lease: Lease, load: LoadModel
@@ -114,8 +117,8 @@ class Retraining:
         result = self._training.train(recipe, job, lease)
         # Before the new version exists: `load` without a live alias would give the newest.
         why = f"served when schedule {schedule.identifier!r} brought its first version"
-        served = self._catalog.pin_served(recipe.model, why)
-        verdict = self._judge(gate_of(schedule.gate), recipe, served, load)
+        champion = self._catalog.pin_champion(recipe.model, why)
+        verdict = self._judge(gate_of(schedule.gate), recipe, champion, load)
         firing = {name: job["parameters"].get(name) for name in ("firing", "reason")}
         record = {
             "schedule": {"identifier": schedule.identifier, "uuid": schedule.uuid, **firing, **origin["data"]},
@@ -136,10 +139,10 @@ class Retraining:
             ids, why = self._new_documents(trainer, model)
             data = {**data, "why": why}
         start = None
-        served = self._catalog.served(model) if schedule.warm_start else None
+        champion = self._catalog.champion(model) if schedule.warm_start else None
         # A model of another structure starts from its own weights.
-        if served is not None and same_structure(model, load(served["_id"])):
-            start = {"model": served["_id"], "trainer": self._trainer_of(served)}
+        if champion is not None and same_structure(model, load(champion["_id"])):
+            start = {"model": champion["_id"], "trainer": self._trainer_of(champion)}
         return {"start": start, "ids": ids, "data": data}
 
     def _recipe(self, schedule: Schedule, origin: Document, load: LoadModel) -> TrainingRecipe:
@@ -187,10 +190,10 @@ class Retraining:
         return next((str(user["_id"]) for user in users if user.get("anchor") == model["_id"]), None)
 
     def _judge(
-        self, gate: Gate, recipe: TrainingRecipe, served: Document | None, load: LoadModel
+        self, gate: Gate, recipe: TrainingRecipe, champion: Document | None, load: LoadModel
     ) -> dict[str, Any]:
         """The verdict of a gate on the trained model, plain, with the version it was compared `against`."""
-        models = [recipe.model, *([] if served is None else [load(served["_id"])])]
+        models = [recipe.model, *([] if champion is None else [load(champion["_id"])])]
         try:
             check_select(self._connection.database, recipe.trainer.select, folds=("valid",))
             query = recipe.trainer.select.fold("valid")
@@ -198,7 +201,7 @@ class Retraining:
             verdict = gate.judge(_scores(before[0]) if before else None, _scores(now))
         except MongotorchError as error:
             verdict = _without_scores(gate, error)
-        against = None if served is None else {"uuid": served["_id"], "version": served["version"]}
+        against = None if champion is None else {"uuid": champion["_id"], "version": champion["version"]}
         return {**verdict.to_document(), "against": against}
 
     def _promote(self, published: Document, *, job: str, who: str) -> str | None:
@@ -210,7 +213,8 @@ class Retraining:
         against = verdict["against"]["uuid"] if verdict["against"] else None
         head = self._catalog.aliases.head(type_id, identifier)
         if head is not None and head.job != job and head.to_uuid != against:
-            return f"it was judged against {against}, and {head.to_uuid} is live by now"
+            before = "while nothing was live" if against is None else f"against {against}"
+            return f"it was judged {before}, and {head.to_uuid} is live by now"
         try:
             self._catalog.promoter.promote(
                 type_id, identifier, uuid=published["_id"], why=verdict["why"], who=who, expected=head, job=job

@@ -8,6 +8,7 @@ equal content is recognised and not stored again. Nothing is unpickled before it
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
@@ -144,8 +145,8 @@ class Catalog:
             identifier: The name.
             version: The version; None is the one that the alias names.
             uuid: Instead of all these.
-            alias: The alias; None is `live`. If `live` names none: the newest version that a run published, or the
-                newest of all where none was trained.
+            alias: The alias; None is `live`. If `live` names none: the newest version that a run published and no
+                gate refused, or where there is none the newest of all that no gate refused.
 
         Raises:
             NotFoundError: There is none.
@@ -198,24 +199,38 @@ class Catalog:
         except NotFoundError:
             return None
 
-    def pin_served(self, model: TorchModel, why: str) -> dict[str, Any] | None:
-        """Promote the version that is served if no alias names it, so that a newer version does not replace it.
+    def champion(self, model: TorchModel) -> dict[str, Any] | None:
+        """The document of the version that a trained one of the same name has to be better than.
+
+        It is the version that `live` names, whatever that is; where it names none, the newest that a run
+        published and no gate refused. None where there is neither.
+        """
+        with contextlib.suppress(NotFoundError):  # it is gone: nothing is live
+            head = self.aliases.head(model.type_id, model.identifier)
+            if head is not None and head.to_uuid is not None:
+                return self.named_by(head)
+        return self.components.newest_trained(model.type_id, model.identifier, refused=False)
+
+    def pin_champion(self, model: TorchModel, why: str) -> dict[str, Any] | None:
+        """Promote the champion if no alias names it, so that a newer version does not replace it.
 
         Args:
             model: Any model of that name.
             why: The reason, for the history.
 
         Returns:
-            The document of the version that is served; None where there is none.
+            The document of the champion; None where there is none, and then nothing was promoted.
         """
-        served = self.served(model)
+        champion = self.champion(model)
         head = self.aliases.head(model.type_id, model.identifier)
-        if served is not None and (head is None or head.to_uuid is None):
+        if champion is not None and (head is None or head.to_uuid is None):
             try:
-                self.promoter.promote(model.type_id, model.identifier, uuid=served["_id"], why=why, expected=head)
-            except ConflictError:  # another process promotes at this moment: its version is served
-                return self.served(model)
-        return served
+                self.promoter.promote(
+                    model.type_id, model.identifier, uuid=champion["_id"], why=why, expected=head
+                )
+            except ConflictError:  # another process promotes at this moment: its version is live
+                return self.champion(model)
+        return champion
 
     # From documents to components
 

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Final, final
 
+from mongotorch.component import is_refused, is_trained
 from mongotorch.errors import NotFoundError, ParameterError, ServerUnavailableError, StoreError
 from mongotorch.mongo.connection import Connection
 from mongotorch.resources import Owner
@@ -172,13 +173,19 @@ class Live(Owner):
     def _named(self, head: Move) -> dict[str, Any]:
         if head.to_uuid is not None:
             return self._catalog.named_by(head)
-        # Removed: as in `load`, the newest version serves then. The removed one may still be there for a moment.
+        # Removed: as in `load`. The removed one may still be there for a moment.
+        untrained = None
         for version in reversed(self._catalog.components.versions(head.type_id, head.identifier)):
             with contextlib.suppress(NotFoundError):  # gone since it was listed
                 found = self._catalog.components.find(head.type_id, head.identifier, version)
-                if head.alias == LIVE and found["_id"] != head.from_uuid:
+                if head.alias != LIVE or found["_id"] == head.from_uuid or is_refused(found):
+                    continue
+                if is_trained(found):
                     return found
-        raise NotFoundError(f"{head.alias!r} of {head.type_id} {head.identifier!r} names nothing any more")
+                untrained = untrained or found
+        if untrained is None:
+            raise NotFoundError(f"{head.alias!r} of {head.type_id} {head.identifier!r} names nothing any more")
+        return untrained
 
     def _loaded(self, document: dict[str, Any]) -> TorchModel:
         model = self._catalog.load(document)

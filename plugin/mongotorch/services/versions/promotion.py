@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from types import EllipsisType
 from typing import Any, final
 
+from mongotorch.component import is_trained
 from mongotorch.errors import ConflictError, NotFoundError, ParameterError
 from mongotorch.store import LIVE, Aliases, Components, Move
 
@@ -49,7 +50,7 @@ class Promoter:
         Args:
             type_id: The kind.
             identifier: The name.
-            version: The version; None is the newest that a run published (the newest of all
+            version: The version; None is the newest that a run published and no gate refused (the newest of all
                 where none was trained), unless a uuid is given.
             uuid: Instead of the version.
             alias: The alias.
@@ -63,7 +64,8 @@ class Promoter:
             The move; if the alias already points at that version, the existing move.
 
         Raises:
-            NotFoundError: There is no such version, or it was removed meanwhile.
+            NotFoundError: There is no such version, or it was removed meanwhile; no version was named, and a gate
+                refused all that were trained.
             ConflictError: The alias was moved meanwhile, or since `expected`.
             ParameterError: Both a version and a uuid were given.
             IdentifierError: The alias is not a valid name.
@@ -124,7 +126,14 @@ class Promoter:
 
     def _target(self, type_id: str, identifier: str, version: int | None, uuid: str | None) -> dict[str, Any]:
         if uuid is None and version is None:
-            return self._components.newest_by_default(type_id, identifier)
+            found = self._components.newest_by_default(type_id, identifier)
+            refused = None if is_trained(found) else self._components.newest_trained(type_id, identifier)
+            if refused is not None:
+                raise NotFoundError(
+                    f"the gate of a schedule refused every trained version of {type_id} {identifier!r}; name the "
+                    f"version to promote, such as {refused['version']}"
+                )
+            return found
         if uuid is None:
             return self._components.find(type_id, identifier, version)
         if version is not None:
