@@ -29,7 +29,8 @@ class Settings(BaseSettings):
             fewer cores than processes they then give way to the training.
         valid_fraction: Share of inserted documents that go to the `valid` fold.
         server_timeout_s: Seconds to look for a server before giving up.
-        read_deadline_s: Seconds for which a failed read is retried before giving up.
+        read_deadline_s: Seconds for which a failed read, or the publication of a trained model, is retried before
+            giving up.
         lease_s: Seconds without a heartbeat after which another worker takes a run over.
         checkpoint_seconds: Seconds between checkpoints of a run, besides the one at each validation.
         lineage: Read the documents of a run once before its first step, and store with the version which they are;

@@ -91,12 +91,12 @@ def redact(text: str) -> str:
     return _SECRET_OPTIONS.sub(r"\1***", _USERINFO.sub(r"\1\2:***@", text))
 
 
-def has_code(error: Exception, codes: int | Collection[int]) -> bool:
+def has_code(error: BaseException, codes: int | Collection[int]) -> bool:
     """Whether the server failed an operation with this code, or with one of these."""
     return isinstance(error, OperationFailure) and error.code in ({codes} if isinstance(codes, int) else codes)
 
 
-def is_transient(error: Exception) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether the same read can succeed later: the connection, the cursor or the primary was lost."""
     lost = AutoReconnect | CursorNotFound | WaitQueueTimeoutError
     return isinstance(error, lost) or has_code(error, TRANSIENT)

@@ -91,8 +91,9 @@ class Applier:
             job_id = self._add_job(stored, again=status == "succeeded", priority=priority)
         else:
             job_id = before[0]["_id"]  # it is running, or ended without a result and is tried again
-            if status == "failed":
-                self._checkpoints.drop(job_id)  # a run that failed starts from the beginning
+            transient = (before[0].get("error") or {}).get("transient")
+            if status == "failed" and not transient and not self._checkpoints.is_over(job_id):
+                self._checkpoints.drop(job_id)  # what failed by itself starts from the beginning
             self._jobs.requeue(job_id)
 
         def submit() -> BaseException | None:

@@ -6,7 +6,7 @@ driver errors: ServerUnavailableError, SettingError (for rights), CodecError and
 
 from mongotorch.store.aliases import LIVE, Aliases, Move, follow_alias
 from mongotorch.store.blobs import BlobStore
-from mongotorch.store.checkpoints import Checkpoints
+from mongotorch.store.checkpoints import OVER, Checkpoints
 from mongotorch.store.components import Components
 from mongotorch.store.jobs import Jobs, plain
 from mongotorch.store.maintenance import Collected, GarbageCollector, Verified, Verifier
@@ -16,6 +16,7 @@ from mongotorch.store.signing import Trust, trust_of
 
 __all__ = [
     "LIVE",
+    "OVER",
     "Aliases",
     "BlobStore",
     "Checkpoints",

@@ -21,6 +21,8 @@ from mongotorch.store.signing import Trust
 COLLECTION: Final = "mt.checkpoints"
 KIND: Final = "checkpoint"
 KEPT: Final = 2  # there is one while the next is written
+OVER: Final = "over"
+"""The key in `run` of the checkpoint of a run that has made its last step, and could not be published."""
 _NEWEST: Final = [("attempt", -1), ("step", -1)]
 
 
@@ -105,6 +107,11 @@ class Checkpoints:
             if self._trust is not None:
                 self._trust.check(found, kind=KIND)
         return found
+
+    @driver_errors("reading a checkpoint")
+    def is_over(self, job: str) -> bool:
+        """Whether a checkpoint of a job is that of a run that only has to be published."""
+        return self._documents.find_one({"job": job, f"run.{OVER}": True}, {"_id": 1}) is not None
 
     @driver_errors("dropping checkpoints")
     def drop(self, job: str) -> int:

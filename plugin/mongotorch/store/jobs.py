@@ -291,7 +291,7 @@ class Jobs:
         Args:
             job_id: The job.
             attempt: The fencing token of the claim.
-            error: `type`, `message`, `traceback`, `document_id`, `field`.
+            error: `type`, `message`, `traceback`, `document_id`, `field`, `transient`.
             retry: Queue the job again, each time after a longer pause, until it has failed `max_attempts` times.
 
         Returns:

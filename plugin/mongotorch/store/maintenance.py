@@ -7,7 +7,8 @@ the checkpoints of unfinished jobs name. Anything else is removed once it was un
   condition, in the delete itself, that nobody touches it meanwhile;
 - chunks without a file, and a component whose anchor never appeared, when an earlier collection recorded them in
   `mt.garbage` and the grace period has passed since;
-- the checkpoints of jobs that ended that long ago.
+- the checkpoints of jobs that ended that long ago, but for those that hold a trained model that could not be
+  published: they stay until the job is run again, or removed.
 
 Guarantees: a collection that dies at any write leaves only what the next one removes; nothing is removed that is
 visible or could become visible, unless a publication sleeps for the whole grace period between two writes. The
@@ -28,6 +29,7 @@ from mongotorch.store.aliases import KIND as ALIAS
 from mongotorch.store.aliases import Move
 from mongotorch.store.blobs import BUCKET, BlobStore
 from mongotorch.store.checkpoints import COLLECTION as CHECKPOINTS
+from mongotorch.store.checkpoints import OVER
 from mongotorch.store.components import COLLECTION as COMPONENTS
 from mongotorch.store.components import KIND
 from mongotorch.store.jobs import COLLECTION as JOBS
@@ -133,9 +135,11 @@ class GarbageCollector:
         """The checkpoints of jobs that are gone, or ended a grace period ago."""
         found = []
         ended = {"status": {"$in": sorted(FINAL_STATUSES)}, **self._clock.due("finished", seconds=self._grace_s)}
+        unpublished = self._checkpoints.distinct("job", {f"run.{OVER}": True})
         for job in self._checkpoints.distinct("job"):
             exists = self._jobs.find_one({"_id": job}, {"_id": 1}) is not None
-            if not exists or self._jobs.find_one({"_id": job, **ended}, {"_id": 1}) is not None:
+            where = {"$nor": [{"status": "failed"}]} if job in unpublished else {}
+            if not exists or self._jobs.find_one({"_id": job, **ended, **where}, {"_id": 1}) is not None:
                 found += [checkpoint["_id"] for checkpoint in self._checkpoints.find({"job": job}, {"_id": 1})]
         return found
 

@@ -26,7 +26,7 @@ from mongotorch.mongo.error_translation import driver_errors
 from mongotorch.query import FOLD_FIELD, FOLDS, Query
 from mongotorch.schedule import Gate, Schedule, Scores, State, Trigger, Verdict, gate_of
 from mongotorch.services.training.recipe import TrainingRecipe, validation_spec
-from mongotorch.services.training.training_run import TrainingRun
+from mongotorch.services.training.training_run import TrainingResult, TrainingRun
 from mongotorch.settings import Settings
 from mongotorch.train import (
     Scored,
@@ -115,6 +115,19 @@ class Retraining:
     ) -> dict[str, Any]:
         recipe = self._recipe(schedule, origin, load)
         result = self._training.train(recipe, job, lease)
+        with result.kept():
+            return self._judge_and_publish(schedule, origin, job, lease, recipe, result, load)
+
+    def _judge_and_publish(
+        self,
+        schedule: Schedule,
+        origin: Document,
+        job: Document,
+        lease: Lease,
+        recipe: TrainingRecipe,
+        result: TrainingResult,
+        load: LoadModel,
+    ) -> dict[str, Any]:
         # Before the new version exists: `load` without a live alias would give the newest.
         why = f"served when schedule {schedule.identifier!r} brought its first version"
         champion = self._catalog.pin_champion(recipe.model, why)

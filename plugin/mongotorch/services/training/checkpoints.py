@@ -16,7 +16,7 @@ from typing import Any, Self, final
 from mongotorch.codecs import Codecs, NewBlobs
 from mongotorch.errors import JobReleasedError
 from mongotorch.jobs import Lease
-from mongotorch.store import BlobStore, Checkpoints
+from mongotorch.store import OVER, BlobStore, Checkpoints
 from mongotorch.train import Fit, Stepped, Validated
 
 
@@ -74,6 +74,7 @@ class RunCheckpoints:
         *,
         run: Mapping[str, Any],
         blobs: Mapping[str, bytes],
+        over: bool = False,
     ) -> None:
         """Store a checkpoint: first its blobs, then the document that makes it visible.
 
@@ -82,8 +83,11 @@ class RunCheckpoints:
             state: What `Fit.capture` gave.
             run: The record that holds for the whole run; plain BSON.
             blobs: The blobs that `run` names, by name.
+            over: The run has made its last step, and only its publication is missing.
         """
-        record = {"said": dict(run), "blobs": [self._blobs.put(data) for data in blobs.values()]}
+        record: dict[str, Any] = {"said": dict(run), "blobs": [self._blobs.put(data) for data in blobs.values()]}
+        if over:
+            record[OVER] = True
         new = NewBlobs()
         body = self._codecs.encode(dict(state), new, codec="torch", where="checkpoint")
         names = [*record["blobs"], *(self._blobs.put(blob) for blob in new.blobs.values())]

@@ -6,12 +6,13 @@ job is noticed at the next `check`.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from types import TracebackType
 from typing import Any, Self, final
 
-from mongotorch.errors import JobCancelledError, MongotorchError
+from mongotorch.errors import JobCancelledError
 from mongotorch.store import Jobs
 
 PROGRESS_S = 0.5
@@ -81,11 +82,11 @@ class Heartbeat:
     def _run(self) -> None:
         renewal_s = self._lease_s / 3
         renewed_s = time.monotonic()
-        while not self._ended.wait(min(renewal_s, PROGRESS_S)):
+        while not self._lost.is_set() and not self._ended.wait(min(renewal_s, PROGRESS_S)):
             if self.progress is self._written and time.monotonic() - renewed_s < renewal_s:
                 continue  # nothing is new, and the lease has time
-            try:
+            # Whatever a beat raises, mostly that the database is away: a thread that ends would lose the lease of
+            # a run that goes on. The lease decides, and publishing checks it again.
+            with contextlib.suppress(Exception):
                 self.beat()
                 renewed_s = time.monotonic()
-            except MongotorchError:
-                continue  # the database is away; the lease decides, and publishing checks it again

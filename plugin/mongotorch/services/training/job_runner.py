@@ -9,18 +9,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 import traceback
-from collections.abc import Mapping
-from typing import Any, final
+from collections.abc import Callable, Mapping
+from typing import Any, Final, final
 
 from mongotorch.errors import JobCancelledError, JobReleasedError, MongotorchError, ServerUnavailableError
 from mongotorch.jobs import Handler, environment, worker_name
-from mongotorch.mongo.error_translation import redact
+from mongotorch.mongo.error_translation import is_transient, redact
 from mongotorch.services.training.heartbeat import Heartbeat
 from mongotorch.settings import Settings
 from mongotorch.store import Jobs
 
 _log = logging.getLogger("mongotorch.jobs")
+_RECORD_AGAIN_S: Final = (0.05, 1.0)  # pauses between the tries to record the end of a job
 
 
 @final
@@ -83,30 +85,47 @@ class JobRunner:
     def _run(self, job: Mapping[str, Any], *, stop: threading.Event | None, retry: bool) -> None:
         job_id, attempt = job["_id"], job["attempt"]
         handler = self._handlers.get(job["type_id"], self._train)
-        with Heartbeat(self._jobs, job_id, attempt, lease_s=self._lease_s, stop=stop) as heartbeat:
-            try:
+        heartbeat = Heartbeat(self._jobs, job_id, attempt, lease_s=self._lease_s, stop=stop)
+        try:
+            with heartbeat:
                 result = handler(job, heartbeat)
-            except JobReleasedError:
-                heartbeat.beat()
-                self._jobs.release(job_id, attempt)
-                raise
-            except JobCancelledError:
-                raise
-            except Exception as error:
-                described = _described(error)
-                _log.error("%s", _failure(job, described))
-                with contextlib.suppress(MongotorchError):
-                    heartbeat.beat()  # how far it came is kept
-                self._jobs.fail(job_id, attempt, error=described, retry=retry and _may_pass(error))
-                raise
-            except BaseException:  # Ctrl-C in the caller's own process: the person wants it to end
-                self._jobs.cancel(job_id)
-                raise
+        except JobReleasedError:
             heartbeat.beat()
-        if not self._jobs.succeed(job_id, attempt, result=result):
+            self._jobs.release(job_id, attempt)
+            raise
+        except JobCancelledError:
+            raise
+        except Exception as error:
+            described = _described(error)
+            transient = described["transient"]
+            _log.error("%s", _failure(job, described))
+            _beat(heartbeat)
+            _recorded(lambda: self._jobs.fail(job_id, attempt, error=described, retry=retry and transient))
+            raise
+        except BaseException:  # Ctrl-C in the caller's own process: the person wants it to end
+            self._jobs.cancel(job_id)
+            raise
+        _beat(heartbeat)
+        if not _recorded(lambda: self._jobs.succeed(job_id, attempt, result=result)):
             raise JobCancelledError(
                 f"job {job_id}: attempt {attempt} lost its lease before it could record its end"
             )
+
+
+def _beat(heartbeat: Heartbeat) -> None:
+    """Keep how far the run came; the end is recorded also where that fails."""
+    with contextlib.suppress(Exception):
+        heartbeat.beat()
+
+
+def _recorded(record: Callable[[], bool]) -> bool:
+    """Record the end of a job, again after an error: a job without an end looks as if it still ran."""
+    for wait_s in _RECORD_AGAIN_S:
+        try:
+            return record()
+        except Exception:  # noqa: BLE001 - the last try raises it
+            time.sleep(wait_s)
+    return record()
 
 
 def _failure(job: Mapping[str, Any], error: Mapping[str, Any]) -> str:
@@ -115,9 +134,9 @@ def _failure(job: Mapping[str, Any], error: Mapping[str, Any]) -> str:
     return f"job {job['_id']} of {job['type_id']} {job['identifier']!r} failed: {error['type']}: {message}"
 
 
-def _may_pass(error: Exception) -> bool:
+def _may_pass(error: BaseException) -> bool:
     """Whether the same job may succeed later: the database or the machine failed, not the run."""
-    return isinstance(error, ServerUnavailableError | OSError | MemoryError)
+    return isinstance(error, ServerUnavailableError | OSError | MemoryError) or is_transient(error)
 
 
 def _described(error: BaseException) -> dict[str, Any]:
@@ -127,6 +146,7 @@ def _described(error: BaseException) -> dict[str, Any]:
         "type": type(error).__name__,
         "message": redact(str(error)),
         "traceback": redact("".join(traceback.format_exception(error))),
+        "transient": _may_pass(error),
         "document_id": getattr(error, "document_id", None) if own else None,
         "field": getattr(error, "field", None) if own else None,
     }

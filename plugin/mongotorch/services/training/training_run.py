@@ -6,16 +6,20 @@ attempt that has lost its lease publishes nothing. A failure changes no publishe
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import logging
 import re
+import time
 import uuid as uuids
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, final
 
-from mongotorch.errors import CodecError, ConflictError, JobCancelledError
+from mongotorch.errors import CodecError, ConflictError, JobCancelledError, ServerUnavailableError
 from mongotorch.jobs import Lease, environment
 from mongotorch.mongo.connection import Connection
+from mongotorch.mongo.error_translation import redact
 from mongotorch.services.training.checkpoints import CheckpointWriter, RunCheckpoints
 from mongotorch.services.training.observers import JobProgress, MetricRecorder, Observer, ProgressBar, observe
 from mongotorch.services.training.recipe import DataProvenance, TrainingRecipe, data_provenance, opened_fit
@@ -26,6 +30,8 @@ from mongotorch.train import TorchModel, TorchTrainer, Trained, trainer_and_mode
 
 _log = logging.getLogger("mongotorch.jobs")
 _LEFT_OUT: Final = ("optimizer_state", "metric_values")  # of the trainer, where they cannot be stored
+_FIRST_PAUSE_S: Final = 0.1  # before a publication is tried again; each pause is twice as long as the one before
+_LONGEST_PAUSE_S: Final = 5.0
 _SHOWN_MOST: Final = 10**9  # steps; a larger limit is no total that a bar could show
 _NAMESPACE: Final = uuids.UUID("a3f4c1de-6a0f-4b0e-9d0c-2f1f5e7f8b11")
 
@@ -39,11 +45,17 @@ class TrainingResult:
         trained: Steps, optimizer state and measurements; the weights are in the recipe's model.
         data: The provenance of its data.
         stored: `trainer` and `model`, with their fields as they were before the run.
+        keep: Writes a checkpoint from which a later attempt can publish it.
     """
 
     trained: Trained
     data: DataProvenance
     stored: Mapping[str, StoredFields]
+    keep: Callable[[], None]
+
+    def kept(self) -> contextlib.AbstractContextManager[None]:
+        """A context that keeps what was trained, as a checkpoint, where something inside raises."""
+        return _kept(self.keep)
 
 
 @final
@@ -95,7 +107,9 @@ class TrainingRun:
         if published is None:
             trainer, model = trainer_and_model(self.catalog.load_uuid(job["component"]))
             recipe = TrainingRecipe(trainer=trainer, model=model)
-            published = self.publish(job, recipe, self.train(recipe, job, lease))
+            result = self.train(recipe, job, lease)
+            with result.kept():
+                published = self.publish(job, recipe, result)
         self.drop_checkpoints(job)
         return str(published["_id"])
 
@@ -109,8 +123,11 @@ class TrainingRun:
         return None if run is None else run.get("origin", {})
 
     def drop_checkpoints(self, job: Mapping[str, Any]) -> None:
-        """Drop the checkpoints of a job that has published."""
-        self._checkpoints.drop(job["_id"])
+        """Drop the checkpoints of a job that has published; where that fails, garbage collection does it."""
+        try:
+            self._checkpoints.drop(job["_id"])
+        except Exception as error:  # noqa: BLE001 - what was published is not a failure
+            _log.warning("the checkpoints of job %s could not be dropped: %s", job["_id"], redact(str(error)))
 
     def train(self, recipe: TrainingRecipe, job: Mapping[str, Any], lease: Lease) -> TrainingResult:
         """Train a recipe for a job, from its newest checkpoint if it has one.
@@ -139,9 +156,9 @@ class TrainingRun:
                 data = DataProvenance(record=resumed.run.get("data", {}), blobs=resumed.blobs)
                 origin = resumed.run.get("origin", {})
 
-            def save(state: Mapping[str, Any]) -> None:
+            def save(state: Mapping[str, Any], *, over: bool = False) -> None:
                 run = {"origin": dict(origin), "data": dict(data.record)}
-                self._checkpoints.save(job, state, run=run, blobs=data.blobs)
+                self._checkpoints.save(job, state, run=run, blobs=data.blobs, over=over)
 
             limit = trainer.max_iterations if trainer.max_iterations <= _SHOWN_MOST else None
             # In this order: a lost lease ends the run before anything is written for it.
@@ -152,9 +169,14 @@ class TrainingRun:
                 CheckpointWriter(save, interval_s=self._settings.checkpoint_seconds, lease=lease),
             ]
             observe(fit, observers)
-        trained = fit.trained()
-        lease.check()
-        return TrainingResult(trained=trained, data=data, stored=stored)
+
+            def keep() -> None:
+                save(fit.capture(), over=True)
+
+            with _kept(keep):
+                trained = fit.trained()
+                lease.check()
+        return TrainingResult(trained=trained, data=data, stored=stored, keep=keep)
 
     def publish(
         self,
@@ -163,7 +185,7 @@ class TrainingRun:
         result: TrainingResult,
         record: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Make the trained model visible, and its trainer with it.
+        """Make the trained model visible, and its trainer with it; again where the database could not be reached.
 
         Args:
             job: The claimed job document.
@@ -177,10 +199,31 @@ class TrainingRun:
         Raises:
             JobCancelledError: Another attempt holds the job; nothing was published.
             CodecError: A field cannot be stored; nothing was published.
+            ServerUnavailableError: The database could not be reached for `read_deadline_s`.
         """
+        deadline, wait_s = time.monotonic() + self._settings.read_deadline_s, _FIRST_PAUSE_S
+        for number in itertools.count():
+            try:
+                return self._publish_once(job, recipe, result, record or {}, number)
+            except ServerUnavailableError as error:
+                if time.monotonic() + wait_s > deadline:
+                    raise
+                _log.warning("job %s could not publish, and tries again: %s", job["_id"], error)
+                time.sleep(wait_s)
+                wait_s = min(2 * wait_s, _LONGEST_PAUSE_S)
+        raise AssertionError  # for the type checker
+
+    def _publish_once(
+        self,
+        job: Mapping[str, Any],
+        recipe: TrainingRecipe,
+        result: TrainingResult,
+        record: Mapping[str, Any],
+        number: int,
+    ) -> dict[str, Any]:
         if not self._jobs.holds(job["_id"], job["attempt"]):
             raise JobCancelledError(f"job {job['_id']} is no longer this attempt's; it publishes nothing")
-        model, trainer = _trained_pair(job, recipe, result.trained)
+        model, trainer = _trained_pair(job, recipe, result.trained, number)
         records = {
             new.uuid: self._record(job, old.uuid, result.trained)
             for new, old in ((model, recipe.model), (trainer, recipe.trainer))
@@ -190,7 +233,7 @@ class TrainingRun:
             "environment": environment(),
             "seed": plain(recipe.trainer.seed),  # a seed may be larger than BSON integers
             "metrics": result.trained.metrics,
-            **(record or {}),
+            **record,
         }
         try:
             self._publish(model, trainer, result, records)
@@ -241,14 +284,14 @@ class TrainingRun:
 
 
 def _trained_pair(
-    job: Mapping[str, Any], recipe: TrainingRecipe, trained: Trained
+    job: Mapping[str, Any], recipe: TrainingRecipe, trained: Trained, number: int
 ) -> tuple[TorchModel, TorchTrainer]:
     """What a run publishes: the model, and the trainer with the state of its optimizer, each naming the other."""
     model = recipe.model.replace(
-        uuid=_attempt_uuid(job, "model"), trainer=None, eval_modules=trained.eval_modules or None
+        uuid=_attempt_uuid(job, "model", number), trainer=None, eval_modules=trained.eval_modules or None
     )
     trainer = recipe.trainer.replace(
-        uuid=_attempt_uuid(job, "trainer"),
+        uuid=_attempt_uuid(job, "trainer", number),
         optimizer_state=trained.optimizer_state,
         metric_values=trained.metric_values,
         model=model,
@@ -258,6 +301,24 @@ def _trained_pair(
     return model, trainer
 
 
-def _attempt_uuid(job: Mapping[str, Any], what: str) -> str:
-    """The uuid of what an attempt of a job publishes: the same whenever that attempt publishes it."""
-    return str(uuids.uuid5(_NAMESPACE, f"{job['_id']}:{job['attempt']}:{what}"))
+def _attempt_uuid(job: Mapping[str, Any], what: str, number: int) -> str:
+    """The uuid of what an attempt of a job publishes: the same whenever that attempt publishes it.
+
+    A later try to publish, with a `number` above 0, has others: the trainer  may be stored already.
+    """
+    again = f":{number}" if number else ""
+    return str(uuids.uuid5(_NAMESPACE, f"{job['_id']}:{job['attempt']}:{what}{again}"))
+
+
+@contextlib.contextmanager
+def _kept(keep: Callable[[], None]) -> Iterator[None]:
+    try:
+        yield
+    except JobCancelledError:
+        raise
+    except Exception:
+        try:
+            keep()
+        except Exception as error:  # noqa: BLE001 - the first error says why nothing was published
+            _log.warning("what was trained could not be kept as a checkpoint: %s", redact(str(error)))
+        raise
