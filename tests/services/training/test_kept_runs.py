@@ -178,7 +178,7 @@ def test_a_schedule_publishes_what_it_trained_though_judging_it_failed(db: Datal
     db.apply(Schedule("s", trainer=trainer(select), trigger=NewDocuments(30), gate=Always()))
     db[COLLECTION].raw.insert_many([{**row, "_id": 1000 + row["_id"]} for row in points(30)])
     with pytest.MonkeyPatch.context() as patch:
-        Failing(patch, Catalog, "pin_served", when=lambda n: n == 1, error=MemoryError("no"))
+        Failing(patch, Catalog, "pin_champion", when=lambda n: n == 1, error=MemoryError("no"))
         Worker(db).run(until_idle=True)
 
     assert steps.count == 12
