@@ -99,7 +99,13 @@ def check_signature(signature: Any) -> None:
 def _named(key: Mapping[Any, Any]) -> tuple[tuple[str, str], ...]:
     pairs = tuple((_path(path), argument) for path, argument in key.items())
     arguments = [argument for _, argument in pairs]
-    if not pairs or not all(isinstance(a, str) and a for a in arguments) or len(set(arguments)) < len(pairs):
+    if not pairs:
+        raise ParameterError(
+            'key has an empty dict; a dict names the parts that go by name, the target with them: {"x": "input", '
+            '"y": "target"}, or (["x"], {"y": "target"})',
+            field="key",
+        )
+    if not all(isinstance(a, str) and a for a in arguments) or len(set(arguments)) < len(pairs):
         raise ParameterError(
             f"key {dict(key)!r}: a dict maps each field to an argument name of its own; "
             'write {"field": "argument"}',

@@ -22,7 +22,7 @@ from mongotorch.errors import EmptyFoldError, NonFiniteLossError, ParameterError
 from mongotorch.signature import OBJECTIVE
 from mongotorch.tensors import copy_tensors, count_rows, map_tensors, to_device
 from mongotorch.train.generators import generator_state, seeded, set_generator_state
-from mongotorch.train.mapping import Passed, scalar
+from mongotorch.train.mapping import Passed, call, scalar
 from mongotorch.train.metrics import Metric
 from mongotorch.train.model import TorchModel, evaluating, training_device
 from mongotorch.train.trainer import TorchTrainer
@@ -62,9 +62,9 @@ class RunningMetric:
         """Take in one batch of so many rows. Raises: ParameterError when the metric is no single number."""
         args, kwargs = passed.for_metrics()
         if self._stateful is not None:
-            self._stateful.update(*args, **kwargs)
+            call(f"metric {self.name!r}", self._stateful.update, args, kwargs)
             return
-        self._sum += self._number(self._function(*args, **kwargs)) * rows
+        self._sum += self._number(call(f"metric {self.name!r}", self._function, args, kwargs)) * rows
         self._rows += rows
 
     def value(self) -> float:
@@ -124,7 +124,11 @@ def _evaluate_set(
 ) -> dict[str, float]:
     measured = _Measured(trainer, model, metrics, device)
     for batch in batches:
-        measured.update(batch, batch_rows(batches, batch))
+        try:
+            measured.update(batch, batch_rows(batches, batch))
+        except Exception as error:
+            error.add_note(f"in the validation of the set {name!r}")
+            raise
     if not measured.rows:
         raise EmptyFoldError(f"the validation set {name!r} has no batch; a validation needs documents")
     values = measured.values()

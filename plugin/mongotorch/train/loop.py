@@ -227,14 +227,16 @@ class Fit:
     def _take_step(self, batch: Any) -> Tensor:
         try:
             return self._trainer.take_step(self._model, to_device(batch, self.device), self._optimizers)
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise ParameterError(
-                f"step {self.step + 1} has a batch of {batch_rows(self._batches, batch)} row(s), of which a batch "
-                'norm has no statistics; give loader_kwargs={"drop_last": True}, or another batch_size',
-                field="loader_kwargs",
-            ) from error
+        except Exception as error:
+            if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
+                rows = batch_rows(self._batches, batch)
+                raise ParameterError(
+                    f"step {self.step + 1} has a batch of {rows} row(s), of which a batch norm has no statistics; "
+                    'give loader_kwargs={"drop_last": True}, or another batch_size',
+                    field="loader_kwargs",
+                ) from error
+            error.add_note(f"in training, at step {self.step + 1}")
+            raise
 
     def _warn_of_untrained_objective(self) -> None:
         objective = self._trainer.objective
@@ -270,7 +272,11 @@ class Fit:
     def _validate(self) -> Validated:
         self._check_losses()
         self._validated = self.step
-        values = evaluate(self._trainer, self._model, self._sets, self._metrics, self.device)
+        try:
+            values = evaluate(self._trainer, self._model, self._sets, self._metrics, self.device)
+        except Exception as error:
+            error.add_note(f"after step {self.step}")
+            raise
         self._measured = values
         for name, value in values.items():
             self._values.setdefault(name, []).append(value)

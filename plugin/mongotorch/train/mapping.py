@@ -1,6 +1,7 @@
 """Maps a batch into the model, and what comes out into the objective, by `signature`.
 
-Guarantees: training and validation map a batch the same way.
+Guarantees: training and validation map a batch the same way; an error in a user's function says which one, and
+what it was given.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from mongotorch.errors import ParameterError, SignatureError
+from mongotorch.errors import MongotorchError, ParameterError, SignatureError
 from mongotorch.signature import Key
 from mongotorch.train.model import TorchModel
 
@@ -34,9 +35,17 @@ class Passed:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
 
-    def into(self, function: Callable[..., Any]) -> Any:
-        """Call a function with them."""
-        return function(*self.args, **self.kwargs)
+    def into(self, function: Callable[..., Any], part: str = "the objective") -> Any:
+        """Call a function with them.
+
+        Args:
+            function: What to call.
+            part: Its name in errors.
+
+        Raises:
+            SignatureError: It does not take such arguments.
+        """
+        return call(part, function, self.args, self.kwargs)
 
     def for_metrics(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a metric: `(output, target)` also where the one target has a name of its own."""
@@ -61,22 +70,29 @@ class BatchMapping:
             SignatureError: The batch does not have the structure that the signature needs.
         """
         if self.signature == "singleton":
-            return _as_arguments(model.train_forward(batch), as_one=not model.takes_batch)
+            return _as_arguments(self._forward(model, (batch,), {}), as_one=not model.takes_batch)
         args, kwargs = self._arguments(batch)
         if model.takes_batch:
-            return _as_arguments(model.train_forward(*args, **kwargs), as_one=False)
+            return _as_arguments(self._forward(model, args, kwargs), as_one=False)
         if self.signature == "*args":
             return self._positional(model, args)
         if self.signature == "*args,**kwargs" and not kwargs:
             return self._positional(model, args)
         mine, rest = self._split(model, kwargs)
         if not args and not mine:
+            takes, _ = _bound(model.object, (), {})
             raise SignatureError(
-                f"none of the names {sorted(kwargs)} is an argument of the model's forward; "
+                f"none of the names {sorted(kwargs)} is an argument of the model's forward{takes}; "
                 "name them so in `key`, or in what transform returns",
                 field="signature",
             )
-        return Passed(args=(model.train_forward(*args, **mine),), kwargs=rest)
+        return Passed(args=(self._forward(model, args, mine),), kwargs=rest)
+
+    def _forward(self, model: TorchModel, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        name = model.train_forward_method if model.takes_batch else "forward"
+        takes = getattr(model.object, name, model.object)
+        hint = _HINTS[self.signature]
+        return call(f"the model's {name}", model.train_forward, args, kwargs, takes=takes, hint=hint)
 
     def _positional(self, model: TorchModel, args: Sequence[Any]) -> Passed:
         if len(args) < 2:
@@ -85,7 +101,7 @@ class BatchMapping:
                 "add the target to `key`, or use signature='singleton'",
                 field="signature",
             )
-        return Passed(args=(model.train_forward(*args[:-1]), args[-1]))
+        return Passed(args=(self._forward(model, args[:-1], {}), args[-1]))
 
     def _arguments(self, batch: Any) -> tuple[Sequence[Any], dict[str, Any]]:
         """The batch as positional arguments and arguments by name."""
@@ -128,6 +144,80 @@ class BatchMapping:
             {name: value for name, value in kwargs.items() if name in mine},
             {name: value for name, value in kwargs.items() if name not in mine},
         )
+
+
+_HINTS = {
+    "singleton": "signature 'singleton' gives it the whole sample",
+    "*args": "signature '*args' gives it every part of a sample but the last, which is the target",
+    "**kwargs": "signature '**kwargs' gives it the parts that it names",
+    "*args,**kwargs": "signature '*args,**kwargs' gives it the positional parts and the named ones that it names",
+}
+
+
+def call(
+    part: str,
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    takes: Callable[..., Any] | None = None,
+    hint: str = "",
+) -> Any:
+    """Call a function of the user; an error of its own keeps its type, and gets a note of what it was given.
+
+    Args:
+        part: What the function is, for errors.
+        function: What to call.
+        args: Positional arguments.
+        kwargs: Arguments by name.
+        takes: The function whose arguments these are, where `function` only hands them on.
+        hint: What decides the arguments, for the error about them.
+
+    Raises:
+        SignatureError: It does not take such arguments.
+    """
+    try:
+        return function(*args, **kwargs)
+    except MongotorchError:
+        raise
+    except Exception as error:
+        names, problem = _bound(takes or function, args, kwargs)
+        given = ", ".join([*map(_shown, args), *(f"{name}={_shown(value)}" for name, value in kwargs.items())])
+        if isinstance(error, TypeError) and problem:
+            hint = hint or "name the parts in `key` as it names its arguments, or use another `signature`"
+            raise SignatureError(
+                f"{part} takes {names} and was given ({given}): {problem}; {hint}", field="signature"
+            ) from error
+        error.add_note(f"in {part}{names}, given ({given})")
+        if any(isinstance(value, Tensor) and value.dtype == torch.bool for value in [*args, *kwargs.values()]):
+            error.add_note("one of these is bool, which few objectives take: convert it in `transform`")
+        raise
+
+
+def _bound(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str, str]:
+    """The arguments that a function takes, as text, and why these cannot be them; empty where nothing is known."""
+    try:
+        signature = inspect.signature(getattr(function, "forward", function))
+    except (TypeError, ValueError):  # a builtin says nothing about its arguments
+        return "", ""
+    names = [str(p.replace(annotation=p.empty)) for p in signature.parameters.values() if p.default is p.empty]
+    shown = f"({', '.join([*names, *(['...'] if len(names) < len(signature.parameters) else [])])})"
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        return shown, str(error)
+    return shown, ""
+
+
+def _shown(value: Any) -> str:
+    """A value by its type and shape alone: its content may be nobody else's business."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name}: {_shown(part)}' for name, part in value.items())}}}"
+    if isinstance(value, list | tuple) and len(value) <= 8:
+        return f"[{', '.join(map(_shown, value))}]"
+    return type(value).__name__
 
 
 def check_key(key: Key, signature: str, *, takes_batch: bool) -> None:

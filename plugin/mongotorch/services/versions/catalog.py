@@ -410,8 +410,8 @@ class Catalog:
         taken = self.components.peek(component.uuid)
         if taken is not None and taken["digest"] != digest:
             raise ConflictError(
-                f"uuid {component.uuid} belongs to {title(taken)}, which differs from what is applied now; "
-                "give the changed one a uuid of its own, for instance by `component.replace()`",
+                f"{title(taken)} (uuid {component.uuid}) was changed after it was stored or loaded, and a version "
+                "never changes; apply `component.replace(...)`, which becomes a version of its own",
                 field="uuid",
             )
         if exact:
