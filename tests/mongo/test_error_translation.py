@@ -11,10 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pymongo.errors import (
     AutoReconnect,
+    BulkWriteError,
     ConfigurationError,
     DuplicateKeyError,
     OperationFailure,
     PyMongoError,
+    WriteConcernError,
+    WTimeoutError,
 )
 
 from mongotorch.errors import (
@@ -24,7 +27,7 @@ from mongotorch.errors import (
     SettingError,
     StoreError,
 )
-from mongotorch.mongo.error_translation import driver_errors, redact, translated
+from mongotorch.mongo.error_translation import TRANSIENT, driver_errors, is_transient, redact, translated
 
 _word = st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=1, max_size=12)
 _secret = st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "S"]), min_size=4, max_size=20)
@@ -51,6 +54,26 @@ def test_each_error_of_the_driver_has_its_place_in_the_tree(
 
     assert caught.value.__cause__ is error
     assert "saving" in caught.value.message
+
+
+@pytest.mark.parametrize("code", sorted(TRANSIENT))
+def test_each_passing_code_passes_alone_and_in_a_bulk_write(code: int) -> None:
+    bulk = {"writeErrors": [], "writeConcernErrors": [{"code": code}]}
+    for error in (
+        OperationFailure("no", code),
+        BulkWriteError({**bulk, "writeErrors": [{"code": code, "errmsg": "no"}]}),
+        BulkWriteError(bulk),
+        WriteConcernError("no", code),
+        WTimeoutError("no", 64),
+    ):
+        assert isinstance(translated(error, doing="d", at="a"), ServerUnavailableError)
+
+
+@pytest.mark.parametrize("codes", [[], [11000], [11000, 91]])
+def test_a_bulk_write_with_an_error_that_stays_does_not_pass(codes: list[int]) -> None:
+    failed = {"writeErrors": [{"code": code, "errmsg": "no"} for code in codes], "writeConcernErrors": []}
+    assert not is_transient(BulkWriteError(failed))
+    assert not is_transient(DuplicateKeyError("no", 11000))
 
 
 def test_no_error_holds_a_password_and_errors_of_ours_pass() -> None:

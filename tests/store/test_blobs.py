@@ -11,6 +11,8 @@ import pytest
 from pymongo.errors import PyMongoError
 
 from mongotorch.errors import IntegrityError, NotFoundError, StoreError
+from mongotorch.mongo.connection import open_address
+from mongotorch.settings import read_settings
 from mongotorch.store import BlobStore
 from mongotorch.store.blobs import CHUNK_BYTES
 
@@ -81,3 +83,62 @@ def test_bytes_that_were_changed_are_refused(blobs: BlobStore, database: Any) ->
 
     with pytest.raises(IntegrityError, match=name):
         blobs.get(name)
+
+
+def damage(database: Any, how: str) -> None:
+    chunks, files = database["mt.artifacts.chunks"], database["mt.artifacts.files"]
+    file = files.find_one({})
+    if how == "a chunk is gone":
+        chunks.delete_one({"n": 1})
+    elif how == "all chunks are gone":
+        chunks.delete_many({})
+    elif how == "a chunk is cut":
+        chunks.update_one({"n": 2}, {"$set": {"data": b"x"}})
+    elif how == "a chunk is no bytes":
+        chunks.update_one({"n": 0}, {"$set": {"data": "text"}})
+    elif how == "there is one chunk more":
+        chunks.insert_one({"files_id": file["_id"], "n": 3, "data": b"x"})
+    elif how == "a chunk has a wrong number":
+        chunks.update_one({"n": 1}, {"$set": {"n": -1}})
+    elif how == "the length is wrong":
+        files.update_one({}, {"$set": {"length": 7}})
+    else:
+        files.update_one({}, {"$unset": {"chunkSize": ""}})
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        *("a chunk is gone", "all chunks are gone", "a chunk is cut", "a chunk is no bytes"),
+        *("there is one chunk more", "a chunk has a wrong number", "the length is wrong", "no chunk size is said"),
+    ],
+)
+def test_a_damaged_blob_is_mended_when_its_bytes_are_stored_again(uri: str, how: str) -> None:
+    data = bytes(range(256)) * (CHUNK_BYTES // 256) * 2 + b"end"
+    with open_address(uri, read_settings()) as connection:
+        blobs = BlobStore(connection.database)
+        blobs.ensure_indexes()
+        name = blobs.put(data)
+        damage(connection.database, how)
+        with pytest.raises((IntegrityError, NotFoundError)):
+            blobs.get(name)
+
+        assert blobs.put(data) == name
+
+        assert blobs.get(name) == data
+        assert connection.database["mt.artifacts.files"].count_documents({}) == 1
+        assert connection.database["mt.artifacts.chunks"].count_documents({}) == 3
+
+
+def test_bytes_that_were_changed_in_place_are_put_back(uri: str) -> None:
+    data = b"a" * (CHUNK_BYTES + 5)
+    with open_address(uri, read_settings()) as connection:
+        blobs = BlobStore(connection.database)
+        name = blobs.put(data)
+        assert not blobs.mend(data)
+        connection.database["mt.artifacts.chunks"].update_one({"n": 1}, {"$set": {"data": b"bbbbb"}})
+
+        assert blobs.mend(data)
+
+        assert blobs.get(name) == data
+        assert not blobs.mend(b"never stored")

@@ -233,10 +233,10 @@ def test_who_slept_through_the_grace_publishes_nothing(house: House, monkeypatch
     blob = house.blobs.put(b"w")
     insert = house.components._insert
 
-    def slept(document: Any, only_as: int | None) -> int:
+    def slept(document: Any, only_as: int | None, attempt: int | None) -> int:
         house.blobs.remove(blob)  # a collection, an hour later
         monkeypatch.setattr("mongotorch.store.components.SLOW_S", -1.0)
-        return insert(document, only_as)
+        return insert(document, only_as, attempt)
 
     monkeypatch.setattr(house.components, "_insert", slept)
     with pytest.raises(IntegrityError, match=blob):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 from urllib.parse import parse_qsl, unquote
 
 from mongotorch.errors import SettingError
@@ -17,6 +17,21 @@ from mongotorch.mongo.error_translation import redact
 
 DEFAULT_DATABASE = "mongotorch"
 Kind = Literal["mongodb", "mongomock", "embedded"]
+OVERRIDDEN: Final = {
+    "w": "majority",
+    "wtimeoutms": "",
+    "journal": "true",
+    "readconcernlevel": "majority",
+    "readpreference": "primary",
+    "readpreferencetags": "",
+    "maxstalenessseconds": "-1",
+    "retrywrites": "true",
+    "retryreads": "true",
+    "uuidrepresentation": "standard",
+    "tz_aware": "false",
+    "unicode_decode_error_handler": "strict",
+}
+"""Options that mongotorch sets itself, in lower case, with what it sets."""
 _DATABASE = re.compile(r"[^/\\. \"$*<>:|?\0]+")
 _MAX_BYTES = 63  # MongoDB's limit
 _SCHEMES = "mongodb://HOST/DATABASE, mongodb+srv://…, mongomock://NAME or embedded:PATH"
@@ -32,6 +47,7 @@ class Address:
         database: The database's name.
         path: The absolute folder of an embedded server; None for the other kinds.
         options: The lower-case names of the options in the address.
+        overridden: The options that do not hold for mongotorch's own records, or for no read at all, as written.
     """
 
     kind: Kind
@@ -39,6 +55,7 @@ class Address:
     database: str
     path: Path | None = None
     options: frozenset[str] = frozenset()
+    overridden: tuple[str, ...] = ()
 
 
 def parse_uri(uri: str) -> Address:
@@ -78,7 +95,12 @@ def _parse_server(scheme: str, rest: str) -> Address:
         query = "&".join(part for part in (query, source) if part)
     database = _checked(unquote(name) or DEFAULT_DATABASE, uri)
     full = f"{scheme}://{user}{at}{hosts}/{name or DEFAULT_DATABASE}" + (f"?{query}" if query else "")
-    return Address(kind="mongodb", uri=full, database=database, options=frozenset(options))
+    overridden = tuple(
+        f"{key}={value}"
+        for key, value in parse_qsl(query, keep_blank_values=True)
+        if key.lower() in OVERRIDDEN and value.lower() != OVERRIDDEN[key.lower()]
+    )
+    return Address(kind="mongodb", uri=full, database=database, options=frozenset(options), overridden=overridden)
 
 
 def _auth_source(mechanism: str) -> str:

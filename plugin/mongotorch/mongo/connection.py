@@ -10,6 +10,7 @@ clients.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 import uuid
 import weakref
@@ -29,6 +30,8 @@ from mongotorch.mongo.embedded_server import EmbeddedServer
 from mongotorch.mongo.error_translation import driver_errors, redact
 from mongotorch.resources import Owner
 from mongotorch.settings import Settings
+
+_log = logging.getLogger("mongotorch.connection")
 
 
 @final
@@ -109,10 +112,20 @@ class Opener:
             if self.uri.startswith("mongodb://"):
                 # The client only warns about an option that it does not know, and ignores it.
                 validate_uri(self.uri, warn=False)
-            client: MongoClient[dict[str, Any]] = MongoClient(self.uri, appname="mongotorch", **timeout)
+            # Retries override the address: a lost answer must not become a lost or a double write.
+            client: MongoClient[dict[str, Any]] = MongoClient(
+                self.uri, appname="mongotorch", retryWrites=True, retryReads=True, **timeout
+            )
         except (PyMongoError, ValueError) as error:
             why = redact(str(error))
             raise SettingError(f"the URI {redact(self.uri)!r} cannot be used: {why}", setting="uri") from error
+        if not client.write_concern.acknowledged:
+            client.close()
+            raise SettingError(
+                f"the URI {redact(self.uri)!r} says w=0: no write would be known to have happened; leave `w` out, "
+                "or say w=1 or w=majority",
+                setting="uri",
+            )
         codec: CodecOptions[dict[str, Any]] = CodecOptions(uuid_representation=UuidRepresentation.STANDARD)
         return client.get_database(self.database, codec_options=codec)
 
@@ -175,6 +188,12 @@ def open_address(uri: str, settings: Settings) -> Connection:
         ServerUnavailableError: Nothing answers at the address.
     """
     address = parse_uri(uri)
+    if address.overridden:
+        _log.info(
+            "of the URI, %s hold for your own collections at most: its records are written with w=majority and "
+            "read from the primary, writes and reads are retried, and UUIDs and times are decoded in one way",
+            ", ".join(address.overridden),
+        )
     server = EmbeddedServer.open(address.path) if address.path is not None else None
     opener = Opener(
         uri=server.uri(address.database) if server is not None else address.uri,

@@ -16,14 +16,13 @@ from typing import Final
 
 import bson.errors
 from pymongo.errors import (
-    AutoReconnect,
     ConnectionFailure,
     CursorNotFound,
     InvalidOperation,
     OperationFailure,
     PyMongoError,
-    WaitQueueTimeoutError,
     WriteError,
+    WTimeoutError,
 )
 
 from mongotorch.errors import CodecError, MongotorchError, ServerUnavailableError, SettingError, StoreError
@@ -36,15 +35,20 @@ NOT_AUTHENTICATED: Final = {18: "AuthenticationFailed", 8000: "AtlasError"}
 TRANSIENT: Final = {
     6: "HostUnreachable",
     7: "HostNotFound",
+    24: "LockTimeout",
     43: "CursorNotFound",
     63: "StaleShardVersion",
+    64: "WriteConcernFailed",
     89: "NetworkTimeout",
     91: "ShutdownInProgress",
+    112: "WriteConflict",
     133: "FailedToSatisfyReadPreference",
     134: "ReadConcernMajorityNotAvailableYet",
     175: "QueryPlanKilled",
     189: "PrimarySteppedDown",
+    234: "RetryChangeStream",
     237: "CursorKilled",
+    246: "SnapshotUnavailable",
     262: "ExceededTimeLimit",
     9001: "SocketException",
     10058: "LegacyNotPrimary",
@@ -55,7 +59,8 @@ TRANSIENT: Final = {
     13435: "NotPrimaryNoSecondaryOk",
     13436: "NotPrimaryOrSecondary",
 }
-"""The same read, sent again, can succeed."""
+"""Codes of errors that pass: the connection, the primary or a lock was lost, and the same operation, sent again,
+can succeed."""
 HISTORY_LOST: Final = {
     260: "InvalidResumeToken",
     280: "ChangeStreamFatalError",
@@ -97,9 +102,18 @@ def has_code(error: BaseException, codes: int | Collection[int]) -> bool:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same read can succeed later: the connection, the cursor or the primary was lost."""
-    lost = AutoReconnect | CursorNotFound | WaitQueueTimeoutError
-    return isinstance(error, lost) or has_code(error, TRANSIENT)
+    """Whether the same operation can succeed later: the connection, the cursor or the primary was lost."""
+    if isinstance(error, ConnectionFailure | CursorNotFound | WTimeoutError):
+        return True
+    if not isinstance(error, OperationFailure):
+        return False
+    if error.code in TRANSIENT or error.has_error_label("RetryableWriteError"):
+        return True
+    details = error.details or {}
+    concern = details.get("writeConcernErrors") or [details.get("writeConcernError") or {}]
+    failed = details.get("writeErrors") or []  # of a bulk write, which itself has the code of none of them
+    codes = [each.get("code") for each in (*failed, *concern)]
+    return bool(codes) and all(code in TRANSIENT for code in codes if code is not None) and any(codes)
 
 
 @contextlib.contextmanager
@@ -112,7 +126,7 @@ def driver_errors(doing: str, *, at: str = "the database") -> Iterator[None]:
 
     Raises:
         SettingError: The server refuses the user, or does not allow the operation.
-        ServerUnavailableError: The server cannot be reached.
+        ServerUnavailableError: The server cannot be reached, or has lost its primary: it may pass.
         CodecError: BSON cannot hold a value.
         StoreError: The server refused the operation, or the connection is closed.
     """
@@ -137,6 +151,8 @@ def translated(error: Exception, *, doing: str, at: str) -> MongotorchError:
         )
     if isinstance(error, ConnectionFailure):
         return ServerUnavailableError(f"{doing}: {at} cannot be reached ({detail[:300]}); is it running there?")
+    if is_transient(error):
+        return ServerUnavailableError(f"{doing}: {at} could not do it now ({detail[:300]}); try again")
     if isinstance(error, bson.errors.BSONError) and not isinstance(error, WriteError):
         return CodecError(f"{doing}: {detail}")
     if isinstance(error, InvalidOperation):

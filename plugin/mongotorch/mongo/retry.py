@@ -1,4 +1,7 @@
-"""Retries a broken read, with a growing pause, until a deadline.
+"""Retries a broken read, or a write that may be repeated, with a growing pause, until a deadline.
+
+`RetryPolicy` is for reads of documents and for long outages; `repeated` decorates the methods of stores, which an
+election must not break.
 
 The deadline counts from the first failure since the last progress: a read of an hour that breaks at its end has
 the whole deadline for reconnecting. General retry libraries count from the first call
@@ -7,17 +10,21 @@ the whole deadline for reconnecting. General retry libraries count from the firs
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar, final
+from typing import ParamSpec, TypeVar, final
 
-from pymongo.errors import PyMongoError
+from pymongo.errors import PyMongoError, ServerSelectionTimeoutError
 
 from mongotorch.errors import QueryError, ServerUnavailableError
-from mongotorch.mongo.error_translation import is_transient
+from mongotorch.mongo.error_translation import driver_errors, is_transient
 
 T = TypeVar("T")
+P = ParamSpec("P")
+REPEAT_S = 15.0
+"""How long a method of a store is repeated; its caller decides what follows."""
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.05, 2.0
 
 
@@ -91,3 +98,36 @@ class Attempts:
             ) from error
         self.policy.sleep(self.delay_s)
         self.delay_s = min(self.delay_s * 2, _LONGEST_DELAY_S)
+
+
+def repeated(doing: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorate a method that may be called twice: it is called again after an error that passes.
+
+    The driver itself sends a write again once, and not every write. Where it found no server, it has waited: then
+    nothing is repeated.
+
+    Args:
+        doing: What the method does, for the message: "claiming a job".
+
+    Returns:
+        The decorator; what it decorates raises as `driver_errors` says.
+    """
+
+    def decorate(method: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(method)
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            deadline, delay_s = time.monotonic() + REPEAT_S, _FIRST_DELAY_S
+            with driver_errors(doing):
+                while True:
+                    try:
+                        return method(*args, **kwargs)
+                    except PyMongoError as error:
+                        lasts = isinstance(error, ServerSelectionTimeoutError) or not is_transient(error)
+                        if lasts or time.monotonic() > deadline:
+                            raise
+                    time.sleep(delay_s)
+                    delay_s = min(delay_s * 2, _LONGEST_DELAY_S)
+
+        return call
+
+    return decorate

@@ -1,4 +1,4 @@
-"""What a real server does and mongomock does not, decided in one place: the clock, atomic updates, indexes.
+"""What a real server does and mongomock does not, in one place: the clock, atomic updates, concerns, indexes.
 
 mongomock has no `$$NOW` in updates, no atomicity between threads, no change streams and no transactions, and it
 checks a unique index against documents outside of its partial filter. `is_mock` is the one test for it.
@@ -14,10 +14,12 @@ import dataclasses
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, Final
 
 from bson import Timestamp
+from pymongo import ReadPreference, WriteConcern
 from pymongo.errors import OperationFailure
+from pymongo.read_concern import ReadConcern
 
 from mongotorch.mongo.error_translation import UNAUTHORIZED, has_code
 
@@ -25,6 +27,8 @@ Now = Callable[[], datetime]
 """A clock: naive UTC in whole milliseconds."""
 Keys = str | Sequence[tuple[str, int]]
 """The keys of an index: one field, or fields with directions."""
+MAJORITY_DEADLINE_S: Final = 60.0
+"""How long a write of a record waits for a majority of the replica set, before it fails for now."""
 # One lock for all of mongomock: it serves tests and demos of one process.
 _mock_lock = threading.RLock()
 
@@ -127,6 +131,50 @@ def utc_now() -> datetime:
 
 def _now_plus(seconds: float) -> Any:
     return {"$add": ["$$NOW", round(seconds * 1000)]} if seconds else "$$NOW"
+
+
+def records(database: Any, name: str) -> Any:
+    """A collection of mongotorch's own records, whatever concerns and read preference the address has.
+
+    Its writes are acknowledged by a majority of the replica set, and its reads see on the primary what a majority
+    has: what was acknowledged is never rolled back, and what may still be rolled back is never seen.
+
+    Args:
+        database: The driver's database.
+        name: The collection's name.
+
+    Returns:
+        The driver's collection; mongomock's as it is.
+    """
+    if is_mock(database):
+        return database[name]
+    return database.get_collection(
+        name,
+        read_preference=ReadPreference.PRIMARY,
+        read_concern=ReadConcern("majority"),
+        write_concern=WriteConcern("majority", wtimeout=round(MAJORITY_DEADLINE_S * 1000)),
+    )
+
+
+def in_transaction(database: Any, write: Callable[[Any], None]) -> None:
+    """Write in one transaction, again as a whole after an error that passes; without one where there are none.
+
+    Args:
+        database: The driver's database.
+        write: Writes with the session it is given: None on a standalone server and on mongomock. May be called
+            several times.
+    """
+    hello = {} if is_mock(database) else database.command("hello")
+    if "setName" not in hello and hello.get("msg") != "isdbgrid":
+        write(None)
+        return
+    with database.client.start_session() as session:
+        session.with_transaction(
+            write,
+            read_concern=ReadConcern("majority"),
+            write_concern=WriteConcern("majority", wtimeout=round(MAJORITY_DEADLINE_S * 1000)),
+            read_preference=ReadPreference.PRIMARY,
+        )
 
 
 def ensure_index(collection: Any, keys: Keys, **options: Any) -> None:

@@ -22,7 +22,8 @@ from mongotorch.component import IDENTIFIER
 from mongotorch.errors import ConflictError, IdentifierError, ParameterError, StoreError, TrustError
 from mongotorch.mongo.change_stream import Wake, open_stream, poller
 from mongotorch.mongo.error_translation import driver_errors
-from mongotorch.mongo.server_features import Now, clock_of, ensure_index
+from mongotorch.mongo.retry import repeated
+from mongotorch.mongo.server_features import Now, clock_of, ensure_index, records
 from mongotorch.store.signing import Trust
 
 COLLECTION: Final = "mt.aliases"
@@ -101,11 +102,11 @@ class Aliases:
     """
 
     def __init__(self, database: Any, trust: Trust | None = None, now: Now | None = None) -> None:
-        self._documents = database[COLLECTION]
+        self._documents = records(database, COLLECTION)
         self._trust = trust
         self._clock = clock_of(database, now)
 
-    @driver_errors("preparing the aliases")
+    @repeated("preparing the aliases")
     def ensure_indexes(self) -> None:
         """Create the indexes if they do not exist."""
         by_name = [(field, 1) for field in _NAME]
@@ -114,17 +115,17 @@ class Aliases:
         ensure_index(self._documents, [*by_name, ("job", 1)], unique=True, partialFilterExpression=of_job)
         ensure_index(self._documents, "to")
 
-    @driver_errors("reading an alias")
+    @repeated("reading an alias")
     def head(self, type_id: str, identifier: str, alias: str = LIVE) -> Move | None:
         """The newest move; None where the alias was never moved. Raises: TrustError, FormatError."""
         return self._newest(_named(type_id, identifier, alias))
 
-    @driver_errors("reading an alias")
+    @repeated("reading an alias")
     def at(self, type_id: str, identifier: str, moment: datetime, alias: str = LIVE) -> Move | None:
         """The newest move at a time (aware, or naive UTC), or None. Raises: TrustError, FormatError."""
         return self._newest({**_named(type_id, identifier, alias), **_until(moment)})
 
-    @driver_errors("reading the history of an alias")
+    @repeated("reading the history of an alias")
     def history(
         self, type_id: str, identifier: str, alias: str = LIVE, *, until: datetime | None = None
     ) -> list[Move]:
@@ -132,7 +133,7 @@ class Aliases:
         where = {**_named(type_id, identifier, alias), **({} if until is None else _until(until))}
         return [self._checked(document) for document in self._documents.find(where).sort("n", 1)]
 
-    @driver_errors("looking for aliases")
+    @repeated("looking for aliases")
     def names(self, uuids: Iterable[str]) -> list[Move]:
         """The newest moves of the aliases that now name one of these uuids. Raises: TrustError, FormatError."""
         targets = set(uuids)
@@ -141,7 +142,7 @@ class Aliases:
         heads = (self.head(*name) for name in names)
         return [head for head in heads if head is not None and head.to_uuid in targets]
 
-    @driver_errors("listing aliases")
+    @repeated("listing aliases")
     def aliases(self, type_id: str, identifier: str) -> list[str]:
         """The aliases of an identifier that now name a version, sorted. Raises: TrustError, FormatError."""
         known = self._documents.distinct("alias", {"type_id": type_id, "identifier": identifier})
@@ -276,7 +277,7 @@ def follow_alias(database: Any, type_id: str, identifier: str, alias: str) -> It
     """
     moved = _named(type_id, identifier, alias)
     match = {"operationType": "insert", **{f"fullDocument.{field}": value for field, value in moved.items()}}
-    stream = open_stream(database[COLLECTION], match, doing="following an alias")
+    stream = open_stream(records(database, COLLECTION), match, doing="following an alias")
     if stream is None:
         yield poller()
         return

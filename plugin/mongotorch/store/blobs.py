@@ -16,6 +16,7 @@ import contextlib
 import ctypes
 import hashlib
 import itertools
+import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,9 +27,10 @@ from pymongo.errors import DuplicateKeyError
 
 from mongotorch.codecs import PART_BYTES, WRITTEN, NamedBlob, check_format
 from mongotorch.errors import IntegrityError, NotFoundError, StoreError
-from mongotorch.mongo.error_translation import driver_errors
-from mongotorch.mongo.server_features import Later, clock_of, ensure_index, is_mock
+from mongotorch.mongo.retry import repeated
+from mongotorch.mongo.server_features import Later, clock_of, ensure_index, is_mock, records
 
+_log = logging.getLogger("mongotorch.store")
 # The bucket's name is older than the word blob; databases have it.
 BUCKET: Final = "mt.artifacts"
 CHUNK_BYTES: Final = PART_BYTES  # so that the checksums of a blob are those of its chunks
@@ -49,19 +51,19 @@ class BlobStore:
     """
 
     def __init__(self, database: Any) -> None:
-        self._files = database[f"{BUCKET}.files"]
-        self._chunks = database[f"{BUCKET}.chunks"]
+        self._files = records(database, f"{BUCKET}.files")
+        self._chunks = records(database, f"{BUCKET}.chunks")
         self._clock = clock_of(database)
 
-    @driver_errors("preparing the blobs")
+    @repeated("preparing the blobs")
     def ensure_indexes(self) -> None:
         """Create the indexes if they do not exist."""
         ensure_index(self._files, "filename", unique=True)
         ensure_index(self._chunks, [("files_id", 1), ("n", 1)], unique=True)
 
-    @driver_errors("storing a blob")
+    @repeated("storing a blob")
     def put(self, data: bytes | bytearray | memoryview | NamedBlob) -> str:
-        """Store a blob if it is not stored yet.
+        """Store a blob if it is not stored yet; one that is stored, and lacks chunks, gets them again.
 
         Args:
             data: The bytes, of any size; never copied as a whole. What was named already is not hashed again.
@@ -76,6 +78,7 @@ class BlobStore:
         blob = data if isinstance(data, NamedBlob) else NamedBlob.of(data)
         name = blob.name
         if not self.touch([name]):
+            self._mend_lengths(blob)
             return name
         file_id, started = ObjectId(), time.monotonic()
         try:
@@ -97,7 +100,7 @@ class BlobStore:
             self._chunks.delete_many({"files_id": file_id})
         return name
 
-    @driver_errors("touching blobs")
+    @repeated("touching blobs")
     def touch(self, names: Iterable[str]) -> list[str]:
         """Protect blobs that a record is going to name from garbage collection, for its grace period.
 
@@ -119,12 +122,12 @@ class BlobStore:
                 missing += [name for name in batch if name not in stored]
         return missing
 
-    @driver_errors("looking for a blob")
+    @repeated("looking for a blob")
     def has(self, name: str) -> bool:
         """Whether a blob is stored."""
         return self._files.find_one({"filename": name}, {"_id": 1}) is not None
 
-    @driver_errors("reading a blob")
+    @repeated("reading a blob")
     def get(self, name: str) -> bytes:
         """The bytes of a blob, verified.
 
@@ -145,34 +148,86 @@ class BlobStore:
             raise IntegrityError(f"blob {name} in {BUCKET} does not hold the bytes of its name; restore it")
         return cast("bytes", data)
 
-    @driver_errors("listing blobs")
+    @repeated("listing blobs")
     def names(self) -> Iterator[str]:
         """The names of all blobs."""
         return (file["filename"] for file in self._files.find({}, {"filename": 1}))
 
-    @driver_errors("removing a blob")
+    @repeated("removing a blob")
     def remove(self, name: str) -> None:
         """Remove a blob that no record names; its document first, so that it is whole or not there."""
         file = self._files.find_one_and_delete({"filename": name})
         if file is not None:
             self._chunks.delete_many({"files_id": file["_id"]})
 
+    @repeated("mending a blob")
+    def mend(self, data: bytes | bytearray | memoryview) -> bool:
+        """Write what a stored blob lacks of these bytes, over what is of another length or content.
+
+        Args:
+            data: The bytes of the blob.
+
+        Returns:
+            Whether anything was written; False where the blob is whole, or is not stored at all.
+        """
+        blob = NamedBlob.of(data)
+        file = self._files.find_one({"filename": blob.name})
+        return file is not None and self._mend(file, blob, bad=None)
+
+    def _mend(self, file: Mapping[str, Any], blob: NamedBlob, *, bad: Iterable[int] | None) -> bool:
+        """Write these chunks anew, or those that differ, and remove what lies behind the end; may be repeated."""
+        view, size = blob.data, CHUNK_BYTES
+        count, same = -(-view.nbytes // size), {"files_id": file["_id"]}
+        if bad is None:
+            parts = {n: view[n * size : (n + 1) * size] for n in range(count)}
+            bad = [n for n, part in parts.items() if not self._holds({**same, "n": n}, part)]
+        behind = self._chunks.delete_many({**same, "n": {"$not": {"$gte": 0, "$lt": count}}}).deleted_count
+        for n in sorted(bad):
+            self._chunks.replace_one({**same, "n": n}, _chunk(blob, file["_id"], n), upsert=True)
+        right = {"length": view.nbytes, "chunkSize": size}
+        wrong = {name: value for name, value in right.items() if file.get(name) != value}
+        if wrong:
+            self._files.update_one({"_id": file["_id"]}, {"$set": wrong})
+        return bool(behind or bad or wrong)
+
+    def _holds(self, where: Mapping[str, Any], part: memoryview) -> bool:
+        found = self._chunks.find_one(where, {"data": 1})
+        return found is not None and isinstance(found["data"], bytes) and memoryview(found["data"]) == part
+
+    def _mend_lengths(self, blob: NamedBlob) -> None:
+        """Mend a blob that was found by its name, if its length or the number or length of its chunks is wrong."""
+        file, view = self._files.find_one({"filename": blob.name}), blob.data
+        if file is None:
+            return
+        size, count = CHUNK_BYTES, -(-view.nbytes // CHUNK_BYTES)
+        bad: Iterable[int] | None = None  # a file of another chunk size is compared byte by byte
+        if file.get("length") == view.nbytes and file.get("chunkSize") == size:
+            lengths = _chunk_lengths(self._chunks, file["_id"])
+            right = {n: min(size, view.nbytes - n * size) for n in range(count)}
+            if lengths == right:
+                return
+            bad = [n for n in right if lengths.get(n) != right[n]]
+        self._mend(file, blob, bad=bad)
+        _log.warning("blob %s was not stored whole any more; it was mended", blob.name)
+
+
+def _chunk(blob: NamedBlob, file_id: Any, n: int) -> dict[str, Any]:
+    """The document of a chunk. Raises: IntegrityError where the bytes changed since they were named."""
+    data = Binary(blob.data[n * CHUNK_BYTES : (n + 1) * CHUNK_BYTES])
+    if not blob.is_same(n, data):
+        raise IntegrityError(
+            "a tensor changed while it was stored: another thread trains or changes the module; store it when "
+            "that has ended, or store a copy of it"
+        )
+    return {"files_id": file_id, "n": n, "data": data}
+
 
 def _write_chunks(chunks: Any, file_id: Any, blob: NamedBlob) -> None:
     view = blob.data
 
-    def chunk(n: int) -> dict[str, Any]:
-        data = Binary(view[n * CHUNK_BYTES : (n + 1) * CHUNK_BYTES])
-        if not blob.is_same(n, data):
-            raise IntegrityError(
-                "a tensor changed while it was stored: another thread trains or changes the module; store it when "
-                "that has ended, or store a copy of it"
-            )
-        return {"files_id": file_id, "n": n, "data": data}
-
     def write(start: int) -> None:
         end = min(start + SEGMENT_BYTES, view.nbytes)
-        chunks.insert_many([chunk(at // CHUNK_BYTES) for at in range(start, end, CHUNK_BYTES)])
+        chunks.insert_many([_chunk(blob, file_id, at // CHUNK_BYTES) for at in range(start, end, CHUNK_BYTES)])
 
     segments = range(0, view.nbytes, SEGMENT_BYTES)
     if len(segments) < 2 or is_mock(chunks):
@@ -213,6 +268,17 @@ def _read_chunks(chunks: Any, file: Mapping[str, Any]) -> tuple[bytearray, str]:
     if n != count:
         raise _corrupt(file, f"it ends after {n} of {count} chunks")
     return data, digest.hexdigest()
+
+
+def _chunk_lengths(chunks: Any, file_id: Any) -> dict[int, int]:
+    """The number of bytes of each chunk of a file, by its number; -1 where it holds no bytes."""
+    if is_mock(chunks):
+        found = chunks.find({"files_id": file_id}, {"n": 1, "data": 1})
+        return {each["n"]: len(each["data"]) if isinstance(each["data"], bytes) else -1 for each in found}
+    is_bytes = {"$eq": [{"$type": "$data"}, "binData"]}
+    length = {"$cond": [is_bytes, {"$binarySize": {"$cond": [is_bytes, "$data", ""]}}, -1]}
+    stages = [{"$match": {"files_id": file_id}}, {"$project": {"_id": 0, "n": 1, "length": length}}]
+    return {each["n"]: each["length"] for each in chunks.aggregate(stages)}
 
 
 def _uninitialized(length: int) -> bytearray:

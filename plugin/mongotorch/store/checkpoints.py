@@ -11,8 +11,8 @@ from typing import Any, Final, final
 
 from mongotorch.codecs import WRITTEN, check_format
 from mongotorch.errors import IntegrityError
-from mongotorch.mongo.error_translation import driver_errors
-from mongotorch.mongo.server_features import ensure_index
+from mongotorch.mongo.retry import repeated
+from mongotorch.mongo.server_features import ensure_index, records
 from mongotorch.store.blobs import BlobStore
 from mongotorch.store.jobs import COLLECTION as JOBS
 from mongotorch.store.jobs import running
@@ -36,17 +36,17 @@ class Checkpoints:
     """
 
     def __init__(self, database: Any, trust: Trust | None = None) -> None:
-        self._documents = database[COLLECTION]
-        self._jobs = database[JOBS]
+        self._documents = records(database, COLLECTION)
+        self._jobs = records(database, JOBS)
         self._blobs = BlobStore(database)
         self._trust = trust
 
-    @driver_errors("preparing the checkpoints")
+    @repeated("preparing the checkpoints")
     def ensure_indexes(self) -> None:
         """Create the indexes if they do not exist."""
         ensure_index(self._documents, [("job", 1), *_NEWEST])
 
-    @driver_errors("writing a checkpoint")
+    @repeated("writing a checkpoint")
     def put(
         self,
         job: str,
@@ -98,7 +98,7 @@ class Checkpoints:
         self._documents.delete_many({"_id": {"$in": [checkpoint["_id"] for checkpoint in older]}})
         return True
 
-    @driver_errors("reading a checkpoint")
+    @repeated("reading a checkpoint")
     def newest(self, job: str) -> dict[str, Any] | None:
         """The document to resume a job from; None where there is none. Raises: TrustError, FormatError."""
         found: dict[str, Any] | None = self._documents.find_one({"job": job}, sort=_NEWEST)
@@ -108,12 +108,12 @@ class Checkpoints:
                 self._trust.check(found, kind=KIND)
         return found
 
-    @driver_errors("reading a checkpoint")
+    @repeated("reading a checkpoint")
     def is_over(self, job: str) -> bool:
         """Whether a checkpoint of a job is that of a run that only has to be published."""
         return self._documents.find_one({"job": job, f"run.{OVER}": True}, {"_id": 1}) is not None
 
-    @driver_errors("dropping checkpoints")
+    @repeated("dropping checkpoints")
     def drop(self, job: str) -> int:
         """Drop the checkpoints of a job, and return how many; garbage collection removes their blobs."""
         return int(self._documents.delete_many({"job": job}).deleted_count)

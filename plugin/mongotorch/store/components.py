@@ -18,10 +18,12 @@ from pymongo.errors import DuplicateKeyError
 
 from mongotorch.codecs import WRITTEN, check_format
 from mongotorch.component import is_refused
-from mongotorch.errors import ConflictError, IntegrityError, NotFoundError
-from mongotorch.mongo.error_translation import driver_errors
-from mongotorch.mongo.server_features import clock_of, ensure_index
+from mongotorch.errors import ConflictError, IntegrityError, JobCancelledError, NotFoundError
+from mongotorch.mongo.retry import repeated
+from mongotorch.mongo.server_features import clock_of, ensure_index, in_transaction, records
 from mongotorch.store.blobs import BlobStore
+from mongotorch.store.jobs import COLLECTION as JOBS
+from mongotorch.store.jobs import running
 from mongotorch.store.signing import Trust
 
 COLLECTION: Final = "mt.components"
@@ -45,12 +47,13 @@ class Components:
     """
 
     def __init__(self, database: Any, trust: Trust | None = None) -> None:
-        self._documents, self._removed = database[COLLECTION], database[REMOVED]
+        self._documents, self._removed = records(database, COLLECTION), records(database, REMOVED)
+        self._jobs = records(database, JOBS)
         self._clock = clock_of(database)
         self._blobs = BlobStore(database)
         self._trust = trust
 
-    @driver_errors("preparing the components")
+    @repeated("preparing the components")
     def ensure_indexes(self) -> None:
         """Create the indexes if they do not exist."""
         ensure_index(self._documents, [("type_id", 1), ("identifier", 1), ("version", 1)], unique=True)
@@ -60,9 +63,14 @@ class Components:
         ensure_index(self._documents, "blobs")
         ensure_index(self._documents, "refs")
 
-    @driver_errors("publishing a component")
+    @repeated("publishing a component")
     def publish(
-        self, document: Mapping[str, Any], *, needs: Iterable[str] = (), only_as: int | None = None
+        self,
+        document: Mapping[str, Any],
+        *,
+        needs: Iterable[str] = (),
+        only_as: int | None = None,
+        attempt: int | None = None,
     ) -> int:
         """Insert a document under the next free version number.
 
@@ -70,6 +78,8 @@ class Components:
             document: `_id`, `type_id`, `identifier` and its other fields; its `blobs` are stored already.
             needs: Uuids of documents that must exist, visible or not.
             only_as: Insert it only under this number, which `next_version` gave; None takes the next free one.
+            attempt: Insert it only while its job runs under this attempt: on a replica set in one transaction, so
+                that a job was either cancelled or has published. None checks nothing.
 
         Returns:
             The version number, from 0.
@@ -77,18 +87,19 @@ class Components:
         Raises:
             ConflictError: Its `_id` is taken, its job has published already, a document it needs is gone, or the
                 next number is not `only_as`.
+            JobCancelledError: Its job no longer runs under the attempt; nothing was inserted.
             IntegrityError: One of its blobs is not stored.
             CodecError: BSON cannot hold it.
         """
         needed = tuple(needs)
         started = time.monotonic()
         self._require(document, needed)
-        version = self._insert(document, only_as)
+        version = self._insert(document, only_as, attempt)
         if time.monotonic() - started > SLOW_S:
             self._require_still(document, needed)
         return version
 
-    def _insert(self, document: Mapping[str, Any], only_as: int | None) -> int:
+    def _insert(self, document: Mapping[str, Any], only_as: int | None, attempt: int | None) -> int:
         while True:
             version = self._next(document["type_id"], document["identifier"])
             if only_as is not None and version != only_as:
@@ -100,15 +111,17 @@ class Components:
                 # The version and the format are part of what is signed.
                 whole = {**document, **WRITTEN, "version": version}
                 signed = self._trust.sign(whole, kind=KIND) if self._trust is not None else whole
-                with self._clock.alone():
-                    self._documents.insert_one(signed)
+                self._insert_one(signed, attempt)
             except DuplicateKeyError as error:
                 # The number was taken: try the next one. Or the uuid or the job was: that stays so.
+                earlier = self._own(document)
+                if earlier is not None:
+                    return earlier
                 self._raise_if_taken(document, error)
                 continue
             return version
 
-    @driver_errors("looking for a version number")
+    @repeated("looking for a version number")
     def next_version(self, type_id: str, identifier: str) -> int:
         """The number of the next version of a name, larger than any it ever had."""
         return self._next(type_id, identifier)
@@ -121,6 +134,40 @@ class Components:
         removed = self._removed.find_one({"_id": f"{type_id}:{identifier}"})
         numbers = [found["version"] for found in (newest, removed) if found is not None]
         return max(numbers, default=-1) + 1
+
+    def _insert_one(self, document: Mapping[str, Any], attempt: int | None) -> None:
+        with self._clock.alone():
+            if attempt is None:
+                self._documents.insert_one(document)
+            else:
+                database = self._documents.database
+                in_transaction(database, lambda session: self._insert_fenced(document, attempt, session))
+
+    def _insert_fenced(self, document: Mapping[str, Any], attempt: int, session: Any) -> None:
+        """Insert a document while its job runs under an attempt, and say so in the job, which ends `cancel`."""
+        job, within = document["job"], {} if session is None else {"session": session}
+        mine, published = running(job, attempt), {"$set": {"published": document["_id"]}}
+        if session is None:
+            is_running = self._jobs.count_documents(mine)
+        else:  # in a transaction the update is what excludes a `cancel` at the same time
+            is_running = self._jobs.update_one(mine, published, **within).matched_count
+        if not is_running:
+            raise JobCancelledError(
+                f"job {job} was cancelled, or its lease ran out and another worker has it; attempt {attempt} "
+                "publishes nothing"
+            )
+        self._documents.insert_one(document, **within)
+        if session is None:
+            self._jobs.update_one(mine, published)
+
+    def _own(self, document: Mapping[str, Any]) -> int | None:
+        """The number under which this very attempt of a job has inserted the document: its answer was lost."""
+        job = document.get("job")
+        if job is None:
+            return None
+        same = {"_id": document["_id"], "job": job, "anchor": document.get("anchor"), "digest": document["digest"]}
+        found = self._documents.find_one(same, {"version": 1})
+        return None if found is None else int(found["version"])
 
     def _raise_if_taken(self, document: Mapping[str, Any], error: Exception) -> None:
         if self._documents.find_one({"_id": document["_id"]}, {"_id": 1}) is not None:
@@ -149,13 +196,13 @@ class Components:
             self._documents.delete_one({"_id": document["_id"]})
             raise
 
-    @driver_errors("reading a component")
+    @repeated("reading a component")
     def peek(self, uuid: str) -> dict[str, Any] | None:
         """The visible document of a uuid; None where there is none. Raises: TrustError, FormatError."""
         found = self._documents.find_one({"_id": uuid})
         return self._checked(found) if found is not None and self._visible(found) else None
 
-    @driver_errors("reading a component")
+    @repeated("reading a component")
     def get(self, uuid: str) -> dict[str, Any]:
         """The visible document of a uuid. Raises: NotFoundError, TrustError, FormatError."""
         found = self.peek(uuid)
@@ -163,7 +210,7 @@ class Components:
             raise NotFoundError(f"no component with uuid {uuid}")
         return found
 
-    @driver_errors("looking for a component")
+    @repeated("looking for a component")
     def find(self, type_id: str, identifier: str, version: int | None = None) -> dict[str, Any]:
         """The visible document of a version, by default the newest.
 
@@ -181,12 +228,12 @@ class Components:
             raise NotFoundError(f"no {where}")
         return found
 
-    @driver_errors("looking for a component")
+    @repeated("looking for a component")
     def newest(self, type_id: str, identifier: str) -> dict[str, Any] | None:
         """The newest visible version; None where there is none. Raises: TrustError, FormatError."""
         return self._checked(next(self._named(type_id, identifier), None))
 
-    @driver_errors("looking for a component")
+    @repeated("looking for a component")
     def newest_by_default(self, type_id: str, identifier: str) -> dict[str, Any]:
         """The document that a name without a version means: the newest that a run published and no gate refused.
 
@@ -218,7 +265,7 @@ class Components:
         )
         return found
 
-    @driver_errors("looking for a component")
+    @repeated("looking for a component")
     def newest_trained(self, type_id: str, identifier: str, *, refused: bool = True) -> dict[str, Any] | None:
         """The newest version that a run published; None where there is none. Raises: TrustError, FormatError.
 
@@ -230,18 +277,18 @@ class Components:
         more = {} if refused else _NOT_REFUSED
         return self._checked(next(self._named(type_id, identifier, job={"$type": "string"}, **more), None))
 
-    @driver_errors("looking for a component")
+    @repeated("looking for a component")
     def by_digest(self, type_id: str, identifier: str, digest: str) -> dict[str, Any] | None:
         """The newest visible version with this content, or None. Raises: TrustError, FormatError."""
         return self._checked(next(self._named(type_id, identifier, digest=digest), None))
 
-    @driver_errors("reading a component")
+    @repeated("reading a component")
     def of_job(self, job: str) -> dict[str, Any] | None:
         """The document that a job published without an anchor (its model); None where it has not published."""
         found = self._documents.find_one({"job": job, "anchor": None}, {"_id": 1})
         return None if found is None else self.peek(found["_id"])
 
-    @driver_errors("looking for trained versions")
+    @repeated("looking for trained versions")
     def trained(self, collection: str | None = None) -> Iterator[dict[str, Any]]:
         """The visible documents that record what they were trained on, newest first.
 
@@ -257,33 +304,28 @@ class Components:
             if self._visible(document):
                 yield self._read(document)
 
-    @driver_errors("listing versions")
+    @repeated("listing versions")
     def versions(self, type_id: str, identifier: str) -> list[int]:
         """The visible version numbers, ascending."""
         return sorted(document["version"] for document in self._named(type_id, identifier))
 
-    @driver_errors("listing identifiers")
+    @repeated("listing identifiers")
     def identifiers(self, type_id: str) -> list[str]:
         """The identifiers of a kind that have a visible version, sorted."""
         names = self._documents.distinct("identifier", {"type_id": type_id})
         return sorted(name for name in names if self.newest(type_id, name) is not None)
 
-    @driver_errors("listing kinds")
+    @repeated("listing kinds")
     def kinds(self) -> list[str]:
         """The kinds that have a visible version, sorted."""
         return sorted(kind for kind in self._documents.distinct("type_id") if self.identifiers(kind))
 
-    @driver_errors("looking for users")
+    @repeated("looking for users")
     def users(self, uuid: str) -> list[dict[str, Any]]:
         """The visible documents that refer to a uuid."""
         return [document for document in self._documents.find({"refs": uuid}) if self._visible(document)]
 
-    @driver_errors("looking for users")
-    def names_blob(self, name: str) -> bool:
-        """Whether a document, visible or not, names a blob."""
-        return self._documents.find_one({"blobs": name}, {"_id": 1}) is not None
-
-    @driver_errors("removing a component")
+    @repeated("removing a component")
     def remove(self, uuid: str) -> None:
         """Remove a document; the caller has checked that nothing needs it. Its number is never used again."""
         document = self._documents.find_one({"_id": uuid}, {"type_id": 1, "identifier": 1, "version": 1})

@@ -24,8 +24,9 @@ from pymongo.errors import DuplicateKeyError
 from mongotorch.codecs import READABLE, WRITTEN, check_format
 from mongotorch.errors import NotFoundError
 from mongotorch.mongo.change_stream import wait_until
-from mongotorch.mongo.error_translation import driver_errors, redact
-from mongotorch.mongo.server_features import Later, Now, clock_of, ensure_index
+from mongotorch.mongo.error_translation import redact
+from mongotorch.mongo.retry import repeated
+from mongotorch.mongo.server_features import Later, Now, clock_of, ensure_index, records
 
 COLLECTION: Final = "mt.jobs"
 KIND: Final = "job"
@@ -56,10 +57,10 @@ class Jobs:
     """
 
     def __init__(self, database: Any, *, now: Now | None = None) -> None:
-        self._documents = database[COLLECTION]
+        self._documents = records(database, COLLECTION)
         self._clock = clock_of(database, now)
 
-    @driver_errors("preparing the jobs")
+    @repeated("preparing the jobs")
     def ensure_indexes(self) -> None:
         """Create the indexes if they do not exist."""
         ensure_index(self._documents, [("component", 1), ("method", 1)], unique=True)
@@ -70,7 +71,7 @@ class Jobs:
 
     # Anybody: add, look, wait, cancel, queue again.
 
-    @driver_errors("adding a job")
+    @repeated("adding a job")
     def add(
         self,
         *,
@@ -128,10 +129,10 @@ class Jobs:
             found = self._documents.find_one({"$or": same + ([] if key is None else [{"key": key}])}, {"_id": 1})
             if found is None:
                 raise
-            return str(found["_id"]), False
+            return str(found["_id"]), found["_id"] == job_id  # its own, where the first answer was lost
         return job_id, True
 
-    @driver_errors("reading a job")
+    @repeated("reading a job")
     def get(self, job_id: str) -> dict[str, Any]:
         """The document of a job. Raises: NotFoundError, FormatError."""
         found: dict[str, Any] | None = self._documents.find_one({"_id": job_id})
@@ -140,7 +141,7 @@ class Jobs:
         check_format(found, KIND)
         return found
 
-    @driver_errors("reading jobs")
+    @repeated("reading jobs")
     def find(
         self,
         *,
@@ -157,11 +158,12 @@ class Jobs:
             check_format(job, KIND)
         return found
 
-    @driver_errors("looking for a job")
+    @repeated("looking for a job")
     def count(self, *, component: str) -> int:
         """How many jobs a component has had."""
         return int(self._documents.count_documents({"component": component}))
 
+    @repeated("looking for a job")
     def is_waiting(self) -> bool:
         """Whether a job is queued that this release can run."""
         return self._documents.find_one({"status": "queued", **READABLE}, {"_id": 1}) is not None
@@ -192,22 +194,22 @@ class Jobs:
             timeout_s=timeout_s,
         )
 
-    @driver_errors("cancelling a job")
+    @repeated("cancelling a job")
     def cancel(self, job_id: str) -> bool:
-        """Cancel a job; its worker notices at the next heartbeat. False if it had ended already.
+        """Cancel a job; its worker notices at the next heartbeat. False if it had ended, or published, already.
 
         Raises:
             NotFoundError: There is no such job.
         """
         values = {"status": "cancelled", "finished": Later(), "lease_until": None}
-        open_job = {"_id": job_id, "status": {"$in": ["queued", "running"]}}
+        open_job = {"_id": job_id, "status": {"$in": ["queued", "running"]}, "published": None}
         with self._clock.alone():
             done = bool(self._documents.update_one(open_job, self._clock.update(values)).matched_count)
         if not done:
             self.get(job_id)  # raises if there is none
         return done
 
-    @driver_errors("queueing a job again")
+    @repeated("queueing a job again")
     def requeue(self, job_id: str) -> bool:
         """Queue a failed or cancelled job again, without its failures; False for any other job."""
         ended = {"_id": job_id, "status": {"$in": ["failed", "cancelled"]}}
@@ -221,7 +223,7 @@ class Jobs:
 
     # A worker: claim, keep the lease, end or release.
 
-    @driver_errors("claiming a job")
+    @repeated("claiming a job")
     def claim(
         self,
         *,
@@ -268,7 +270,7 @@ class Jobs:
                 return claimed
             self.fail(claimed["_id"], claimed["attempt"], error=_lost(claimed))
 
-    @driver_errors("a heartbeat of a job")
+    @repeated("a heartbeat of a job")
     def heartbeat(
         self, job_id: str, attempt: int, *, lease_s: float, progress: Mapping[str, Any] | None = None
     ) -> bool:
@@ -281,10 +283,16 @@ class Jobs:
         return self._update(job_id, attempt, {"lease_until": Later(lease_s), **made})
 
     def succeed(self, job_id: str, attempt: int, *, result: str) -> bool:
-        """End a job that published `result`, a component's uuid. False: fenced out, nothing was changed."""
-        return self._end(job_id, attempt, "succeeded", {"result": result, "error": None})
+        """End a job that published `result`, a component's uuid. False: fenced out, nothing was changed.
 
-    @driver_errors("recording a failure")
+        It may be repeated: an end that this attempt has recorded already is one.
+        """
+        if self._end(job_id, attempt, "succeeded", {"result": result, "error": None}):
+            return True
+        same = {"_id": job_id, "attempt": attempt, "status": "succeeded", "result": result}
+        return self._found(same)
+
+    @repeated("recording a failure")
     def fail(self, job_id: str, attempt: int, *, error: Mapping[str, Any], retry: bool = False) -> bool:
         """Record that the run raised.
 
@@ -305,22 +313,26 @@ class Jobs:
             return self._update(job_id, attempt, {**values, **_QUEUED, "ready_at": Later(wait_s)})
         return self._end(job_id, attempt, "failed", values)
 
-    @driver_errors("handing a job back")
+    @repeated("handing a job back")
     def release(self, job_id: str, attempt: int) -> bool:
         """Hand the job back for anybody to claim at once; not a failure. False: fenced out."""
         return self._update(job_id, attempt, {**_QUEUED, "ready_at": Later(), "seen": attempt})
 
-    @driver_errors("looking at a job")
+    @repeated("looking at a job")
     def holds(self, job_id: str, attempt: int) -> bool:
         """Whether the job still runs under this attempt."""
-        return self._documents.find_one(running(job_id, attempt), {"_id": 1}) is not None
+        return self._found(running(job_id, attempt))
 
-    @driver_errors("ending a job")
+    @repeated("looking at a job")
+    def _found(self, where: Mapping[str, Any]) -> bool:
+        return self._documents.find_one(where, {"_id": 1}) is not None
+
+    @repeated("ending a job")
     def _end(self, job_id: str, attempt: int, status: str, values: Mapping[str, Any]) -> bool:
         ended = {"status": status, "finished": Later(), "lease_until": None}
         return self._update(job_id, attempt, {**values, **ended})
 
-    @driver_errors("updating a job")
+    @repeated("updating a job")
     def _update(self, job_id: str, attempt: int, values: Mapping[str, Any]) -> bool:
         with self._clock.alone():
             update = self._clock.update(values)

@@ -23,7 +23,7 @@ from typing import Any, Final, final
 from mongotorch.codecs import NEWER, WRITTEN, check_format
 from mongotorch.errors import MongotorchError
 from mongotorch.mongo.error_translation import driver_errors
-from mongotorch.mongo.server_features import Later, Now, clock_of
+from mongotorch.mongo.server_features import Later, Now, clock_of, records
 from mongotorch.store.aliases import COLLECTION as ALIASES
 from mongotorch.store.aliases import KIND as ALIAS
 from mongotorch.store.aliases import Move
@@ -73,9 +73,9 @@ class GarbageCollector:
     """
 
     def __init__(self, database: Any, *, grace_s: float = GRACE_S, now: Now | None = None) -> None:
-        self._files, self._chunks = database[f"{BUCKET}.files"], database[f"{BUCKET}.chunks"]
-        self._components, self._checkpoints = database[COMPONENTS], database[CHECKPOINTS]
-        self._jobs, self._unreachable = database[JOBS], database[COLLECTION]
+        self._files, self._chunks = records(database, f"{BUCKET}.files"), records(database, f"{BUCKET}.chunks")
+        self._components, self._checkpoints = records(database, COMPONENTS), records(database, CHECKPOINTS)
+        self._jobs, self._unreachable = records(database, JOBS), records(database, COLLECTION)
         self._grace_s = grace_s
         self._clock = clock_of(database, now)
 
@@ -233,7 +233,7 @@ class Verifier:
     """
 
     def __init__(self, database: Any, trust: Trust | None = None) -> None:
-        self._documents, self._moves = database[COMPONENTS], database[ALIASES]
+        self._documents, self._moves = records(database, COMPONENTS), records(database, ALIASES)
         self._blobs = BlobStore(database)
         self._trust = trust
 

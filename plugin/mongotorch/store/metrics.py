@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any, Final, final
 
 from mongotorch.codecs import WRITTEN, check_format
-from mongotorch.mongo.error_translation import driver_errors
-from mongotorch.mongo.server_features import Later, clock_of, ensure_index
+from mongotorch.mongo.retry import repeated
+from mongotorch.mongo.server_features import Later, clock_of, ensure_index, records
 from mongotorch.store.jobs import plain_key
 
 COLLECTION: Final = "mt.metrics"
@@ -25,16 +25,16 @@ class MetricLog:
     """
 
     def __init__(self, database: Any) -> None:
-        self._documents = database[COLLECTION]
+        self._documents = records(database, COLLECTION)
         self._clock = clock_of(database)
 
-    @driver_errors("preparing the metrics")
+    @repeated("preparing the metrics")
     def ensure_indexes(self) -> None:
         """Create the indexes if they do not exist."""
         ensure_index(self._documents, [("job", 1), ("step", 1), ("kind", 1)], unique=True)
         ensure_index(self._documents, [("component", 1), ("step", 1)])
 
-    @driver_errors("writing a metric")
+    @repeated("writing a metric")
     def add(self, *, job: str, component: str, step: int, kind: str, values: Mapping[str, float]) -> None:
         """Write an entry, over the one of the same job, step and kind.
 
@@ -58,7 +58,7 @@ class MetricLog:
             # The _id follows from the entry, so that two writers at once meet in one document.
             self._documents.update_one({"_id": f"{job}:{step}:{kind}"}, self._clock.update(entry), upsert=True)
 
-    @driver_errors("reading metrics")
+    @repeated("reading metrics")
     def of(self, job: str) -> list[dict[str, Any]]:
         """The entries of a job, by step and kind. Raises: FormatError."""
         found = list(self._documents.find({"job": job}).sort([("step", 1), ("kind", 1)]))
@@ -66,7 +66,7 @@ class MetricLog:
             check_format(entry, "metric")
         return found
 
-    @driver_errors("removing metrics")
+    @repeated("removing metrics")
     def remove(self, job: str) -> int:
         """Remove the entries of a job, and return how many."""
         return int(self._documents.delete_many({"job": job}).deleted_count)

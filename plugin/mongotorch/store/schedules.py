@@ -16,7 +16,7 @@ from pymongo.errors import DuplicateKeyError
 from mongotorch.codecs import READABLE, WRITTEN, check_format
 from mongotorch.errors import NotFoundError
 from mongotorch.mongo.error_translation import driver_errors
-from mongotorch.mongo.server_features import Later, Now, clock_of, ensure_index
+from mongotorch.mongo.server_features import Later, Now, clock_of, ensure_index, records
 
 COLLECTION: Final = "mt.schedules"
 KIND: Final = "schedule"
@@ -35,7 +35,7 @@ class Schedules:
     """
 
     def __init__(self, database: Any, *, now: Now | None = None) -> None:
-        self._documents = database[COLLECTION]
+        self._documents = records(database, COLLECTION)
         self._clock = clock_of(database, now)
 
     @driver_errors("preparing the schedules")

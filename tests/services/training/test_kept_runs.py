@@ -149,8 +149,8 @@ def test_a_publication_that_arrived_although_its_answer_was_lost_is_found(db: Da
     insert = Components._insert
     with pytest.MonkeyPatch.context() as patch:
 
-        def inserting(self: Components, document: Any, only_as: Any) -> int:
-            version = insert(self, document, only_as)
+        def inserting(self: Components, document: Any, only_as: Any, attempt: Any) -> int:
+            version = insert(self, document, only_as, attempt)
             if document.get("job") and "anchor" not in document:
                 raise AutoReconnect("the answer was lost")
             return version

@@ -11,6 +11,7 @@ from torch import nn
 
 from mongotorch import Datalayer, Metric, TorchModel, Validation
 from mongotorch.errors import InUseError, NotFoundError
+from mongotorch.store import BlobStore
 
 
 def wide(last: int) -> nn.Module:
@@ -39,9 +40,30 @@ def test_another_component_keeps_the_blobs_that_it_shares(db: Datalayer) -> None
     assert same(state(db.load("model", "b")), state(wide(2)))
     with pytest.raises(NotFoundError):
         db.load("model", "a")
+    db.gc(grace_s=0.0)
     assert blobs(db) == alone
     db.remove("model", "b")
+    db.gc(grace_s=0.0)
     assert documents_in(db) == {"mt.removed": 2}  # a number for each name, so that none is used again
+
+
+def test_a_publication_that_found_the_blobs_of_what_is_removed_meanwhile_is_whole(
+    db: Datalayer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    db.apply(TorchModel("a", object=wide(1)))
+    put = BlobStore.put
+
+    def put_and_lose(self: BlobStore, data: Any) -> str:
+        name = put(self, data)
+        if "a" in db.show("model"):
+            db.remove("model", "a")  # another process, between the blobs and the document
+        return name
+
+    monkeypatch.setattr(BlobStore, "put", put_and_lose)
+    db.apply(TorchModel("b", object=wide(1)))
+
+    assert db.show("model") == ["b"]
+    assert same(state(db.load("model", "b")), state(wide(1)))
 
 
 def test_a_number_that_was_removed_is_not_the_next_one_of_a_living_name(db: Datalayer) -> None:

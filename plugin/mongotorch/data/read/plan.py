@@ -31,6 +31,7 @@ from mongotorch.data.decode import same_type, sort_key
 from mongotorch.data.prefetch import map_ordered
 from mongotorch.data.read.reader import IdRange, Reader
 from mongotorch.errors import DataError, EmptySelectError
+from mongotorch.mongo.server_features import records
 from mongotorch.query import Query
 
 _SAMPLES = 8  # a range: with fewer the ranges differ too much in size
@@ -204,7 +205,7 @@ def make_plan(database: Any, reader: Reader, sizes: Sizes) -> Plan:
 
 def load_plan(database: Any, digest: str) -> Plan | None:
     """The plan of a digest, or None where it is not stored. Raises: FormatError."""
-    found = database[COLLECTION].find_one({"_id": digest})
+    found = records(database, COLLECTION).find_one({"_id": digest})
     if found is None:
         return None
     check_format(found, "plan")
@@ -244,7 +245,7 @@ def _store(database: Any, plan: Plan) -> Plan:
         "exact": plan.exact,
     }
     try:
-        database[COLLECTION].insert_one(document)
+        records(database, COLLECTION).insert_one(document)
     except DuplicateKeyError:
         return load_plan(database, plan.digest) or plan
     except PyMongoError:  # a read-only user can stream, only not resume after changes

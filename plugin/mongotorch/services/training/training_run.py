@@ -236,7 +236,7 @@ class TrainingRun:
             **record,
         }
         try:
-            self._publish(model, trainer, result, records)
+            self._publish(model, trainer, result, records, attempt=job["attempt"])
         except ConflictError:
             first = self.published(job)  # an attempt that had lost its lease was faster
             if first is None:
@@ -250,13 +250,20 @@ class TrainingRun:
         trainer: TorchTrainer,
         result: TrainingResult,
         records: Mapping[str, Mapping[str, Any]],
+        *,
+        attempt: int,
     ) -> None:
         """Publish both; a field of the trainer that cannot be stored any more is left out, with a warning."""
         stored = {model.uuid: result.stored["model"], trainer.uuid: result.stored["trainer"]}
         for _ in range(len(_LEFT_OUT) + 1):
             try:
                 self.catalog.publish(
-                    model, partner=trainer, records=records, blobs=result.data.blobs, stored=stored
+                    model,
+                    partner=trainer,
+                    records=records,
+                    blobs=result.data.blobs,
+                    stored=stored,
+                    attempt=attempt,
                 )
             except CodecError as error:
                 name = re.split(r"\W", error.field or "", maxsplit=1)[0]

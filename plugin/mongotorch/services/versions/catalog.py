@@ -378,6 +378,7 @@ class Catalog:
         records: Mapping[str, Mapping[str, Any]],
         blobs: Mapping[str, bytes],
         stored: Mapping[str, StoredFields] | None = None,
+        attempt: int | None = None,
     ) -> None:
         """Make two components that refer to each other visible by one insert, that of `root`.
 
@@ -387,8 +388,10 @@ class Catalog:
             records: By uuid, further fields of the document: `source_digest`, `job`, `parent`.
             blobs: By name, further blobs that the root's record names; they live as long as its document.
             stored: By uuid of either, the fields that are taken as they were stored where they did not change.
+            attempt: Publish only while the job runs under this attempt; None does not ask.
 
         Raises:
+            JobCancelledError: It does not; nothing is visible.
             CodecError: A field cannot be stored; nothing was written.
             ConflictError: The job has published before.
         """
@@ -404,7 +407,7 @@ class Catalog:
         document["blobs"] = sorted({*document["blobs"], *blobs})
         draft.documents[partner.uuid]["anchor"] = root.uuid
         draft.documents[root.uuid] = document  # written last: it is the publication
-        self._write(draft)
+        self._write(draft, attempt=attempt)
 
     def _recognise(self, component: Component, digest: str, *, exact: bool) -> str | None:
         taken = self.components.peek(component.uuid)
@@ -468,19 +471,20 @@ class Catalog:
         }
         return component.uuid
 
-    def _write(self, draft: _Draft) -> None:
+    def _write(self, draft: _Draft, *, attempt: int | None = None) -> None:
         for data in draft.blobs.values():
             self.blobs.put(data)
         for document in draft.documents.values():
             # A document whose anchor is published after it cannot require the anchor to be there.
             needs = set(document["refs"]) - {document.get("anchor")}
             only_as = None if draft.numbers is None else draft.numbers[document["_id"]]
-            self.components.publish(document, needs=needs, only_as=only_as)
+            fence = attempt if document.get("anchor") is None else None
+            self.components.publish(document, needs=needs, only_as=only_as, attempt=fence)
 
     # Removal
 
     def remove(self, type_id: str, identifier: str, version: int | None = None, *, force: bool = False) -> int:
-        """Remove a version, or all versions of a name, and the blobs that no other component shares.
+        """Remove a version, or all versions of a name. Garbage collection removes their blobs.
 
         Args:
             type_id: The kind.
@@ -509,11 +513,9 @@ class Catalog:
             self._refuse_in_use(documents, leaving)
         self.promoter.withdraw(leaving)
         for document in documents:
-            self.components.remove(document["_id"])  # before its blobs: nothing visible lacks a blob
+            # Its blobs stay for garbage collection: a publication that is under way may have found them here.
+            self.components.remove(document["_id"])
         self.promoter.withdraw(leaving)  # from aliases that were moved to it meanwhile
-        for name in {blob for document in documents for blob in document["blobs"]}:
-            if not self.components.names_blob(name):
-                self.blobs.remove(name)
         return len(documents)
 
     def _refuse_in_use(self, documents: Iterable[Mapping[str, Any]], leaving: set[str]) -> None:
