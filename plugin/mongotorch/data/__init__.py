@@ -8,12 +8,21 @@ from mongotorch.data.folds import assign_folds, check_select, fold_of
 from mongotorch.data.stream.epochs import Report
 from mongotorch.data.stream.spec import StreamSpec
 from mongotorch.data.stream.stream import Stream
-from mongotorch.data.training_set import MOST_MEMBERS, Difference, Members, scan_members, unseen, watermark
+from mongotorch.data.training_set import (
+    MOST_MEMBERS,
+    Difference,
+    Hashes,
+    Members,
+    scan_members,
+    unseen,
+    watermark,
+)
 
 __all__ = [
     "MOST_MEMBERS",
     "Difference",
     "Explanation",
+    "Hashes",
     "Members",
     "Report",
     "Stream",

@@ -141,17 +141,18 @@ def _whole(value: Any) -> int:
     return low if number <= low else high if number >= high else int(number)
 
 
-def check_select(database: Any, query: Query, *, folds: Iterable[Fold] = FOLDS) -> None:
+def check_select(database: Any, query: Query, *, folds: Iterable[Fold] = FOLDS, unassigned: bool = False) -> None:
     """Refuse a select that cannot be trained on.
 
     Args:
         database: A pymongo (or mongomock) database.
         query: The select, without a fold.
         folds: The folds that are needed; none means that folds do not matter.
+        unassigned: Whether documents without a fold are left out, and not refused.
 
     Raises:
         EmptySelectError: It matches no document.
-        FoldMissingError: A document without a fold; `document_id` names it.
+        FoldMissingError: A document without a fold, unless they are left out; `document_id` names it.
         EmptyFoldError: A fold that is needed has no document.
         QueryError: The server refuses the query.
         ServerUnavailableError: The server cannot be read.
@@ -164,7 +165,7 @@ def check_select(database: Any, query: Query, *, folds: Iterable[Fold] = FOLDS) 
     needed = tuple(folds)
     if not needed:
         return
-    without = first(database, query.filter({FOLD_FIELD: {"$nin": list(FOLDS)}}))
+    without = None if unassigned else first(database, query.filter({FOLD_FIELD: {"$nin": list(FOLDS)}}))
     if without is not None:
         document_id = without.get("_id")
         raise FoldMissingError(

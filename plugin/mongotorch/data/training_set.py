@@ -31,7 +31,7 @@ from bson.errors import BSONError
 from bson.raw_bson import RawBSONDocument
 from numpy.typing import NDArray
 
-from mongotorch.data.decode import Reply, decode, id_keys, offsets
+from mongotorch.data.decode import Reply, among, decode, id_keys, offsets
 from mongotorch.data.prefetch import ThreadPrefetcher
 from mongotorch.data.read import open_reader
 from mongotorch.errors import DataError
@@ -87,7 +87,7 @@ class Members:
     @property
     def ids(self) -> Hashes:
         """The hashes of the `_id`s, ascending. Raises: DataError where the set is too large to be kept."""
-        return self._rows()[:, 0]
+        return np.ascontiguousarray(self._rows()[:, 0])
 
     def holds(self, document_id: Any) -> bool:
         """Whether the set holds the document of an `_id`; two `_id`s in 2**64 are taken for one.
@@ -150,20 +150,19 @@ def _by_id(rows: Hashes) -> tuple[Hashes, Hashes, NDArray[np.int64]]:
     return ids, sums, counts
 
 
-def among(hashes: Hashes, ascending: Hashes) -> NDArray[np.bool_]:
-    """Which of the hashes are among others that ascend."""
-    if not len(ascending):
-        return np.zeros(len(hashes), np.bool_)
-    found: NDArray[np.bool_] = ascending[np.searchsorted(ascending[:-1], hashes)] == hashes
-    return found
-
-
 _READ: Final = 5_000  # documents a reply
 _PREFETCH_BYTES: Final = 64 * 2**20
 
 
 def scan_members(
-    database: Any, query: Query, key: Any, *, read_deadline_s: float = 60.0, most: int = MOST_MEMBERS
+    database: Any,
+    query: Query,
+    key: Any,
+    *,
+    read_deadline_s: float = 60.0,
+    most: int = MOST_MEMBERS,
+    members: Hashes | None = None,
+    without: Hashes | None = None,
 ) -> Members:
     """Read a set of documents once, and say which they are.
 
@@ -172,15 +171,23 @@ def scan_members(
     Args:
         database: A pymongo (or mongomock) database.
         query: The documents, the fold included.
-        key: The fields that count besides `_id`; anything that `Key.parse` reads.
+        key: The fields that count besides `_id`; anything that `Key.parse` reads. None: no other field does.
         read_deadline_s: How long a broken read is tried again, in seconds.
         most: Documents, above which `rows` is None.
+        members: Hashes of the `_id`s of the only documents that are taken, ascending; None takes all.
+        without: Hashes of the `_id`s of documents that are left out, ascending.
 
     Raises:
         QueryError: The server refuses the query.
         ServerUnavailableError: The server could not be read for `read_deadline_s`.
     """
-    return members_of(_replies(database, query, Key.parse(key).projection, read_deadline_s), most=most)
+    projection = {"_id": 1} if key is None else Key.parse(key).projection
+    replies = _replies(database, query, projection, read_deadline_s)
+    if members is not None:
+        replies = (only(reply, members) for reply in replies)
+    if without is not None:
+        replies = (only(reply, without, inverted=True) for reply in replies)
+    return members_of((reply for reply in replies if len(reply)), most=most)
 
 
 def members_of(replies: Iterable[Reply], *, most: int = MOST_MEMBERS) -> Members:
@@ -199,6 +206,42 @@ def members_of(replies: Iterable[Reply], *, most: int = MOST_MEMBERS) -> Members
         return Members(count=count, digest=digest, rows=None)
     rows = np.concatenate([np.empty((0, 2), np.uint64), *kept])
     return Members(count=count, digest=digest, rows=rows[np.lexsort((rows[:, 1], rows[:, 0]))])
+
+
+def only(reply: Reply, members: Hashes, *, inverted: bool = False) -> Reply:
+    """Those of some documents whose `_id`s are among a set's.
+
+    Args:
+        reply: The documents, as concatenated BSON.
+        members: Hashes of `_id`s, as `Members.ids` gives them, ascending.
+        inverted: Give the other documents.
+    """
+    if not len(reply):
+        return reply
+    kept = among(_ids(reply), members) ^ inverted
+    if kept.all():
+        return reply
+    return b"".join(reply[start:end] for (start, end), keep in zip(offsets(reply), kept, strict=True) if keep)
+
+
+def only_once(replies: Iterable[Reply], members: Hashes) -> Iterator[Reply]:
+    """The documents of a set, each once; ends behind the last of them, without reading on.
+
+    Args:
+        replies: Documents, as concatenated BSON.
+        members: Hashes of `_id`s, as `Members.ids` gives them, ascending.
+    """
+    left = np.ones(len(members), np.bool_)
+    for reply in replies:
+        ids = _ids(reply)
+        kept = among(ids, members)
+        kept[kept] = left[np.searchsorted(members, ids[kept])]
+        left[np.searchsorted(members, ids[kept])] = False
+        if kept.any():
+            cut = zip(offsets(reply), kept, strict=True)
+            yield reply if kept.all() else b"".join(reply[start:end] for (start, end), keep in cut if keep)
+        if not left.any():
+            return
 
 
 def unseen(
@@ -253,14 +296,22 @@ def _digests(reply: Reply) -> NDArray[np.uint32]:
 
 
 def _hashes(reply: Reply, digests: NDArray[np.uint32]) -> Hashes:
-    """The rows of a reply's documents; one without an `_id` (of a pipeline) is known by its content."""
+    """The rows of a reply's documents."""
+    return np.stack([_ids(reply), _contents(digests)], axis=1)
+
+
+def _contents(digests: NDArray[np.uint32]) -> Hashes:
+    return np.ascontiguousarray(digests[:, :2]).view("<u8").astype(np.uint64).reshape(-1)
+
+
+def _ids(reply: Reply) -> Hashes:
+    """The hash of each document's `_id`; one without an `_id` (of a pipeline) is known by its content."""
     columns = decode(reply, ())
-    contents = np.ascontiguousarray(digests[:, :2]).view("<u8").astype(np.uint64).reshape(-1)
     ids = id_keys(columns.ids)
     if isinstance(columns.ids.data, list) and None in columns.ids.data:
         there = ["_id" in RawBSONDocument(reply[start:end]) for start, end in offsets(reply)]
-        ids = np.where(there, ids, contents)
-    return np.stack([ids, contents], axis=1)
+        ids = np.where(there, ids, _contents(_digests(reply)))
+    return ids
 
 
 def watermark(database: Any, *, read_deadline_s: float = 60.0) -> Timestamp | datetime:

@@ -33,6 +33,8 @@ from mongotorch.resources import Owner
 KINDS: Final = ("insert", "update", "replace", "delete")
 AWAIT_S: Final = 0.1
 """How long the server holds back the answer to `ChangeWatcher.read` when there are no changes, in seconds."""
+READ_S: Final = 0.25
+"""How long `ChangeWatcher.read` goes on reading while there are changes, in seconds."""
 POLL_S: Final = 0.05
 _DROPS: Final = ("drop", "rename", "dropDatabase")
 _MAX_CHANGES: Final = 1000
@@ -113,16 +115,22 @@ class ChangeWatcher(Owner):
         return dict(self._stream.resume_token or self._after)
 
     def read(self) -> list[Change]:
-        """The next changes, at most 1,000; empty after `AWAIT_S` seconds without any.
+        """The next changes: those of `READ_S` seconds, at most 1,000; empty after `AWAIT_S` seconds without any.
+
+        However fast changes come, and however slowly, it returns at that time, give or take one request.
 
         Raises:
             HistoryLostError: The server has dropped changes that were not read yet.
             ServerUnavailableError: The server cannot be reached.
         """
         found: list[Change] = []
+        deadline = time.monotonic() + READ_S
         with _translate_errors("reading changes"):
             while len(found) < _MAX_CHANGES and (event := self._stream.try_next()) is not None:
                 found.append(_change(event))
+                # Each single insert answers a request: without a deadline a trickle of them is read for ever.
+                if time.monotonic() >= deadline:
+                    break
         return found
 
     def close(self) -> None:
@@ -152,6 +160,13 @@ def baseline(database: Any, query: Query) -> Baseline:
             if not has_code(error, NO_CHANGE_STREAMS):
                 raise
             return Baseline(count=count, token=None)
+
+
+@driver_errors("reading changes")
+def position(database: Any) -> Token | None:
+    """The position in the order of changes right after what has happened by now; None without change streams."""
+    at = cluster_time(database)
+    return None if at is None else _token_after(database, at)
 
 
 @driver_errors("counting documents")

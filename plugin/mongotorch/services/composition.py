@@ -66,6 +66,7 @@ class Services:
             schedules,
             look=self.register.look,
             measure=live_metrics.measure,
+            settle=self.register.settle,
             lease_s=settings.lease_s,
             name=worker_name(),
         )

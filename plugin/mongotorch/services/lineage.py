@@ -16,7 +16,7 @@ from mongotorch.errors import DataError, NotFoundError, ParameterError
 from mongotorch.jobs import environment
 from mongotorch.mongo.connection import Connection
 from mongotorch.query import Query
-from mongotorch.services.training.recipe import TrainingRecipe, opened_fit, scan, summary
+from mongotorch.services.training.recipe import DataProvenance, TrainingRecipe, data_provenance, opened_fit
 from mongotorch.services.versions.catalog import Catalog
 from mongotorch.settings import Settings
 from mongotorch.tensors import differences
@@ -271,12 +271,13 @@ def reproduce(
     """
     document = catalog.components.get(uuid)
     recipe = _recipe(catalog, document)
-    data = _changed_data(catalog, connection, settings, document["data"], recipe)
+    now = data_provenance(recipe, connection, settings.model_copy(update={"lineage": True}))
+    data = _changed_data(catalog, document["data"], now)
     changed = [*data, *_changed_environment(document)]
     if data and not anyway:
         return Reproduction(same=False, trained=False, changed=changed)
     stored = catalog.load_model(uuid)
-    with opened_fit(recipe, connection, settings) as fit:
+    with opened_fit(recipe, connection, settings, data=now) as fit:
         for _ in fit.run():
             pass
     fit.trained()  # puts the best weights into the model
@@ -302,26 +303,27 @@ def _recipe(catalog: Catalog, document: Mapping[str, Any]) -> TrainingRecipe:
     assert isinstance(trainer, TorchTrainer)  # noqa: S101 - for the type checker
     if live is not None:
         trainer = warm_start(trainer, model, live)
-    query = Query.from_document(document["data"]["query"])
-    return TrainingRecipe(trainer=trainer, model=model, train_query=query)
+    record = document["data"]
+    query, only = Query.from_document(record["query"]), None
+    if record.get("of_query") == "members":
+        only = _members(catalog, record).ids
+    return TrainingRecipe(trainer=trainer, model=model, train_query=query, only=only)
 
 
-def _changed_data(
-    catalog: Catalog, connection: Connection, settings: Settings, record: Mapping[str, Any], recipe: TrainingRecipe
-) -> list[str]:
+def _changed_data(catalog: Catalog, record: Mapping[str, Any], now: DataProvenance) -> list[str]:
     """How the documents differ from a version's record of its data, in words."""
     changed = []
-    for fold, query in (("train", recipe.training), ("valid", recipe.validation)):
-        if record.get(fold) is None or query is None:
-            continue  # it was not recorded then
-        now = scan(query, recipe, connection, settings)
-        if summary(now) == record[fold]:
-            continue
-        how = f"{record[fold]['count']} documents then, {now.count} now"
+    for fold in ("train", "valid"):
+        summary = now.record[fold]
+        if record.get(fold) is None or summary is None or (summary == record[fold] and "digest" in summary):
+            continue  # it was not recorded then, or is the same
+        how = f"{record[fold]['count']} documents then, {summary['count']} now"
         if fold == "train":
             try:
-                found = _members(catalog, record).difference(now)
-                how = f"{found.added} added, {found.removed} removed, {found.changed} changed"
+                members = _members(catalog, record)
+                if fold in now.members:
+                    found = members.difference(now.members[fold])
+                    how = f"{found.added} added, {found.removed} removed, {found.changed} changed"
             except DataError as error:
                 how += f"; {error}"
         changed.append(f"data of fold {fold!r}: {how}")

@@ -21,7 +21,7 @@ from mongotorch.mongo.server_features import Later, Now, clock_of, ensure_index,
 COLLECTION: Final = "mt.schedules"
 KIND: Final = "schedule"
 _LEADER: Final = "#leader"  # an `_id` that no identifier can be
-_SCHEDULES: Final = {"component": {"$type": "string"}}
+_SCHEDULES: Final = {"_id": {"$ne": _LEADER}}
 Document = dict[str, Any]
 
 
@@ -56,10 +56,17 @@ class Schedules:
     @driver_errors("reading a schedule")
     def get(self, identifier: str) -> Document:
         """The document of a schedule. Raises: NotFoundError, FormatError."""
-        found: Document | None = self._documents.find_one({"_id": identifier, **_SCHEDULES})
+        where = {"$and": [{"_id": identifier}, _SCHEDULES]}
+        found: Document | None = self._documents.find_one(where)
         if found is None:
             raise NotFoundError(f"no schedule {identifier!r} has been applied")
         check_format(found, KIND)
+        return found
+
+    @driver_errors("reading a schedule")
+    def peek(self, identifier: str) -> Document | None:
+        """The document of a schedule that this release can read; None where there is none."""
+        found: Document | None = self._documents.find_one({"_id": identifier, **READABLE})
         return found
 
     @driver_errors("reading the schedules")
@@ -111,7 +118,19 @@ class Schedules:
     @driver_errors("removing a schedule")
     def remove(self, identifier: str) -> None:
         """Remove a schedule's document, if there is one."""
-        self._documents.delete_one({"_id": identifier, **_SCHEDULES})
+        self._documents.delete_one({"$and": [{"_id": identifier}, _SCHEDULES]})
+
+    @driver_errors("writing a schedule")
+    def note(self, identifier: Any, problem: str, *, of: str) -> None:
+        """Keep the problem of a schedule, whatever else its document holds.
+
+        Args:
+            identifier: The `_id` of its document.
+            problem: What is wrong, for people.
+            of: What it is a problem of: what succeeds at that clears it.
+        """
+        with self._clock.alone():
+            self._documents.update_one({"_id": identifier}, {"$set": {"problem": problem, "problem_of": of}})
 
     @driver_errors("asking the time")
     def now(self) -> datetime:

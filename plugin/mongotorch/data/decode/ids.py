@@ -63,6 +63,14 @@ def pack_ids(ids: Column) -> bytes:
     return rows.tobytes()
 
 
+def among(keys: U64, ascending: U64) -> NDArray[np.bool_]:
+    """Which of the keys are among others that ascend; (n,) bool."""
+    if not len(ascending):
+        return np.zeros(len(keys), np.bool_)
+    found: NDArray[np.bool_] = ascending[np.searchsorted(ascending[:-1], keys)] == keys
+    return found
+
+
 def id_keys(ids: Column) -> U64:
     """A stable 64-bit key for each `_id`, equal for ids that are equal in MongoDB; (n,) uint64."""
     data = ids.data

@@ -1,7 +1,7 @@
 """Which documents are read, in ranges, and how they are read from a server or from mongomock."""
 
 from mongotorch.data.read.plan import MOST_SHUFFLED_RANGES, Plan, Sizes, make_plan, resume_plan
-from mongotorch.data.read.reader import DatabaseAccess, IdRange, Reader, open_reader
+from mongotorch.data.read.reader import DatabaseAccess, IdRange, Reader, open_reader, regrouped
 
 __all__ = [
     "MOST_SHUFFLED_RANGES",
@@ -12,5 +12,6 @@ __all__ = [
     "Sizes",
     "make_plan",
     "open_reader",
+    "regrouped",
     "resume_plan",
 ]

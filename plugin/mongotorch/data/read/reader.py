@@ -114,7 +114,7 @@ class Reader(abc.ABC):
         """Like `drain`, exactly `rows` documents at a time, the last time fewer."""
         replies = self.drain(skip, rows)
         try:
-            yield from _regrouped(replies, rows)
+            yield from regrouped(replies, rows)
         finally:
             replies.close()  # type: ignore[attr-defined]
 
@@ -151,7 +151,7 @@ class Reader(abc.ABC):
         )
 
 
-def _regrouped(replies: Iterator[Reply], rows: int) -> Iterator[list[Reply]]:
+def regrouped(replies: Iterator[Reply], rows: int) -> Iterator[list[Reply]]:
     """The same BSON, exactly so many documents at a time, the last time fewer."""
     group: list[Reply] = []
     room = rows

@@ -6,10 +6,11 @@ Guarantees: a spec that exists can be streamed: numbers are in range, options ar
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, final
 
+from mongotorch.data.decode import U64
 from mongotorch.data.read import DatabaseAccess, Sizes
 from mongotorch.errors import ParameterError
 from mongotorch.loader_options import check_stream_loader
@@ -44,6 +45,8 @@ class StreamSpec:
         worker_niceness: What is added to the niceness of worker processes.
         loader: Options of `torch.utils.data.DataLoader`: `num_workers`, `pin_memory` and the like.
         cache_dir: Folder for `download`.
+        members: Hashes of `_id`s, uint64, ascending: only the documents of this set are streamed, whatever else
+            the query finds meanwhile; they take the place of a skip and a limit. None: what the query finds.
         read_deadline_s: Seconds after which a broken read is given up.
     """
 
@@ -66,6 +69,7 @@ class StreamSpec:
     worker_niceness: int = 0
     loader: Mapping[str, Any] = field(default_factory=dict)
     cache_dir: Path | None = None
+    members: U64 | None = field(default=None, compare=False, repr=False)
     read_deadline_s: float = 60.0
 
     def __post_init__(self) -> None:
@@ -94,10 +98,13 @@ class StreamSpec:
 
     def open_access(self, open_database: Callable[[], Any], database: Any = None) -> DatabaseAccess:
         """The database as a stream of this spec reads it; see `DatabaseAccess`."""
+        query = self.query
+        if self.members is not None:  # what is inserted meanwhile may not push members out of a limit
+            query = replace(query, skipped=0, limited=None)
         return DatabaseAccess(
             open_database,
             database,
-            query=self.query,
+            query=query,
             projection=self.key.projection,
             deadline_s=self.read_deadline_s,
         )

@@ -21,12 +21,21 @@ from typing import final
 import numpy as np
 import numpy.typing as npt
 
-from mongotorch.data.decode import U64, Columns, Reply, decode, id_keys
+from mongotorch.data.decode import U64, Columns, Reply, among, decode, id_keys
 from mongotorch.data.prefetch import ReadPressure, ThreadPrefetcher, close_iterator, map_ordered
-from mongotorch.data.read import MOST_SHUFFLED_RANGES, DatabaseAccess, Plan, make_plan, resume_plan
+from mongotorch.data.read import (
+    MOST_SHUFFLED_RANGES,
+    DatabaseAccess,
+    Plan,
+    Reader,
+    make_plan,
+    regrouped,
+    resume_plan,
+)
 from mongotorch.data.stream.batches import NO_ROWS, Rows, gathered, ordered
 from mongotorch.data.stream.order import Order, WindowSpec, position_keys
 from mongotorch.data.stream.spec import StreamSpec
+from mongotorch.data.training_set import only, only_once
 from mongotorch.errors import DataError
 
 _UNDER_WAY = 4  # ranges that are read but not decoded yet, at most
@@ -71,6 +80,7 @@ class WindowReader(abc.ABC):
         window: How many ranges are shuffled together.
         count: How many ranges there are; None where that is not known before the end.
         paths: The fields.
+        members: The documents that are read, see `StreamSpec.members`.
         samples: Whether samples are built of the rows, which needs the values and not just tensors.
         plan: Where ranges are those of `_id`; None where documents come in the query's own order.
     """
@@ -85,6 +95,7 @@ class WindowReader(abc.ABC):
         self._access = access
         # Not the spec itself: it may hold functions that cannot be pickled.
         self.paths: tuple[str, ...] = spec.key.paths
+        self.members = spec.members
         self.samples, self._in_flight_bytes = spec.builds_samples, spec.in_flight_bytes
 
     @abc.abstractmethod
@@ -160,8 +171,16 @@ class WindowReader(abc.ABC):
         """The ranges of these numbers as BSON; they ascend without a gap where there is no plan."""
 
     def decode(self, replies: list[Reply]) -> Columns:
-        """The columns of a range."""
-        return decode(replies, self.paths)
+        """The columns of the members of a range."""
+        columns = decode(replies, self.paths)
+        if self.members is None:
+            return columns
+        kept = among(id_keys(columns.ids), self.members)
+        return columns if kept.all() else columns.take(np.flatnonzero(kept))
+
+    def kept(self, replies: list[Reply]) -> list[Reply]:
+        """The members among the documents of a range."""
+        return replies if self.members is None else [only(reply, self.members) for reply in replies]
 
     @abc.abstractmethod
     def keys(self, number: int, columns: Columns) -> U64:
@@ -245,7 +264,11 @@ class OwnOrderWindows(WindowReader):
         start = next(numbers, None)
         if start is None:
             return
-        replies: Iterator[list[Reply]] = self._access.reader().own_order(start * self.rows, self.rows)
+        reader = self._access.reader()
+        if self.members is None:
+            replies = reader.own_order(start * self.rows, self.rows)
+        else:
+            replies = islice(regrouped(self._members(reader, self.members), self.rows), start, None)
         if prefetch:
             replies = ThreadPrefetcher(
                 replies, most=_UNDER_WAY + 1, most_bytes=self._in_flight_bytes, weigh=_weigh
@@ -255,6 +278,25 @@ class OwnOrderWindows(WindowReader):
                 yield reply
         finally:
             close_iterator(replies)
+
+    def _members(self, reader: Reader, members: U64) -> Iterator[Reply]:
+        """The members in the order of the query: places in it are counted among them alone."""
+        replies = reader.drain(0, self.rows)
+        try:
+            if reader.query.is_pipeline:  # which may give an `_id` several times
+                yield from (only(reply, members) for reply in replies)
+            else:
+                yield from only_once(replies, members)
+        finally:
+            close_iterator(replies)
+
+    def decode(self, replies: list[Reply]) -> Columns:
+        """The columns of a range, which has members only."""
+        return decode(replies, self.paths)
+
+    def kept(self, replies: list[Reply]) -> list[Reply]:
+        """All documents of a range."""
+        return replies
 
     def keys(self, number: int, columns: Columns) -> U64:
         """A hash of each row's position in the query."""

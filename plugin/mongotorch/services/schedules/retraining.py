@@ -1,31 +1,41 @@
 """The run of a schedule: trains from the live version on current data, asks the gate, publishes, and promotes.
 
 Guarantees: where a run starts, and on which documents, is decided once and kept in its checkpoints. The verdict is
-part of the document that publishes the version; a version that the gate refuses is stored and not live. Both
-models are measured on the same documents. A promotion replaces the version that the verdict compared with, and no
-other. A job that is tried again after it published promotes by that verdict, once.
+part of the document that publishes the version; a version that the gate refuses, or cannot judge, is stored and
+not live. Both models are measured on the same documents: those that the fold `valid` had when the run began,
+without those that were deleted since. What others insert meanwhile is for the next run. A promotion replaces the
+version that the verdict compared with, and no other. A job that is tried again after it published promotes by that
+verdict, once.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final, final
 
+import bson
 import numpy as np
 
 from mongotorch.component import Component
-from mongotorch.data import Members, Stream, assign_folds, check_select, unseen
-from mongotorch.errors import ConflictError, MongotorchError
+from mongotorch.data import Hashes, Members, Stream, assign_folds, unseen
+from mongotorch.errors import (
+    ConflictError,
+    JobCancelledError,
+    JobReleasedError,
+    MongotorchError,
+    ServerUnavailableError,
+)
 from mongotorch.jobs import Lease
 from mongotorch.mongo.connection import Connection
-from mongotorch.mongo.error_translation import driver_errors
+from mongotorch.mongo.error_translation import driver_errors, redact
 from mongotorch.query import FOLD_FIELD, FOLDS, Query
 from mongotorch.schedule import Gate, Schedule, Scores, State, Trigger, Verdict, gate_of
-from mongotorch.services.training.recipe import TrainingRecipe, validation_spec
+from mongotorch.services.schedules.register import failure
+from mongotorch.services.training.recipe import DataProvenance, TrainingRecipe, validation_spec
 from mongotorch.services.training.training_run import TrainingResult, TrainingRun
 from mongotorch.settings import Settings
 from mongotorch.train import (
@@ -39,10 +49,13 @@ from mongotorch.train import (
 )
 
 MOST_NEW: Final = 100_000
-"""More new documents are not named one by one in a query: the run then takes all of the select."""
+"""If more documents are new, the run takes all of the select."""
+_NAMED_BYTES: Final = 2**20
+"""The most bytes of `_id`s that a query names one by one; more are a range, and the run keeps their hashes."""
 Document = Mapping[str, Any]
 LoadModel = Callable[[str], TorchModel]
 """From a uuid to its model."""
+_log = logging.getLogger("mongotorch.schedules")
 
 
 @final
@@ -83,19 +96,32 @@ class Retraining:
             JobCancelledError: The job was cancelled, or another worker has it; nothing was published.
             MongotorchError: The run failed; nothing was published.
         """
+        try:
+            return self._run(job, lease)
+        except (JobCancelledError, JobReleasedError):
+            raise
+        except Exception as error:
+            message = redact(" ".join(str(error).split()))
+            with contextlib.suppress(MongotorchError):  # what the run raised is what matters
+                self._record_outcome(job["identifier"], failure(job, f"{type(error).__name__}: {message}"))
+            raise
+
+    def _run(self, job: Document, lease: Lease) -> str:
         published = self._training.published(job)
         if published is None:
             schedule = self._catalog.load_uuid(job["component"])
             assert isinstance(schedule, Schedule)  # noqa: S101 - for the type checker
             load = functools.cache(self._catalog.load_model)  # what is served starts the run, and is judged
-            origin = self._training.origin(job) or self._begin(schedule, load)
+            origin, seen = self._training.origin(job), None
+            if not origin:
+                origin, seen = self._begin(schedule, load)
             if origin["ids"] == []:
                 return self._without_training(schedule, job)
-            published = self._train(schedule, origin, job, lease, load)
+            published = self._train(schedule, self._recipe(schedule, origin, seen, load), job, lease, load)
         name = published["schedule"]["identifier"]
         refusal = self._promote(published, job=job["_id"], who=f"schedule {name}")
         why = refusal or published["verdict"]["why"]
-        self._record_outcome(name, _outcome(job, published, promoted=refusal is None, why=why))
+        self._record_outcome(name, {"outcome": _outcome(job, published, promoted=refusal is None, why=why)})
         self._training.drop_checkpoints(job)
         return str(published["_id"])
 
@@ -107,31 +133,30 @@ class Retraining:
             known = self._catalog.components.newest_trained(model.type_id, model.identifier)
         assert known is not None  # noqa: S101 - the documents are those of a trained version
         outcome = _outcome(job, known, promoted=False, why="no document is new")
-        self._record_outcome(schedule.identifier, outcome)
+        self._record_outcome(schedule.identifier, {"outcome": outcome})
         return str(known["_id"])
 
     def _train(
-        self, schedule: Schedule, origin: Document, job: Document, lease: Lease, load: LoadModel
+        self, schedule: Schedule, recipe: TrainingRecipe, job: Document, lease: Lease, load: LoadModel
     ) -> dict[str, Any]:
-        recipe = self._recipe(schedule, origin, load)
         result = self._training.train(recipe, job, lease)
         with result.kept():
-            return self._judge_and_publish(schedule, origin, job, lease, recipe, result, load)
+            return self._judge_and_publish(schedule, job, lease, recipe, result, load)
 
     def _judge_and_publish(
         self,
         schedule: Schedule,
-        origin: Document,
         job: Document,
         lease: Lease,
         recipe: TrainingRecipe,
         result: TrainingResult,
         load: LoadModel,
     ) -> dict[str, Any]:
+        origin = recipe.origin
         # Before the new version exists: `load` without a live alias would give the newest.
         why = f"served when schedule {schedule.identifier!r} brought its first version"
         champion = self._catalog.pin_champion(recipe.model, why)
-        verdict = self._judge(gate_of(schedule.gate), recipe, champion, load)
+        verdict = self._verdict(gate_of(schedule.gate), recipe, result.data, champion, load)
         firing = {name: job["parameters"].get(name) for name in ("firing", "reason")}
         record = {
             "schedule": {"identifier": schedule.identifier, "uuid": schedule.uuid, **firing, **origin["data"]},
@@ -141,38 +166,62 @@ class Retraining:
         lease.check()
         return self._training.publish(job, recipe, result, record)
 
-    def _begin(self, schedule: Schedule, load: LoadModel) -> dict[str, Any]:
-        """Decide where a run starts, and on which documents; its checkpoints keep it."""
+    def _begin(self, schedule: Schedule, load: LoadModel) -> tuple[dict[str, Any], Hashes | None]:
+        """Decide where a run starts, and on which documents.
+
+        Returns:
+            What its checkpoints keep; and the hashes of the `_id`s that it is not trained on, None where its query
+            says which.
+        """
         trainer, model = trainer_and_model(schedule.trainer)
         self._assign_folds(trainer.select)
-        if gate_of(schedule.gate).needs_scores:
-            check_select(self._connection.database, trainer.select, folds=("valid",))
-        ids, data = None, {"data": schedule.data}
+        ids: list[Any] | None = None
+        seen, bounds, data = None, None, {"data": schedule.data}
         if schedule.data == "new":
-            ids, why = self._new_documents(trainer, model)
+            ids, seen, why = self._new_documents(trainer, model)
             data = {**data, "why": why}
+            if ids and len(bson.encode({"ids": ids})) > _NAMED_BYTES:
+                bounds, ids = _bounds(trainer.select, ids), None
+            else:
+                seen = None
         start = None
         champion = self._catalog.champion(model) if schedule.warm_start else None
         # A model of another structure starts from its own weights.
         if champion is not None and same_structure(model, load(champion["_id"])):
             start = {"model": champion["_id"], "trainer": self._trainer_of(champion)}
-        return {"start": start, "ids": ids, "data": data}
+        return {"start": start, "ids": ids, "bounds": bounds, "data": data}, seen
 
-    def _recipe(self, schedule: Schedule, origin: Document, load: LoadModel) -> TrainingRecipe:
+    def _recipe(
+        self, schedule: Schedule, origin: Document, seen: Hashes | None, load: LoadModel
+    ) -> TrainingRecipe:
         trainer, model = trainer_and_model(schedule.trainer)
         query = None
         if origin["ids"] is not None:
             query = trainer.select.fold("train").filter({"_id": {"$in": origin["ids"]}})
+        elif origin.get("bounds") is not None:
+            lower, upper = origin["bounds"]
+            query = trainer.select.fold("train").filter({"_id": {"$gte": lower, "$lte": upper}})
         if origin["start"] is not None:
             trainer = warm_start(trainer, model, load(origin["start"]["model"]))
-        return TrainingRecipe(trainer=trainer, model=model, train_query=query, origin=dict(origin))
+        return TrainingRecipe(
+            trainer=trainer,
+            model=model,
+            train_query=query,
+            without=seen,
+            is_scheduled=True,
+            is_judged=gate_of(schedule.gate).needs_scores,
+            origin=dict(origin),
+        )
 
-    def _new_documents(self, trainer: TorchTrainer, model: TorchModel) -> tuple[list[Any] | None, str]:
-        """The training documents that no published version of the model was trained on, by `_id`.
+    def _new_documents(
+        self, trainer: TorchTrainer, model: TorchModel
+    ) -> tuple[list[Any] | None, Hashes | None, str]:
+        """The training documents that no published version of the model was trained on.
 
         Returns:
-            The `_id`s, empty where nothing is new, None where all documents of the select are to be taken; and
-            why all of them are, or how many are new.
+            Their `_id`s in the order in which they are read, empty where nothing is new, None where all documents
+            of the select are to be taken; the hashes of those that are not new; and why all of them are taken, or
+            how many are new.
         """
         components, seen = self._catalog.components, []
         for number in components.versions(model.type_id, model.identifier):
@@ -180,15 +229,15 @@ class Retraining:
             if data is None:
                 continue  # it was applied, not trained
             if data.get("members") is None:
-                return None, f"version {number} does not say which documents it was trained on"
+                return None, None, f"version {number} does not say which documents it was trained on"
             seen.append(Members.from_bytes(self._catalog.blobs.get(data["members"])).ids)
         if not seen:
-            return None, "no version was trained yet"
+            return None, None, "no version was trained yet"
         known = np.unique(np.concatenate(seen))
         ids = unseen(self._connection.database, trainer.select.fold("train"), known, limit=MOST_NEW + 1)
         if len(ids) > MOST_NEW:
-            return None, f"more than {MOST_NEW:,} documents are new"
-        return ids, f"{len(ids):,} new documents"
+            return None, None, f"more than {MOST_NEW:,} documents are new"
+        return ids, known, f"{len(ids):,} new documents"
 
     def _assign_folds(self, select: Query) -> None:
         """Give a fold to documents that other clients inserted; nothing is written where all have one."""
@@ -202,20 +251,39 @@ class Retraining:
         users = self._catalog.components.users(model["_id"])
         return next((str(user["_id"]) for user in users if user.get("anchor") == model["_id"]), None)
 
-    def _judge(
-        self, gate: Gate, recipe: TrainingRecipe, champion: Document | None, load: LoadModel
+    def _verdict(
+        self,
+        gate: Gate,
+        recipe: TrainingRecipe,
+        data: DataProvenance,
+        champion: Document | None,
+        load: LoadModel,
     ) -> dict[str, Any]:
         """The verdict of a gate on the trained model, plain, with the version it was compared `against`."""
-        models = [recipe.model, *([] if champion is None else [load(champion["_id"])])]
         try:
-            check_select(self._connection.database, recipe.trainer.select, folds=("valid",))
-            query = recipe.trainer.select.fold("valid")
-            now, *before = _scored(recipe.trainer, models, query, self._connection, self._settings)
-            verdict = gate.judge(_scores(before[0]) if before else None, _scores(now))
-        except MongotorchError as error:
-            verdict = _without_scores(gate, error)
+            verdict = self._judge(gate, recipe, data, champion, load)
+        except Exception as error:  # noqa: BLE001 - see below
+            # It may be a person's own function. What was trained is worth more than its answer.
+            _log.exception("gate %r raised; the trained model is stored, and does not go live", gate)
+            verdict = _refused(gate, f"the gate raised {type(error).__name__}: {redact(str(error))}")
         against = None if champion is None else {"uuid": champion["_id"], "version": champion["version"]}
         return {**verdict.to_document(), "against": against}
+
+    def _judge(
+        self,
+        gate: Gate,
+        recipe: TrainingRecipe,
+        data: DataProvenance,
+        champion: Document | None,
+        load: LoadModel,
+    ) -> Verdict:
+        models = [recipe.model, *([] if champion is None else [load(champion["_id"])])]
+        try:
+            query = recipe.trainer.select.fold("valid")
+            now, *before = _scored(recipe.trainer, models, query, self._connection, self._settings, data)
+            return gate.judge(_scores(before[0]) if before else None, _scores(now))
+        except MongotorchError as error:
+            return _without_scores(gate, error)
 
     def _promote(self, published: Document, *, job: str, who: str) -> str | None:
         """Promote a published version if its verdict says so, once a job; None if it is live now, else why not."""
@@ -271,22 +339,26 @@ class LiveMetrics:
             now: The time.
 
         Returns:
-            The fields of the document that change; empty where no measurement is due.
+            `scores` by name, when they were `scored`, and the `problem` if it failed; empty where none is due.
+
+        Raises:
+            ServerUnavailableError: The database cannot be reached.
         """
         try:
             trigger = self._trigger_of(document["component"])
-        except MongotorchError:
-            return {}  # asking the trigger next records the error
+        except Exception:  # noqa: BLE001 - asking the trigger next records the error
+            return {}
         state = State.from_document(document["state"])
         every_s = trigger.score_every_s
         if every_s is None or (state.scored is not None and (now - state.scored).total_seconds() < every_s):
             return {}
         try:
             values, problem = self._values(document, trigger), None
-        except MongotorchError as error:
-            values, problem = {}, f"the live model could not be measured: {error}"
-        state = dataclasses.replace(state, scores=values, scored=now)
-        return {"state": state.to_document(), "problem": problem}
+        except ServerUnavailableError:
+            raise
+        except Exception as error:  # noqa: BLE001 - objectives and metrics are people's own functions
+            values, problem = {}, f"the live model could not be measured: {type(error).__name__}: {error}"
+        return {"scores": values, "scored": now, "problem": problem}
 
     def _values(self, document: Document, trigger: Trigger) -> dict[str, float]:
         """The objective and the metrics on the newest documents of the fold `valid`, by `_id`."""
@@ -299,11 +371,23 @@ class LiveMetrics:
         return _scored(trainer, [self._served_model(model)], query, self._connection, self._settings)[0].values
 
 
+def _bounds(select: Query, ids: Sequence[Any]) -> list[Any] | None:
+    """The first and the last of some `_id`s, as they were read; None where no range contains them all."""
+    in_order = not select.is_pipeline and select.limited is None and not select.skipped
+    return [ids[0], ids[-1]] if in_order and len(set(map(type, ids))) == 1 else None
+
+
 def _scored(
-    trainer: TorchTrainer, models: Sequence[TorchModel], query: Query, connection: Connection, settings: Settings
+    trainer: TorchTrainer,
+    models: Sequence[TorchModel],
+    query: Query,
+    connection: Connection,
+    settings: Settings,
+    data: DataProvenance | None = None,
 ) -> list[Scored]:
-    """Measure models on the documents of a query, which are read once."""
+    """Measure models on the documents of a query, which are read once; of a run's `data` on its own alone."""
     spec = validation_spec(trainer, settings, query)
+    spec = spec if data is None else data.fixed(spec, "valid")
     with contextlib.closing(Stream(connection.opener, spec, database=connection.database)) as batches:
         return score(trainer, models, batches)
 
@@ -321,9 +405,13 @@ def _scores(scored: Scored) -> Scores:
 def _without_scores(gate: Gate, error: MongotorchError) -> Verdict:
     if not gate.needs_scores:
         return gate.judge(None, None)
+    return _refused(gate, f"the two could not be compared: {error}")
+
+
+def _refused(gate: Gate, why: str) -> Verdict:
     return Verdict(
         promote=False,
-        why=f"the two could not be compared: {error}",
+        why=why,
         gate=repr(gate),
         documents=0,
         champion=None,

@@ -1,12 +1,12 @@
 """The scheduler: watches the documents of schedules, counts what changes, and fires what is due.
 
-Any number of schedulers may run; one at a time leads.
+Any number of schedulers may run; one at a time leads, under a lease that a thread renews.
 
-Guarantees: a change is counted once, since a count and the position behind it in the change stream are one write.
-What happens while no scheduler leads is counted when one leads again. A lost lease, or another scheduler's write,
-is noticed before anything is written. A schedule that cannot be read does not stop the others. A document counts
-as arrived when it is in the select and was inserted, or when an update touched a field that the select asks for;
-folds that are assigned to documents do not count.
+Guarantees: changes are read for a quarter of a second at most, however many come, so that what is due is fired in
+between. What happens while no scheduler leads is counted when one leads again. A lost lease, or another
+scheduler's write, is noticed before anything is written. Each schedule is on its own: one whose document, trigger
+or select cannot be used gets a `problem`, is tried again later, and stops no other; a live model is measured in a
+thread, and nothing waits for it.
 """
 
 from __future__ import annotations
@@ -14,145 +14,30 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import queue
 import threading
 import time
 import uuid as uuids
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from datetime import datetime
 from typing import Any, Final, final
 
-from mongotorch.errors import MongotorchError
-from mongotorch.mongo.change_stream import Baseline, Change, ChangeWatcher, HistoryLostError, baseline, counted
-from mongotorch.query import FOLD_FIELD, Query
+from mongotorch.errors import MongotorchError, ServerUnavailableError
+from mongotorch.mongo.change_stream import (
+    Change,
+    ChangeWatcher,
+    HistoryLostError,
+    baseline,
+    counted,
+    position,
+)
+from mongotorch.mongo.error_translation import redact
+from mongotorch.query import Query
+from mongotorch.resources import Owner
 from mongotorch.schedule import State
+from mongotorch.services.schedules.register import Counts, defect_of, is_behind, recounted, tally
 from mongotorch.store import Schedules
-
-_AT_ONCE: Final = 1000
-Record = Mapping[str, Any]
-
-
-@final
-class Counts:
-    """Counts documents of selects; equal questions of several schedules are asked once.
-
-    Args:
-        database: The driver's database.
-    """
-
-    def __init__(self, database: Any) -> None:
-        self._database = database
-        self._known: dict[tuple[Query, str], int] = {}
-
-    def __call__(self, query: Query, ids: Sequence[Any]) -> int:
-        """How many of these documents are in the select now."""
-        key = (query, repr(ids))
-        if key not in self._known:
-            parts = (ids[at : at + _AT_ONCE] for at in range(0, len(ids), _AT_ONCE))
-            self._known[key] = sum(counted(self._database, query, part) for part in parts)
-        return self._known[key]
-
-
-def tally(count: Counts, document: Record, changes: Sequence[Change], now: datetime) -> dict[str, Any]:
-    """How some changes change a schedule's document.
-
-    Args:
-        count: Counts documents.
-        document: The schedule's.
-        changes: In their order, of any collection, read behind the document's token or before it.
-        now: The time at which they were read.
-
-    Returns:
-        The fields to write; empty where none of the changes is new to this schedule.
-    """
-    among = [change for change in changes if change.collection == document["collection"]]
-    mine = [change for change in among if is_behind(change.token, document["token"])]
-    if not mine:
-        return {}
-    query = Query.from_document(document["select"])
-    where = {} if query.is_pipeline else query.where
-    asked = frozenset(paths_of(where))
-    updates = [change for change in mine if change.kind in ("update", "replace") and not _is_fold(change)]
-    inserted = _ids(change for change in mine if change.kind == "insert")
-    entered = _ids(change for change in updates if _touches(change, asked))
-    gone = sum(change.kind in ("delete", "drop") for change in mine)
-    added = count(query, inserted)
-    arrived = added + count(query, [key for key in entered if key not in inserted])
-    changed = added + count(query, _ids(updates)) + gone
-    # Whether a deleted document was in the select, or a changed one left it, only a new count can tell.
-    is_inexact = bool(where) and (gone > 0 or bool(entered))
-    return {
-        "token": mine[-1].token,
-        "known": document["known"] + added - (0 if where else gone),
-        "stale": document["stale"] or is_inexact or any(change.kind == "drop" for change in mine),
-        **_observed(document, arrived, changed, now),
-    }
-
-
-def recounted(document: Record, found: Baseline, now: datetime) -> dict[str, Any]:
-    """How a new count of its documents changes a schedule's document, where the changes cannot be read.
-
-    Documents that arrived and left between two counts cancel out.
-    """
-    more = found.count - document["known"]
-    if not more and found.token is None:
-        return {}
-    return {
-        "token": found.token,
-        "known": found.count,
-        "stale": False,
-        **_observed(document, max(more, 0), abs(more), now),
-    }
-
-
-def is_behind(token: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether one position in the change stream comes after another: tokens compare as text."""
-    return bool(token["_data"] > other["_data"])
-
-
-def paths_of(where: Any) -> Iterator[str]:
-    """The paths that a filter names; those of an `$expr` are not looked for."""
-    if isinstance(where, list):
-        for part in where:
-            yield from paths_of(part)
-    elif isinstance(where, Mapping):
-        for name, part in where.items():
-            if name.startswith("$"):
-                yield from paths_of(part) if name in ("$and", "$or", "$nor") else ()
-            else:
-                yield name
-
-
-def _observed(document: Record, arrived: int, changed: int, now: datetime) -> dict[str, Any]:
-    if not arrived and not changed:
-        return {}
-    state = State.from_document(document["state"])
-    state = dataclasses.replace(
-        state,
-        inserted=state.inserted + arrived,
-        changed=state.changed + changed,
-        arrived=state.arrived or now,
-    )
-    return {"state": state.to_document(), "next_at": now}
-
-
-def _is_fold(change: Change) -> bool:
-    return change.fields == {FOLD_FIELD}
-
-
-def _touches(change: Change, asked: frozenset[str]) -> bool:
-    if change.kind == "replace":
-        return bool(asked)
-    tops = {path.partition(".")[0] for path in asked}
-    return any(field.partition(".")[0] in tops for field in change.fields)
-
-
-def _ids(changes: Any) -> list[Any]:
-    """The `_id`s, each once; they need not be hashable."""
-    seen: dict[str, Any] = {}
-    for change in changes:
-        seen.setdefault(repr(change.document_id), change.document_id)
-    return list(seen.values())
-
 
 _POLL_S: Final = 0.2
 _REFRESH_S: Final = 1.0
@@ -160,12 +45,115 @@ _REFRESH_S: Final = 1.0
 _ADVANCE_S: Final = 30.0
 """How often positions advance where nothing changes, so that the server does not forget them."""
 _PAUSE_S: Final = 1.0
+_MAX_BACK_OFF_S: Final = 60.0
+"""How long a schedule with a problem is left alone at most; the first time it is a second."""
 Document = dict[str, Any]
 Look = Callable[[Document, datetime], Document | None]
 """Asks a schedule's trigger and fires; the document as it is then, None where another process has changed it."""
 Measure = Callable[[Document, datetime], Mapping[str, Any]]
-"""Measures a schedule's live model; the fields of its document that change, none where no measurement is due."""
+"""Measures a schedule's live model: `scores`, when they were `scored`, and a `problem`; empty if none is due."""
+Settle = Callable[[Document], Mapping[str, Any]]
+"""Looks how a schedule's newest run ended; the fields of its document that change."""
+_NO_PROBLEM: Final[Document] = {"problem": None, "problem_of": None}
 _log = logging.getLogger("mongotorch.scheduler")
+
+
+@final
+class Leadership:
+    """The lead among the schedulers of one database.
+
+    Args:
+        schedules: The documents, which the lease is one of.
+        lease_s: Seconds after which another scheduler leads when this one goes silent.
+        name: The name of this process, for people.
+    """
+
+    def __init__(self, schedules: Schedules, *, lease_s: float, name: str) -> None:
+        self._schedules, self._lease_s = schedules, lease_s
+        self._who = f"{name}/{uuids.uuid4().hex[:8]}"
+        self._until = float("-inf")
+        self.wait_s = min(_PAUSE_S, lease_s / 3)
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether this scheduler leads, for all that it knows."""
+        return time.monotonic() < self._until
+
+    def take(self) -> bool:
+        """Become the leader, or extend the lease. False: another scheduler leads."""
+        asked = time.monotonic()
+        leads = self._schedules.lead(self._who, self._lease_s)
+        self._until = asked + self._lease_s if leads else float("-inf")
+        return leads
+
+    @contextlib.contextmanager
+    def renewed(self) -> Iterator[None]:
+        """Renews the lease from a thread, three times in its length, until it is lost."""
+        ended = threading.Event()
+
+        def renew() -> None:
+            while not ended.wait(self._lease_s / 3):
+                with contextlib.suppress(MongotorchError):  # tried again, as long as the lease lasts
+                    if not self.take():
+                        return
+
+        thread = threading.Thread(target=renew, name="mongotorch-leadership", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def resign(self) -> None:
+        """Let another scheduler lead at once; does nothing unless this one leads."""
+        self._until = float("-inf")
+        self._schedules.resign(self._who)
+
+
+@final
+class _Background(Owner):
+    """Calls functions one after the other in a thread that nothing waits for, not even the end of the process."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="mongotorch-measurements", daemon=True).start()
+
+    def submit(self, function: Measure, document: Document, now: datetime) -> Future[Mapping[str, Any]]:
+        """Call a function later; what it returns or raises is in the future."""
+        future: Future[Mapping[str, Any]] = Future()
+
+        def call() -> None:
+            try:
+                future.set_result(function(document, now))
+            except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
+                future.set_exception(error)
+
+        self._calls.put(call)
+        return future
+
+    def close(self) -> None:
+        """End the thread after the calls that wait."""
+        self._calls.put(None)
+
+    def _run(self) -> None:
+        while (call := self._calls.get()) is not None:
+            call()
+
+
+@dataclasses.dataclass
+class _SetAside:
+    """A schedule that is left alone for a while.
+
+    Attributes:
+        until: Until when, by the monotonic clock.
+        failures: How often it failed in a row.
+        missed: Whether changes were read meanwhile that are not counted for it.
+    """
+
+    until: float
+    failures: int
+    missed: bool
 
 
 @final
@@ -177,27 +165,39 @@ class Scheduler:
         schedules: The runtime documents.
         look: Asks a schedule's trigger and fires.
         measure: Measures a schedule's live model.
+        settle: Looks how a schedule's newest run ended.
         lease_s: Seconds after which another scheduler leads when this one goes silent.
         name: The name of this process, for people.
     """
 
     def __init__(
-        self, database: Any, schedules: Schedules, *, look: Look, measure: Measure, lease_s: float, name: str
+        self,
+        database: Any,
+        schedules: Schedules,
+        *,
+        look: Look,
+        measure: Measure,
+        settle: Settle,
+        lease_s: float,
+        name: str,
     ) -> None:
         self._database, self._schedules = database, schedules
-        self._look, self._measure = look, measure
-        self._lease_s, self._who = lease_s, f"{name}/{uuids.uuid4().hex[:8]}"
+        self._look, self._measure, self._settle = look, measure, settle
+        self._leadership = Leadership(schedules, lease_s=lease_s, name=name)
         self._known: dict[str, Document] = {}
-        self._refreshed = self._advanced = self._renewed = float("-inf")
+        self._aside: dict[str, _SetAside] = {}
+        self._measuring: dict[str, Future[Mapping[str, Any]]] = {}
+        self._refreshed = self._advanced = float("-inf")
 
     def run(self, stop: threading.Event) -> None:
         """Lead, or wait to lead, until `stop` is set. After an error of the database it pauses and goes on."""
         while not stop.is_set():
             try:
-                if self._lead():
-                    self._lead_until(stop)
-                else:
-                    stop.wait(min(_PAUSE_S, self._lease_s / 3))
+                if not self._leadership.take():
+                    stop.wait(self._leadership.wait_s)
+                    continue
+                with self._leadership.renewed(), _Background() as background:
+                    self._lead_until(stop, background)
             except MongotorchError as error:
                 _log.warning("the scheduler pauses: %s", error)
                 stop.wait(_PAUSE_S)
@@ -206,10 +206,10 @@ class Scheduler:
                 _log.exception("the scheduler pauses")
                 stop.wait(_PAUSE_S)
         with contextlib.suppress(MongotorchError):
-            self._resign()
+            self._leadership.resign()
 
     def step(self) -> bool:
-        """Count what has changed and fire what is due, once. False: another scheduler leads.
+        """Count what has changed up to now and fire what is due, once. False: another scheduler leads.
 
         Raises:
             ServerUnavailableError: The database cannot be reached.
@@ -217,39 +217,44 @@ class Scheduler:
         self._refresh()
         if not self._known:
             return True  # nobody needs a leader
-        if not self._lead():
+        if not self._leadership.take():
             return False
         try:
-            self._catch_up()
-            self._poll()
-            self._fire()
+            with self._leadership.renewed():
+                self._catch_up()
+                self._poll()
+                self._fire()
         finally:
-            self._resign()
+            self._leadership.resign()
         return True
 
     def _catch_up(self) -> None:
-        """Count all that has changed up to now."""
+        """Count all that has changed up to now, and not what comes meanwhile."""
         try:
             with self._watching() as watch:
-                while watch is not None and self._count(watch.read()):
-                    pass
+                end = None if watch is None else position(self._database)
+                while watch is not None and self._leadership.is_kept:
+                    before, changes = watch.token, watch.read()
+                    self._count(changes)
+                    if end is not None and not is_behind(end, watch.token):
+                        break
+                    if not changes and watch.token == before:
+                        break
                 if watch is not None:
                     self._advance(watch)
         except HistoryLostError:
-            self._recount(self._oldest())
+            self._recount_oldest()
 
-    def _lead_until(self, stop: threading.Event) -> None:
-        while not stop.is_set():
+    def _lead_until(self, stop: threading.Event, background: _Background) -> None:
+        while not stop.is_set() and self._leadership.is_kept:
             try:
                 with self._watching() as watch:
-                    while not stop.is_set() and self._lead() and not self._is_stale(watch):
-                        self._turn(watch, stop)
+                    while not stop.is_set() and self._leadership.is_kept and not self._is_stale(watch):
+                        self._turn(watch, stop, background)
             except HistoryLostError:
-                self._recount(self._oldest())
-            if not self._lead():
-                return
+                self._recount_oldest()
 
-    def _turn(self, watch: ChangeWatcher | None, stop: threading.Event) -> None:
+    def _turn(self, watch: ChangeWatcher | None, stop: threading.Event, background: _Background) -> None:
         """Count what has changed, and fire what is due."""
         if watch is None:
             stop.wait(_POLL_S)
@@ -258,20 +263,9 @@ class Scheduler:
         if time.monotonic() - self._refreshed > _REFRESH_S:
             self._refresh()
             self._poll()
-        self._fire()
+        self._fire(background)
 
-    def _lead(self) -> bool:
-        """Whether this scheduler leads; the lease is renewed three times in its length."""
-        if time.monotonic() - self._renewed < self._lease_s / 3:
-            return True
-        asked = time.monotonic()
-        leads = self._schedules.lead(self._who, self._lease_s)
-        self._renewed = asked if leads else float("-inf")
-        return leads
-
-    def _resign(self) -> None:
-        self._renewed = float("-inf")
-        self._schedules.resign(self._who)
+    # Which schedules there are, and what to watch for them
 
     @contextlib.contextmanager
     def _watching(self) -> Iterator[ChangeWatcher | None]:
@@ -281,9 +275,12 @@ class Scheduler:
         while watch is None and (watched := self._watched()):
             names = {document["collection"] for document in watched}
             try:
-                watch = ChangeWatcher(self._database, names, self._oldest()["token"])
+                watch = ChangeWatcher(self._database, names, _oldest(watched)["token"])
             except HistoryLostError:
-                self._recount(self._oldest())
+                self._recount_oldest()
+        for document in self._watched():
+            if document["_id"] in self._aside:
+                self._aside[document["_id"]].missed = False  # they are read again from its position on
         if watch is None:
             yield None
             return
@@ -291,44 +288,102 @@ class Scheduler:
             yield watch
 
     def _is_stale(self, watch: ChangeWatcher | None) -> bool:
-        """Whether other collections have to be watched by now."""
-        names = {document["collection"] for document in self._watched()}
-        return bool(names) if watch is None else not names <= watch.collections
+        """Whether other collections have to be watched by now, or earlier changes to be read again."""
+        watched = self._watched()
+        names = {document["collection"] for document in watched}
+        if watch is None:
+            return bool(names)
+        missed = any(self._aside[one["_id"]].missed for one in watched if one["_id"] in self._aside)
+        return missed or not names <= watch.collections
 
     def _watched(self) -> list[Document]:
-        return [document for document in self._known.values() if document["watches"] and document["token"]]
-
-    def _oldest(self) -> Document:
-        return min(self._watched(), key=lambda document: str(document["token"]["_data"]))
+        """The schedules whose changes are read, without those that are left alone."""
+        return [one for one in self._known.values() if one["watches"] and one["token"] and self._is_ready(one)]
 
     def _refresh(self) -> None:
-        self._known = {document["_id"]: document for document in self._schedules.readable()}
+        """Read the list of schedules, without those whose documents cannot be used."""
+        self._known = {}
+        for document in self._schedules.readable():
+            why = defect_of(document)
+            if why is not None:
+                self._note(document, f"its document in mt.schedules cannot be used: {why}", of="document")
+                continue
+            self._known[document["_id"]] = document
+            if document.get("problem_of") == "document":
+                self._write(document["_id"], lambda _: _NO_PROBLEM)
+        self._aside = {name: aside for name, aside in self._aside.items() if name in self._known}
+        for document in list(self._known.values()):
+            self._alone(document, "run", self._write, document["_id"], self._settle)
         self._refreshed = time.monotonic()
 
     def _write(self, identifier: str, change: Callable[[Document], Mapping[str, Any]]) -> None:
         """Change a schedule's document depending on its contents; read again if another process has written it."""
-        document: Document | None = self._known[identifier]
+        document: Document | None = self._known.get(identifier)
         while document is not None and (changes := change(document)):
             written = self._schedules.write(document, changes)
             if written is not None:
                 self._known[identifier] = written
                 return
-            self._refresh()
-            document = self._known.get(identifier)
+            document = self._schedules.peek(identifier)
+            if document is None or defect_of(document) is not None:
+                self._known.pop(identifier, None)
+                return
+            self._known[identifier] = document
+
+    # Each schedule on its own
+
+    def _alone(self, document: Document, doing: str, act: Callable[..., Any], *given: Any) -> None:
+        """Do something for one schedule; where it fails, the schedule is left alone for a while.
+
+        Raises:
+            ServerUnavailableError: The database cannot be reached: no schedule is at fault.
+        """
+        try:
+            act(*given)
+        except ServerUnavailableError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a person's trigger, filter or objective may raise anything
+            before = self._aside.get(document["_id"], _SetAside(0.0, 0, missed=False))
+            wait_s = min(2.0**before.failures, _MAX_BACK_OFF_S)
+            missed = before.missed or doing == "counting"
+            self._aside[document["_id"]] = _SetAside(time.monotonic() + wait_s, before.failures + 1, missed=missed)
+            own = isinstance(error, MongotorchError)
+            why = error.message if isinstance(error, MongotorchError) else f"{type(error).__name__}: {error}"
+            _log.debug("schedule %r: %s failed; again in %g s", document["_id"], doing, wait_s, exc_info=error)
+            self._note(document, why if own else f"its {doing} failed: {why}", of=doing)
+
+    def _note(self, document: Document, problem: str, *, of: str) -> None:
+        """Keep the problem of a schedule, and log it once."""
+        problem = redact(problem)
+        if document.get("problem") != problem:
+            _log.warning("schedule %r: %s", document["_id"], problem)
+            document |= {"problem": problem, "problem_of": of}
+            self._schedules.note(document["_id"], problem, of=of)
+
+    def _is_ready(self, document: Document) -> bool:
+        """Whether a schedule is not left alone at this moment."""
+        aside = self._aside.get(document["_id"])
+        return aside is None or time.monotonic() >= aside.until
+
+    # Counting
 
     def _count(self, changes: list[Change]) -> bool:
         """Count changes for every schedule; whether there were any."""
         if changes:
             now, count = self._schedules.now(), Counts(self._database)
             for document in self._watched():
-                self._write(document["_id"], lambda record: tally(count, record, changes, now))
+
+                def change(record: Document) -> Mapping[str, Any]:
+                    return tally(count, record, changes, now)
+
+                self._alone(document, "counting", self._write, document["_id"], change)
         return bool(changes)
 
     def _advance(self, watch: ChangeWatcher) -> None:
         """Nothing has changed: advance the positions, and count again where deletions made a count inexact."""
         for document in self._watched():
             if document["stale"]:
-                self._write(document["_id"], self._recount_exact)
+                self._alone(document, "counting", self._write, document["_id"], self._recount_exact)
         if time.monotonic() - self._advanced > _ADVANCE_S:
             self._advanced, token = time.monotonic(), watch.token
             for document in self._watched():
@@ -341,8 +396,13 @@ class Scheduler:
     def _poll(self) -> None:
         """Count the documents of schedules whose changes cannot be watched."""
         for document in list(self._known.values()):
-            if document["watches"] and not document["token"]:
-                self._recount(document)
+            if document["watches"] and not document["token"] and self._is_ready(document):
+                self._alone(document, "counting", self._recount, document)
+
+    def _recount_oldest(self) -> None:
+        if watched := self._watched():
+            oldest = _oldest(watched)
+            self._alone(oldest, "counting", self._recount, oldest)
 
     def _recount(self, document: Document) -> None:
         found = baseline(self._database, Query.from_document(document["select"]))
@@ -353,18 +413,65 @@ class Scheduler:
         now = self._schedules.now()
         self._write(document["_id"], lambda record: recounted(record, found, now))
 
-    def _fire(self) -> None:
-        """Look at the schedules that are due; one that is due again at once is looked at in the next turn."""
+    # Firing
+
+    def _fire(self, background: _Background | None = None) -> None:
+        """Look at the schedules that are due; one that is due again at once is looked at in the next turn.
+
+        Args:
+            background: Where live models are measured; None measures them here.
+        """
         now = self._schedules.now()
+        for identifier in [name for name, measured in self._measuring.items() if measured.done()]:
+            self._take_measurement(identifier, self._measuring.pop(identifier), now)
         for document in self._schedules.due(now):
-            if self._renewed == float("-inf"):
+            if not self._leadership.is_kept:
                 return
-            measured = {} if document["paused"] else self._measure(document, now)
-            current = self._schedules.write(document, measured) if measured else document
-            looked = self._look(current, now) if current is not None else None
-            if looked is not None:
-                self._known[looked["_id"]] = looked
+            if defect_of(document) is None and self._is_ready(document):
+                self._known[document["_id"]] = document
+                self._alone(document, "trigger", self._look_at, document, now, background)
+
+    def _look_at(self, document: Document, now: datetime, background: _Background | None) -> None:
+        """Ask the trigger of a schedule; its live model is measured before, or in the background."""
+        identifier = document["_id"]
+        if not document["paused"] and identifier not in self._measuring:
+            if background is None:
+                found: Future[Mapping[str, Any]] = Future()
+                found.set_result(self._measure(document, now))
+                self._take_measurement(identifier, found, now)
+            else:
+                self._measuring[identifier] = background.submit(self._measure, document, now)
+        current = self._known.get(identifier)
+        looked = None if current is None else self._look(current, now)
+        if looked is not None:
+            self._known[identifier] = looked
+        aside = self._aside.get(identifier)
+        if aside is not None and not aside.missed:
+            del self._aside[identifier]
+
+    def _take_measurement(self, identifier: str, measured: Future[Mapping[str, Any]], now: datetime) -> None:
+        """Write what was measured of a live model; its trigger is asked about it at once."""
+
+        def change(document: Document) -> Mapping[str, Any]:
+            found = measured.result()
+            if not found:
+                return {}
+            state = State.from_document(document["state"])
+            state = dataclasses.replace(state, scores=found["scores"], scored=found["scored"])
+            changes = {"state": state.to_document(), "next_at": now}
+            if found["problem"] is not None:
+                self._note(document, found["problem"], of="measurement")
+            elif document.get("problem_of") == "measurement":
+                changes |= _NO_PROBLEM
+            return changes
+
+        if identifier in self._known:
+            self._alone(self._known[identifier], "measurement", self._write, identifier, change)
 
 
 def _moved(document: Document, token: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"token": token} if document["token"] and is_behind(token, document["token"]) else {}
+
+
+def _oldest(watched: list[Document]) -> Document:
+    return min(watched, key=lambda document: str(document["token"]["_data"]))

@@ -1,7 +1,9 @@
 """What one run trains: trainer, model and queries; the streams it reads; the record of the data it read.
 
 Guarantees: the select and its folds are checked before a stream is opened. The watermark of a provenance is taken
-before the documents are read, so documents that arrive later count as new.
+before the documents are read, so documents that arrive later count as new. Which documents a run sees is fixed by
+its provenance: what others insert, or move to another fold, after that is not seen, by no validation either.
+Documents that are deleted are not read any more, and change nothing else.
 """
 
 from __future__ import annotations
@@ -10,9 +12,9 @@ import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, final
+from typing import Any, Literal, Self, final
 
-from mongotorch.data import Members, Stream, StreamSpec, check_select, scan_members, watermark
+from mongotorch.data import Hashes, Members, Stream, StreamSpec, check_select, scan_members, watermark
 from mongotorch.mongo.connection import Connection
 from mongotorch.query import Fold, Query
 from mongotorch.settings import Settings
@@ -43,6 +45,12 @@ class TrainingRecipe:
         trainer: A stored version's uuid; its `optimizer_state` is what the run starts with.
         model: A stored version's uuid, with the weights that the run starts with; training changes it in place.
         train_query: The training documents, its fold included; None is the fold `train` of the trainer's select.
+        only: Hashes of the `_id`s of the training documents, ascending; None is all of the query.
+        without: Hashes of the `_id`s of documents that are no training documents, ascending; None leaves out none.
+        is_scheduled: Whether documents without a fold are left out instead of refused, and the documents are fixed
+            without the setting `lineage` too.
+        is_judged: Whether its model is compared with another one after it: the validation documents are needed
+            then even if the trainer never validates.
         origin: What is needed to make this recipe again; plain BSON. Every checkpoint keeps it, and
             `TrainingRun.origin` returns it.
     """
@@ -50,6 +58,10 @@ class TrainingRecipe:
     trainer: TorchTrainer
     model: TorchModel
     train_query: Query | None = None
+    only: Hashes | None = dataclasses.field(default=None, repr=False)
+    without: Hashes | None = dataclasses.field(default=None, repr=False)
+    is_scheduled: bool = False
+    is_judged: bool = False
     origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -62,48 +74,65 @@ class TrainingRecipe:
         """The validation documents; None where the trainer never validates."""
         return self.trainer.select.fold("valid") if self.trainer.validation_interval is not None else None
 
+    @property
+    def sets(self) -> dict[str, Query]:
+        """What the run reads, by name: `train`, `valid`, and the validation's further datasets."""
+        found = {"train": self.training}
+        if self.validation is not None or self.is_judged:
+            found["valid"] = self.trainer.select.fold("valid")
+        if self.validation is not None and self.model.validation is not None:
+            found |= {f"dataset {one.identifier}": one.select for one in self.model.validation.datasets}
+        return found
+
+    def check(self, database: Any) -> None:
+        """Refuse selects that cannot be trained on. Raises: MongotorchError, see `check_select`."""
+        needed: dict[Fold, bool] = {
+            "train": self.train_query is None,
+            "valid": self.validation is not None or self.is_judged,
+        }
+        folds = [fold for fold, is_needed in needed.items() if is_needed]
+        if folds:
+            check_select(database, self.trainer.select, folds=folds, unassigned=self.is_scheduled)
+        for name, query in self.sets.items():
+            if name not in ("train", "valid") or (name == "train" and self.train_query is not None):
+                check_select(database, query, folds=())
+
 
 @contextlib.contextmanager
 def opened_fit(
-    recipe: TrainingRecipe, connection: Connection, settings: Settings, *, state: Mapping[str, Any] | None = None
+    recipe: TrainingRecipe,
+    connection: Connection,
+    settings: Settings,
+    *,
+    data: DataProvenance,
+    state: Mapping[str, Any] | None = None,
 ) -> Iterator[Fit]:
     """The fit of a recipe, ready for its first step; its streams are closed afterwards.
 
     Args:
-        recipe: What to train; its model is changed.
+        recipe: What to train, checked; its model is changed.
         connection: The database.
         settings: The datalayer's.
+        data: Which documents it is trained and validated on.
         state: What `Fit.capture` gave in an earlier run; None starts from the beginning.
 
     Raises:
-        MongotorchError: The select, its folds or an option cannot be used; no step was made.
+        MongotorchError: An option cannot be used; no step was made.
     """
-    trainer, model, database = recipe.trainer, recipe.model, connection.database
-    _check_selects(database, recipe)
+    trainer = recipe.trainer
     with contextlib.ExitStack() as opened:
 
-        def stream(spec: StreamSpec) -> Stream:
-            made = Stream(connection.opener, spec, database=database)
+        def stream(name: str, query: Query) -> Stream:
+            spec = (training_spec if name == "train" else validation_spec)(trainer, settings, query)
+            made = Stream(connection.opener, data.fixed(spec, name), database=connection.database)
             opened.callback(made.close)
             return made
 
-        batches = stream(training_spec(trainer, settings, recipe.training))
-        sets: dict[str, Stream] = {}
-        if recipe.validation is not None:
-            sets[""] = stream(validation_spec(trainer, settings, recipe.validation))
-            for dataset in model.validation.datasets if model.validation is not None else ():
-                check_select(database, dataset.select, folds=())
-                sets[dataset.identifier] = stream(validation_spec(trainer, settings, dataset.select))
-        yield Fit(trainer, model, batches=batches, sets=sets, state=state)
-
-
-def _check_selects(database: Any, recipe: TrainingRecipe) -> None:
-    needed: dict[Fold, bool] = {"train": recipe.train_query is None, "valid": recipe.validation is not None}
-    folds = [fold for fold, is_needed in needed.items() if is_needed]
-    if folds:
-        check_select(database, recipe.trainer.select, folds=folds)
-    if recipe.train_query is not None:
-        check_select(database, recipe.train_query, folds=())
+        streams = {name: stream(name, query) for name, query in recipe.sets.items()}
+        batches, valid = streams.pop("train"), streams.pop("valid", None)
+        sets = {} if valid is None or recipe.validation is None else {"": valid}
+        sets |= {name.removeprefix("dataset "): one for name, one in streams.items()}
+        yield Fit(trainer, recipe.model, batches=batches, sets=sets, state=state)
 
 
 @final
@@ -114,10 +143,34 @@ class DataProvenance:
     Attributes:
         record: The field `data` of the model's document; plain BSON.
         blobs: The blobs that it names, by name.
+        members: The documents of each set, see `TrainingRecipe.sets`; without those that are not fixed: where the
+            setting `lineage` is off, and of sets too large to be kept.
     """
 
     record: Mapping[str, Any]
     blobs: Mapping[str, bytes] = dataclasses.field(default_factory=dict, repr=False)
+    members: Mapping[str, Members] = dataclasses.field(default_factory=dict, repr=False)
+
+    def fixed(self, spec: StreamSpec, name: str) -> StreamSpec:
+        """A stream of the documents of one set, and of no other ones."""
+        members = self.members.get(name)
+        return spec if members is None else dataclasses.replace(spec, members=members.ids)
+
+    def kept(self) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """What checkpoints keep, from which `resumed` makes it again: a record, and the blobs that it names."""
+        named = {name: _named(members) for name, members in self.members.items()}
+        sets = {name: blob for name, (blob, _) in named.items()}
+        return {"data": dict(self.record), "sets": sets}, {**dict(named.values()), **self.blobs}
+
+    @classmethod
+    def resumed(cls, record: Mapping[str, Any], blobs: Mapping[str, bytes]) -> Self:
+        """The provenance that a checkpoint kept."""
+        data = record.get("data", {})
+        # Checkpoints of 0.1.0 have the training documents only.
+        sets = record.get("sets") or ({"train": data["members"]} if data.get("members") else {})
+        members = {name: Members.from_bytes(blobs[blob]) for name, blob in sets.items() if blob in blobs}
+        own = {name: blob for name, blob in blobs.items() if name == data.get("members")}
+        return cls(record=data, blobs=own, members=members)
 
 
 def data_provenance(recipe: TrainingRecipe, connection: Connection, settings: Settings) -> DataProvenance:
@@ -128,32 +181,55 @@ def data_provenance(recipe: TrainingRecipe, connection: Connection, settings: Se
         ServerUnavailableError: The server could not be read for `read_deadline_s`.
     """
     record: dict[str, Any] = {"query": recipe.training.to_document()}
-    if not settings.lineage:
+    if not settings.lineage and not recipe.is_scheduled:
         return DataProvenance(record=record)
     record["watermark"] = watermark(connection.database, read_deadline_s=settings.read_deadline_s)
-    train = scan(recipe.training, recipe, connection, settings)
-    valid = None if recipe.validation is None else scan(recipe.validation, recipe, connection, settings)
+    found = {name: scan(query, recipe, connection, settings, name=name) for name, query in recipe.sets.items()}
+    # What a random query gives again are other documents, and computed `_id`s may be other ones.
+    are_fixed = {name: query.is_repeatable and query.keeps_ids for name, query in recipe.sets.items()}
+    members = {name: one for name, one in found.items() if one.rows is not None and are_fixed[name]}
+    if not settings.lineage:
+        return DataProvenance(record={"query": record["query"]}, members=members)
+    train, valid = found["train"], None if recipe.validation is None else found["valid"]
     if not recipe.training.is_repeatable:
         # What the run will read are other documents: only how many there are is known.
         counts = {
             name: None if one is None else {"count": one.count}
             for name, one in (("train", train), ("valid", valid))
         }
-        return DataProvenance(record={**record, **counts, "members": None, "certain": False})
+        return DataProvenance(record={**record, **counts, "members": None, "certain": False}, members=members)
     record["train"] = summary(train)
     record["valid"] = None if valid is None else summary(valid)
     if not recipe.training.keeps_ids:
         record["certain"] = False
+    if recipe.without is not None or recipe.only is not None:
+        record["of_query"] = "members"  # and not all of it
     if train.rows is None:
-        return DataProvenance(record={**record, "members": None})
-    blob = train.to_bytes()
-    name = hashlib.sha256(blob).hexdigest()
-    return DataProvenance(record={**record, "members": name}, blobs={name: blob})
+        return DataProvenance(record={**record, "members": None}, members=members)
+    name, blob = _named(train)
+    return DataProvenance(record={**record, "members": name}, blobs={name: blob}, members=members)
 
 
-def scan(query: Query, recipe: TrainingRecipe, connection: Connection, settings: Settings) -> Members:
-    """The documents of a query as they are now, hashed by the recipe's key. Raises: as `data_provenance`."""
-    return scan_members(connection.database, query, recipe.trainer.key, read_deadline_s=settings.read_deadline_s)
+def _named(members: Members) -> tuple[str, bytes]:
+    blob = members.to_bytes()
+    return hashlib.sha256(blob).hexdigest(), blob
+
+
+def scan(
+    query: Query, recipe: TrainingRecipe, connection: Connection, settings: Settings, *, name: str = "train"
+) -> Members:
+    """The documents of a query as they are now, hashed by the recipe's key: by `_id` alone without lineage.
+
+    Raises: as `data_provenance`.
+    """
+    return scan_members(
+        connection.database,
+        query,
+        recipe.trainer.key if settings.lineage else None,
+        read_deadline_s=settings.read_deadline_s,
+        members=recipe.only if name == "train" else None,
+        without=recipe.without if name == "train" else None,
+    )
 
 
 def summary(members: Members) -> dict[str, Any]:

@@ -149,17 +149,19 @@ class TrainingRun:
             "trainer": self.catalog.stored_fields(trainer, without=(recipe.model,)),
             "model": self.catalog.stored_fields(recipe.model, without=(trainer,)),
         }
-        with opened_fit(recipe, self._connection, self._settings, state=state) as fit:
-            if resumed is None:
-                data, origin = data_provenance(recipe, self._connection, self._settings), recipe.origin
-            else:
-                data = DataProvenance(record=resumed.run.get("data", {}), blobs=resumed.blobs)
-                origin = resumed.run.get("origin", {})
+        recipe.check(self._connection.database)
+        if resumed is None:
+            data, origin = data_provenance(recipe, self._connection, self._settings), recipe.origin
+        else:
+            data = DataProvenance.resumed(resumed.run, resumed.blobs)
+            origin = resumed.run.get("origin", {})
+        record, blobs = data.kept()
 
-            def save(state: Mapping[str, Any], *, over: bool = False) -> None:
-                run = {"origin": dict(origin), "data": dict(data.record)}
-                self._checkpoints.save(job, state, run=run, blobs=data.blobs, over=over)
+        def save(state: Mapping[str, Any], *, over: bool = False) -> None:
+            run = {"origin": dict(origin), **record}
+            self._checkpoints.save(job, state, run=run, blobs=blobs, over=over)
 
+        with opened_fit(recipe, self._connection, self._settings, data=data, state=state) as fit:
             limit = trainer.max_iterations if trainer.max_iterations <= _SHOWN_MOST else None
             # In this order: a lost lease ends the run before anything is written for it.
             observers: list[Observer] = [
