@@ -17,6 +17,7 @@ from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from mongotorch.errors import EmptySelectError, NonFiniteLossError, ParameterError
 from mongotorch.tensors import copy_tensors, to_device
@@ -205,6 +206,8 @@ class Fit:
         self._eval_modules = self._model.start_training()
         if self._state is not None:
             self._restore(self._state)
+        else:
+            self._check_state()
         yield from self._steps()
 
     def _steps(self) -> Iterator[Event]:
@@ -237,6 +240,21 @@ class Fit:
                 ) from error
             error.add_note(f"in training, at step {self.step + 1}")
             raise
+
+    def _check_state(self) -> None:
+        """Refuse a module that does not take its own state back: it could not be given the best weights either."""
+        module = self._model.object
+        if any(is_lazy(part) for part in (*module.parameters(), *module.buffers())):
+            return  # it has no state before its first batch
+        try:
+            module.load_state_dict(copied_state(module))
+        except Exception as error:  # a module's own code can raise anything
+            raise ParameterError(
+                f"the module does not take back what its state_dict() gives ({type(error).__name__}: {error}), so "
+                "the weights of its best validation could not be restored; register what it cannot load with "
+                "persistent=False, or keep it as a plain attribute",
+                field="object",
+            ) from error
 
     def _warn_of_untrained_objective(self) -> None:
         objective = self._trainer.objective

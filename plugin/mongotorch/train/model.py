@@ -176,7 +176,9 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 def copied_state(module: nn.Module) -> dict[str, Any]:
     """A copy of the module's state that later steps do not change."""
-    copied: dict[str, Any] = copy_tensors(dict(module.state_dict()))
+    # Of its own type: its attributes say of which version the state of each part is. Without them some parts, such
+    # as quantised layers, take it for an old one.
+    copied: dict[str, Any] = copy_tensors(module.state_dict())
     return copied
 
 

@@ -52,9 +52,14 @@ class TorchCodec(Codec):
         """Skeleton and storages. Raises: UnsafeClosureError, CodecError; then nothing was put."""
         indices: dict[int, int] = {}
         tensors: list[Tensor] = []
+        names = _names(value)
 
         def external(part: Any) -> int | None:
-            if type(part) not in _KINDS or not _is_plain(part):
+            if isinstance(part, Tensor) and part.device.type == "meta":
+                raise _without_data(names.get(id(part)), where)
+            if type(part) is _Bare:
+                part = part.tensor
+            elif not _is_plain(part) or _attributes(part):
                 return None  # sparse, quantised and subclasses: they pickle as torch pickles them
             if id(part) not in indices:
                 indices[id(part)] = len(tensors)
@@ -62,8 +67,8 @@ class TorchCodec(Codec):
             return indices[id(part)]
 
         with torch.no_grad():
-            skeleton = dumps(value, where=where, external=external, reduce=_reduce_parametrized)
-            records, storages = _layout(tensors, _names(value))
+            skeleton = dumps(value, where=where, external=external, reduce=_reduce)
+            records, storages = _layout(tensors, names)
             return {
                 "skeleton": put(skeleton.data),
                 "python": skeleton.python,
@@ -108,7 +113,11 @@ class Tensors:
         data = get(kept["blob"]) if "blob" in kept else small[at : at + kept["nbytes"]]
         # The store gives a buffer of the reader's own: the tensor lives in it, without a copy.
         own = data if isinstance(data, bytearray) else bytearray(data)
-        return torch.frombuffer(own, dtype=torch.uint8) if own else torch.empty(0, dtype=torch.uint8)
+        if not own:
+            return torch.empty(0, dtype=torch.uint8)
+        found = torch.frombuffer(own, dtype=torch.uint8)
+        # What observers of quantisation resize is small, and only memory that is torch's own can be resized.
+        return found.clone() if "blob" not in kept else found
 
 
 def fill_module(module: nn.Module, record: Mapping[str, Any], get: Get) -> None:
@@ -153,6 +162,39 @@ def _put_storages(storages: Sequence[memoryview], put: Put) -> dict[str, Any]:
     return {"storages": records, "small": put(bytes(small)) if small else None}
 
 
+class _Bare:
+    """Stands for a tensor without the attributes that somebody gave it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def _attributes(tensor: Tensor) -> dict[str, Any]:
+    """What somebody set on a tensor, such as how a parameter is decayed; not what compiling it left there."""
+    return {name: value for name, value in vars(tensor).items() if not name.startswith("_dynamo")}
+
+
+def with_attributes(tensor: Tensor, attributes: Mapping[str, Any]) -> Tensor:
+    """A tensor with the attributes that it was stored with."""
+    vars(tensor).update(attributes)
+    return tensor
+
+
+def _without_data(name: str | None, where: str) -> CodecError:
+    return CodecError(
+        f"{where}: {name or 'a tensor'} is on the meta device and has no data; load its weights, or make it with "
+        "module.to_empty(device='cpu') and initialise it",
+        field=name or where,
+    )
+
+
+def _reduce(value: Any) -> tuple[Any, ...] | None:
+    if isinstance(value, Tensor):
+        attributes = _attributes(value) if _is_plain(value) else {}
+        return (with_attributes, (_Bare(value), attributes)) if attributes else None
+    return _reduce_parametrized(value)
+
+
 def _reduce_parametrized(value: Any) -> tuple[Any, ...] | None:
     """How a parametrised module is pickled: by the class that it was before, and its attributes.
 
@@ -178,8 +220,14 @@ def restore_parametrized(module: nn.Module, attributes: Mapping[str, Any]) -> No
         parametrize._inject_property(module, name)
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_quantized and tensor.device.type != "meta"
+def _is_plain(part: Any) -> bool:
+    """Whether it is a tensor of strided memory, and of no subclass."""
+    return (
+        type(part) in _KINDS
+        and part.layout is torch.strided
+        and not (part.is_quantized or part.is_nested)
+        and part.device.type != "meta"
+    )
 
 
 def _names(value: Any) -> dict[int, str]:

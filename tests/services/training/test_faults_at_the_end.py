@@ -161,6 +161,8 @@ class Outcomes:
         if status == "failed":
             self._expect(len(lines) == 1, f"{where}: failed with {len(lines)} lines")
             self._expect(job.error is not None and "injected" in job.error["message"], f"{where}: {job.error}")
+        elif status == "running":  # it is visible; the next worker, or the next `apply`, records the end
+            self._expect(visible == [1] and len(lines) == 1, f"{where}: {visible} with {len(lines)} lines")
         else:
             self._expect(status == "succeeded" and visible == [1], f"{where}: {status} with {visible}")
         with Watched() as again:

@@ -105,8 +105,13 @@ class JobRunner:
         except BaseException:  # Ctrl-C in the caller's own process: the person wants it to end
             self._jobs.cancel(job_id)
             raise
-        _beat(heartbeat)
-        if not _recorded(lambda: self._jobs.succeed(job_id, attempt, result=result)):
+        try:
+            _beat(heartbeat)
+            succeeded = _recorded(lambda: self._jobs.succeed(job_id, attempt, result=result))
+        except Exception as error:
+            _log.error("job %s published %s, and cannot record it: %s", job_id, result, redact(str(error)))
+            raise
+        if not succeeded:
             raise JobCancelledError(
                 f"job {job_id}: attempt {attempt} lost its lease before it could record its end"
             )
