@@ -122,6 +122,17 @@ def continue_from(optimizers: Sequence[torch.optim.Optimizer], state: Mapping[st
             for new, old in zip(own, kept, strict=True)
         ]
         _load(optimizer, {"state": one.get("state", {}), "param_groups": groups})
+        _follow_rate(optimizer)
+
+
+def _follow_rate(optimizer: torch.optim.Optimizer) -> None:
+    """Compute anew what a state holds of the rate: ASGD keeps the rate of its next step there."""
+    if not isinstance(optimizer, torch.optim.ASGD):
+        return
+    for group in optimizer.param_groups:
+        rate = float(group["lr"])
+        for kept in (optimizer.state[parameter] for parameter in group["params"] if parameter in optimizer.state):
+            kept["eta"].fill_(rate / (1 + group["lambd"] * rate * float(kept["step"])) ** group["alpha"])
 
 
 def check_state(name: str, options: Mapping[str, Any], state: Mapping[str, Any]) -> None:

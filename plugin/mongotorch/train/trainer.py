@@ -125,7 +125,10 @@ class TorchTrainer(Component):
             check_state(self.optimizer_cls, self.optimizer_kwargs or {}, self.optimizer_state)
         if self.optimizer_cls == "LBFGS" and type(self).take_step is TorchTrainer.take_step:
             raise OptimizerError(
-                "LBFGS evaluates the objective several times a step; override take_step", field="optimizer_cls"
+                "LBFGS evaluates the objective several times a step; override take_step, and return "
+                "optimizers[0].step(closure) from it, where closure clears the gradients, computes "
+                "self.compute_objective(model, batch), calls backward() on that and returns it",
+                field="optimizer_cls",
             )
         if self.model is not None:
             self.check_model(self.model, key)
@@ -176,7 +179,14 @@ class TorchTrainer(Component):
 
     def get_optimizers(self, model: TorchModel) -> Sequence[torch.optim.Optimizer]:
         """The optimizers of a run, made once before the first step. Raises: OptimizerError."""
-        return (make_optimizer(self.optimizer_cls, model.parameters(), self.optimizer_kwargs or {}),)
+        try:
+            return (make_optimizer(self.optimizer_cls, model.parameters(), self.optimizer_kwargs or {}),)
+        except OptimizerError as error:  # the options were tried at construction: it is the parameters
+            raise OptimizerError(
+                f"{self.optimizer_cls} does not take the parameters of the model ({error.__cause__ or error}); "
+                "override get_optimizers, and give each optimizer those that it takes",
+                field="optimizer_cls",
+            ) from error
 
     def take_step(self, model: TorchModel, batch: Any, optimizers: Sequence[torch.optim.Optimizer]) -> Tensor:
         """One step on one batch, which is on the model's device already.
