@@ -193,19 +193,46 @@ def scan_members(
 def members_of(replies: Iterable[Reply], *, most: int = MOST_MEMBERS) -> Members:
     """The set of documents that are given as concatenated BSON, none of them empty; see `scan_members`."""
     kept: list[Hashes] | None = []
-    count, total = 0, 0
+    content = ContentDigest()
     for reply in replies:
-        digests = _digests(reply)
-        count += len(digests)
-        # Sums of 32-bit words cannot overflow 64 bits below 2**32 documents a reply.
-        words = digests.sum(axis=0, dtype=np.uint64)
-        total += sum(int(word) << (32 * n) for n, word in enumerate(words))
-        kept = None if kept is None or count > most else [*kept, _hashes(reply, digests)]
-    digest = (total % 2 ** (8 * DIGEST_BYTES)).to_bytes(DIGEST_BYTES, "little").hex()
+        digests = content.add(reply)
+        if kept is not None and content.count <= most:
+            kept.append(_hashes(reply, digests))
+        else:
+            kept = None
     if kept is None:
-        return Members(count=count, digest=digest, rows=None)
+        return Members(count=content.count, digest=content.hex, rows=None)
     rows = np.concatenate([np.empty((0, 2), np.uint64), *kept])
-    return Members(count=count, digest=digest, rows=rows[np.lexsort((rows[:, 1], rows[:, 0]))])
+    return Members(count=content.count, digest=content.hex, rows=rows[np.lexsort((rows[:, 1], rows[:, 0]))])
+
+
+@final
+class ContentDigest:
+    """The digest of a set of documents, added to it in any order.
+
+    Attributes:
+        count: How many documents there are so far.
+    """
+
+    def __init__(self) -> None:
+        self.count, self._total = 0, 0
+
+    def add(self, *replies: Reply) -> NDArray[np.uint32]:
+        """Add documents that are given as concatenated BSON; the digests of those of the last reply."""
+        digests = np.empty((0, DIGEST_BYTES // 4), np.uint32)
+        for reply in replies:
+            digests = _digests(reply)
+            self.count += len(digests)
+            # Sums of 32-bit words cannot overflow 64 bits below 2**32 documents a reply.
+            words = digests.sum(axis=0, dtype=np.uint64)
+            self._total += sum(int(word) << (32 * n) for n, word in enumerate(words))
+        return digests
+
+    @property
+    def hex(self) -> str:
+        """The digest, as `Members.digest` has it."""
+        rest: int = self._total % 2 ** (8 * DIGEST_BYTES)
+        return rest.to_bytes(DIGEST_BYTES, "little").hex()
 
 
 def only(reply: Reply, members: Hashes, *, inverted: bool = False) -> Reply:

@@ -1,7 +1,10 @@
 """The guarantees of the stream, on both backends: the same batches whatever the settings."""
 
 import json
+import os
+import subprocess
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +20,7 @@ from torch.utils.data import DataLoader
 import mongotorch
 from mongotorch import Datalayer
 from mongotorch.data import Stream, StreamSpec, assign_folds, check_select, fold_of
+from mongotorch.data.stream import windows
 from mongotorch.errors import (
     DataError,
     EmptyFoldError,
@@ -295,6 +299,70 @@ def test_a_download_is_read_once_and_again_after_a_change(documents: Any, make: 
     assert (again.st_ino, again.st_mtime_ns) == (cached.st_ino, cached.st_mtime_ns)
     documents.delete_many({"y": 5})
     assert 5 not in labels(list(make(mode="download", shuffle=True)))
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_a_download_is_of_the_documents_as_they_are_now(documents: Any, make: Make, query: str) -> None:
+    wanted: dict[str, Any] = {"query": QUERIES[query], "mode": "download", "key": ("x", "v", "y")}
+    stale = list(make(**wanted))
+    assert same(list(make(**wanted)), stale)
+    documents.update_one({"y": 700}, {"$set": {"x": [-1.0, -2.0]}})  # the same `_id`, count, size and shape
+    fresh = list(make(**wanted))
+    assert same(fresh, list(make(**{**wanted, "mode": "stream"})))
+    assert not same(fresh, stale)
+    documents.update_one({"y": 700}, {"$set": {"x": [700.0, 350.0]}})
+    assert same(list(make(**wanted)), stale), "the earlier one is found again, for it is the same content"
+    documents.update_one({"y": 700}, {"$set": {"not a field of the key": 1}})
+    assert same(list(make(**wanted)), stale)
+
+
+def test_a_download_that_others_write_into_never_has_the_name_of_what_was_there_before(
+    documents: Any, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = list(make(mode="download"))
+    documents.update_one({"y": 700}, {"$set": {"x": [-1.0, -2.0]}})
+    scanned = windows.content_of
+
+    def scan_then_change(*given: Any) -> str:
+        found = scanned(*given)
+        documents.update_one({"y": 701}, {"$set": {"x": [-3.0, -4.0]}})
+        return found
+
+    monkeypatch.setattr("mongotorch.data.stream.epochs.content_of", scan_then_change)
+    changed = list(make(mode="download"))
+    monkeypatch.undo()
+    documents.update_one({"y": 701}, {"$set": {"x": [701.0, 350.5]}})
+    again = list(make(mode="download"))
+    assert same(again, list(make())), "not what was downloaded while it was otherwise"
+    assert not same(again, changed)
+    assert not same(again, before)
+
+
+def test_what_a_killed_download_leaves_is_removed_by_the_next(
+    documents: Any, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = """
+        import os, sys, tempfile
+        from pathlib import Path
+        from mongotorch.data.stream import cache
+        with cache._building_folder(Path(sys.argv[1])) as building:
+            (building / "field-0").write_bytes(bytes(100))
+            print(building, flush=True)
+            sys.stdin.read()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        building = Path(process.stdout.readline().strip())
+        os.utime(building, (0, 0))
+        list(make(mode="download"))
+        assert building.exists(), "its process is alive"
+        process.kill()
+        process.wait()
+    documents.delete_many({"y": 5})
+    list(make(mode="download"))
+    assert not building.exists()
+    assert list(tmp_path.glob(".*")) == []
 
 
 def test_a_batch_that_is_changed_does_not_change_what_is_held(documents: Any, make: Make) -> None:

@@ -264,3 +264,25 @@ def test_many_new_documents_with_long_ids_are_no_update_too_large(
     assert first["data"]["train"]["count"] == len(fold_ids(db, "train")) - len(new) - len(Recorder.steps)
     raw.delete_many({"n": {"$gte": 9000}})
     assert db.reproduce(db.load("model", "m", second["version"]).uuid).same
+
+
+def negate(db: Datalayer) -> None:
+    """Change the labels of all documents: the same documents, folds and number."""
+    for row in db[COLLECTION].raw.find():
+        db[COLLECTION].raw.update_one({"_id": row["_id"]}, {"$set": {"n": -row["n"]}})
+
+
+def test_a_download_is_of_the_labels_of_today_and_the_record_says_so(db: Datalayer) -> None:
+    fill(db)
+    labelled = scheduled(db, db[COLLECTION].find(), download=True, gate=Always(), warm_start=False, shuffle=False)
+    first = run(db, labelled, lambda step: None)
+    yesterday = [list(batch) for batch in Recorder.steps]
+    negate(db)
+    second = run(db, labelled, lambda step: None)
+    assert Recorder.steps == [[-n for n in batch] for batch in yesterday]
+    assert second["data"]["train"]["digest"] != first["data"]["train"]["digest"]
+    again = db.reproduce(db.load("model", "m", second["version"]).uuid)
+    assert again.same, again
+    negate(db)
+    assert not db.reproduce(db.load("model", "m", second["version"]).uuid).trained
+    assert db.reproduce(db.load("model", "m", first["version"]).uuid).same

@@ -13,7 +13,6 @@ from __future__ import annotations
 import abc
 import bisect
 import contextlib
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -121,18 +120,6 @@ class Reader(abc.ABC):
     def explain_read(self, bounds: IdRange) -> Mapping[str, Any] | None:  # noqa: ARG002 - of the interface
         """How the server reads a range, as its `explain` says it; None where it cannot be asked."""
         return None
-
-    def membership(self) -> list[Any]:
-        """What changes when documents come or go: the collection itself, how many match, and the last `_id`.
-
-        For a pipeline it is that of its whole collection.
-        """
-        source = self.collection
-        where = {} if self.query.is_pipeline else self.query.where
-        newest = source.find_one(where, {"_id": 1}, sort=[("_id", -1)])
-        # A collection that is dropped and made again has another uuid; a server on another port has not.
-        known: dict[str, Any] = next(iter(source.database.list_collections(filter={"name": source.name})), {})
-        return [source.name, known.get("info", {}).get("uuid"), source.count_documents(where), newest]
 
     def record_numbers(self, ids: list[Any]) -> list[int]:  # noqa: ARG002 - of the interface
         """The server's own number of each of these documents; they ascend with insertion, where there are any.
@@ -388,11 +375,6 @@ class MockReader(Reader):
         for first in range(skip, len(found), rows):
             yield b"".join(map(bson.encode, found[first : first + rows]))
 
-    def membership(self) -> list[Any]:
-        """See `Reader.membership`; the content itself, since such a collection has no identity."""
-        content = b"".join(map(bson.encode, self.collection.find({}, {**self.projection})))
-        return [hashlib.sha256(content).hexdigest()]
-
     def size(self) -> int:
         """See `Reader.size`."""
         return int(self.collection.estimated_document_count())
@@ -413,6 +395,9 @@ class DatabaseAccess:
         query: What is read.
         projection: The fields.
         deadline_s: Seconds after which a broken read is given up.
+
+    Attributes:
+        query: What is read.
     """
 
     def __init__(
@@ -425,7 +410,7 @@ class DatabaseAccess:
         deadline_s: float,
     ) -> None:
         self._open_database = open_database
-        self._query, self._projection = query, projection
+        self.query, self._projection = query, projection
         self._retry = RetryPolicy(deadline_s=deadline_s)
         self._given = database
         self._home = os.getpid()
@@ -444,7 +429,7 @@ class DatabaseAccess:
 
     def reader(self) -> Reader:
         """A reader in this process."""
-        return open_reader(self.database(), self._query, self._projection, self._retry)
+        return open_reader(self.database(), self.query, self._projection, self._retry)
 
     def close(self) -> None:
         """Close what was opened in this process."""

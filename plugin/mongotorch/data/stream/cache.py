@@ -2,23 +2,27 @@
 
 Rows whose fields are all alike are kept as one tensor a field; others as columns in memory, as BSON on disk.
 
-A download is found again by the query, the plan's bounds on `_id` (every `prefetch_size`-th `_id`, the first and
-the last), the number of documents, the fields and the versions of the format. Documents inserted or deleted are
-noticed by that. **Documents changed in place under the same `_id` are not**: delete the cache folder then.
+A download is found again by the digest of its content (see `training_set`), the query, the plan's bounds on `_id`
+(every `prefetch_size`-th `_id`, the first and the last), the fields and the version of the format.
 
-Guarantees: a cached select serves the same rows in the same order as reading them again would; a download is built
-in a folder of its own and renamed when it is complete, so half a download is never used.
+Guarantees: a download has the name of the content that was read into it, so what was inserted, deleted or changed
+since is never served from an older one; a cached select serves the same rows in the same order as reading them
+again would; a download is built in a folder of its own, under a lock, and renamed when it is complete: half a
+download is never used, and the next one removes what a process left that was killed.
 """
 
 from __future__ import annotations
 
 import abc
 import contextlib
+import fcntl
 import hashlib
 import json
 import mmap
+import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, final
@@ -29,11 +33,15 @@ import torch
 from torch import Tensor
 
 from mongotorch.data.decode import U64, Columns, decode, pack_ids
+from mongotorch.data.prefetch import close_iterator
 from mongotorch.data.stream.batches import CachedRows, Rows, layout, ordered, tensor_of
 from mongotorch.data.stream.order import WindowSpec
 from mongotorch.data.stream.windows import Window, WindowReader
+from mongotorch.data.training_set import ContentDigest
 
-_FORMAT = 2
+_FORMAT = 3
+_BUILDING = ".building-"
+_YOUNG_S = 60.0
 
 
 class RangeSequence(Protocol):
@@ -114,18 +122,25 @@ class _NotAlikeError(Exception):
     """The fields of a range are not tensors like those before it."""
 
 
-def _alike(reader: WindowReader) -> Iterator[tuple[U64, Columns]]:
-    """All ranges with their row keys. Raises: _NotAlikeError."""
+def _alike(reader: WindowReader, content: ContentDigest | None = None) -> Iterator[tuple[U64, Columns]]:
+    """All ranges with their row keys, added to a digest. Raises: _NotAlikeError."""
     layouts: set[Any] = set()
     if reader.samples:  # they need the values, not just tensors
         raise _NotAlikeError
-    with contextlib.closing(reader.ranges(reader.all_ranges())) as ranges:
-        for number, columns in enumerate(ranges):
+    replies = reader.replies(reader.all_ranges(), prefetch=True)
+    try:
+        for number, range_replies in enumerate(replies):
+            if content is not None:
+                range_replies = reader.kept(range_replies)
+                content.add(*range_replies)
+            columns = reader.decode(range_replies)
             if len(columns):
                 layouts.add(layout(columns))
             if len(layouts) > 1 or None in layouts:
                 raise _NotAlikeError
             yield reader.keys(number, columns), columns
+    finally:
+        close_iterator(replies)
     if not layouts:
         raise _NotAlikeError
 
@@ -149,30 +164,62 @@ def load(reader: WindowReader) -> CachedSelect:
     return CachedColumns([reader.keys(n, columns) for n, columns in enumerate(ranges)], ranges, by_id=by_id)
 
 
-def download(reader: WindowReader, folder: Path, name: str) -> CachedSelect:
+def download(reader: WindowReader, folder: Path, content: Callable[[], str], *parts: Any) -> CachedSelect:
     """Read all rows into memory-mapped files, or find them from an earlier run.
 
     Args:
         reader: What to read, once.
         folder: The cache's folder; made if it is missing.
-        name: What the content depends on; see `cache_name`.
+        content: Gives the digest of the documents, as `Members.digest` has it; asked only where there are
+            downloads to choose from. The name of a new one is that of the documents that were read into it.
+        parts: What else it depends on.
     """
-    target = folder / name
-    if not (target / "meta.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{name[:16]}-", dir=folder))
-        try:
-            (building / "meta.json").write_text(json.dumps(_write(reader, building)))
-            _rename(building, target)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+    prefix = _hash(*parts)[:32]
+    if any(folder.glob(f"{prefix}-*")):
+        target = folder / f"{prefix}-{_hash(content())[:32]}"
+        if (target / "meta.json").exists():
+            return _open(reader, target)
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(folder)
+    with _building_folder(folder) as building:
+        meta, found = _write(reader, building)
+        (building / "meta.json").write_text(json.dumps(meta))
+        target = folder / f"{prefix}-{_hash(found)[:32]}"
+        _rename(building, target)
     return _open(reader, target)
 
 
-def cache_name(*parts: Any) -> str:
-    """The name of a download that depends on these values."""
+def _hash(*parts: Any) -> str:
     text = json.dumps([_FORMAT, str(torch.get_default_dtype()), *map(str, parts)])
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _building_folder(folder: Path) -> Iterator[Path]:
+    """A folder for a download, locked as long as this process builds it; removed unless it was renamed."""
+    building = Path(tempfile.mkdtemp(prefix=_BUILDING, dir=folder))
+    lock = os.open(building, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks: nobody removes it then
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield building
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+        os.close(lock)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what processes left that were killed while they built a download."""
+    for left in folder.glob(f"{_BUILDING}*"):
+        with contextlib.suppress(OSError):  # it is gone by now, or another process builds it
+            if time.time() - left.stat().st_mtime < _YOUNG_S:
+                continue  # it may not be locked yet
+            lock = os.open(left, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 @final
@@ -195,8 +242,12 @@ class _MappedRanges:
             self._map.close()
 
 
-def _write(reader: WindowReader, folder: Path) -> dict[str, Any]:
-    """Write plain numbers, or, as soon as one range is not like the others, all of it again as BSON."""
+def _write(reader: WindowReader, folder: Path) -> tuple[dict[str, Any], str]:
+    """Write plain numbers, or, as soon as one range is not like the others, all of it again as BSON.
+
+    Returns:
+        What a reader of the files has to know; and the digest of the documents.
+    """
     try:
         return _write_tensors(reader, folder)
     except _NotAlikeError:
@@ -205,32 +256,35 @@ def _write(reader: WindowReader, folder: Path) -> dict[str, Any]:
         return _write_bson(reader, folder)
 
 
-def _write_tensors(reader: WindowReader, folder: Path) -> dict[str, Any]:
+def _write_tensors(reader: WindowReader, folder: Path) -> tuple[dict[str, Any], str]:
+    content = ContentDigest()
     lengths: list[int] = []
     ends: list[int] = []
     fields: list[dict[str, Any]] = []
     with (folder / "ids.bson").open("wb") as id_file, (folder / "keys").open("wb") as key_file:
-        for keys, columns in _alike(reader):
+        for keys, columns in _alike(reader, content):
             keys.tofile(key_file)
             lengths.append(len(columns))
             if reader.plan is not None:
                 id_file.write(pack_ids(columns.ids))
             ends.append(id_file.tell())
             fields = _append(folder, reader.paths, columns) if len(columns) else fields
-    return {"lengths": lengths, "ends": ends, "fields": fields}
+    return {"lengths": lengths, "ends": ends, "fields": fields}, content.hex
 
 
-def _write_bson(reader: WindowReader, folder: Path) -> dict[str, Any]:
+def _write_bson(reader: WindowReader, folder: Path) -> tuple[dict[str, Any], str]:
+    content = ContentDigest()
     lengths: list[int] = []
     ends: list[int] = []
     with (folder / "rows.bson").open("wb") as bson_file, (folder / "keys").open("wb") as key_file:
-        for number, replies in enumerate(reader.replies(reader.all_ranges())):
+        for number, replies in enumerate(map(reader.kept, reader.replies(reader.all_ranges()))):
+            content.add(*replies)
             columns = reader.decode(replies)
             reader.keys(number, columns).tofile(key_file)
             lengths.append(len(columns))
             bson_file.writelines(replies)
             ends.append(bson_file.tell())
-    return {"lengths": lengths, "ends": ends, "fields": None}
+    return {"lengths": lengths, "ends": ends, "fields": None}, content.hex
 
 
 def _append(folder: Path, paths: tuple[str, ...], columns: Columns) -> list[dict[str, Any]]:

@@ -22,10 +22,10 @@ from torch.utils.data import get_worker_info
 from mongotorch.data.prefetch import ReadPressure, ThreadPrefetcher, WorkerPool, close_iterator
 from mongotorch.data.read import DatabaseAccess
 from mongotorch.data.stream.batches import Rows
-from mongotorch.data.stream.cache import CachedSelect, cache_name, download, load
+from mongotorch.data.stream.cache import CachedSelect, download, load
 from mongotorch.data.stream.order import Order, WindowSpec, worker_seed
 from mongotorch.data.stream.spec import StreamSpec
-from mongotorch.data.stream.windows import Window, WindowReader, open_windows
+from mongotorch.data.stream.windows import Window, WindowReader, content_of, open_windows
 from mongotorch.errors import DataError
 
 
@@ -195,9 +195,13 @@ class EpochReader:
         spec = self._spec
         if spec.mode == "memory":
             return load(reader)
-        content = self._access.reader().membership()
-        name = cache_name(reader.digest, content, reader.paths, spec.query.digest(), spec.builds_samples)
-        return download(reader, spec.cache_dir or Path(".mongotorch/cache"), name)
+        parts = (reader.digest, reader.paths, spec.query.digest(), spec.builds_samples)
+
+        def content() -> str:
+            # Only reading all of it tells whether a document has changed.
+            return spec.content or content_of(self._access, spec)
+
+        return download(reader, spec.cache_dir or Path(".mongotorch/cache"), content, *parts)
 
     def _count(self, reader: WindowReader, window: Window) -> None:
         """Add a window to the report."""

@@ -45,6 +45,8 @@ class StreamSpec:
         worker_niceness: What is added to the niceness of worker processes.
         loader: Options of `torch.utils.data.DataLoader`: `num_workers`, `pin_memory` and the like.
         cache_dir: Folder for `download`.
+        content: The digest of the documents, as `Members.digest` gives it, by which a download of them is found;
+            None: they are read once to compute it.
         members: Hashes of `_id`s, uint64, ascending: only the documents of this set are streamed, whatever else
             the query finds meanwhile; they take the place of a skip and a limit. None: what the query finds.
         read_deadline_s: Seconds after which a broken read is given up.
@@ -69,6 +71,7 @@ class StreamSpec:
     worker_niceness: int = 0
     loader: Mapping[str, Any] = field(default_factory=dict)
     cache_dir: Path | None = None
+    content: str | None = None
     members: U64 | None = field(default=None, compare=False, repr=False)
     read_deadline_s: float = 60.0
 

@@ -35,7 +35,7 @@ from mongotorch.data.read import (
 from mongotorch.data.stream.batches import NO_ROWS, Rows, gathered, ordered
 from mongotorch.data.stream.order import Order, WindowSpec, position_keys
 from mongotorch.data.stream.spec import StreamSpec
-from mongotorch.data.training_set import only, only_once
+from mongotorch.data.training_set import only, only_once, scan_members
 from mongotorch.errors import DataError
 
 _UNDER_WAY = 4  # ranges that are read but not decoded yet, at most
@@ -325,6 +325,24 @@ def open_windows(access: DatabaseAccess, spec: StreamSpec, digest: str | None = 
     if digest not in (None, windows.digest):
         raise DataError(_OTHER_QUERY)
     return windows
+
+
+def content_of(access: DatabaseAccess, spec: StreamSpec) -> str:
+    """The digest of what a stream reads, as `Members.digest` gives it; all of it is read for that.
+
+    Raises:
+        QueryError: The server refuses the query.
+        ServerUnavailableError: The server cannot be read.
+    """
+    found = scan_members(
+        access.database(),
+        access.query,
+        spec.key,
+        read_deadline_s=spec.read_deadline_s,
+        most=0,
+        members=spec.members,
+    )
+    return found.digest
 
 
 _OTHER_QUERY = "the state is that of another query; load it into the stream that it was taken from"

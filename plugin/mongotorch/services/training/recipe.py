@@ -154,7 +154,11 @@ class DataProvenance:
     def fixed(self, spec: StreamSpec, name: str) -> StreamSpec:
         """A stream of the documents of one set, and of no other ones."""
         members = self.members.get(name)
-        return spec if members is None else dataclasses.replace(spec, members=members.ids)
+        if members is None:
+            return spec
+        # Without lineage the fields were not read.
+        content = members.digest if "train" in self.record else None
+        return dataclasses.replace(spec, members=members.ids, content=content)
 
     def kept(self) -> tuple[dict[str, Any], dict[str, bytes]]:
         """What checkpoints keep, from which `resumed` makes it again: a record, and the blobs that it names."""
