@@ -62,7 +62,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
             "schedule:preview",
             "Firing",
         ),
-        "stream": ("data:Stream", "data:Report", "data:Explanation"),
+        "stream": ("data:Stream", "data:Report", "data:Explanation", "data:DataCheck", "data:FieldCheck"),
         "maintenance": ("store:Collected", "store:Verified"),
         "errors": ("errors:*",),
         "settings": ("Settings",),

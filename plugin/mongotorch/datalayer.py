@@ -12,7 +12,7 @@ from types import EllipsisType
 from typing import Any, ClassVar, Self, final
 
 from mongotorch.component import Component, is_trained
-from mongotorch.data import Explanation, Stream, explain
+from mongotorch.data import DataCheck, Explanation, Stream, check_documents, explain
 from mongotorch.data.collection import Collection, read_documents
 from mongotorch.errors import ParameterError
 from mongotorch.jobs import Job
@@ -24,7 +24,7 @@ from mongotorch.services.composition import Services
 from mongotorch.services.lineage import Diff, Reproduction, TrainedOn, diff, reproduce, trained_on
 from mongotorch.services.schedules.scheduler import Scheduler
 from mongotorch.services.training.job_runner import JobRunner
-from mongotorch.services.training.recipe import stream_spec, training_spec
+from mongotorch.services.training.recipe import check_trainer, stream_spec, training_spec
 from mongotorch.services.versions.live import Live, OnPromote
 from mongotorch.settings import Settings, read_settings
 from mongotorch.store import LIVE, Collected, GarbageCollector, Move, Verified
@@ -157,6 +157,24 @@ class Datalayer(Owner):
         spec = training_spec(trainer, self.settings)
         connection = self._connection
         return explain(connection.database, spec, connection.opener, step_seconds=step_seconds)
+
+    def check(self, what: Query | TorchTrainer) -> DataCheck:
+        """What documents hold: types, gaps and shapes of each field, from a sample; nothing is written.
+
+        Args:
+            what: A query; or a trainer, of whose documents only the fields of its key are looked at, and of which
+                one batch of each fold and dataset goes through transform, model, objective and metrics. `apply`
+                tries the validation batches as well, before the first step.
+
+        Raises:
+            EmptySelectError, QueryError, ServerUnavailableError: The documents cannot be read.
+            MongotorchError: What a run of the trainer would end in.
+        """
+        if isinstance(what, Query):
+            return check_documents(self._connection.database, what)
+        if isinstance(what, TorchTrainer):
+            return check_trainer(what, self._connection, self.settings)
+        raise ParameterError(f"check a query or a trainer, not a {type(what).__name__}", field="what")
 
     # Runs
 

@@ -3,6 +3,7 @@
 It knows MongoDB and torch, and nothing of components, training or jobs.
 """
 
+from mongotorch.data.check import DataCheck, FieldCheck, check_documents
 from mongotorch.data.explain import Explanation, explain
 from mongotorch.data.folds import assign_folds, check_select, fold_of
 from mongotorch.data.stream.epochs import Report
@@ -20,14 +21,17 @@ from mongotorch.data.training_set import (
 
 __all__ = [
     "MOST_MEMBERS",
+    "DataCheck",
     "Difference",
     "Explanation",
+    "FieldCheck",
     "Hashes",
     "Members",
     "Report",
     "Stream",
     "StreamSpec",
     "assign_folds",
+    "check_documents",
     "check_select",
     "explain",
     "fold_of",

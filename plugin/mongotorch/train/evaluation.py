@@ -11,7 +11,9 @@ cannot give them different documents; each draws the same random numbers for it.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, final
@@ -24,8 +26,8 @@ from mongotorch.tensors import copy_tensors, count_rows, map_tensors, to_device
 from mongotorch.train.generators import generator_state, seeded, set_generator_state
 from mongotorch.train.mapping import Passed, call, scalar
 from mongotorch.train.metrics import Metric
-from mongotorch.train.model import TorchModel, training_device
-from mongotorch.train.trainer import TorchTrainer, evaluating_all, trainer_on_device
+from mongotorch.train.model import TorchModel, evaluating, training_device
+from mongotorch.train.trainer import TorchTrainer
 
 
 def batch_rows(batches: Iterable[Any], batch: Any) -> int:
@@ -107,11 +109,84 @@ def evaluate(
         NonFiniteLossError: The objective on a set is NaN or infinite.
     """
     values: dict[str, float] = {}
-    with evaluating_all(trainer, model):
+    with evaluating(model.object):
         for name, batches in sets.items():
             found = _evaluate_set(trainer, model, batches, metrics, device, name or "valid")
             values |= {f"{name}/{key}" if name else key: value for key, value in found.items()}
     return values
+
+
+def try_first_batch(
+    trainer: TorchTrainer,
+    model: TorchModel,
+    sets: Mapping[str, Iterable[Any]],
+    metrics: Sequence[Metric],
+    device: torch.device,
+) -> None:
+    """Measure a model on the first batch of each set, so that what cannot be measured is known before training.
+
+    What a metric makes of all batches is not asked for: one may be too few. A set that has `set_epoch` begins anew
+    afterwards. The arguments are those of `evaluate`.
+
+    Raises:
+        EmptyFoldError: A set has no batch.
+        MongotorchError: What the batches raise.
+    """
+    with evaluating(model.object):
+        for name, batches in sets.items():
+            running = iter(batches)
+            try:
+                batch = next(running, _NO_BATCH)
+                if batch is not _NO_BATCH:
+                    measured = _Measured(trainer, model, () if name == TRAINING else metrics, device)
+                    _warn_of_broadcasting(measured, measured.update(batch, batch_rows(batches, batch))[0])
+            except Exception as error:
+                where = "training" if name == TRAINING else f"the validation of the set {name or 'valid'!r}"
+                error.add_note(f"in {where}, before the first step")
+                raise
+            finally:
+                if hasattr(running, "close"):
+                    running.close()
+            if batch is _NO_BATCH:
+                raise _no_batch(name or "valid")
+            if hasattr(batches, "set_epoch"):
+                batches.set_epoch(0)
+
+
+TRAINING = "\0training"
+"""The name of the training batches among the sets of `try_first_batch`; no dataset can have it."""
+_NO_BATCH = object()
+
+
+def _warn_of_broadcasting(measured: _Measured, passed: Passed) -> None:
+    """Warn where an objective compares each output with each target, because one has a dimension more."""
+    if not passed.args or len(passed.args) + len(passed.kwargs) != 2:
+        return
+    output, target = [*passed.args, *passed.kwargs.values()]
+    if not isinstance(output, torch.Tensor) or not isinstance(target, torch.Tensor):
+        return
+    if output.shape != (*target.shape, 1) or len(target) < 2 or not target.is_floating_point():
+        return
+    # Outputs that are the targets: compared one by one they give another value than each with each.
+    exact = target.to(output.dtype)
+    try:
+        flat, column = (
+            measured.loss(dataclasses.replace(passed, args=(found, *passed.args[1:])))
+            for found in (exact, exact.unsqueeze(-1))
+        )
+    except Exception:  # noqa: BLE001 - it is made for a column
+        return
+    if not torch.isclose(flat, column, rtol=1e-3, equal_nan=True):
+        warnings.warn(
+            f"the model's output has shape {tuple(output.shape)} and the target {tuple(target.shape)}: the "
+            "objective compares each output with each target; let the model end in `.squeeze(-1)`, or `transform` "
+            "give the target that shape",
+            stacklevel=2,
+        )
+
+
+def _no_batch(name: str) -> EmptyFoldError:
+    return EmptyFoldError(f"the validation set {name!r} has no batch; a validation needs documents")
 
 
 def _evaluate_set(
@@ -130,7 +205,7 @@ def _evaluate_set(
             error.add_note(f"in the validation of the set {name!r}")
             raise
     if not measured.rows:
-        raise EmptyFoldError(f"the validation set {name!r} has no batch; a validation needs documents")
+        raise _no_batch(name)
     values = measured.values()
     if not math.isfinite(values[OBJECTIVE]):
         raise NonFiniteLossError(
@@ -240,9 +315,8 @@ class _ModelScorer:
     """
 
     def __init__(self, trainer: TorchTrainer, model: TorchModel) -> None:
-        device = training_device(trainer.compute_kwargs, model.preferred_devices)
-        trainer = trainer_on_device(trainer, device)
         self._trainer, self._model = trainer, model
+        device = training_device(trainer.compute_kwargs, model.preferred_devices)
         model.object.to(device)
         metrics = model.validation.metrics if model.validation is not None else ()
         self._measured = _Measured(trainer, model, metrics, device)
@@ -251,7 +325,7 @@ class _ModelScorer:
 
     def update(self, batch: Any, rows: int, *, alone: bool) -> None:
         """Take in a batch of so many rows, and each of its documents `alone`."""
-        with evaluating_all(self._trainer, self._model):
+        with evaluating(self._model.object):
             passed, loss, weight = self._measured.update(batch, rows)
             if weight:
                 self._of["batches"].append((loss, weight))

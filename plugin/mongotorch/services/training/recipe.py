@@ -14,11 +14,22 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Self, final
 
-from mongotorch.data import Hashes, Members, Stream, StreamSpec, check_select, scan_members, watermark
+from mongotorch.data import (
+    DataCheck,
+    Hashes,
+    Members,
+    Stream,
+    StreamSpec,
+    check_documents,
+    check_select,
+    scan_members,
+    watermark,
+)
 from mongotorch.mongo.connection import Connection
 from mongotorch.query import Fold, Query
 from mongotorch.settings import Settings
-from mongotorch.train import Fit, TorchModel, TorchTrainer
+from mongotorch.signature import Key
+from mongotorch.train import Fit, TorchModel, TorchTrainer, trainer_and_model
 
 _MODES: dict[str, Literal["memory", "download"]] = {"in_memory": "memory", "download": "download"}
 _STREAM_OPTIONS = frozenset(
@@ -175,6 +186,28 @@ class DataProvenance:
         members = {name: Members.from_bytes(blobs[blob]) for name, blob in sets.items() if blob in blobs}
         own = {name: blob for name, blob in blobs.items() if name == data.get("members")}
         return cls(record=data, blobs=own, members=members)
+
+
+def check_trainer(trainer: TorchTrainer, connection: Connection, settings: Settings) -> DataCheck:
+    """Look at a sample of a trainer's documents, and try one batch of each fold and validation set.
+
+    A batch goes through transform, model, objective and metrics; nothing is trained.
+
+    Raises:
+        MongotorchError: What a run would end in; other errors of the trainer's own functions have a note of where.
+    """
+    trainer, model = trainer_and_model(trainer)
+    found = check_documents(connection.database, trainer.select, paths=Key.parse(trainer.key).paths)
+    before = next((parameter.device for parameter in model.object.parameters()), None)
+    recipe = TrainingRecipe(trainer=trainer, model=model)
+    recipe.check(connection.database)
+    try:
+        with opened_fit(recipe, connection, settings, data=DataProvenance(record={})) as fit:
+            fit.check(training=True)
+    finally:
+        if before is not None:
+            model.object.to(before)
+    return found
 
 
 def data_provenance(recipe: TrainingRecipe, connection: Connection, settings: Settings) -> DataProvenance:

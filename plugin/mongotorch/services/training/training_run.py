@@ -170,6 +170,8 @@ class TrainingRun:
                 MetricRecorder(self._metric_log, job=job["_id"], component=job["component"]),
                 CheckpointWriter(save, interval_s=self._settings.checkpoint_seconds, lease=lease),
             ]
+            if resumed is None:
+                fit.check()
             observe(fit, observers)
 
             def keep() -> None:
@@ -238,8 +240,7 @@ class TrainingRun:
             **record,
         }
         try:
-            untrained = {name: getattr(recipe.trainer, name) for name in result.trained.fields}
-            self._publish(model, trainer, result, records, untrained=untrained, attempt=job["attempt"])
+            self._publish(model, trainer, result, records, attempt=job["attempt"])
         except ConflictError:
             first = self.published(job)  # an attempt that had lost its lease was faster
             if first is None:
@@ -254,13 +255,11 @@ class TrainingRun:
         result: TrainingResult,
         records: Mapping[str, Mapping[str, Any]],
         *,
-        untrained: Mapping[str, Any],
         attempt: int,
     ) -> None:
-        """Publish both; a field of the trainer that cannot be stored is published as it was, with a warning."""
+        """Publish both; a field of the trainer that cannot be stored any more is left out, with a warning."""
         stored = {model.uuid: result.stored["model"], trainer.uuid: result.stored["trainer"]}
-        instead = {**dict.fromkeys(_LEFT_OUT), **untrained}
-        for _ in range(len(instead) + 1):
+        for _ in range(len(_LEFT_OUT) + 1):
             try:
                 self.catalog.publish(
                     model,
@@ -272,15 +271,15 @@ class TrainingRun:
                 )
             except CodecError as error:
                 name = re.split(r"\W", error.field or "", maxsplit=1)[0]
-                if name not in instead:
+                if name not in _LEFT_OUT:
                     raise
                 _log.warning(
-                    "%s of trainer %r cannot be stored, and is published as it was before: %s",
+                    "%s of trainer %r cannot be stored, and is published without: %s",
                     name,
                     trainer.identifier,
                     error,
                 )
-                object.__setattr__(trainer, name, instead[name])
+                object.__setattr__(trainer, name, None)
             else:
                 return
 
@@ -307,7 +306,6 @@ def _trained_pair(
         optimizer_state=trained.optimizer_state,
         metric_values=trained.metric_values,
         model=model,
-        **trained.fields,
     )
     # They refer to each other, and neither can be made after the other.
     object.__setattr__(model, "trainer", trainer)
