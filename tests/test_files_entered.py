@@ -53,7 +53,7 @@ def test_apply_and_result_enter_few_files(db: Datalayer) -> None:
     applied = trainer(fill(db))
     with Entered() as entered:
         db.apply(applied).result()
-    expect(entered, 54)
+    expect(entered, 55)
 
 
 def test_load_enters_few_files(db: Datalayer) -> None:

@@ -26,19 +26,21 @@ from mongotorch.codecs.arrays import BFloat16
 from mongotorch.errors import DataError, ShapeError
 
 
-def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """The same structure with a function applied to its tensors."""
+def map_tensors(
+    function: Callable[[Tensor], Any], value: Any, other: Callable[[Any], Any] = lambda part: part
+) -> Any:
+    """The same structure with a function applied to its tensors, and `other` to what else is in it."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, Mapping):
-        parts: Any = {name: map_tensors(function, part) for name, part in value.items()}
+        parts: Any = {name: map_tensors(function, part, other) for name, part in value.items()}
     elif isinstance(value, list | tuple):
-        parts = [map_tensors(function, part) for part in value]
+        parts = [map_tensors(function, part, other) for part in value]
     elif _is_dataclass(value):
-        parts = {name: map_tensors(function, part) for name, part in _fields(value).items()}
+        parts = {name: map_tensors(function, part, other) for name, part in _fields(value).items()}
     else:
-        return value
-    return _rebuild(value, parts, lambda part: map_tensors(function, part))
+        return other(value)
+    return _rebuild(value, parts, lambda part: map_tensors(function, part, other))
 
 
 def leaves(value: Any) -> Iterator[Any]:
@@ -55,6 +57,18 @@ def leaves(value: Any) -> Iterator[Any]:
 def copy_tensors(value: Any) -> Any:
     """The same structure with detached copies of its tensors."""
     return map_tensors(lambda tensor: tensor.detach().clone(), value)
+
+
+def copied_values(value: Any) -> Any:
+    """The same structure with detached copies of its tensors, and copies of what else in it can be copied."""
+    return map_tensors(lambda tensor: tensor.detach().clone(), value, _copied_other)
+
+
+def _copied_other(value: Any) -> Any:
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # noqa: BLE001 - whatever an object says to that, it is kept as it is
+        return value
 
 
 def to_device(value: Any, device: torch.device) -> Any:

@@ -26,8 +26,8 @@ from mongotorch.tensors import copy_tensors, count_rows, map_tensors, to_device
 from mongotorch.train.generators import generator_state, seeded, set_generator_state
 from mongotorch.train.mapping import Passed, call, scalar
 from mongotorch.train.metrics import Metric
-from mongotorch.train.model import TorchModel, evaluating, training_device
-from mongotorch.train.trainer import TorchTrainer
+from mongotorch.train.model import TorchModel, training_device
+from mongotorch.train.trainer import TorchTrainer, evaluating_all, trainer_on_device
 
 
 def batch_rows(batches: Iterable[Any], batch: Any) -> int:
@@ -109,7 +109,7 @@ def evaluate(
         NonFiniteLossError: The objective on a set is NaN or infinite.
     """
     values: dict[str, float] = {}
-    with evaluating(model.object):
+    with evaluating_all(trainer, model):
         for name, batches in sets.items():
             found = _evaluate_set(trainer, model, batches, metrics, device, name or "valid")
             values |= {f"{name}/{key}" if name else key: value for key, value in found.items()}
@@ -315,8 +315,9 @@ class _ModelScorer:
     """
 
     def __init__(self, trainer: TorchTrainer, model: TorchModel) -> None:
-        self._trainer, self._model = trainer, model
         device = training_device(trainer.compute_kwargs, model.preferred_devices)
+        trainer = trainer_on_device(trainer, device)
+        self._trainer, self._model = trainer, model
         model.object.to(device)
         metrics = model.validation.metrics if model.validation is not None else ()
         self._measured = _Measured(trainer, model, metrics, device)
@@ -325,7 +326,7 @@ class _ModelScorer:
 
     def update(self, batch: Any, rows: int, *, alone: bool) -> None:
         """Take in a batch of so many rows, and each of its documents `alone`."""
-        with evaluating(self._model.object):
+        with evaluating_all(self._trainer, self._model):
             passed, loss, weight = self._measured.update(batch, rows)
             if weight:
                 self._of["batches"].append((loss, weight))

@@ -9,6 +9,7 @@ depend on the trainer's seed alone (see `generators`).
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping
@@ -16,18 +17,19 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from mongotorch.errors import EmptySelectError, NonFiniteLossError, ParameterError
-from mongotorch.tensors import copy_tensors, to_device
+from mongotorch.tensors import copied_values, copy_tensors, to_device
 from mongotorch.train.early_stopping import EarlyStopping
 from mongotorch.train.evaluation import TRAINING, batch_rows, evaluate, try_first_batch
 from mongotorch.train.generators import RunGenerators, seeded, set_generator_state
+from mongotorch.train.kept_state import KeptState, Unsaved
 from mongotorch.train.mapping import scalar
 from mongotorch.train.model import TorchModel, copied_state, training_device
 from mongotorch.train.optimizers import continue_from, load_state, state_of
-from mongotorch.train.trainer import TorchTrainer
+from mongotorch.train.trainer import TorchTrainer, evaluating_all, trainer_on_device
 
 
 @final
@@ -74,6 +76,7 @@ class Trained:
         best_step: The step whose weights the model has.
         eval_modules: The names of the submodules that stayed in `eval()` mode.
         metrics: The values measured of those weights, by name; empty where they were not measured.
+        fields: The fields of the trainer that were trained too, such as `objective`, as they are now.
     """
 
     steps: int
@@ -82,8 +85,10 @@ class Trained:
     best_step: int
     eval_modules: tuple[str, ...]
     metrics: dict[str, float]
+    fields: dict[str, Any] = field(default_factory=dict)
 
 
+_log = logging.getLogger("mongotorch")
 Event = Stepped | Validated
 _MOST_UNCHECKED = 32  # losses that may stay on an accelerator before they are checked
 
@@ -126,10 +131,13 @@ class Fit:
         state: Mapping[str, Any] | None = None,
     ) -> None:
         trainer.check_model(model)
-        self._trainer, self._model = trainer, model
+        self.device = training_device(trainer.compute_kwargs, model.preferred_devices)
+        self._given, self._trainer, self._model = trainer, trainer_on_device(trainer, self.device), model
         self._batches, self._sets = batches, sets
         self._state = state
-        self.device = training_device(trainer.compute_kwargs, model.preferred_devices)
+        self._last: Any = None  # the batch of the last step
+        self._is_checked = False  # whether a checkpoint was compared with the run
+        self._unsaved_at_best: dict[tuple[str, str], Any] | None = None
         self._metrics = model.validation.metrics if model.validation is not None else ()
         self._best = EarlyStopping(trainer.listen, model.validation, trainer.no_improve_then_stop)
         self._values = {name: list(v) for name, v in (trainer.metric_values or {}).items()}
@@ -172,9 +180,12 @@ class Fit:
 
     def trained(self) -> Trained:
         """The result of a run that has ended; the best weights are put into the model, in `eval()` mode."""
-        module = self._model.object
+        module, self._is_checked = self._model.object, True
         if self._best.state is not None:
             module.load_state_dict(self._best.state["model"])
+            self._kept.load_learned(self._best.state.get("learned", {}))
+            if self._unsaved_at_best is not None and self._best.step != self.step:
+                self._unsaved.restore(self._unsaved_at_best, modules_only=True)
             optimizer_state, step = self._best.state["optimizer"], self._best.step
             metrics = self._best.state.get("metrics", {})  # an older checkpoint has none
         else:
@@ -189,13 +200,14 @@ class Fit:
             best_step=step,
             eval_modules=self._eval_modules,
             metrics=dict(metrics),
+            fields=self._kept.published_fields(self._given),
         )
 
     def capture(self) -> dict[str, Any]:
         """Everything that a resumed run needs, as copies. Call it between two events."""
         self._check_losses()
         now = self._best.state if self._best.step == self.step else None  # copied by the validation just now
-        return {
+        captured: dict[str, Any] = {
             "step": self.step,
             "validated": self._validated,
             "model": now["model"] if now else copied_state(self._model.object),
@@ -205,11 +217,21 @@ class Fit:
             "values": {name: list(values) for name, values in self._values.items()},
             "measured": self._measured,
             "best": self._best.state_dict(),
+            "kept": self._kept.state_dict(),
         }
+        if not self._is_checked and self._last is not None:
+            self._is_checked = True
+            self._warn_of_unsaved(captured["model"])
+        return captured
 
     def _restore(self, state: Mapping[str, Any]) -> None:
+        if self._kept.load_state_dict(state.get("kept", {})):
+            self._make_parts()
+        missing = self._kept.load_state_dict(state.get("kept", {}))
+        if missing:
+            _log.warning("the checkpoint has a state of %s, which this run does not have", ", ".join(missing))
         self.step, self._validated = state["step"], state["validated"]
-        self._model.object.load_state_dict(state["model"])
+        self._model.object.load_state_dict(copied_values(state["model"]))
         load_state(self._optimizers, state["optimizer"])
         self._batches.load_state_dict(state["batches"])
         self._values = {name: list(values) for name, values in state["values"].items()}
@@ -222,8 +244,10 @@ class Fit:
         self._optimizers = self._trainer.get_optimizers(self._model)
         if self._trainer.optimizer_state is not None and self._state is None:
             continue_from(self._optimizers, self._trainer.optimizer_state)
+        self._kept = KeptState(self._trainer, self._model, self._optimizers)
         self._warn_of_untrained_objective()
         self._eval_modules = self._model.start_training()
+        self._unsaved = Unsaved(self._trainer, self._model)
         if self._state is not None:
             self._restore(self._state)
         else:
@@ -248,6 +272,7 @@ class Fit:
                     return
 
     def _take_step(self, batch: Any) -> Tensor:
+        self._last = batch
         try:
             return self._trainer.take_step(self._model, to_device(batch, self.device), self._optimizers)
         except Exception as error:
@@ -277,18 +302,48 @@ class Fit:
             ) from error
 
     def _warn_of_untrained_objective(self) -> None:
-        objective = self._trainer.objective
-        if not isinstance(objective, nn.Module):
-            return
-        objective.to(self.device)
-        trained = {id(p) for o in self._optimizers for group in o.param_groups for p in group["params"]}
-        left = [name for name, p in objective.named_parameters() if p.requires_grad and id(p) not in trained]
+        left = self._kept.untrained()
         if left:
             warnings.warn(
                 f"the objective has parameters that no optimizer trains: {', '.join(left)}; return an optimizer "
                 "over them from get_optimizers, or give them requires_grad=False",
                 stacklevel=2,
             )
+
+    def _make_parts(self) -> None:
+        """Take a step, which is undone by what is restored next: it makes what a trainer makes in its first."""
+        for batch in self._batches:
+            self._take_step(batch)
+            break
+        self._last = None
+        self._unsaved.restore({})
+
+    def _warn_of_unsaved(self, state: Mapping[str, Any]) -> None:
+        """Log what the run has changed and a checkpoint does not have, where something depends on it."""
+        lost = self._unsaved.lost(state, self._measure)
+        if lost:
+            _log.warning(
+                "the run changes %s, and no checkpoint has it: a run that is stopped and goes on starts with the "
+                "first value, and can end with other weights; keep it in a persistent buffer, in get_extra_state, "
+                "or in an object with state_dict and load_state_dict",
+                ", ".join(lost),
+            )
+
+    def _measure(self) -> list[float]:
+        """The objective of the last batch, in training and in validation mode; nothing where it has none."""
+        try:
+            with seeded(self._trainer.seed), torch.no_grad():
+                training = self._objective_of_last()
+            with seeded(self._trainer.seed), evaluating_all(self._trainer, self._model):
+                return [training, self._objective_of_last()]
+        except Exception as error:  # noqa: BLE001 - a trainer with a step of its own need not have one
+            _log.debug("the objective of a batch could not be measured: %s", error)
+            return []
+
+    def _objective_of_last(self) -> float:
+        batch = to_device(copied_values(self._last), self.device)
+        passed = self._trainer.forward(self._model, batch)
+        return float(scalar(self._trainer.compute_validation_objective(self._model, passed)).detach())
 
     def _is_validation_due(self) -> bool:
         interval = self._trainer.validation_interval
@@ -324,7 +379,9 @@ class Fit:
                 "model": copied_state(self._model.object),
                 "optimizer": state_of(self._optimizers),
                 "metrics": values,
+                "learned": self._kept.learned(),
             }
+            self._unsaved_at_best = self._unsaved.changes(modules_only=True)
         return Validated(step=self.step, values=values, improved=improved)
 
     def _check_losses(self) -> None:

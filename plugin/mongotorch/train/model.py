@@ -16,7 +16,7 @@ from torch import nn
 
 from mongotorch.component import ADDED, Component
 from mongotorch.errors import ParameterError
-from mongotorch.tensors import copy_tensors, stack_inputs, to_device, unstack
+from mongotorch.tensors import copied_values, stack_inputs, to_device, unstack
 from mongotorch.train.metrics import Validation
 
 CALL = "__call__"
@@ -175,10 +175,10 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def copied_state(module: nn.Module) -> dict[str, Any]:
-    """A copy of the module's state that later steps do not change."""
+    """A copy of the module's state that later steps do not change, `get_extra_state` included."""
     # Of its own type: its attributes say of which version the state of each part is. Without them some parts, such
     # as quantised layers, take it for an old one.
-    copied: dict[str, Any] = copy_tensors(module.state_dict())
+    copied: dict[str, Any] = copied_values(module.state_dict())
     return copied
 
 

@@ -9,9 +9,11 @@ no open resource.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -22,8 +24,8 @@ from mongotorch.errors import OptimizerError, ParameterError
 from mongotorch.loader_options import check_trainer_loader
 from mongotorch.query import Query
 from mongotorch.signature import OBJECTIVE, Key, check_signature
-from mongotorch.train.mapping import BatchMapping, Passed, check_key, counted_share, scalar
-from mongotorch.train.model import TorchModel
+from mongotorch.train.mapping import BatchMapping, Contained, Passed, check_key, counted_share, on_device, scalar
+from mongotorch.train.model import TorchModel, evaluating
 from mongotorch.train.optimizers import check_optimizer, check_state, make_optimizer
 
 UNLIMITED = 10**100
@@ -292,3 +294,37 @@ def warm_start(trainer: TorchTrainer, model: TorchModel, source: TorchModel) -> 
     if before.optimizer_cls != trainer.optimizer_cls:
         return trainer
     return trainer.replace(uuid=trainer.uuid, optimizer_state=before.optimizer_state)
+
+
+def trainer_on_device(trainer: TorchTrainer, device: torch.device) -> TorchTrainer:
+    """The trainer with what its objective, and the fields of its subclass, hold on a device; else the same."""
+    moved = {name: on_device(getattr(trainer, name), device) for name in parameter_fields(trainer)}
+    changed = {name: value for name, value in moved.items() if value is not getattr(trainer, name)}
+    if not changed:
+        return trainer
+    made = copy.copy(trainer)
+    made.__dict__.pop("mapping", None)  # it holds the objective
+    for name, value in changed.items():
+        object.__setattr__(made, name, value)
+    return made
+
+
+def parameter_fields(trainer: TorchTrainer) -> list[str]:
+    """The fields that may hold parameters: the objective, and those of a subclass."""
+    own = [field.name for field in dataclasses.fields(trainer) if field.name not in SETTINGS]
+    return ["objective", *own]
+
+
+@contextlib.contextmanager
+def evaluating_all(trainer: TorchTrainer, model: TorchModel) -> Iterator[None]:
+    """As `evaluating`, for the module of a model and for those that the objective and a subclass's fields hold."""
+    with contextlib.ExitStack() as entered:
+        entered.enter_context(evaluating(model.object))
+        for name in parameter_fields(trainer):
+            for module in Contained(getattr(trainer, name)).modules:
+                entered.enter_context(evaluating(module))
+        yield
+
+
+SETTINGS = frozenset({field.name for field in dataclasses.fields(TorchTrainer)})
+"""The fields of a trainer without those of a subclass."""

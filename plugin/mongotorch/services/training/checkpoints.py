@@ -7,6 +7,7 @@ it is stored. Of several that wait to be written only the newest is. An error of
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -14,10 +15,12 @@ from types import TracebackType
 from typing import Any, Self, final
 
 from mongotorch.codecs import Codecs, NewBlobs
-from mongotorch.errors import JobReleasedError
+from mongotorch.errors import CodecError, JobReleasedError
 from mongotorch.jobs import Lease
 from mongotorch.store import OVER, BlobStore, Checkpoints
 from mongotorch.train import Fit, Stepped, Validated
+
+_log = logging.getLogger("mongotorch.jobs")
 
 
 @final
@@ -88,12 +91,23 @@ class RunCheckpoints:
         record: dict[str, Any] = {"said": dict(run), "blobs": [self._blobs.put(data) for data in blobs.values()]}
         if over:
             record[OVER] = True
-        new = NewBlobs()
-        body = self._codecs.encode(dict(state), new, codec="torch", where="checkpoint")
+        body, new = self._encoded(dict(state))
         names = [*record["blobs"], *(self._blobs.put(blob) for blob in new.blobs.values())]
         self._checkpoints.put(
             job=job["_id"], attempt=job["attempt"], step=state["step"], body=body, blobs=names, run=record
         )
+
+    def _encoded(self, state: dict[str, Any]) -> tuple[Any, NewBlobs]:
+        """The record of a state and its blobs; what is kept besides is left out where it cannot be stored."""
+        new = NewBlobs()
+        try:
+            return self._codecs.encode(state, new, codec="torch", where="checkpoint"), new
+        except CodecError as error:
+            if not state.get("kept"):
+                raise
+            names = ", ".join(state["kept"])
+            _log.warning("a checkpoint is stored without the states of %s: %s", names, error)
+            return self._encoded({**state, "kept": {}})
 
     def drop(self, job_id: str) -> None:
         """Drop the checkpoints of a job."""

@@ -240,7 +240,8 @@ class TrainingRun:
             **record,
         }
         try:
-            self._publish(model, trainer, result, records, attempt=job["attempt"])
+            untrained = {name: getattr(recipe.trainer, name) for name in result.trained.fields}
+            self._publish(model, trainer, result, records, untrained=untrained, attempt=job["attempt"])
         except ConflictError:
             first = self.published(job)  # an attempt that had lost its lease was faster
             if first is None:
@@ -255,11 +256,13 @@ class TrainingRun:
         result: TrainingResult,
         records: Mapping[str, Mapping[str, Any]],
         *,
+        untrained: Mapping[str, Any],
         attempt: int,
     ) -> None:
-        """Publish both; a field of the trainer that cannot be stored any more is left out, with a warning."""
+        """Publish both; a field of the trainer that cannot be stored is published as it was, with a warning."""
         stored = {model.uuid: result.stored["model"], trainer.uuid: result.stored["trainer"]}
-        for _ in range(len(_LEFT_OUT) + 1):
+        instead = {**dict.fromkeys(_LEFT_OUT), **untrained}
+        for _ in range(len(instead) + 1):
             try:
                 self.catalog.publish(
                     model,
@@ -271,15 +274,15 @@ class TrainingRun:
                 )
             except CodecError as error:
                 name = re.split(r"\W", error.field or "", maxsplit=1)[0]
-                if name not in _LEFT_OUT:
+                if name not in instead:
                     raise
                 _log.warning(
-                    "%s of trainer %r cannot be stored, and is published without: %s",
+                    "%s of trainer %r cannot be stored, and is published as it was before: %s",
                     name,
                     trainer.identifier,
                     error,
                 )
-                object.__setattr__(trainer, name, None)
+                object.__setattr__(trainer, name, instead[name])
             else:
                 return
 
@@ -306,6 +309,7 @@ def _trained_pair(
         optimizer_state=trained.optimizer_state,
         metric_values=trained.metric_values,
         model=model,
+        **trained.fields,
     )
     # They refer to each other, and neither can be made after the other.
     object.__setattr__(model, "trainer", trainer)
