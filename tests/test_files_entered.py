@@ -71,7 +71,7 @@ def test_from_a_change_to_a_live_version_few_files_are_entered(db: Datalayer) ->
         Worker(db).run(until_idle=True)
         live = db.load("model", "m")
     assert live.version == 1
-    expect(entered, 66)
+    expect(entered, 67)
 
 
 def test_a_streamed_epoch_with_a_thread_enters_few_files(db: Datalayer) -> None:
