@@ -132,7 +132,7 @@ def try_first_batch(
         EmptyFoldError: A set has no batch.
         MongotorchError: What the batches raise.
     """
-    with evaluating(model.object):
+    with evaluating_all(trainer, model):
         for name, batches in sets.items():
             running = iter(batches)
             try:
