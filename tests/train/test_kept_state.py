@@ -17,7 +17,17 @@ from tests.helpers import COLLECTION, Blobs, fill, net, same, seeded, state, tra
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 
-from mongotorch import Datalayer, Metric, TorchModel, TorchTrainer, Validation
+from mongotorch import (
+    Better,
+    Datalayer,
+    Every,
+    Metric,
+    Schedule,
+    TorchModel,
+    TorchTrainer,
+    Validation,
+    Worker,
+)
 from mongotorch.train import Fit, Stepped
 from mongotorch.train.mapping import on_device
 from mongotorch.train.model import copied_state
@@ -490,3 +500,19 @@ class Unstorable(TorchTrainer):
     def get_optimizers(self, model: TorchModel) -> Any:
         object.__setattr__(self, "odd", Odd())
         return super().get_optimizers(model)
+
+
+def test_a_schedule_goes_on_with_the_objective_and_scores_each_model_with_its_own(db: Datalayer) -> None:
+    fill(db)
+    first = db.apply(learning(db, "module")).result()
+    of = learning(db, "module").replace(max_iterations=1, optimizer_kwargs={"lr": 0.0})
+    db.apply(Schedule("s", trainer=of, trigger=Every(seconds=1e6), gate=Better()))
+    job = db.fire("s")
+    Worker(db).run(until_idle=True)
+    second = job.result(timeout=5)
+    verdict = db.show("model", "m", second.version)["verdict"]
+    assert verdict["champion"] == db.show("model", "m", first.version)["metrics"]
+    before, after = weights_of(first.trainer), weights_of(second.trainer)
+    assert all((one - other).abs().max() < 0.06 for one, other in zip(before, after, strict=True)), (
+        "one step of 0.05"
+    )

@@ -27,7 +27,7 @@ from mongotorch.train.generators import generator_state, seeded, set_generator_s
 from mongotorch.train.mapping import Passed, call, scalar
 from mongotorch.train.metrics import Metric
 from mongotorch.train.model import TorchModel, training_device
-from mongotorch.train.trainer import TorchTrainer, evaluating_all, trainer_on_device
+from mongotorch.train.trainer import TorchTrainer, evaluating_all, trainer_of, trainer_on_device
 
 
 def batch_rows(batches: Iterable[Any], batch: Any) -> int:
@@ -281,7 +281,8 @@ def score(trainer: TorchTrainer, models: Sequence[TorchModel], batches: Iterable
     batches.
 
     Args:
-        trainer: Maps batches and computes the objective.
+        trainer: Maps batches and computes the objective. Parameters of the objective are those that were trained
+            with the model, where its own trainer has some.
         models: What is measured, each with its own metrics; they are moved to the trainer's device, and stay
             there.
         batches: The documents.
@@ -316,7 +317,7 @@ class _ModelScorer:
 
     def __init__(self, trainer: TorchTrainer, model: TorchModel) -> None:
         device = training_device(trainer.compute_kwargs, model.preferred_devices)
-        trainer = trainer_on_device(trainer, device)
+        trainer = trainer_on_device(trainer_of(model, trainer), device)
         self._trainer, self._model = trainer, model
         model.object.to(device)
         metrics = model.validation.metrics if model.validation is not None else ()

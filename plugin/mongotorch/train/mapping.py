@@ -459,6 +459,12 @@ class Contained:
         }
         return named | {f"parameter {n}": parameter for n, parameter in enumerate(self._parameters)}
 
+    def shapes(self) -> dict[str, Any]:
+        """The shapes of the parameters that want a gradient, with the number of modules; empty without any."""
+        named = self.parameters().items()
+        found: dict[str, Any] = {name: part.shape for name, part in named if part.requires_grad}
+        return {**found, "": len(self.modules)} if found else {}
+
     def state_dict(self) -> dict[str, Any]:
         """The states of the modules, without frozen parameters, and the parameters."""
         frozen = [{n for n, p in module.named_parameters() if not p.requires_grad} for module in self.modules]

@@ -24,7 +24,16 @@ from mongotorch.errors import OptimizerError, ParameterError
 from mongotorch.loader_options import check_trainer_loader
 from mongotorch.query import Query
 from mongotorch.signature import OBJECTIVE, Key, check_signature
-from mongotorch.train.mapping import BatchMapping, Contained, Passed, check_key, counted_share, on_device, scalar
+from mongotorch.train.mapping import (
+    BatchMapping,
+    Contained,
+    Passed,
+    check_key,
+    counted_share,
+    map_contained,
+    on_device,
+    scalar,
+)
 from mongotorch.train.model import TorchModel, evaluating
 from mongotorch.train.optimizers import check_optimizer, check_state, make_optimizer
 
@@ -289,6 +298,10 @@ def warm_start(trainer: TorchTrainer, model: TorchModel, source: TorchModel) -> 
     """
     model.object.load_state_dict(source.object.state_dict())
     before = source.trainer
+    if isinstance(before, TorchTrainer):
+        for name in learned_fields(trainer, before):
+            # In place: what is published of a field that nothing trains is what was stored.
+            Contained(getattr(trainer, name)).load_state_dict(Contained(getattr(before, name)).state_dict())
     if not isinstance(before, TorchTrainer) or before.optimizer_state is None:
         return trainer
     if before.optimizer_cls != trainer.optimizer_cls:
@@ -299,12 +312,16 @@ def warm_start(trainer: TorchTrainer, model: TorchModel, source: TorchModel) -> 
 def trainer_on_device(trainer: TorchTrainer, device: torch.device) -> TorchTrainer:
     """The trainer with what its objective, and the fields of its subclass, hold on a device; else the same."""
     moved = {name: on_device(getattr(trainer, name), device) for name in parameter_fields(trainer)}
-    changed = {name: value for name, value in moved.items() if value is not getattr(trainer, name)}
-    if not changed:
+    return _changed(trainer, {name: value for name, value in moved.items() if value is not getattr(trainer, name)})
+
+
+def _changed(trainer: TorchTrainer, fields: Mapping[str, Any]) -> TorchTrainer:
+    """A copy of a trainer, its uuid and attributes included, with other fields; itself without any."""
+    if not fields:
         return trainer
     made = copy.copy(trainer)
     made.__dict__.pop("mapping", None)  # it holds the objective
-    for name, value in changed.items():
+    for name, value in fields.items():
         object.__setattr__(made, name, value)
     return made
 
@@ -313,6 +330,29 @@ def parameter_fields(trainer: TorchTrainer) -> list[str]:
     """The fields that may hold parameters: the objective, and those of a subclass."""
     own = [field.name for field in dataclasses.fields(trainer) if field.name not in SETTINGS]
     return ["objective", *own]
+
+
+def learned_fields(trainer: TorchTrainer, other: TorchTrainer) -> list[str]:
+    """The fields in which both trainers hold parameters that want a gradient, of the same names and shapes."""
+    found = []
+    for name in parameter_fields(trainer):
+        one, two = (Contained(getattr(each, name, None)).shapes() for each in (trainer, other))
+        if one and one == two:
+            found.append(name)
+    return found
+
+
+def trainer_of(model: TorchModel, trainer: TorchTrainer) -> TorchTrainer:
+    """A trainer whose objective, and own fields, hold the parameters that were published with a model."""
+    own = model.trainer
+    if not isinstance(own, TorchTrainer) or own is trainer:
+        return trainer
+    fields = {}
+    for name in learned_fields(trainer, own):
+        if getattr(own, name) is not getattr(trainer, name):
+            fields[name] = map_contained(getattr(trainer, name), copy.deepcopy, copy.deepcopy)
+            Contained(fields[name]).load_state_dict(Contained(getattr(own, name)).state_dict())
+    return _changed(trainer, fields)
 
 
 @contextlib.contextmanager
