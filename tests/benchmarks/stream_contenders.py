@@ -44,7 +44,7 @@ def stream(base: Any, name: str, **given: Any) -> Stream:
         return MongoClient[dict[str, Any]](hosts, replicaSet=replica_set)[base.name]
 
     options = {"batch_size": BATCH, "shuffle": True, "data_prefetch": True, **given}
-    return Stream(opened, StreamSpec(query=Query.find(name), key=("x", "y"), **options), database=base)
+    return Stream(opened, StreamSpec(query=Query.find(name), **{"key": ("x", "y"), **options}), database=base)
 
 
 def onward(base: Any, name: str, *, worker: bool = False) -> Stream:

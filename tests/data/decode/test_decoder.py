@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import random
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -89,7 +90,7 @@ def test_uniform_documents_are_read_without_decoding_any(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("smallest_group", [1, 1000])
 def test_every_type_has_the_value_that_was_stored(smallest_group: int) -> None:
     documents = [document(row) for row in range(40)]
-    columns = decode(raw(documents), PATHS, smallest_group=smallest_group)
+    columns = decode(raw(documents), PATHS, few=smallest_group)
     for path in ("double", "int", "long", "flag", "at", "other", "none"):
         assert columns[path].values() == [one[path] for one in documents]
     assert columns["deep.down.list"].values() == [one["deep"]["down"]["list"] for one in documents]
@@ -123,7 +124,7 @@ def test_every_type_has_the_value_that_was_stored(smallest_group: int) -> None:
 def test_documents_of_one_length_and_another_structure_are_told_apart(one: Any, other: Any) -> None:
     pair = [bson.encode({"_id": 1, "x": one}), bson.encode({"_id": 2, "x": other})]
     assert len(pair[0]) == len(pair[1])
-    together = decode(b"".join(pair * 3), ["x"], smallest_group=1)["x"].values()
+    together = decode(b"".join(pair * 3), ["x"], few=1)["x"].values()
     alone = [decode(content, ["x"])["x"][0] for content in pair * 3]
     assert list(map(repr, together)) == list(map(repr, alone))
 
@@ -160,10 +161,73 @@ def test_a_missing_field_names_the_first_document_that_lacks_it(count: int) -> N
     assert "'late'" in str(caught.value)
 
 
+@pytest.mark.parametrize(("path", "value"), [("items.p", [{"p": 1}, {"p": 2}]), ("items.0", [1, 2])])
+@pytest.mark.parametrize("count", [1, 20])
+def test_a_path_into_a_list_is_refused_with_what_a_path_may_be(path: str, value: Any, count: int) -> None:
+    with pytest.raises(FieldMissingError, match="'items' is a list, and a path does not reach into lists"):
+        decode(raw([{"_id": n, "items": value} for n in range(count)]), [path])
+
+
+def test_a_name_with_a_dot_is_not_a_path() -> None:
+    with pytest.raises(FieldMissingError):
+        decode(raw([{"_id": 1, "a.b": 1}] * 10), ["a.b"])
+
+
+def test_documents_of_optional_fields_and_of_several_orders_are_read_without_decoding_any(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    draw = random.Random(0)
+    documents: list[dict[str, Any]] = []
+    for row in range(400):
+        found = {f"f{n}": draw.choice([n, n / 3, bson.Int64(n)]) for n in range(10) if draw.random() < 0.5}
+        ends = [("y", row), ("x", row / 2)]
+        documents.append({"_id": row, **found, **dict(ends if row % 2 else ends[::-1])})
+    content = raw(documents)
+    monkeypatch.setattr(bson, "decode_all", refuse)
+    columns = decode(content, ["x", "y"])
+    assert columns.column("y").tolist() == list(range(400))  # type: ignore[union-attr]
+    assert columns["x"].values() == [row / 2 for row in range(400)]
+
+
+def test_numbers_of_mixed_types_are_read_without_decoding_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = random.Random(0)
+
+    def number() -> Any:
+        return draw.choice([draw.randrange(9), draw.random(), bson.Int64(draw.randrange(2**50))])
+
+    def lists() -> dict[str, Any]:
+        many = draw.randrange(30)
+        return {
+            "one": number(),
+            "same": [number() for _ in range(12)],
+            "ragged": [number() for _ in range(many)],
+            "integers": list(range(many)),
+            "deep": [[number() for _ in range(3)] for _ in range(4)],
+        }
+
+    documents = [{"_id": n, **lists(), "y": n} for n in range(100)]
+    content = raw(documents)
+    monkeypatch.setattr(bson, "decode_all", refuse)
+    columns = decode(content, ["one", "same", "integers", "deep", "y"])
+    for path in columns.paths:
+        assert repr(columns[path].values()) == repr([one[path] for one in documents]), path
+    kinds = {path: columns[path].kind for path in columns.paths}
+    assert kinds == {"one": "number", "same": "number", "integers": "ragged", "deep": "number", "y": "number"}
+    assert columns["one"].array() is None
+    assert columns["one"].numbers() is not None
+
+
+def test_integers_that_a_double_does_not_hold_stay_exact_among_doubles() -> None:
+    values: list[Any] = [0.5, bson.Int64(2**53 + 1), 7]
+    columns = decode(raw([{"_id": n, "x": values[n % 3], "v": values} for n in range(30)]), ["x", "v"])
+    assert columns["x"].values() == values * 10
+    assert columns["v"].values() == [values] * 30
+
+
 def test_of_two_fields_of_one_name_the_last_counts_as_in_bson() -> None:
     twice = b"\x10a\x00\x01\x00\x00\x00" + b"\x10a\x00\x02\x00\x00\x00"
     content = (len(twice) + 5).to_bytes(4, "little") + twice + b"\x00"
-    assert decode(content * 3, ["a"], smallest_group=1).column("a").tolist() == [2, 2, 2]  # type: ignore[union-attr]
+    assert decode(content * 3, ["a"], few=1).column("a").tolist() == [2, 2, 2]  # type: ignore[union-attr]
     assert bson.decode(content) == {"a": 2}
 
 
@@ -177,7 +241,7 @@ def test_a_date_beyond_python_is_a_data_error() -> None:
     far = bson.encode({"_id": 1, "x": bson.DatetimeMS(2**60)})
     for smallest in (1, 32):
         with pytest.raises(DataError):
-            decode(far * 2, ["x"], smallest_group=smallest)
+            decode(far * 2, ["x"], few=smallest)
 
 
 def test_no_documents_are_columns_without_rows() -> None:
@@ -233,14 +297,14 @@ def test_an_array_that_is_most_of_its_documents_is_not_copied_and_cannot_be_writ
     stored = [np.arange(64, dtype=np.float32) + row for row in range(rows)]
     vectors = [Binary.from_vector(values.tolist(), BinaryVectorDtype.FLOAT32) for values in stored]
     content = b"".join(bson.encode({"_id": n, "v": vector}) for n, vector in enumerate(vectors))
-    column = decode(content, ["v"], smallest_group=1)["v"]
+    column = decode(content, ["v"], few=1)["v"]
     assert isinstance(column.data, np.ndarray)
     assert np.shares_memory(column.data, np.frombuffer(content, np.uint8))
     assert not column.data.flags.writeable
-    tensor = column_tensor(decode(content, ["v"], smallest_group=1), "v")
+    tensor = column_tensor(decode(content, ["v"], few=1), "v")
     assert tensor is not None
     tensor += 1  # its own memory
-    kept = decode(content, ["v"], smallest_group=1).owned()["v"]
+    kept = decode(content, ["v"], few=1).owned()["v"]
     assert not np.shares_memory(np.asarray(kept.data), np.frombuffer(content, np.uint8))
     assert np.array_equal(np.asarray(kept.data), column.data)
     assert torch.equal(tensor, torch.from_numpy(np.stack(stored)) + 1)

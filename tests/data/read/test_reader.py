@@ -9,7 +9,7 @@ from bson.raw_bson import RawBSONDocument
 from pymongo.errors import AutoReconnect, CursorNotFound, OperationFailure
 from pymongo.read_concern import ReadConcern
 
-from mongotorch.data.decode.replies import Reply, found, last_id, offsets
+from mongotorch.data.decode.raw_bson import Reply, found, last_id, offsets
 from mongotorch.data.read.plan import Sizes, make_plan
 from mongotorch.data.read.reader import IdRange, ServerReader, open_reader
 from mongotorch.errors import DataError, EmptySelectError, QueryError, ServerUnavailableError

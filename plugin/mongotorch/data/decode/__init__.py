@@ -3,7 +3,7 @@
 from mongotorch.data.decode.columns import Column, Columns
 from mongotorch.data.decode.decoder import decode
 from mongotorch.data.decode.ids import U64, among, id_keys, mix, pack_ids, salt, same_type, sort_key
-from mongotorch.data.decode.replies import Reply, find_command, found, last_id, offsets
+from mongotorch.data.decode.raw_bson import Reply, find_command, found, last_id, offsets
 
 __all__ = [
     "U64",

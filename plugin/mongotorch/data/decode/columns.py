@@ -1,7 +1,8 @@
 """Holds decoded documents as columns, each in the cheapest form that keeps the exact BSON meaning of its values.
 
-Numbers of one BSON meaning and one shape are one numpy array; what does not fit stays a list of what `bson.decode`
-gives, with stored arrays as numpy arrays.
+Numbers of one shape are one numpy array, and lists of numbers of different lengths one array and where each ends;
+integers among doubles are marked. What does not fit stays a list of what `bson.decode` gives, with stored arrays
+as numpy arrays.
 
 Guarantees: the form depends on the values alone, not on how they were decoded, sliced or joined.
 """
@@ -9,9 +10,9 @@ Guarantees: the form depends on the values alone, not on how they were decoded, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -21,11 +22,27 @@ from numpy.typing import NDArray
 from mongotorch.codecs.arrays import BFloat16, dtype_name
 
 Array = NDArray[Any]
-Kind = Literal["number", "array", "date", "oid", "object"]
+Kind = Literal["number", "ragged", "array", "date", "oid", "object"]
+DOUBLE, BOOL, INT32, INT64 = 0x01, 0x08, 0x10, 0x12
+NUMBERS: dict[int, np.dtype[Any]] = {
+    DOUBLE: np.dtype("<f8"),
+    BOOL: np.dtype("u1"),
+    INT32: np.dtype("<i4"),
+    INT64: np.dtype("<i8"),
+}
+PLAIN: dict[str, tuple[str, np.dtype[Any]]] = {  # by the type as stored: dtype in columns
+    "d": ("float64", np.dtype(np.float64)),
+    "B": ("bool", np.dtype(np.bool_)),
+    "i": ("int64", np.dtype(np.int64)),
+    "l": ("int64", np.dtype(np.int64)),
+    "q": ("int64", np.dtype(np.int64)),
+}
+_MIXED = bytes([DOUBLE, INT32, INT64])
 _EPOCH = datetime(1970, 1, 1)  # BSON dates decode to naive UTC
 _MILLISECOND = timedelta(milliseconds=1)
 _INTEGERS = frozenset({int, Int64})
 _SAMPLED = 32
+_EXACT = 2**53  # up to here float64 holds every integer
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,26 +50,31 @@ class Column:
     """The values of one field in n documents.
 
     Attributes:
-        kind: `number` (plain BSON numbers, booleans and rectangular lists of them), `array` (BSON vectors and
-            `{dtype, shape, data}` sub-documents), `date` (int64 milliseconds since 1970, UTC), `oid` ((n, 12)
-            uint8) or `object` (a list).
-        data: An array of n rows, or a list of n values.
+        kind: `number` (plain BSON numbers, booleans and rectangular lists of them), `ragged` (lists of them, of
+            different lengths), `array` (BSON vectors and `{dtype, shape, data}` sub-documents), `date` (int64
+            milliseconds since 1970, UTC), `oid` ((n, 12) uint8) or `object` (a list).
+        data: An array of n rows, or a list of n values; for `ragged` the numbers of all rows, one after the other.
         dtype: The name of the element type; `bfloat16` for such arrays, whose `data` is uint16 bit patterns.
+        whole: Where integers are stored among doubles (then `data` is float64, and holds them exactly), a boolean
+            array of the shape of `data`; else None.
+        offsets: For `ragged`, where each row starts in `data`, and where the last one ends: int64, (n + 1,).
     """
 
     kind: Kind
     data: Array | list[Any]
     dtype: str
+    whole: NDArray[np.bool_] | None = None
+    offsets: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
-        return len(self.data)
+        return len(self.data) if self.offsets is None else len(self.offsets) - 1
 
     def __getitem__(self, row: int) -> Any:
         """One value, as `bson.decode` gives it (stored arrays as numpy arrays)."""
         if isinstance(self.data, list):
             return self.data[row]
         at = range(len(self))[row]  # so that negative rows count from the end
-        return self._listed(self.data[at : at + 1])[0]
+        return self.slice(at, at + 1).values()[0]
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.values())
@@ -60,13 +82,13 @@ class Column:
     @property
     def plain(self) -> bool:
         """Whether these are BSON numbers or booleans, rather than arrays with a dtype of their own."""
-        return self.kind == "number"
+        return self.kind in ("number", "ragged")
 
     @property
     def nbytes(self) -> int:
         """Bytes held; for a list, an estimate from a few evenly spaced values."""
         if not isinstance(self.data, list):
-            return int(self.data.nbytes)
+            return sum(part.nbytes for part in (self.data, self.whole, self.offsets) if part is not None)
         if not self.data:
             return 0
         sample = self.data[:: max(1, len(self.data) // _SAMPLED)]
@@ -74,55 +96,141 @@ class Column:
 
     def values(self) -> list[Any]:
         """All values, as `bson.decode` gives them (stored arrays as numpy arrays)."""
-        return self.data if isinstance(self.data, list) else self._listed(self.data)
-
-    def array(self) -> Array | None:
-        """The values as one numeric array, or None where they have no such form."""
-        if isinstance(self.data, list) or self.kind not in ("number", "array"):
-            return None
-        return self.data
-
-    def numbers(self) -> Array | None:
-        """Like `array`, and integers mixed with doubles as float64 as well."""
-        if not isinstance(self.data, list):
-            return self.array()
-        flat = _flatten(self.data)
-        if flat is None or not set(map(type, flat[0])) <= _INTEGERS | {float}:
-            return None
-        return np.array(flat[0], np.float64).reshape(flat[1])
-
-    def take(self, rows: Array, *, identity: bool = False) -> Column:
-        """The rows at these positions, in their order; for `identity` see `build`."""
-        if isinstance(self.data, list):
-            return build([self.data[row] for row in rows.tolist()], identity=identity)
-        return self._like(self.data.take(rows, axis=0))
-
-    def slice(self, start: int, stop: int, *, identity: bool = False) -> Column:
-        """Rows from `start` to before `stop`; arrays are shared, not copied. For `identity` see `build`."""
-        if isinstance(self.data, list):
-            return build(self.data[start:stop], identity=identity)
-        return self._like(self.data[start:stop])
-
-    def owned(self) -> Column:
-        """The same values in memory of their own, which does not keep the documents they were read from."""
-        if isinstance(self.data, list) or self.data.base is None:
-            return self
-        return self._like(self.data.copy())
-
-    def _like(self, data: Array) -> Column:
-        return Column(kind=self.kind, data=data, dtype=self.dtype)
-
-    def _listed(self, data: Array) -> list[Any]:
-        if self.kind == "number":
-            return list(data.tolist())
+        data = self.data
+        if isinstance(data, list):
+            return data
         if self.kind == "date":
             return list(data.astype("M8[ms]").tolist())
         if self.kind == "oid":
             joined = data.tobytes()
             return [ObjectId(joined[at : at + 12]) for at in range(0, len(joined), 12)]
-        if self.dtype == "bfloat16":
-            data = data.view(BFloat16)
-        return [data[row, ...] for row in range(len(data))]
+        if self.kind == "array":
+            data = data.view(BFloat16) if self.dtype == "bfloat16" else data
+            return [data[row, ...] for row in range(len(data))]
+        if self.whole is not None:
+            exact = data.astype(object)
+            exact[self.whole] = data[self.whole].astype(np.int64)
+            data = exact
+        listed: list[Any] = data.tolist()
+        if self.offsets is None:
+            return listed
+        return [listed[start:stop] for start, stop in pairwise(self.offsets.tolist())]
+
+    def array(self) -> Array | None:
+        """The values as one numeric array, or None where they have no such form."""
+        return None if self.whole is not None else self.numbers()
+
+    def numbers(self) -> Array | None:
+        """Like `array`, and integers mixed with doubles as float64 as well."""
+        if isinstance(self.data, list) or self.kind not in ("number", "array"):
+            return None
+        return self.data
+
+    def take(self, rows: Array, *, identity: bool = False) -> Column:
+        """The rows at these positions, in their order; for `identity` see `build`."""
+        if isinstance(self.data, list):
+            return build([self.data[row] for row in rows.tolist()], identity=identity)
+        if self.offsets is None:
+            return self._like(self.data.take(rows, axis=0), _taken(self.whole, rows))
+        starts, lengths = self.offsets[:-1][rows], np.diff(self.offsets)[rows]
+        offsets = ends_of(lengths)
+        at = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return ragged(numbers(self.data.take(at), _taken(self.whole, at)), offsets)
+
+    def slice(self, start: int, stop: int, *, identity: bool = False) -> Column:
+        """Rows from `start` to before `stop`; arrays are shared, not copied. For `identity` see `build`."""
+        if isinstance(self.data, list):
+            return build(self.data[start:stop], identity=identity)
+        if self.offsets is None:
+            return self._like(self.data[start:stop], None if self.whole is None else self.whole[start:stop])
+        offsets = self.offsets[start : stop + 1]
+        cut = slice(*offsets[[0, -1]].tolist()) if len(offsets) else slice(0)
+        offsets = offsets - offsets[0] if len(offsets) else np.zeros(1, np.int64)
+        return ragged(numbers(self.data[cut], None if self.whole is None else self.whole[cut]), offsets)
+
+    def owned(self) -> Column:
+        """The same values in memory of their own, which does not keep the documents they were read from."""
+        if isinstance(self.data, list) or self.data.base is None or self.offsets is not None:
+            return self
+        return self._like(self.data.copy(), self.whole)
+
+    def _like(self, data: Array, whole: NDArray[np.bool_] | None) -> Column:
+        if whole is not None:
+            return numbers(data, whole)
+        return Column(kind=self.kind, data=data, dtype=self.dtype)
+
+
+def _taken(values: NDArray[np.bool_] | None, rows: Array) -> NDArray[np.bool_] | None:
+    return None if values is None else values.take(rows, axis=0)
+
+
+def ends_of(lengths: Array) -> NDArray[np.int64]:
+    """Where rows of these lengths start, one after the other, and where the last one ends."""
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def numbers(data: Array, whole: NDArray[np.bool_] | None = None) -> Column:
+    """The column of plain numbers: float64, int64 or bool, of shape (n, ...); for `whole` see `Column`."""
+    if whole is not None and not whole.any():
+        whole = None
+    elif whole is not None and whole.all():
+        data, whole = data.astype(np.int64), None
+    return Column(kind="number", data=data, dtype=data.dtype.name, whole=whole)
+
+
+def number_column(kinds: int | Array, values: Array) -> Column | None:
+    """The column of plain numbers; None where some are none, or are integers among doubles that it does not hold.
+
+    Args:
+        kinds: Their BSON types; one number where all are alike.
+        values: The eight bytes from each number on, (n, 8).
+    """
+    if isinstance(kinds, int):
+        dtype = NUMBERS.get(kinds)
+        if dtype is None or (kinds == BOOL and np.maximum.reduce(values[:, 0]) > 1):
+            return None
+        return plain_numbers(_first(values, dtype))
+    if kinds.tobytes().translate(None, _MIXED):
+        return None
+    double, long = kinds == DOUBLE, kinds == INT64
+    if not np.count_nonzero(double):
+        return numbers(np.where(long, _first(values, NUMBERS[INT64]), _first(values, NUMBERS[INT32])))
+    data = _first(values, NUMBERS[DOUBLE]).astype(np.float64)
+    np.copyto(data, _first(values, NUMBERS[INT32]), where=kinds == INT32)
+    if np.count_nonzero(long):
+        integers = _first(values, NUMBERS[INT64])
+        if not exact(integers[long]):
+            return None
+        np.copyto(data, integers, where=long)
+    return Column(kind="number", data=data, dtype="float64", whole=~double)
+
+
+def _first(values: Array, dtype: np.dtype[Any]) -> Array:
+    return values[:, : dtype.itemsize].view(dtype)[:, 0]
+
+
+def plain_numbers(data: Array) -> Column:
+    """The column of numbers as they are stored, in memory of its own."""
+    name, dtype = PLAIN[data.dtype.char]
+    return Column(kind="number", data=data.astype(dtype), dtype=name)
+
+
+def ragged(flat: Column, offsets: NDArray[np.int64]) -> Column:
+    """The column of lists of plain numbers that are these, one after the other; see `Column.offsets`."""
+    length = int(offsets[1]) if len(offsets) > 1 else 0
+    if (np.diff(offsets) == length).all():
+        if not length:
+            return Column(kind="object", data=[[] for _ in offsets[1:]], dtype="object")
+        return shaped(flat, (len(offsets) - 1, length))
+    return replace(flat, kind="ragged", offsets=offsets)
+
+
+def shaped(column: Column, shape: tuple[int, ...]) -> Column:
+    """The same numbers in another shape."""
+    whole = None if column.whole is None else column.whole.reshape(shape)
+    return replace(column, data=np.asarray(column.data).reshape(shape), whole=whole)
 
 
 def build(values: list[Any], *, identity: bool = False) -> Column:
@@ -151,15 +259,59 @@ def merge(parts: Sequence[tuple[Array | None, Column]], *, identity: bool = Fals
         return build([])
     if len(parts) == 1 and parts[0][0] is None:
         return parts[0][1]
-    first = parts[0][1]
-    rows = [rows for rows, _ in parts if rows is not None]
-    order = np.argsort(np.concatenate(rows)) if rows else None
-    forms = {_form(column) for _, column in parts}
-    if len(forms) > 1 or isinstance(first.data, list):
-        listed = list(chain.from_iterable(column.values() for _, column in parts))
-        return build(listed if order is None else [listed[at] for at in order], identity=identity)
-    joined = np.concatenate([np.asarray(column.data) for _, column in parts])
-    return Column(kind=first.kind, data=joined if order is None else joined[order], dtype=first.dtype)
+    columns = [column for _, column in parts]
+    placed = [rows for rows, _ in parts if rows is not None]
+    order = np.argsort(np.concatenate(placed)) if placed else None
+    joined = _joined(columns)
+    if joined is not None:
+        return joined if order is None else joined.take(order, identity=identity)
+    listed = list(chain.from_iterable(column.values() for column in columns))
+    return build(listed if order is None else [listed[at] for at in order], identity=identity)
+
+
+def _joined(columns: list[Column]) -> Column | None:
+    """The rows of all, one after the other; None where they have to become one list."""
+    first = columns[0]
+    if isinstance(first.data, list):
+        return None
+    data = [column.data for column in columns if not isinstance(column.data, list)]
+    forms = {(column.kind, column.dtype, one.shape[1:]) for column, one in zip(columns, data, strict=False)}
+    if len(data) < len(columns):
+        return None
+    if len(forms) == 1 and first.kind != "ragged" and all(column.whole is None for column in columns):
+        return Column(kind=first.kind, data=np.concatenate(data), dtype=first.dtype)
+    dtypes = {column.dtype for column in columns}
+    if not all(column.plain for column in columns) or (len(dtypes) > 1 and not dtypes <= {"int64", "float64"}):
+        return None
+    return _joined_numbers(columns, data, mixed=len(dtypes) > 1 or any(c.whole is not None for c in columns))
+
+
+def _joined_numbers(columns: list[Column], data: list[Array], *, mixed: bool) -> Column | None:
+    lists = any(column.kind == "ragged" for column in columns) or len({one.shape[1:] for one in data}) > 1
+    if lists and any(column.kind == "number" and one.ndim != 2 for column, one in zip(columns, data, strict=True)):
+        return None
+    whole = None
+    if mixed:
+        if not all(one.dtype.kind == "f" or exact(one) for one in data):
+            return None
+        masks = [
+            np.full(one.shape, one.dtype.kind == "i") if column.whole is None else column.whole
+            for column, one in zip(columns, data, strict=True)
+        ]
+        whole = np.concatenate([mark.reshape(-1) if lists else mark for mark in masks])
+    joined = np.concatenate([one.reshape(-1) if lists else one for one in data])  # integers become float64 here
+    if not lists:
+        return numbers(joined, whole)
+    lengths = [
+        np.full(len(one), one.shape[1]) if column.offsets is None else np.diff(column.offsets)
+        for column, one in zip(columns, data, strict=True)
+    ]
+    return ragged(numbers(joined, whole), ends_of(np.concatenate(lengths)))
+
+
+def exact(integers: Array) -> bool:
+    """Whether all of these are the same as float64."""
+    return not integers.size or (int(integers.min()) >= -_EXACT and int(integers.max()) <= _EXACT)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -235,11 +387,6 @@ class Columns:
         return cls(paths=paths, ids=ids, fields=joined)
 
 
-def _form(column: Column) -> tuple[str, str, tuple[int, ...]]:
-    shape = () if isinstance(column.data, list) else column.data.shape[1:]
-    return column.kind, column.dtype, shape
-
-
 def _flatten(values: list[Any]) -> tuple[list[Any], tuple[int, ...]] | None:
     """The scalars of rectangular nested lists and their shape; None where they are ragged or empty."""
     shape = [len(values)]
@@ -255,12 +402,32 @@ def _flatten(values: list[Any]) -> tuple[list[Any], tuple[int, ...]] | None:
 def _numbers(values: list[Any]) -> Column | None:
     flat = _flatten(values)
     if flat is None:
+        return _ragged(values)
+    known = _number_array(flat[0])
+    if known is None:
         return None
-    types = set(map(type, flat[0]))
+    return shaped(numbers(*known), flat[1])
+
+
+def _ragged(values: list[Any]) -> Column | None:
+    if not all(type(value) is list for value in values):
+        return None
+    known = _number_array(list(chain.from_iterable(values)))
+    return None if known is None else ragged(numbers(*known), ends_of(np.array(list(map(len, values)))))
+
+
+def _number_array(values: list[Any]) -> tuple[Array, NDArray[np.bool_] | None] | None:
+    """Numbers of one meaning as an array, or as float64 and where integers are among them."""
+    types = set(map(type, values))
     dtype = next((name for known, name in _NUMBER_TYPES if types <= known), None)
-    if dtype is None:
+    if dtype is not None:
+        return np.array(values, dtype), None
+    if not types <= _INTEGERS | {float}:
         return None
-    return Column(kind="number", data=np.array(flat[0], dtype).reshape(flat[1]), dtype=dtype)
+    whole = np.array([type(value) is not float for value in values])
+    if not all(-_EXACT <= value <= _EXACT for value in values if type(value) is not float):
+        return None
+    return np.array(values, np.float64), whole
 
 
 def _dates(values: list[Any]) -> Column | None:

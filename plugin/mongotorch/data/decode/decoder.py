@@ -1,10 +1,11 @@
 """Decodes raw BSON documents into columns, without a Python object for each document.
 
-Documents of one shape are a two-dimensional array of bytes, and their fields are strided views of it. A document
-whose structural bytes (types, names, lengths, array headers) equal those of the first row holds every value at the
-same offset, in the same type: one `Layout` reads them all. Rows that differ are tried again as a group of their
-own, a bounded number of times, and what is left is decoded by `bson`. A value without a fixed form is cut out as a
-small document of its own and decoded by `bson`.
+Documents are walked a field at a time, all at once: there is a position for each. Where the next field of all has
+the name that is expected, their types are read with one numpy operation, their values lie behind, and all
+positions move on; a document that lacks the field stays where it is. Fields are expected in the order in which the
+first document has them, or several do. Documents of which something is left over at the end, because their fields
+come in another order, are walked again in an order that some of them have, a bounded number of times, and what is
+left is decoded by `bson`.
 
 Guarantees: the result is exactly what `bson.decode` gives, with stored arrays as numpy arrays. What is read is
 never written to. It is the column's own memory, except an array that is at least half of its documents: that is a
@@ -13,53 +14,55 @@ view of them, so that a large value is copied once, to where it is used.
 
 from __future__ import annotations
 
+import contextlib
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal
+from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
+from typing import Any, final
 
 import bson
 import numpy as np
-from bson.binary import VECTOR_SUBTYPE
 from bson.errors import BSONError
-from numpy.typing import NDArray
 
-from mongotorch.codecs.arrays import dtype_name, restore, stored_array, vector_type
-from mongotorch.data.decode.columns import Column, Columns, build, merge
-from mongotorch.data.decode.replies import EXTRA_SIZES, FIXED_SIZES, Bytes, Group, Reply, Rows, by_length
+from mongotorch.codecs.arrays import restore
+from mongotorch.data.decode.columns import Column, Columns, build, merge, number_column
+from mongotorch.data.decode.raw_bson import (
+    EXTRA_SIZES,
+    FIXED_SIZES,
+    SMALLEST_SIZES,
+    Field,
+    Mask,
+    Octets,
+    Positions,
+    Reply,
+    Rows,
+    header,
+    kept,
+    sizes,
+    starts_of,
+)
+from mongotorch.data.decode.values import DOCUMENT, Part, read_field
 from mongotorch.errors import DataError, FieldMissingError
 
 ID = "_id"
-# The type bytes of BSON that are named below; the tables in `replies` know all of them.
-_DOCUMENT, _ARRAY, _BINARY, _OBJECT_ID, _DATE, _NULL, _REGEX = 0x03, 0x04, 0x05, 0x07, 0x09, 0x0A, 0x0B
-_NUMBERS: dict[int, np.dtype[Any]] = {
-    0x01: np.dtype("<f8"),
-    0x08: np.dtype("u1"),
-    0x10: np.dtype("<i4"),
-    0x12: np.dtype("<i8"),
-}
 _INT32 = struct.Struct("<i")
-_REFERENCE = b"$ref"
-_FEW = 16  # runs of structural bytes that are worth comparing one by one
-_DATE_RANGE = (-62_135_596_800_000, 253_402_300_799_999)  # years 1 to 9999: what Python can say
+_REFERENCE = b"$ref"  # `bson` makes a DBRef of such a document
+_WALKS = 6  # orders that are tried before the rest goes through `bson`
+_FEW = 4  # documents, below which a walk costs more than `bson`
+_SEEN = 16  # documents whose fields are put into one order
 _MISSING = object()
 
 
-def decode(
-    raw: bytes | memoryview | Sequence[Reply],
-    paths: Sequence[str],
-    *,
-    smallest_group: int = 32,
-    most_layouts: int = 16,
-) -> Columns:
+def decode(raw: bytes | memoryview | Sequence[Reply], paths: Sequence[str], *, few: int = _FEW) -> Columns:
     """Decode documents into columns.
 
     Args:
         raw: Concatenated BSON documents, as `find_raw_batches` gives them, or a sequence of such.
         paths: Dotted paths of the fields to read. A path reaches into sub-documents, not into lists.
-        smallest_group: Rows of one shape that are worth a layout; fewer go through `bson`.
-        most_layouts: How many shapes are tried before the rest goes through `bson`.
+        few: Fewer documents than that go through `bson`.
 
     Raises:
         FieldMissingError: A document lacks a path; names the first such document and path.
@@ -69,87 +72,166 @@ def decode(
         content: bytes | memoryview = raw
     else:
         content = raw[0] if len(raw) == 1 else b"".join(raw)
-    builder = _ColumnBuilder(tuple(dict.fromkeys(paths)))
+    decoder = _Decoder(content, tuple(dict.fromkeys(paths)))
     try:
-        groups, rest = by_length(content, smallest_group, most_layouts)
-        for _ in range(most_layouts):
-            if not groups or len(groups[0][1]) < smallest_group:
-                break
-            groups = sorted(groups[1:] + builder.decode_alike(*groups[0]), key=lambda group: -len(group[1]))
-        for rows, matrix in groups:
-            builder.decode_each(rows, matrix.tobytes())
-        builder.decode_each(*rest)
-    except (BSONError, struct.error) as error:
+        decoder.run(few)
+    except (BSONError, struct.error, UnicodeDecodeError) as error:
         raise DataError(f"documents that are not valid BSON, or beyond what Python can hold: {error}") from error
-    return builder.done()
+    return decoder.done()
 
 
-class _ColumnBuilder:
+class _Decoder:
     """Collects the parts of the columns of one `decode`, each with the positions of its rows."""
 
-    def __init__(self, paths: tuple[str, ...]) -> None:
+    def __init__(self, content: bytes | memoryview, paths: tuple[str, ...]) -> None:
+        self._octets = Octets(content)
         self._paths = paths
-        self._tree = PathTree.of((*paths, ID))
-        self._parts: dict[str, list[tuple[Rows | None, Column]]] = {path: [] for path in (*paths, ID)}
+        self._tree = path_tree((*paths, ID))
+        self._parts: dict[str, list[Part]] = {path: [] for path in (*paths, ID)}
+        self._starts, self._lengths = _found(content)
         self._missing: tuple[int, str, Any] | None = None
 
-    def decode_alike(self, rows: Rows | None, matrix: Bytes) -> list[Group]:
-        """Decode the rows that look like the first one; return the others, as a group."""
-        try:
-            layout = Layout(matrix[0].tobytes(), self._tree)
-        except LayoutError:
-            self.decode_each(rows, matrix.tobytes())
-            return []
-        alike = layout.matching(matrix)
-        rest: list[Group] = []
-        if alike is not None:
-            rows = np.arange(len(matrix)) if rows is None else rows
-            rest = [(rows[~alike], matrix[~alike])]
-            rows, matrix = rows[alike], matrix[alike]
-        for path in self._parts:
-            if path in layout.fields:
-                self._parts[path].append((rows, layout.column(path, matrix)))
-            elif path == ID and ID not in self._paths:
-                self._parts[path].append((rows, build([None] * len(matrix))))
-            else:
-                ids = layout.column(ID, matrix[:1])[0] if ID in layout.fields else None
-                self._miss(0 if rows is None else int(rows[0]), path, ids)
-        return rest
-
-    def decode_each(self, rows: Rows | None, content: bytes) -> None:
-        """Decode rows through `bson`."""
-        documents = bson.decode_all(content) if content else []
-        for path, parts in self._parts.items():
-            values = [_lookup(document, path) for document in documents]
-            if path == ID and ID not in self._paths:
-                values = [None if value is _MISSING else value for value in values]
-            if _MISSING in values:
-                at = next(row for row, value in enumerate(values) if value is _MISSING)
-                self._miss(at if rows is None else int(rows[at]), path, documents[at].get(ID))
-                continue
-            identity = path == ID
-            values = values if identity else [restore(value) for value in values]
-            parts.append((rows, build(values, identity=identity)))
+    def run(self, few: int) -> None:
+        """Decode all documents."""
+        count = self._starts.total
+        rows: Rows | None = None  # all that are left
+        for _ in range(_WALKS):
+            left = count if rows is None else len(rows)
+            if left < max(few, 1):
+                break
+            rows = self._walk(rows, left)
+        if rows is None and count:
+            rows = np.arange(count)
+        if rows is not None and len(rows):
+            self._decode_each(rows)
 
     def done(self) -> Columns:
         """The columns. Raises: FieldMissingError."""
         if self._missing is not None:
-            raise _field_missing(self._missing[1], self._missing[2])
+            raise _field_missing(*self._missing[1:])
         fields = {path: merge(self._parts[path], identity=path == ID) for path in self._paths}
         return Columns(paths=self._paths, ids=merge(self._parts[ID], identity=True), fields=fields)
 
-    def _miss(self, row: int, path: str, document_id: Any) -> None:
+    def _walk(self, rows: Rows | None, count: int) -> Rows:
+        """Decode the documents that are alike, and return the others."""
+        starts = self._starts if rows is None else self._starts.select(rows)
+        lengths = self._lengths if rows is None or isinstance(self._lengths, int) else self._lengths[rows]
+        order = self._order(starts)
+        walk = Walk(self._octets, starts, starts.moved(lengths - 1), self._tree, order)
+        numbers = np.arange(self._starts.total) if rows is None else rows
+        if walk.fit is not None and not walk.fit.any():
+            return numbers
+        fitting = rows if walk.fit is None else numbers[walk.fit]
+        covered: dict[str, list[Part]] = {path: [] for path in self._parts}
+        for path, found, column in walk.numbers:
+            if walk.fit is not None:
+                keep, found = kept(found, walk.fit)
+                column = column.take(np.flatnonzero(keep))
+            if len(column):
+                covered[path].append((found, column))
+        for path, values in walk.fields:
+            chosen = values if walk.fit is None else values.only(walk.fit)
+            if chosen.at.total:
+                covered[path].append((chosen.rows, read_field(self._octets, chosen, identity=path == ID)))
+        self._collect(fitting, count if fitting is None else len(fitting), covered)
+        return np.empty(0, np.intp) if walk.fit is None else numbers[~walk.fit]
+
+    def _order(self, starts: Positions) -> Order:
+        """The order in which fields are expected: that of the first document, or of several if they differ."""
+        at = starts.values()
+        two = at[[0, len(at) // 2]].tolist()
+        names = [order_of(self._octets.content, [start], self._tree) for start in two]
+        if names[0] == names[1] and list(names[0]) == list(names[1]):
+            return names[0]
+        return order_of(self._octets.content, at[:: -(-len(at) // _SEEN)].tolist(), self._tree)
+
+    def _collect(self, rows: Rows | None, count: int, covered: dict[str, list[Part]]) -> None:
+        """Keep what was found in these documents, and see what was not."""
+        for path, parts in covered.items():
+            lacking = _lacking(parts, count)
+            if len(lacking) and path == ID and ID not in self._paths:
+                parts.append((lacking, build([None] * len(lacking))))
+            elif len(lacking):
+                first = int(lacking[0])
+                self._miss(first if rows is None else int(rows[first]), path)
+            for found, column in parts:
+                self._parts[path].append(
+                    (found if rows is None else rows if found is None else rows[found], column)
+                )
+
+    def _decode_each(self, rows: Rows) -> None:
+        """Decode documents through `bson`."""
+        starts = self._starts.values()[rows].tolist()
+        lengths = np.broadcast_to(self._lengths, self._starts.total)[rows].tolist()
+        content = self._octets.content
+        cut = [content[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+        documents = bson.decode_all(b"".join(cut))
+        for path, parts in self._parts.items():
+            identity = path == ID
+            values = [_lookup(document, path) for document in documents]
+            if identity and ID not in self._paths:
+                values = [None if value is _MISSING else value for value in values]
+            if _MISSING in values:
+                self._miss(int(rows[values.index(_MISSING)]), path)
+                continue
+            parts.append(
+                (rows, build(values if identity else [restore(value) for value in values], identity=identity))
+            )
+
+    def _miss(self, row: int, path: str) -> None:
         """Remember the first document that lacks a field, the same one whatever way it was decoded."""
         order = list(self._parts)
         known = self._missing
         if known is None or (row, order.index(path)) < (known[0], order.index(known[1])):
-            self._missing = (row, path, document_id)
+            start = int(self._starts.values()[row])
+            (length,) = _INT32.unpack_from(self._octets.content, start)
+            document = bson.decode(self._octets.content[start : start + length])
+            self._missing = (row, path, document)
 
 
-def _field_missing(path: str, document_id: Any) -> FieldMissingError:
+def _found(content: bytes | memoryview) -> tuple[Positions, int | np.ndarray[Any, Any]]:
+    """Where each document starts, and its length: one number where all have the same.
+
+    Raises:
+        DataError: The lengths in the documents do not add up.
+    """
+    if not len(content):
+        return Positions(0, 0), 0
+    (length,) = _INT32.unpack_from(content) if len(content) > 4 else (0,)
+    count, rest = divmod(len(content), length) if length > 4 else (0, 1)
+    if not rest:
+        starts = Positions(count, 0, stride=length)
+        matrix = Octets(content).rows(starts, 4)
+        if (matrix == matrix[0]).all():
+            return starts, length
+    base = np.array(starts_of(content), np.int64)
+    return Positions(len(base), 0, base=base), np.diff(base, append=len(content))
+
+
+def _lacking(parts: list[Part], count: int) -> Rows:
+    """Which of `count` rows are in none of the parts."""
+    if any(rows is None for rows, _ in parts):
+        return np.empty(0, np.intp)
+    found = np.zeros(count, np.bool_)
+    for rows, _ in parts:
+        found[rows] = True
+    return np.flatnonzero(~found)
+
+
+def _field_missing(path: str, document: dict[str, Any]) -> FieldMissingError:
+    document_id = document.get(ID)
+    advice = "give every document the field, or leave those without it out of the select."
+    parents = path.split(".")[:-1]
+    for depth in range(1, len(parents) + 1):
+        outer = ".".join(parents[:depth])
+        if isinstance(_lookup(document, outer), list):
+            advice = (
+                f"{outer!r} is a list, and a path does not reach into lists. A path is the names of fields from "
+                f"the outside in, joined by dots; read {outer!r} and take it apart in a transform, or rewrite the "
+                "documents with a pipeline."
+            )
     return FieldMissingError(
-        f"The document with _id {document_id!r} has no field {path!r}: give every document the field, or "
-        "leave those without it out of the select.",
+        f"The document with _id {document_id!r} has no field {path!r}: {advice}",
         document_id=document_id,
         field=path,
     )
@@ -164,297 +246,184 @@ def _lookup(document: Any, path: str) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FieldReader:
-    """Reads one value of every document of a layout.
-
-    Attributes:
-        form: `number`, `array`, `date`, `oid` at a fixed offset, `list` (numbers among their keys), `null`,
-            or `opaque` (a whole element, from its type byte).
-        start: Offset of the first byte in the document.
-        stop: Offset after the last byte.
-        dtype: The type of the numbers as stored.
-        shape: The shape of an array.
-        name: The dtype name of an array; the field's own name for an opaque element.
-        runs: For a list: (offset, first index, count, stride) of each run of keys of one width.
-    """
-
-    form: Literal["number", "array", "date", "oid", "list", "null", "opaque"]
-    start: int
-    stop: int
-    dtype: np.dtype[Any] | None = None
-    shape: tuple[int, ...] = ()
-    name: str = ""
-    runs: tuple[tuple[int, int, int, int], ...] = ()
-
-    def read(self, rows: Bytes, *, identity: bool) -> Column:
-        """The values in rows, an (n, length) array of documents.
-
-        Args:
-            rows: Contiguous documents that all have the layout of this reader.
-            identity: These are `_id`s: kept as `bson.decode` gives them.
-        """
-        if self.form == "null":
-            return build([None] * len(rows))
-        if self.form == "opaque":
-            return self._opaque(rows, identity=identity)
-        if self.form == "list":
-            return self._list(rows)
-        if self.form == "number":
-            return _number(self._strided(rows, self.start))
-        if self.form == "array":
-            return self._array(rows)
-        data = rows[:, self.start : self.stop].copy()
-        if self.form == "oid":
-            return Column(kind="oid", data=data, dtype="uint8")
-        return self._dates(rows, data.view("<i8")[:, 0], identity=identity)
-
-    def _strided(self, rows: Bytes, offset: int, *runs: tuple[int, int]) -> NDArray[Any]:
-        """Numbers where they lie: one a row, or (count, stride) of them."""
-        shape = (len(rows), *(count for count, _ in runs))
-        strides = (rows.strides[0], *(stride for _, stride in runs))
-        return np.ndarray(shape, self.dtype, rows.data, offset, strides)
-
-    def _list(self, rows: Bytes) -> Column:
-        _, first, count, _ = self.runs[-1]
-        data = np.empty((len(rows), first + count), self.dtype)
-        for offset, begin, size, stride in self.runs:
-            data[:, begin : begin + size] = self._strided(rows, offset, (size, stride))
-        return _number(data)
-
-    def _array(self, rows: Bytes) -> Column:
-        data = rows[:, self.start : self.stop]
-        if data.shape[1] * 2 < rows.shape[1]:
-            data = data.copy()
-        shape = (len(rows), *self.shape)
-        shaped = data.view(np.dtype(self.dtype)).reshape(shape) if data.size else np.empty(shape, self.dtype)
-        return Column(kind="array", data=shaped, dtype=self.name)
-
-    def _dates(self, rows: Bytes, data: NDArray[np.int64], *, identity: bool) -> Column:
-        if _DATE_RANGE[0] <= data.min() and data.max() <= _DATE_RANGE[1]:
-            return Column(kind="date", data=data, dtype="int64")
-        element = self.start - len(self.name.encode()) - 2
-        opaque = FieldReader(form="opaque", start=element, stop=self.stop, name=self.name)
-        return opaque.read(rows, identity=identity)
-
-    def _opaque(self, rows: Bytes, *, identity: bool) -> Column:
-        """Decode an element alone: cut out of each row as a document with this one field."""
-        size = self.stop - self.start + 5
-        cut = np.zeros((len(rows), size), np.uint8)
-        cut[:, :4] = np.frombuffer(struct.pack("<i", size), np.uint8)
-        cut[:, 4:-1] = rows[:, self.start : self.stop]
-        found = [document[self.name] for document in bson.decode_all(cut.tobytes())]
-        return build(found if identity else [restore(value) for value in found], identity=identity)
-
-
-def _number(data: NDArray[Any]) -> Column:
-    wide = np.dtype(np.bool_ if data.dtype.itemsize == 1 else np.int64 if data.dtype.kind == "i" else np.float64)
-    owned = data.astype(wide, copy=data.base is not None)
-    return Column(kind="number", data=owned, dtype=wide.name)
-
-
-class LayoutError(ValueError):
-    """A document that has to be decoded whole: a database reference, a type unknown here."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class PathTree:
     """The names of the fields to read, as a tree."""
 
     path: str | None = None
     below: dict[bytes, PathTree] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, paths: Iterable[str]) -> PathTree:
-        """The tree of these dotted paths."""
-        root = cls()
-        for path in paths:
-            node = root
-            *parents, leaf = path.encode().split(b".")
-            for name in parents:
-                node = node.below.setdefault(name, cls())
-            known = node.below.get(leaf)
-            node.below[leaf] = cls(path=path, below=known.below if known else {})
-        return root
-
-    def paths(self) -> list[str]:
-        """Every path at or under this node."""
-        own = [] if self.path is None else [self.path]
-        return own + [path for node in self.below.values() for path in node.paths()]
-
-
-class Layout:
-    """Where the values lie in one document, and in all that match it.
-
-    Args:
-        row: The document.
-        tree: The fields to read.
-
-    Attributes:
-        fields: The reader of each path that the document has.
-
-    Raises:
-        LayoutError: The document has to be decoded whole.
-    """
-
-    def __init__(self, row: bytes, tree: PathTree) -> None:
-        self._row = row
-        self._first = np.frombuffer(row, np.uint8)
-        self._mask = np.zeros(len(row), np.uint8)
-        self.fields: dict[str, FieldReader] = {}
-        try:
-            self._document(0, tree)
-        except (struct.error, IndexError, ValueError) as error:
-            raise LayoutError(str(error)) from error
-
-    def matching(self, rows: Bytes) -> NDArray[np.bool_] | None:
-        """Which rows (an (n, length) array) have this layout; None: all of them."""
-        runs = self._runs()
-        if len(runs) > _FEW:
-            differing = np.bitwise_xor(rows, self._first)
-            np.bitwise_and(differing, self._mask, out=differing)
-            return np.equal(differing.max(axis=1), 0) if differing.any() else None
-        # Few structural bytes between large values: only they are looked at.
-        equal = [rows[:, start:stop] == self._first[start:stop] for start, stop in runs]
-        if all(part.all() for part in equal):
-            return None
-        alike = np.ones(len(rows), np.bool_)
-        for part in equal:
-            alike &= part.all(axis=1)
-        return alike
-
-    def _runs(self) -> list[tuple[int, int]]:
-        """Where structural bytes start and stop; they are compared as a whole or not at all."""
-        edges = np.flatnonzero(np.diff(self._mask, prepend=0, append=0))
-        return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
-
-    def column(self, path: str, rows: Bytes) -> Column:
-        """The values of one path in rows that all have this layout."""
-        return self.fields[path].read(rows, identity=path == ID)
-
-    def _document(self, at: int, tree: PathTree) -> None:
-        row, mask = self._row, self._mask
-        end = at + _INT32.unpack_from(row, at)[0] - 1
-        mask[at : at + 4] = mask[end] = 0xFF
-        at += 4
-        while at < end:
-            name_end = row.index(0, at + 1)
-            kind, name, value = row[at], row[at + 1 : name_end], name_end + 1
-            if name == _REFERENCE:
-                raise LayoutError("a database reference")
-            mask[at:value] = 0xFF
-            after = self._skip(kind, value)
-            node = tree.below.get(name)
-            if node is not None:
-                self._add_field(node, kind, at, value, after)
-            at = after
-        if at != end:
-            raise LayoutError("a document that does not end where it says")
-
-    def _skip(self, kind: int, value: int) -> int:
-        """Where the value ends; what its length depends on becomes structural."""
-        fixed = FIXED_SIZES.get(kind)
-        if fixed is not None:
-            return value + fixed
-        extra = EXTRA_SIZES.get(kind)
-        if extra is not None:
-            self._mask[value : value + 4] = 0xFF
-            return int(value + extra + _INT32.unpack_from(self._row, value)[0])
-        if kind != _REGEX:
-            raise LayoutError(f"BSON type {kind:#04x}")
-        after = self._row.index(0, self._row.index(0, value) + 1) + 1
-        self._mask[value:after] = 0xFF
-        return after
-
-    def _add_field(self, node: PathTree, kind: int, at: int, value: int, after: int) -> None:
-        for path in node.paths():
-            self.fields.pop(path, None)  # of two fields of one name the last one counts
-        if node.path is not None:
-            opaque = FieldReader(form="opaque", start=at, stop=after, name=self._row[at + 1 : value - 1].decode())
-            self.fields[node.path] = self._reader(node.path, kind, value, after) or opaque
-        if node.below and kind == _DOCUMENT:
-            self._document(value, node)
-
-    def _reader(self, path: str, kind: int, value: int, after: int) -> FieldReader | None:
-        if kind in _NUMBERS:
-            return FieldReader(form="number", start=value, stop=after, dtype=_NUMBERS[kind])
-        if kind == _NULL:
-            return FieldReader(form="null", start=value, stop=after)
-        if kind == _OBJECT_ID:
-            return FieldReader(form="oid", start=value, stop=after)
-        if kind == _DATE:
-            return FieldReader(form="date", start=value, stop=after, name=path.rpartition(".")[2])
-        if path == ID:
-            return None  # an `_id` is never an array
-        if kind == _ARRAY:
-            return self._list(value, after)
-        if kind == _BINARY:
-            return self._vector(value, after)
-        return self._array(value, after) if kind == _DOCUMENT else None
-
-    def _list(self, value: int, after: int) -> FieldReader | None:
-        dtype = _NUMBERS.get(self._row[value + 4])
-        if dtype is None:
-            return None
-        found = _skeleton(self._row[value + 4], dtype.itemsize, after - value)
-        if found is None:
-            return None
-        content, mask, runs = found
-        if np.bitwise_and(np.bitwise_xor(content, self._first[value:after]), mask).any():
-            return None
-        self._mask[value:after] = mask
-        moved = tuple((value + offset, first, count, stride) for offset, first, count, stride in runs)
-        return FieldReader(form="list", start=value, stop=after, dtype=dtype, runs=moved)
-
-    def _vector(self, value: int, after: int) -> FieldReader | None:
-        start = value + 7
-        dtype = vector_type(self._row[value + 5 : start], after - start)
-        if self._row[value + 4] != VECTOR_SUBTYPE or dtype is None:
-            return None
-        self._mask[value:start] = 0xFF
-        shape = ((after - start) // dtype.itemsize,)
-        return FieldReader(form="array", start=start, stop=after, dtype=dtype, shape=shape, name=dtype.name)
-
-    def _array(self, value: int, after: int) -> FieldReader | None:
-        parts = bson.decode(self._row[value:after])
-        array = stored_array(parts)
-        if array is None:
-            return None
-        start = after - 1 - array.nbytes
-        header = b"\x05data\x00" + _INT32.pack(array.nbytes) + b"\x00"
-        if self._row[start - len(header) : start] != header:
-            return None  # the same keys in another order
-        self._mask[value:start] = self._mask[after - 1] = 0xFF
-        name = dtype_name(array)
-        return FieldReader(
-            form="array", start=start, stop=after - 1, dtype=array.dtype, shape=array.shape, name=name
-        )
-
 
 @lru_cache(maxsize=64)
-def _skeleton(
-    kind: int, width: int, size: int
-) -> tuple[Bytes, Bytes, tuple[tuple[int, int, int, int], ...]] | None:
-    """What a list of so many bytes looks like if it holds only this type: content, mask, runs of values.
+def path_tree(paths: tuple[str, ...]) -> PathTree:
+    """The tree of these dotted paths."""
+    root = PathTree()
+    for path in paths:
+        node = root
+        *parents, leaf = path.encode().split(b".")
+        for name in parents:
+            node = node.below.setdefault(name, PathTree())
+        known = node.below.get(leaf)
+        node.below[leaf] = PathTree(path=path, below=known.below if known else {})
+    return root
 
-    The keys of a BSON list are "0", "1", ...: the stride of the values grows with the digits of the key.
+
+Order = dict[bytes, "Order"]
+"""The names of fields in the order in which documents have them, each with those below that are read."""
+
+
+def order_of(content: bytes | memoryview, starts: Sequence[int], tree: PathTree) -> Order:
+    """The names of the fields of the documents at `starts`, each behind those that are before it in any of them.
+
+    A document that cannot be walked adds nothing.
     """
-    content, mask = np.zeros(size, np.uint8), np.zeros(size, np.uint8)
-    content[:4] = np.frombuffer(_INT32.pack(size), np.uint8)
-    mask[:4] = mask[-1] = 0xFF
-    at, first, digits = 4, 0, 1
-    runs = []
-    while at < size - 1:
-        head = 2 + digits
-        count, rest = divmod(size - 1 - at, head + width)
-        most = 10**digits - first
-        if rest and count < most:
-            return None
-        count = min(count, most)
-        end = at + count * (head + width)
-        rows, covered = content[at:end].reshape(count, -1), mask[at:end].reshape(count, -1)
-        rows[:, 0], covered[:, :head] = kind, 0xFF
-        for digit in range(digits):
-            rows[:, 1 + digit] = np.arange(first, first + count) // 10 ** (digits - 1 - digit) % 10 + 0x30
-        runs.append((at + head, first, count, head + width))
-        at, first, digits = end, first + count, digits + 1
-    return (content, mask, tuple(runs)) if runs else None
+    seen: list[list[bytes]] = []
+    below: dict[bytes, list[int]] = {}
+    for start in starts:
+        try:
+            fields = list(_fields(content, start))
+        except (struct.error, IndexError, ValueError, KeyError):  # it goes through `bson`
+            continue
+        seen.append([name for name, _, _ in fields])
+        for name, kind, value in fields:
+            node = tree.below.get(name)
+            if kind == DOCUMENT and node is not None and node.below:
+                below.setdefault(name, []).append(value)
+    names = _merged(seen)
+    return {name: order_of(content, below[name], tree.below[name]) if name in below else {} for name in names}
+
+
+def _merged(seen: list[list[bytes]]) -> Iterable[bytes]:
+    """All names in an order that the first documents have, and each further one that does not contradict them."""
+    if all(names == seen[0] for names in seen):
+        return dict.fromkeys(seen[0]) if seen else ()
+    try:
+        return _sorted(seen)
+    except CycleError:
+        agreeing: list[list[bytes]] = []
+        for names in seen:
+            with contextlib.suppress(CycleError):
+                _sorted([*agreeing, names])
+                agreeing.append(names)
+        return _sorted(agreeing)
+
+
+def _sorted(seen: list[list[bytes]]) -> list[bytes]:
+    sorter: TopologicalSorter[bytes] = TopologicalSorter()
+    for names in seen:
+        for name in names[:1]:
+            sorter.add(name)
+        for before, name in pairwise(names):
+            sorter.add(name, before)
+    return list(sorter.static_order())
+
+
+def _fields(content: bytes | memoryview, at: int) -> Iterator[tuple[bytes, int, int]]:
+    """The name, the type and the start of the value of each field of a document."""
+    end = at + _INT32.unpack_from(content, at)[0] - 1
+    at += 4
+    while at < end:
+        kind, name = content[at], _name(content, at + 1)
+        value = at + len(name) + 2
+        yield name, kind, value
+        at = value + _size(content, kind, value)
+
+
+def _size(content: bytes | memoryview, kind: int, value: int) -> int:
+    if (fixed := FIXED_SIZES.get(kind)) is not None:
+        return fixed
+    (length,) = _INT32.unpack_from(content, value)
+    if length < SMALLEST_SIZES[kind]:
+        raise ValueError("a value that is shorter than its type can be")
+    return EXTRA_SIZES[kind] + int(length)
+
+
+def _name(content: bytes | memoryview, at: int) -> bytes:
+    if isinstance(content, bytes):
+        return content[at : content.index(0, at)]
+    width = 32
+    while b"\0" not in (found := bytes(content[at : at + width])):
+        if len(found) < width:
+            raise ValueError("a name without an end")
+        width *= 8
+    return found.split(b"\0", 1)[0]
+
+
+@final
+class Walk:
+    """Finds the fields of documents.
+
+    Args:
+        octets: The bytes.
+        at: Where each document starts; one at least.
+        ends: Where the last byte of each is.
+        tree: What to read.
+        order: The names that are expected.
+
+    Attributes:
+        numbers: The columns of numbers, with path and rows; read at once, while they are in the cache.
+        fields: Everything else that was found, with its path. In documents that are not fit it means nothing.
+        fit: Which documents have nothing else; None: all of them.
+    """
+
+    def __init__(self, octets: Octets, at: Positions, ends: Positions, tree: PathTree, order: Order) -> None:
+        self._octets = octets
+        self._unfit: Mask = np.zeros(at.total, np.bool_)
+        self.fields: list[tuple[str, Field]] = []
+        self.numbers: list[tuple[str, Rows | None, Column]] = []
+        self._document(at.moved(4), ends, None, tree, order)
+        self.fit: Mask | None = ~self._unfit if self._unfit.any() else None
+
+    def _document(self, at: Positions, ends: Positions, rows: Rows | None, tree: PathTree, order: Order) -> None:
+        for name, below in order.items():
+            if name == _REFERENCE:
+                continue
+            head = header(name)
+            matrix = self._octets.rows(at, head.width)
+            kinds = head.kinds(matrix)
+            if isinstance(kinds, int) and not kinds:
+                continue
+            values = matrix[:, head.size : head.size + 8]
+            size, wrong = sizes(kinds, values)
+            self._exclude(rows, wrong)
+            step = size + head.size
+            field = Field(rows, kinds, at.moved(head.size), values)
+            if not isinstance(kinds, int) and np.count_nonzero(kinds) < len(kinds):
+                step = np.where(kinds, step, 0)
+                field = _where(field, kinds != 0)
+            if (node := tree.below.get(name)) is not None:
+                self._found(node, field, below)
+            at = at.moved(step)
+        self._finished(at, ends, rows)
+
+    def _finished(self, at: Positions, ends: Positions, rows: Rows | None) -> None:
+        same = at.same(ends)
+        self._exclude(rows, None if same is None else ~same)
+        left = self._octets.rows(ends, 1)[:, 0]
+        self._exclude(rows, left != 0 if np.count_nonzero(left) else None)
+
+    def _exclude(self, rows: Rows | None, wrong: Mask | None) -> None:
+        if wrong is not None:
+            self._unfit[wrong if rows is None else rows[wrong]] = True
+
+    def _found(self, node: PathTree, found: Field, below: Order) -> None:
+        if node.path is not None:
+            column = number_column(found.kinds, found.head)
+            if column is None:
+                self.fields.append((node.path, found))
+            else:
+                self.numbers.append((node.path, found.rows, column))
+        if not node.below:
+            return
+        if not isinstance(found.kinds, int):
+            found = _where(found, found.kinds == DOCUMENT)
+        elif found.kinds != DOCUMENT:
+            return
+        if found.at.total:
+            lengths, _ = sizes(DOCUMENT, found.head)
+            ends = found.at.moved(lengths - 1)
+            self._document(found.at.moved(4), ends, found.rows, node, below)
+
+
+def _where(found: Field, chosen: Mask) -> Field:
+    keep = np.flatnonzero(chosen)
+    return found.part(keep, keep if found.rows is None else found.rows[keep])

@@ -1,0 +1,493 @@
+"""Reads the values of one field in many documents, by their BSON types.
+
+Numbers, dates and ObjectIds are taken out as numpy arrays, text and bytes as slices, and arrays stored as BSON by
+what is in front of their data, which is the same in all of one shape. Lists of numbers of one type and length have
+their values at equal distances: they are compared with what such a list looks like. Of one type and different
+lengths, the position of each value follows from its number. Lists of mixed types are walked, one element of every
+list at a time. What is left is cut out as a small document of its own and decoded by `bson`.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import bson
+import numpy as np
+from bson.binary import VECTOR_SUBTYPE
+
+from mongotorch.codecs.arrays import dtype_name, restore, stored_array, vector_type
+from mongotorch.data.decode.columns import (
+    BOOL,
+    DOUBLE,
+    INT32,
+    INT64,
+    NUMBERS,
+    PLAIN,
+    Column,
+    build,
+    ends_of,
+    merge,
+    number_column,
+    ragged,
+    shaped,
+)
+from mongotorch.data.decode.raw_bson import Array, Bytes, Field, Mask, Octets, Positions, Rows, header, sizes, word
+
+DOCUMENT = 0x03
+LIST = 0x04
+_SIMPLE, _LISTS = np.zeros(256, np.bool_), np.zeros(256, np.bool_)  # what is read as an element of a list
+_SIMPLE[[DOUBLE, INT32, INT64]] = _LISTS[LIST] = True
+_FEW = 8  # lists, below which a walk costs more than `bson`
+_DEEPEST = 32  # dimensions
+_COMPARED = 2**18  # bytes at a time, so that they stay in the cache
+_LONGEST = 100_000  # elements whose number has at most five digits
+_TEXT, _BINARY, _OBJECT_ID, _DATE, _NULL = 0x02, 0x05, 0x07, 0x09, 0x0A
+_INT32 = struct.Struct("<i")
+_DATE_RANGE = (-62_135_596_800_000, 253_402_300_799_999)  # years 1 to 9999: what Python can say
+_SHAPES = 16  # of arrays in one field, before the rest goes through `bson`
+
+Part = tuple[Rows | None, Column]
+"""Some rows (None: all, in order) and their column."""
+
+
+def read_field(octets: Octets, field: Field, *, identity: bool) -> Column:
+    """The column of a field, its rows in the order in which they were found.
+
+    Args:
+        octets: The bytes.
+        field: Where its values are; one at least.
+        identity: They are `_id`s: kept as `bson` gives them.
+
+    Raises:
+        BSONError, UnicodeDecodeError: A value that is not valid BSON.
+    """
+    if isinstance(field.kinds, int):
+        return _one_type(octets, field, field.kinds, identity=identity)
+    parts: list[Part] = []
+    for kind in np.flatnonzero(np.bincount(field.kinds)).tolist():
+        rows = np.flatnonzero(field.kinds == kind)
+        parts.append((rows, _one_type(octets, field.part(rows, rows), kind, identity=identity)))
+    return merge(parts, identity=identity)
+
+
+def _one_type(octets: Octets, field: Field, kind: int, *, identity: bool) -> Column:
+    if (column := number_column(kind, field.head)) is not None:
+        return column
+    if kind == _NULL:
+        return build([None] * field.at.total)
+    if kind == _OBJECT_ID:
+        return Column(kind="oid", data=octets.rows(field.at, 12).copy(), dtype="uint8")
+    if kind == _DATE:
+        data = word(field.head, 0).astype(np.int64)
+        if _DATE_RANGE[0] <= data.min() and data.max() <= _DATE_RANGE[1]:
+            return Column(kind="date", data=data, dtype="int64")
+    reader = _READERS.get(kind)
+    rest: Rows | None = None
+    parts: list[Part] = []
+    if reader is not None and not (identity and kind != _TEXT):
+        parts, rest = reader(octets, field)
+    if rest is None:
+        return _each(octets, field, kind, identity=identity)
+    if len(rest):
+        parts.append((rest, _each(octets, field.part(rest, rest), kind, identity=identity)))
+    return merge(parts, identity=identity)
+
+
+def _each(octets: Octets, field: Field, kind: int, *, identity: bool) -> Column:
+    """Decode each value alone, as the only one of a document."""
+    size, _ = sizes(kind, field.head)
+    content, front = octets.content, bytes([kind, 0])
+    cut: list[bytes | memoryview] = []
+    for start, length in zip(
+        field.at.values().tolist(), np.broadcast_to(size, field.at.total).tolist(), strict=True
+    ):
+        cut += (_INT32.pack(length + 7), front, content[start : start + length], b"\0")
+    found = [document[""] for document in bson.decode_all(b"".join(cut))]
+    return build(found if identity else [restore(value) for value in found], identity=identity)
+
+
+def _spans(field: Field, front: int, back: int) -> Any:
+    """Where the values start and end that begin with their length, `front` bytes before and `back` behind."""
+    starts = field.at.values() + front
+    ends = starts + word(field.head, 0, "<i4", 4) - back
+    return zip(starts.tolist(), ends.tolist(), strict=True)
+
+
+def _text(octets: Octets, field: Field) -> tuple[list[Part], Rows]:
+    content = octets.content
+    ends = field.at.values() + word(field.head, 0, "<i4", 4) + 3
+    if octets.rows(Positions(len(ends), 0, base=ends), 1).any():
+        raise bson.InvalidBSON("a string without its end")
+    if isinstance(content, bytes):
+        values = [content[start:end].decode() for start, end in _spans(field, 4, 1)]
+    else:
+        values = [str(content[start:end], "utf-8") for start, end in _spans(field, 4, 1)]
+    return [(None, build(values))], np.empty(0, np.intp)
+
+
+def _binary(octets: Octets, field: Field) -> tuple[list[Part], Rows]:
+    subtypes = field.head[:, 4]
+    plain = subtypes == 0
+    if not plain.any():
+        return _stored(octets, field, _vector_front)
+    rows = np.flatnonzero(plain)
+    content = octets.content
+    values = [
+        bytes(content[start:end]) for start, end in _spans(field if plain.all() else field.part(rows, rows), 5, 0)
+    ]
+    parts: list[Part] = [(rows, build(values))]
+    rest = np.flatnonzero(~plain)
+    if not len(rest):
+        return [(None, parts[0][1])], rest
+    more, left = _stored(octets, field.part(rest, rest), _vector_front)
+    parts += [(rest if these is None else rest[these], column) for these, column in more]
+    return parts, rest[left]
+
+
+def _lists(octets: Octets, field: Field) -> tuple[list[Part], Rows]:
+    return read_lists(octets, field.at, word(field.head, 0, "<i4", 4))
+
+
+_Front = Callable[[bytes], tuple[Array, int, int] | None]
+"""Of the bytes of a value: an array like the one stored in it, and where its data starts and ends."""
+
+
+def _vector_front(value: bytes) -> tuple[Array, int, int] | None:
+    dtype = vector_type(value[5:7], len(value) - 7)
+    if value[4] != VECTOR_SUBTYPE or dtype is None:
+        return None
+    return np.frombuffer(value, dtype, offset=7), 7, len(value)
+
+
+def _document_front(value: bytes) -> tuple[Array, int, int] | None:
+    array = stored_array(bson.decode(value))
+    if array is None:
+        return None
+    start = len(value) - 1 - array.nbytes
+    header = b"\x05data\x00" + _INT32.pack(array.nbytes) + b"\x00"
+    # Else these are the same keys in another order.
+    return (array, start, len(value) - 1) if value[start - len(header) : start] == header else None
+
+
+def _documents(octets: Octets, field: Field) -> tuple[list[Part], Rows]:
+    return _stored(octets, field, _document_front)
+
+
+def _stored(octets: Octets, field: Field, front: _Front) -> tuple[list[Part], Rows]:
+    """The stored arrays, those with the same bytes in front of their data together."""
+    kind = field.kinds if isinstance(field.kinds, int) else int(field.kinds[0])
+    size, _ = sizes(kind, field.head)
+    parts: list[Part] = []
+    others: list[int] = []  # that are no arrays
+    left: Rows | None = None  # all
+    for _ in range(_SHAPES):
+        if left is not None and not len(left):
+            break
+        first = 0 if left is None else int(left[0])
+        length = size if isinstance(size, int) else int(size[first])
+        if left is None and not isinstance(size, int):
+            left = np.arange(field.at.total)
+        same = left if isinstance(size, int) or left is None else left[size[left] == length]
+        matrix = octets.rows(field.at if same is None else field.at.select(same), length)
+        found = front(matrix[0].tobytes())
+        if found is None:
+            others.append(first)
+            left = np.arange(field.at.total)[1:] if left is None else left[1:]
+            continue
+        array, start, end = found
+        fit = _same_front(matrix, start, end)
+        if fit is not None:
+            same = np.flatnonzero(fit) if same is None else same[fit]
+            matrix = matrix[fit]
+        parts.append((same, _array(field, matrix, array, start, end)))
+        if same is None:
+            return parts, np.empty(0, np.intp)
+        left = np.setdiff1d(np.arange(field.at.total) if left is None else left, same, assume_unique=True)
+    rest = np.arange(field.at.total) if left is None else left
+    return parts, np.sort(np.concatenate([rest, np.array(others, np.intp)]))
+
+
+def _same_front(matrix: Bytes, start: int, end: int) -> Mask | None:
+    """Which rows have the bytes of the first one before `start` and from `end` on; None: all of them."""
+    equal = [matrix[:, :start] == matrix[0, :start], matrix[:, end:] == matrix[0, end:]]
+    if all(np.count_nonzero(part) == part.size for part in equal):
+        return None
+    fit: Mask = equal[0].all(axis=1) & equal[1].all(axis=1)
+    return fit
+
+
+def _array(field: Field, matrix: Bytes, like: Array, start: int, end: int) -> Column:
+    data = matrix[:, start:end]
+    # A view would keep the documents: only worth it where they are hardly more than the array.
+    if field.at.base is None and data.shape[1] * 2 < field.at.stride:
+        data = data.copy()
+    shape = (len(matrix), *like.shape)
+    shaped = data.view(like.dtype).reshape(shape) if data.size else np.empty(shape, like.dtype)
+    return Column(kind="array", data=shaped, dtype=dtype_name(like))
+
+
+_READERS: dict[int, Callable[[Octets, Field], tuple[list[Part], Rows]]] = {
+    _TEXT: _text,
+    _BINARY: _binary,
+    LIST: _lists,
+    DOCUMENT: _documents,
+}
+
+
+def read_lists(octets: Octets, at: Positions, lengths: Array, depth: int = 1) -> tuple[list[Part], Rows]:
+    """The columns of lists of numbers, and which lists are none.
+
+    Args:
+        octets: The bytes.
+        at: Where each list starts; one at least.
+        lengths: The bytes of each, int32 of shape (n,).
+        depth: Of lists in lists.
+
+    Returns:
+        Parts with the numbers of their rows (None: all), and the numbers of the other rows.
+    """
+    parts: list[Part] = []
+    rest: Rows | None = None  # all
+    size = int(lengths[0])
+    if (lengths == size).all():
+        matrix = octets.rows(at, size)
+        found = _rectangular(matrix)
+        if found is not None:
+            column, fit = found
+            if fit is None:
+                return [(None, column)], np.empty(0, np.intp)
+            parts, rest = [(np.flatnonzero(fit), column)], np.flatnonzero(~fit)
+    elif (flat := _alike_lists(octets, at.values(), lengths)) is not None:
+        column, fit = flat
+        if fit is None:
+            return [(None, column)], np.empty(0, np.intp)
+        parts, rest = [(np.flatnonzero(fit), column)], np.flatnonzero(~fit)
+    if rest is not None:
+        at, lengths = at.select(rest), lengths[rest]
+    walked = _Elements(octets, at, lengths, depth)
+    rows = np.arange(at.total) if rest is None else rest
+    parts += [(rows if done is None else rows[done], column) for done, column in walked.parts]
+    return parts, rows[walked.others]
+
+
+def _rectangular(lists: Bytes) -> tuple[Column, Mask | None] | None:
+    """Lists of as many bytes, (n, size): the column of those that are like the first, and which these are."""
+    kind = int(lists[0, 4])
+    if kind not in NUMBERS or (known := _looks(kind, lists.shape[1])) is None:
+        return None
+    content, mask, runs = known
+    fit = _matching(lists, content, mask)
+    if fit is not None:
+        if not fit.any():
+            return None
+        lists = lists[fit]
+    dtype = NUMBERS[kind]
+    first, count = runs[-1][1:3]
+    data = np.empty((len(lists), first + count), PLAIN[dtype.char][1])
+    for offset, begin, many, stride in runs:
+        elements = lists[:, offset : offset + many * stride].reshape(len(lists), many, stride)
+        data[:, begin : begin + many] = elements[:, :, stride - dtype.itemsize :].view(dtype)[:, :, 0]
+    return Column(kind="number", data=data, dtype=PLAIN[dtype.char][0]), fit
+
+
+def _matching(lists: Bytes, content: Bytes, mask: Bytes) -> Mask | None:
+    """Which rows have these bytes where the mask is set; None: all of them."""
+    step = max(_COMPARED // lists.shape[1], 1)
+    fit = None
+    for start in range(0, len(lists), step):
+        differing = np.bitwise_xor(lists[start : start + step], content)
+        np.bitwise_and(differing, mask, out=differing)
+        if differing.any():
+            fit = np.ones(len(lists), np.bool_) if fit is None else fit
+            fit[start : start + step] = ~differing.any(axis=1)
+    return fit
+
+
+@lru_cache(maxsize=16)
+def _looks(kind: int, size: int) -> tuple[Bytes, Bytes, tuple[tuple[int, int, int, int], ...]] | None:
+    """What a list of so many bytes looks like if it holds only this type: content, mask, runs of values.
+
+    The keys of a BSON list are "0", "1", ...: the stride of the values grows with the digits of the key. A run is
+    (offset, first number, count, stride).
+    """
+    width = NUMBERS[kind].itemsize
+    content, mask = np.zeros(size, np.uint8), np.zeros(size, np.uint8)
+    content[:4] = np.frombuffer(_INT32.pack(size), np.uint8)
+    mask[:4] = mask[-1] = 0xFF
+    at, first, digits = 4, 0, 1
+    runs = []
+    while at < size - 1:
+        head = 2 + digits
+        count, rest = divmod(size - 1 - at, head + width)
+        most = 10**digits - first
+        if rest and count < most:
+            return None
+        count = min(count, most)
+        end = at + count * (head + width)
+        rows, covered = content[at:end].reshape(count, -1), mask[at:end].reshape(count, -1)
+        rows[:, 0], covered[:, :head] = kind, 0xFF
+        if kind == BOOL:
+            covered[:, head] = 0xFE
+        for digit in range(digits):
+            rows[:, 1 + digit] = np.arange(first, first + count) // 10 ** (digits - 1 - digit) % 10 + 0x30
+        runs.append((at, first, count, head + width))
+        at, first, digits = end, first + count, digits + 1
+    return (content, mask, tuple(runs)) if runs else None
+
+
+def _alike_lists(octets: Octets, starts: Array, lengths: Array) -> tuple[Column, Mask | None] | None:
+    """Lists of different lengths: the column of those that hold one type only, and which these are."""
+    empty = lengths == 5
+    kinds = octets.rows(Positions(len(starts), 4, base=starts), 1)[:, 0]
+    kind = int(kinds[int(np.argmin(empty))])
+    longest = int(lengths.max())
+    if kind not in NUMBERS or longest > 4 * _LONGEST:
+        return None
+    offsets, headers, bits = _elements(kind, 1 << (longest // (3 + NUMBERS[kind].itemsize)).bit_length())
+    counts = np.searchsorted(offsets, lengths - 5)
+    fit: Mask = ((kinds == kind) | empty) & (offsets.take(counts, mode="clip") == lengths - 5)
+    if np.count_nonzero(fit) * 2 < len(fit):  # mixed types, some of which have such a length by chance
+        return None
+    fit &= octets.rows(Positions(len(starts), 0, base=starts + lengths - 1), 1)[:, 0] == 0
+    counts = np.where(fit, counts, 0)
+    ends = ends_of(counts)
+    number = np.arange(ends[-1]) - np.repeat(ends[:-1], counts)
+    matrix = octets.rows(Positions(len(number), 4, base=np.repeat(starts, counts) + offsets.take(number)), 16)
+    first, size = word(matrix, 0), bits.take(number)
+    # The header is the lowest bits of the first eight bytes, and the value comes behind.
+    same = ((first ^ headers.take(number)) << (np.uint64(64) - size)) == 0
+    values = (first >> size) | (word(matrix, 8) << (np.uint64(56) - size) << np.uint64(8))
+    column = number_column(kind, values.view(np.uint8).reshape(-1, 8))
+    if np.count_nonzero(same) < len(same):
+        fit[np.repeat(np.arange(len(starts)), counts)[~same]] = False
+    if column is None:
+        return None
+    if np.count_nonzero(fit) == len(fit):
+        return ragged(column, ends), None
+    kept = np.flatnonzero(np.repeat(fit, counts))
+    return ragged(column.take(kept), ends_of(counts[fit])), fit
+
+
+@lru_cache(maxsize=16)
+def _elements(kind: int, count: int) -> tuple[Array, Array, Array]:
+    """Where the elements of a list of this type begin and the last one ends, and what their headers are.
+
+    Returns:
+        Offsets behind the length of the list, (count + 1,), and of each element its header as a number, and the
+        bits of that.
+    """
+    heads = np.array([len(str(number)) + 2 for number in range(count)], np.int64)
+    headers = [int.from_bytes(bytes([kind]) + b"%d\0" % number, "little") for number in range(count)]
+    return ends_of(heads + NUMBERS[kind].itemsize), np.array(headers, np.uint64), (8 * heads).astype(np.uint64)
+
+
+class _Elements:
+    """Walks lists an element at a time, all lists at once.
+
+    Attributes:
+        parts: The columns of numbers, with their rows (None: all).
+        others: The rows that have to be read in another way.
+    """
+
+    def __init__(self, octets: Octets, at: Positions, lengths: Array, depth: int) -> None:
+        self._octets, self._depth = octets, depth
+        self.parts: list[Part] = []
+        self._starts, self._lengths = at.values(), lengths
+        self._fit = np.ones(at.total, np.bool_)
+        self._found: list[tuple[Rows, int | Bytes, Array, Array]] = []
+        self._nested = False  # whether most are lists of lists
+        if at.total >= _FEW and depth < _DEEPEST:
+            self._walk()
+            self._read()
+        else:
+            self._fit[:] = False
+        self.others = np.flatnonzero(~self._fit)
+
+    def _walk(self) -> None:
+        ends = self._starts + self._lengths - 1
+        self._fit &= self._octets.rows(Positions(len(ends), 0, base=ends), 1)[:, 0] == 0
+        rows = np.flatnonzero(self._fit)
+        at, ends = self._starts[rows] + 4, ends[rows]
+        for number in range(_LONGEST):
+            reading = at < ends
+            if np.count_nonzero(reading) < len(rows):
+                self._fit[rows[at > ends]] = False
+                rows, at, ends = rows[reading], at[reading], ends[reading]
+            if len(rows) < _FEW:
+                break
+            head = header(b"%d" % number)
+            matrix = self._octets.rows(Positions(len(at), 0, base=at), head.width)
+            kinds = head.kinds(matrix)
+            values = matrix[:, head.size : head.size + 8]
+            if not number:
+                self._nested = bool(np.count_nonzero(np.broadcast_to(kinds, len(rows)) == LIST) * 2 > len(rows))
+            size, wrong = sizes(kinds, values)
+            inner = at + head.size if self._nested else at
+            self._found.append((rows, kinds, inner, word(values, 0).copy()))  # while they are in the cache
+            at = at + (size + head.size)
+            if not self._allowed(kinds) or wrong is not None:
+                good = np.broadcast_to((_LISTS if self._nested else _SIMPLE)[kinds], len(rows))
+                good = good if wrong is None else good & ~wrong
+                self._fit[rows[~good]] = False
+                rows, at, ends = rows[good], at[good], ends[good]
+        self._fit[rows] = False
+
+    def _allowed(self, kinds: int | Bytes) -> bool:
+        """Whether all these are what most lists begin with: numbers, or lists."""
+        allowed = bytes([LIST]) if self._nested else bytes([DOUBLE, INT32, INT64])
+        return kinds in allowed if isinstance(kinds, int) else not kinds.tobytes().translate(None, allowed)
+
+    def _read(self) -> None:
+        chosen = np.flatnonzero(self._fit)
+        counts = np.zeros(len(self._fit), np.int64)
+        for rows, *_ in self._found:
+            counts[rows] += 1
+        ends = ends_of(counts[chosen])
+        column = self._column(chosen, ends) if ends[-1] else None
+        if column is None:
+            self._fit[:] = False
+        else:
+            self.parts.append((None if len(chosen) == len(self._fit) else chosen, column))
+
+    def _column(self, chosen: Rows, ends: Array) -> Column | None:
+        """The column of the lists that fit."""
+        order = self._order(chosen, ends)
+        words = np.concatenate([found[3] for found in self._found]).take(order)
+        if self._nested:
+            at = np.concatenate([found[2] for found in self._found]).take(order)
+            return self._inner(words.astype(np.int32), at, ends)
+        kinds = np.concatenate([np.broadcast_to(np.uint8(found[1]), len(found[0])) for found in self._found])
+        kinds, first = kinds.take(order), int(kinds[order[0]])
+        alike = np.count_nonzero(kinds == first) == len(kinds)
+        flat = number_column(first if alike else kinds, words.view(np.uint8).reshape(-1, 8))
+        return None if flat is None else ragged(flat, ends)
+
+    def _order(self, chosen: Rows, ends: Array) -> Array:
+        """Which element comes where, list by list: they were found by their number."""
+        lengths = [len(found[0]) for found in self._found]
+        if ends[-1] == len(lengths) * len(chosen) == sum(lengths):  # all of one length, and none left out
+            return np.arange(ends[-1]).reshape(len(lengths), -1).T.reshape(-1)
+        rows = np.concatenate([found[0] for found in self._found])
+        keep = np.flatnonzero(self._fit[rows])
+        starts = np.zeros(len(self._fit), np.int64)
+        starts[chosen] = ends[:-1]
+        number = np.repeat(np.arange(len(lengths)), lengths)
+        order = np.empty(ends[-1], np.intp)
+        order[(starts[rows] + number)[keep]] = keep
+        return order
+
+    def _inner(self, lengths: Array, at: Array, ends: Array) -> Column | None:
+        """The column of lists that hold as many lists each."""
+        counts = np.diff(ends)
+        if (counts != counts[0]).any():
+            return None
+        inner = Positions(len(at), 0, base=at)
+        parts, others = read_lists(self._octets, inner, lengths, self._depth + 1)
+        column = None if len(others) else merge(parts)
+        if column is None or column.kind != "number":
+            return None
+        shape = (len(counts), int(counts[0]), *np.shape(column.data)[1:])
+        return shaped(column, shape)
