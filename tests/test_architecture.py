@@ -35,6 +35,7 @@ SHORT_FILES = {
     "_version.py": "the build reads the version from it without importing the package",
     "cli/demo.py": "one command, one file, as the other commands",
     "resources.py": "below every package that opens something",
+    "worker/preload.py": "what the process that others are forked from loads; it must not load anything else",
     "store/access_roles.py": "the roles that an administrator creates; nothing else needs them",
 }
 

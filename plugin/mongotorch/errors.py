@@ -32,7 +32,9 @@
     └── JobError                    a run that did not end in success
         ├── JobFailedError          the run raised, in another process
         ├── JobCancelledError
+        ├── JobProcessError         the process of the run ended, or was killed
         ├── JobReleasedError        the worker had to stop; the job waits for another one
+        ├── JobRuntimeError         an attempt took longer than `max_runtime_s`
         └── JobTimeoutError         `result(timeout)` ran out; the run goes on
 
 The message says what failed and what to do; `document_id`, `field` and `setting` say where; the driver's own
@@ -205,8 +207,16 @@ class JobCancelledError(JobError):
     """The run was cancelled."""
 
 
+class JobProcessError(JobError):
+    """The process that ran the job ended in the middle of the run."""
+
+
 class JobReleasedError(JobError):
     """The worker was told to stop: the run is checkpointed, and the job waits for another worker."""
+
+
+class JobRuntimeError(JobError):
+    """One attempt of the run took longer than `max_runtime_s`."""
 
 
 class JobTimeoutError(JobError):

@@ -32,6 +32,9 @@ class Settings(BaseSettings):
         read_deadline_s: Seconds for which a failed read, or the publication of a trained model, is retried before
             giving up.
         lease_s: Seconds without a heartbeat after which another worker takes a run over.
+        max_runtime_s: Seconds that one attempt of a run may take; None is no limit. A run that takes longer fails.
+        stop_grace_s: Seconds that a worker's run has to stop by itself, when the worker is told to stop or the job
+            was cancelled, before its process is killed.
         checkpoint_seconds: Seconds between checkpoints of a run, besides the one at each validation.
         lineage: Read the documents of a run once before its first step, and store with the version which they are;
             False stores the query only.
@@ -53,6 +56,8 @@ class Settings(BaseSettings):
     server_timeout_s: float = Field(default=10.0, gt=0)
     read_deadline_s: float = Field(default=60.0, gt=0)
     lease_s: float = Field(default=30.0, gt=0)
+    max_runtime_s: float | None = Field(default=None, gt=0)
+    stop_grace_s: float = Field(default=20.0, ge=0)
     checkpoint_seconds: float = Field(default=60.0, ge=0)
     lineage: bool = True
     signing_key: SecretStr | None = None

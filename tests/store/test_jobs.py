@@ -13,7 +13,7 @@ import pytest
 from mongotorch.errors import JobTimeoutError, NotFoundError
 from mongotorch.mongo.server_features import utc_now
 from mongotorch.store import Jobs
-from mongotorch.store.jobs import BACK_OFF_S, MAX_BACK_OFF_S, MAX_LOSSES
+from mongotorch.store.jobs import BACK_OFF_S, MAX_BACK_OFF_S, MAX_LOSSES, MAX_LOSSES_IN_ALL
 
 ERROR = {"type": "ValueError", "message": "no", "traceback": "…", "document_id": None, "field": None}
 
@@ -238,13 +238,82 @@ def test_a_job_that_only_kills_its_workers_fails_in_the_end(timed: Jobs, clock: 
     assert "lack of memory" in timed.get(job_id)["error"]["message"]
 
 
-def test_a_job_that_makes_progress_survives_any_number_of_lost_workers(timed: Jobs, clock: Clock) -> None:
+def test_a_job_that_gets_further_survives_lost_workers(timed: Jobs, clock: Clock) -> None:
     job_id = add(timed)
     for step in range(MAX_LOSSES * 3):
-        timed.heartbeat(job_id, claim(timed, lease_s=10)["attempt"], lease_s=10, progress={"step": step})
+        attempt = claim(timed, lease_s=10)["attempt"]
+        assert timed.heartbeat(job_id, attempt, lease_s=10, progress={"step": step}, reached=step)
         clock.turn(10)
 
     assert timed.succeed(job_id, claim(timed)["attempt"], result="r")
+
+
+def test_a_heartbeat_without_a_further_step_is_no_progress(timed: Jobs, clock: Clock) -> None:
+    job_id = add(timed)
+    for _ in range(MAX_LOSSES):
+        attempt = claim(timed, lease_s=10)["attempt"]
+        assert timed.heartbeat(job_id, attempt, lease_s=10, progress={"step": 3})
+        clock.turn(10)
+
+    assert timed.claim(worker="w", lease_s=10) is None
+    assert timed.get(job_id)["status"] == "failed"
+
+
+def test_lost_workers_are_counted_in_all_though_each_got_further(timed: Jobs, clock: Clock) -> None:
+    job_id = add(timed)
+    timed.release(job_id, claim(timed)["attempt"])
+    for step in range(MAX_LOSSES_IN_ALL + 1):
+        attempt = claim(timed, lease_s=10)["attempt"]
+        assert timed.get(job_id)["losses"] == step
+        timed.heartbeat(job_id, attempt, lease_s=10, reached=step + 1)
+        clock.turn(10)
+
+    assert timed.claim(worker="w", lease_s=10) is None
+    assert "in all" in timed.get(job_id)["error"]["message"]
+
+
+def test_failures_are_counted_anew_when_the_run_got_further(timed: Jobs, clock: Clock) -> None:
+    job_id = add(timed, max_attempts=2)
+    for step in (5, 9, 12):
+        attempt = claim(timed)["attempt"]
+        timed.heartbeat(job_id, attempt, lease_s=10, reached=step)
+        assert timed.fail(job_id, attempt, error=ERROR, retry=True)
+        assert timed.get(job_id)["failures"] == 1
+        clock.turn(BACK_OFF_S)
+
+    assert timed.fail(job_id, claim(timed)["attempt"], error=ERROR, retry=True)
+    assert timed.get(job_id)["status"] == "failed"
+
+
+def test_a_run_that_was_killed_because_it_did_not_stop_counts_as_lost(jobs: Jobs) -> None:
+    job_id = add(jobs)
+    for _ in range(MAX_LOSSES):
+        assert jobs.release(job_id, claim(jobs)["attempt"], killed=True)
+
+    assert jobs.claim(worker="w", lease_s=60) is None
+    assert jobs.get(job_id)["status"] == "failed"
+
+
+@pytest.mark.parametrize("field", ["type_id", "component", "identifier", "attempt", "seen", "reached", "created"])
+@pytest.mark.parametrize("value", [None, "text", [1], "gone"])
+def test_a_broken_document_stops_no_worker(jobs: Jobs, database: Any, field: str, value: Any) -> None:
+    broken = add(jobs, "a", priority=9)
+    change = {"$unset": {field: ""}} if value == "gone" else {"$set": {field: value}}
+    if value is not None or field != "created":
+        database["mt.jobs"].update_one({"_id": broken}, change)
+    good = add(jobs, "b")
+
+    claimed = [jobs.claim(worker="w", lease_s=60) for _ in range(3)]
+
+    assert good in [job["_id"] for job in claimed if job is not None]
+    for job in claimed:
+        if job is not None:
+            assert jobs.heartbeat(job["_id"], job["attempt"], lease_s=60, progress={"step": 1}, reached=1)
+            assert jobs.fail(job["_id"], job["attempt"], error=ERROR)
+    job = jobs.get(broken)
+    assert job["status"] == "failed"
+    if field in ("type_id", "component", "identifier") and value != "text":
+        assert (job["error"]["type"], job["error"]["field"]) == ("FormatError", field)
 
 
 def test_a_waiting_job_is_cancelled_for_good(jobs: Jobs) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import sys
+import functools
 from typing import Annotated
 
 import typer
 
+from mongotorch.cli.logs import LogFormat, LogLevel, configure_logging, logging_to_stderr
 from mongotorch.cli.output import AsJson, Uri, described, opened, print_json, print_pairs, print_table
-from mongotorch.worker import Worker, run_pool
+from mongotorch.worker import Supervisor, Tally, Worker
 
 _ENDED = {"succeeded": "succeeded", "failed": "failed", "cancelled": "was cancelled"}
 
@@ -64,27 +64,28 @@ def cancel(uuid: str, uri: Uri = None, as_json: AsJson = False) -> None:
 def worker(
     once: Annotated[bool, typer.Option(help="Run one job, if there is one, and end.")] = False,
     until_idle: Annotated[bool, typer.Option(help="End when no schedule is due and no job waits.")] = False,
-    concurrency: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    concurrency: Annotated[int, typer.Option(min=1, help="Jobs at once, each in a process of its own.")] = 1,
+    log_level: Annotated[LogLevel, typer.Option(help="What is logged, on stderr.")] = LogLevel.info,
+    log_format: Annotated[
+        LogFormat, typer.Option(help="Lines for people, or one JSON object each.")
+    ] = LogFormat.text,
     uri: Uri = None,
 ) -> None:
     """Run queued jobs, watch the documents of schedules, and fire the schedules that are due.
 
     Any number of workers may run; one of them at a time fires schedules, and each firing is one job.
     At SIGTERM the current run writes a checkpoint and is handed back, to be resumed by another worker.
+    With --once and --until-idle the exit code is 1 if an attempt failed.
     """
-    if concurrency > 1:
-        command = [sys.executable, "-m", "mongotorch", "worker"]
-        command += ["--once"] * once + ["--until-idle"] * until_idle
-        address = {} if uri is None else {"MONGOTORCH_URI": uri}
-        raise typer.Exit(
-            run_pool(
-                command,
-                count=concurrency,
-                environment={**os.environ, **address},
-                restart=not (once or until_idle),
-            )
-        )
-    with opened(uri) as db:
+    configure = functools.partial(configure_logging, log_level.value, log_format.value)
+    mode = "once" if once else "until_idle" if until_idle else "forever"
+    with logging_to_stderr(log_level.value, log_format.value), opened(uri) as db:
         typer.echo(f"working on {described(db)}")
-        done = int(Worker(db).once()) if once else Worker(db).run(until_idle=until_idle)
-    typer.echo(f"{done} job(s) performed")
+        if db.uri.startswith("mongomock:"):  # its data is in this process
+            alone = Worker(db)
+            done = int(alone.once()) if once else alone.run(until_idle=until_idle)
+            tally = Tally(done=done, failed=alone.failed)
+        else:
+            tally = Supervisor(db, count=concurrency, configure=configure).run(mode)
+    typer.echo(f"{tally.done} job(s) performed, {tally.failed} failed")
+    raise typer.Exit(1 if tally.failed and mode != "forever" else 0)

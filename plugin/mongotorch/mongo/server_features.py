@@ -59,12 +59,16 @@ class ServerClock:
         """The filter for documents whose field is at least so many seconds past."""
         return {"$expr": {"$lte": [f"${field}", _now_plus(-seconds)]}}
 
-    def update(self, values: Mapping[str, Any], add: Mapping[str, int] | None = None) -> Any:
-        """The update that sets fields, `Later` to a time, and adds to counters."""
+    def update(self, values: Mapping[str, Any], add: Mapping[str, Any] | None = None) -> Any:
+        """The update that sets fields, `Later` to a time, and adds numbers or expressions to counters."""
         times = {name: _now_plus(value.seconds) for name, value in values.items() if isinstance(value, Later)}
         # `$literal`: a caller's text that begins with `$` is not a field.
         plain = {name: {"$literal": value} for name, value in values.items() if name not in times}
-        sums = {name: {"$add": [{"$ifNull": [f"${name}", 0]}, number]} for name, number in (add or {}).items()}
+        # A field that is missing, or no number, counts as 0: one broken document must not stop the others.
+        sums = {
+            name: {"$add": [{"$cond": [{"$isNumber": f"${name}"}, f"${name}", 0]}, number]}
+            for name, number in (add or {}).items()
+        }
         return [{"$set": {**plain, **times, **sums}}]
 
     def alone(self) -> contextlib.AbstractContextManager[Any]:

@@ -33,6 +33,7 @@ class Applier:
         engine: Runs jobs.
         run: Runs the job of an id in this process.
         apply_schedule: Stores a schedule and starts it; returns the uuid it is stored under.
+        max_runtime_s: The longest time that one attempt of a run may take, in seconds; None: no limit.
     """
 
     def __init__(
@@ -44,9 +45,11 @@ class Applier:
         engine: Engine,
         run: Callable[[str], None],
         apply_schedule: Callable[[Schedule], str],
+        max_runtime_s: float | None = None,
     ) -> None:
         self._catalog, self._jobs, self._checkpoints = catalog, jobs, checkpoints
         self._engine, self._run, self._apply_schedule = engine, run, apply_schedule
+        self._max_runtime_s = max_runtime_s
 
     def apply(self, component: Component, *, force: bool = False, priority: int = 0) -> Job[Any]:
         """Store a component, and start its run if it has one.
@@ -113,6 +116,7 @@ class Applier:
                 method=METHOD if not number else f"{METHOD}-{number}",
                 priority=priority,
                 parameters=_parameters(stored["fields"]),
+                max_runtime_s=self._max_runtime_s,
             )
             if is_new or not again:
                 return job_id

@@ -80,4 +80,5 @@ class Services:
             engine=engine_named(settings.compute),
             run=self.runner.run,
             apply_schedule=self.register.apply,
+            max_runtime_s=settings.max_runtime_s,
         )

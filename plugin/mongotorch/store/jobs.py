@@ -5,9 +5,9 @@ later takes effect only while the job still runs under it. A worker that stops s
 when its lease ends.
 
 Guarantees: one job for a component and method, and one for a key; two workers never hold a job at once, by the
-database's clock; a final status changes only by `requeue`; a run that raises is tried `max_attempts` times, one
-that only loses its workers as long as it makes progress in between; parameters, environment and errors are stored
-as plain BSON.
+database's clock; a final status changes only by `requeue`; a run that raises, or loses its workers, is tried a
+number of times, counted anew when it gets further than before; parameters, environment and errors are stored as
+plain BSON.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mongotorch.errors import NotFoundError
 from mongotorch.mongo.change_stream import wait_until
 from mongotorch.mongo.error_translation import redact
 from mongotorch.mongo.retry import repeated
-from mongotorch.mongo.server_features import Later, Now, clock_of, ensure_index, records
+from mongotorch.mongo.server_features import Later, LocalClock, Now, clock_of, ensure_index, records
 
 COLLECTION: Final = "mt.jobs"
 KIND: Final = "job"
@@ -34,11 +34,16 @@ FINAL_STATUSES: Final = frozenset({"succeeded", "failed", "cancelled"})
 BACK_OFF_S: Final = 1.0
 MAX_BACK_OFF_S: Final = 300.0
 MAX_LOSSES: Final = 20
-"""How many workers in a row may vanish without progress; the next claim fails the job instead."""
+"""How many workers in a row may vanish without a further step; the next claim fails the job instead."""
+MAX_LOSSES_IN_ALL: Final = 100
+"""How many workers may vanish in all, with progress or without."""
+MAX_FAILURES: Final = 20
+"""How often a run is tried without a further step where the database could not be reached."""
 _INT64: Final = range(-(2**63), 2**63)
 _MAX_TEXT: Final = 100_000  # characters
 _MAX_DEPTH: Final = 50
 _QUEUED: Final = {"status": "queued", "lease_until": None, "worker": None}
+_NEEDED: Final = ("component", "type_id", "identifier")
 _EMPTY: Final = ("started", "finished", "lease_until", "worker", "error", "result")
 
 
@@ -66,7 +71,8 @@ class Jobs:
         ensure_index(self._documents, [("component", 1), ("method", 1)], unique=True)
         with_key = {"key": {"$type": "string"}}
         ensure_index(self._documents, "key", unique=True, partialFilterExpression=with_key)
-        ensure_index(self._documents, [("status", 1), ("priority", -1), ("created", 1)])
+        # In the order of a claim, to its last field: the server takes the first that is ready, and sorts nothing.
+        ensure_index(self._documents, [("status", 1), ("priority", -1), ("created", 1), ("_id", 1)])
         ensure_index(self._documents, [("identifier", 1), ("created", -1)])
 
     # Anybody: add, look, wait, cancel, queue again.
@@ -83,6 +89,7 @@ class Jobs:
         priority: int = 0,
         parameters: Mapping[str, Any] | None = None,
         max_attempts: int = 3,
+        max_runtime_s: float | None = None,
     ) -> tuple[str, bool]:
         """Queue a run, unless there is a job for it.
 
@@ -94,7 +101,8 @@ class Jobs:
             key: Names the run: a second job with this key is the first one, whatever its component.
             priority: Higher is claimed first.
             parameters: Shown to people; what BSON cannot hold is kept as its `repr`.
-            max_attempts: How often the run is tried when it raises.
+            max_attempts: How often the run is tried when it raises, or its process ends, without progress.
+            max_runtime_s: The longest time that one attempt may take, in seconds; None: no limit.
 
         Returns:
             The job's id, and whether this call made it.
@@ -110,8 +118,11 @@ class Jobs:
             "priority": priority,
             "attempt": 0,
             "seen": 0,
+            "reached": 0,
+            "losses": 0,
             "failures": 0,
             "max_attempts": max_attempts,
+            "max_runtime_s": max_runtime_s,
             "ready_at": Later(),
             "created": Later(),
             "progress": {},
@@ -217,7 +228,8 @@ class Jobs:
             job = self._documents.find_one(ended, {"attempt": 1})
             if job is None:
                 return False
-            values = {**_QUEUED, "ready_at": Later(), "finished": None, "failures": 0, "seen": job["attempt"]}
+            fresh = {"failures": 0, "losses": 0, "seen": job["attempt"], "published": None}
+            values = {**_QUEUED, **fresh, "ready_at": Later(), "finished": None}
             same = {**ended, "attempt": job["attempt"]}
             return bool(self._documents.update_one(same, self._clock.update(values)).matched_count)
 
@@ -258,28 +270,64 @@ class Jobs:
             "lease_until": Later(lease_s),
             "environment": plain(environment or {}),
         }
+        where = ready if job_id is None else {"_id": job_id, **ready}
         while True:
-            with self._clock.alone():
-                claimed: dict[str, Any] | None = self._documents.find_one_and_update(
-                    ready if job_id is None else {"_id": job_id, **ready},
-                    self._clock.update(values, {"attempt": 1}),
-                    sort=[("priority", -1), ("created", 1), ("_id", 1)],
-                    return_document=ReturnDocument.AFTER,
-                )
-            if claimed is None or claimed["attempt"] - claimed["seen"] <= MAX_LOSSES:
+            claimed = self._claimed(where, values)
+            if claimed is None:
+                return None
+            attempt = claimed["attempt"]
+            if attempt - number(claimed, "seen") > MAX_LOSSES or number(claimed, "losses") > MAX_LOSSES_IN_ALL:
+                self.fail(claimed["_id"], attempt, error=_lost(claimed))
+            elif (broken := _broken(claimed)) is not None:
+                self.fail(claimed["_id"], attempt, error=broken)
+            else:
                 return claimed
-            self.fail(claimed["_id"], claimed["attempt"], error=_lost(claimed))
+
+    def _claimed(self, where: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any] | None:
+        order, after = [("priority", -1), ("created", 1), ("_id", 1)], ReturnDocument.AFTER
+        claimed: dict[str, Any] | None
+        with self._clock.alone():
+            if isinstance(self._clock, LocalClock):  # whose updates have no conditions
+                found = self._documents.find_one(where, sort=order)
+                if found is None:
+                    return None
+                lost = number(found, "losses") + (found["status"] == "running")
+                counts = {"attempt": int(number(found, "attempt")) + 1, "losses": int(lost)}
+                update = self._clock.update({**values, **counts})
+                claimed = self._documents.find_one_and_update({"_id": found["_id"]}, update, return_document=after)
+                return claimed
+            # A job that runs is claimed because its lease has ended: its worker was lost.
+            is_lost = {"$cond": [{"$eq": ["$status", "running"]}, 1, 0]}
+            update = self._clock.update(values, {"attempt": 1, "losses": is_lost})
+            claimed = self._documents.find_one_and_update(where, update, sort=order, return_document=after)
+        return claimed
 
     @repeated("a heartbeat of a job")
     def heartbeat(
-        self, job_id: str, attempt: int, *, lease_s: float, progress: Mapping[str, Any] | None = None
+        self,
+        job_id: str,
+        attempt: int,
+        *,
+        lease_s: float,
+        progress: Mapping[str, Any] | None = None,
+        reached: int | None = None,
     ) -> bool:
         """Extend the lease to `lease_s` seconds from now, and record progress.
+
+        Args:
+            job_id: The job.
+            attempt: The fencing token of the claim.
+            lease_s: The length of the lease.
+            progress: What people read; None keeps what there is.
+            reached: The step that the run has reached, if no attempt was there before: only that is progress, by
+                which the count of vanished workers starts anew.
 
         Returns:
             False: the job was taken over or cancelled; stop, nothing of this attempt takes effect any more.
         """
-        made = {} if progress is None else {"progress": plain(progress), "seen": attempt}
+        made: dict[str, Any] = {} if progress is None else {"progress": plain(progress)}
+        if reached is not None:
+            made |= {"reached": reached, "seen": attempt}
         return self._update(job_id, attempt, {"lease_until": Later(lease_s), **made})
 
     def succeed(self, job_id: str, attempt: int, *, result: str) -> bool:
@@ -293,30 +341,43 @@ class Jobs:
         return self._found(same)
 
     @repeated("recording a failure")
-    def fail(self, job_id: str, attempt: int, *, error: Mapping[str, Any], retry: bool = False) -> bool:
-        """Record that the run raised.
+    def fail(
+        self, job_id: str, attempt: int, *, error: Mapping[str, Any], retry: bool = False, most: int | None = None
+    ) -> bool:
+        """Record that the run raised, or that its process ended.
 
         Args:
             job_id: The job.
             attempt: The fencing token of the claim.
-            error: `type`, `message`, `traceback`, `document_id`, `field`, `transient`.
-            retry: Queue the job again, each time after a longer pause, until it has failed `max_attempts` times.
+            error: `type`, `message`, `traceback`, `document_id`, `field`.
+            retry: Queue the job again, each time after a longer pause, until it has failed too often without a
+                further step.
+            most: How often that is; None: `max_attempts` of the job.
 
         Returns:
             False: fenced out, nothing was changed.
         """
-        job = self._documents.find_one({"_id": job_id}, {"failures": 1, "max_attempts": 1}) or {}
-        failures = job.get("failures", 0) + 1  # only the holder counts it up, and the update is fenced
-        values = {"error": plain(error), "failures": failures, "seen": attempt}
-        if retry and failures < job.get("max_attempts", 0):
+        job = self._documents.find_one({"_id": job_id}) or {}
+        reached = number(job, "reached")
+        # Only the holder counts, and the update is fenced.
+        failures = 1 if reached > number(job, "failed_at") else number(job, "failures") + 1
+        values = {"error": plain(error), "failures": failures, "failed_at": reached, "seen": attempt}
+        if retry and failures < (number(job, "max_attempts") if most is None else most):
             wait_s = min(BACK_OFF_S * 2.0 ** (failures - 1), MAX_BACK_OFF_S)
             return self._update(job_id, attempt, {**values, **_QUEUED, "ready_at": Later(wait_s)})
         return self._end(job_id, attempt, "failed", values)
 
     @repeated("handing a job back")
-    def release(self, job_id: str, attempt: int) -> bool:
-        """Hand the job back for anybody to claim at once; not a failure. False: fenced out."""
-        return self._update(job_id, attempt, {**_QUEUED, "ready_at": Later(), "seen": attempt})
+    def release(self, job_id: str, attempt: int, *, killed: bool = False) -> bool:
+        """Hand the job back for anybody to claim at once; not a failure. False: fenced out.
+
+        Args:
+            job_id: The job.
+            attempt: The fencing token of the claim.
+            killed: The run did not stop by itself: without a further step it counts as a worker that vanished.
+        """
+        seen = {} if killed else {"seen": attempt}
+        return self._update(job_id, attempt, {**_QUEUED, **seen, "ready_at": Later()})
 
     @repeated("looking at a job")
     def holds(self, job_id: str, attempt: int) -> bool:
@@ -341,10 +402,34 @@ class Jobs:
 
 def _lost(job: Mapping[str, Any]) -> dict[str, Any]:
     message = (
-        f"{MAX_LOSSES} workers in a row vanished while they ran it, without any progress (the last one: "
-        f"{job['worker']}); look for a lack of memory there, then queue it again"
+        f"{MAX_LOSSES} workers in a row vanished while they ran it, without a further step, or "
+        f"{MAX_LOSSES_IN_ALL} in all (the last one: {job.get('worker')}); look for a lack of memory there, then "
+        "queue it again"
     )
     return {"type": "JobLostError", "message": message, "traceback": None, "document_id": None, "field": None}
+
+
+def number(job: Mapping[str, Any], name: str) -> float:
+    """A number in a job's document; 0 where there is none."""
+    value = job.get(name)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else 0
+
+
+def _broken(job: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The error of a job's document that no worker can run, since a field is missing or of another type."""
+    for name in _NEEDED:
+        if not isinstance(job.get(name), str):
+            message = (
+                f"the job's document has no text in the field {name!r}; queue the component again by `db.apply`"
+            )
+            return {
+                "type": "FormatError",
+                "message": message,
+                "traceback": None,
+                "document_id": None,
+                "field": name,
+            }
+    return None
 
 
 def plain(value: Any, _depth: int = 0) -> Any:

@@ -7,14 +7,16 @@ job is noticed at the next `check`.
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from types import TracebackType
 from typing import Any, Self, final
 
-from mongotorch.errors import JobCancelledError
+from mongotorch.errors import JobCancelledError, JobRuntimeError
 from mongotorch.store import Jobs
 
+_log = logging.getLogger("mongotorch.jobs")
 PROGRESS_S = 0.5
 """How long progress waits before it is written, at the most."""
 
@@ -29,16 +31,27 @@ class Heartbeat:
         attempt: The attempt that was claimed.
         lease_s: The length of the lease, in seconds.
         stop: Set when the process has to stop.
+        reached: The furthest step of the attempts before.
+        max_runtime_s: The longest time of this attempt, in seconds; None: no limit.
 
     Attributes:
         progress: What the next beat writes into the job's document.
     """
 
     def __init__(
-        self, jobs: Jobs, job_id: str, attempt: int, *, lease_s: float, stop: threading.Event | None = None
+        self,
+        jobs: Jobs,
+        job_id: str,
+        attempt: int,
+        *,
+        lease_s: float,
+        stop: threading.Event | None = None,
+        reached: float = 0,
+        max_runtime_s: float | None = None,
     ) -> None:
         self._jobs, self._job_id, self._attempt = jobs, job_id, attempt
-        self._lease_s = lease_s
+        self._lease_s, self._reached, self._max_runtime_s = lease_s, reached, max_runtime_s
+        self._begun_s = time.monotonic()
         self._lost = threading.Event()
         self._ended, self._stopping = threading.Event(), stop or threading.Event()
         self._one = threading.Lock()
@@ -62,7 +75,14 @@ class Heartbeat:
         return self._stopping.is_set()
 
     def check(self) -> None:
-        """Raises: JobCancelledError when the job was cancelled, or another worker has taken it over."""
+        """Return if the run may go on.
+
+        Raises:
+            JobCancelledError: The job was cancelled, or another worker has taken it over.
+            JobRuntimeError: The attempt has taken longer than it may.
+        """
+        if self._max_runtime_s is not None and time.monotonic() - self._begun_s > self._max_runtime_s:
+            raise too_long(self._job_id, self._max_runtime_s)
         if self._lost.is_set():
             raise JobCancelledError(
                 f"job {self._job_id}: attempt {self._attempt} was cancelled, or its lease ran out and another "
@@ -72,12 +92,23 @@ class Heartbeat:
     def beat(self) -> None:
         """Renew the lease and write the progress now."""
         with self._one:
-            self._written = self.progress
+            self._written, step = self.progress, self.progress.get("step", 0)
             alive = self._jobs.heartbeat(
-                self._job_id, self._attempt, lease_s=self._lease_s, progress=self.progress or None
+                self._job_id,
+                self._attempt,
+                lease_s=self._lease_s,
+                progress=self.progress or None,
+                reached=step if step > self._reached else None,
             )
-        if not alive:
+            self._reached = max(step, self._reached)
+        if not alive and not self._lost.is_set():
             self._lost.set()
+            _log.warning(
+                "job %s: attempt %s was cancelled, or has lost its lease",
+                self._job_id,
+                self._attempt,
+                extra={"job": self._job_id, "attempt": self._attempt, "event": "lease lost"},
+            )
 
     def _run(self) -> None:
         renewal_s = self._lease_s / 3
@@ -90,3 +121,11 @@ class Heartbeat:
             with contextlib.suppress(Exception):
                 self.beat()
                 renewed_s = time.monotonic()
+
+
+def too_long(job_id: str, max_runtime_s: float) -> JobRuntimeError:
+    """The error of an attempt that has taken longer than it may."""
+    return JobRuntimeError(
+        f"job {job_id} ran for longer than max_runtime_s={max_runtime_s:g} allows; give it more, or less to do",
+        setting="max_runtime_s",
+    )

@@ -1,0 +1,89 @@
+"""Sets up the log of the worker command: lines for people or JSON for programs, on stderr.
+
+Guarantees: no password of an address is in a line; a JSON line is one object, whatever a message holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Final
+
+from mongotorch.mongo.error_translation import redact
+
+FIELDS: Final = ("event", "job", "attempt", "component", "step", "values", "version", "why", "schedule")
+"""What records of mongotorch say besides their message."""
+
+
+class LogLevel(enum.StrEnum):
+    """What is logged at least."""
+
+    debug = "debug"
+    info = "info"
+    warning = "warning"
+    error = "error"
+
+
+class LogFormat(enum.StrEnum):
+    """How a record is written."""
+
+    text = "text"
+    json = "json"
+
+
+class TextFormatter(logging.Formatter):
+    """Time in UTC, level, and message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See `logging.Formatter.format`."""
+        moment = datetime.fromtimestamp(record.created, UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3]
+        lines = [f"{moment}Z {record.levelname} {record.name}: {record.getMessage()}"]
+        if record.exc_info:
+            lines.append(self.formatException(record.exc_info))
+        return redact("\n".join(lines))
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a record: `time`, `level`, `logger`, `message`, and the `FIELDS` that the record has."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See `logging.Formatter.format`."""
+        moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        entry = {"time": moment, "level": record.levelname.lower(), "logger": record.name}
+        entry["message"] = redact(record.getMessage())
+        entry |= {name: getattr(record, name) for name in FIELDS if hasattr(record, name)}
+        if record.exc_info:
+            entry["traceback"] = redact(self.formatException(record.exc_info))
+        return json.dumps(entry, default=str)
+
+
+def configure_logging(level: str, form: str) -> None:
+    """Write what mongotorch logs to stderr, in place of what an earlier call set up.
+
+    Args:
+        level: The name of the least level.
+        form: `text` or `json`.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
+    logger = logging.getLogger("mongotorch")
+    logger.handlers = [handler]
+    logger.setLevel(level.upper())
+    logger.propagate = False
+
+
+@contextlib.contextmanager
+def logging_to_stderr(level: str, form: str) -> Iterator[None]:
+    """Write what mongotorch logs to stderr inside; see `configure_logging`."""
+    logger = logging.getLogger("mongotorch")
+    before = logger.handlers, logger.level, logger.propagate
+    configure_logging(level, form)
+    try:
+        yield
+    finally:
+        logger.handlers, logger.level, logger.propagate = before
