@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ import torch
 from rich.console import Console
 from tests.benchmarks import stream_contenders as contenders
 from tests.benchmarks import stream_scale as scale
+from tests.benchmarks.bench_publish import rounds_of
 from tests.benchmarks.stream_data import database, fill, tensors
 from tests.benchmarks.stream_rounds import Contender, Rounds, drained, slow_width, step_seconds, trained
 from tests.benchmarks.stream_show import Row, plot, show, write_page
@@ -33,6 +35,7 @@ from mongotorch.data import Stream
 from mongotorch.data.decode.decoder import decode
 
 MB = 2**20
+_PUBLISHED_MB = 400
 _PART = 10  # MosaicML serves a tenth of the documents, or a round would be mostly its own
 _EPOCHS = 5  # in a row, since nobody trains for one; the naive cursor and MosaicML, which are slow, get one
 
@@ -183,6 +186,13 @@ def scale_rows(uri: str, base: Any, many: int, rounds: int, say: Callable[[str],
     )
 
 
+def publish_row(uri: str, base: Any, rounds: int, say: Callable[[str], object]) -> Row:
+    """The row about storing what was trained."""
+    found = statistics.median(rounds_of(uri, base, _PUBLISHED_MB, rounds, say))
+    note = "one process each, in turn; hashed once"
+    return Row(what=f"publish of {_PUBLISHED_MB} MB over raw GridFS upload", value=found, target=1, note=note)
+
+
 def main() -> None:
     """Measure all of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -209,6 +219,7 @@ def main() -> None:
         rows = list(ratio_rows(read, train, slow, step_seconds(width, contenders.BATCH)))
         if given.many:
             rows += scale_rows(uri, base, given.many, given.rounds, lambda text: console.log(f"scale: {text}"))
+        rows.append(publish_row(uri, base, given.rounds, lambda text: console.log(f"publish: {text}")))
     rates = {f"read: {name}": rate for name, rate in read.rates(given.docs).items()}
     rates |= {f"train: {name}": rate for name, rate in train.rates(given.docs).items()}
     show(rows, rates, console)

@@ -24,7 +24,12 @@ import mongotorch
 from mongotorch import Datalayer, TorchTrainer
 from mongotorch.services.training.job_runner import JobRunner
 
-pytestmark = pytest.mark.fault
+pytestmark = [
+    pytest.mark.fault,
+    # A call that raises may be the first one of a thread, such as one that uploads.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 STEPS = 4
 SAMPLE = 8  # calls of each kind of error that are not left to the long runs
