@@ -143,3 +143,22 @@ def test_a_trigger_that_would_never_let_time_pass_is_refused(make: Make) -> None
         times(make(Stuck()), 1)
 
     assert caught.value.field == "trigger"
+
+
+def test_a_preview_of_too_many_firings_ends_with_an_error(make: Make) -> None:
+    began = time.monotonic()
+    for trigger in (Every(seconds=0.001), AnyOf(Every(seconds=0.001), NewDocuments(5)), Cron("* * * * * *")):
+        with pytest.raises(ParameterError, match="more than 200,000 times") as caught:
+            preview(make(trigger), since=datetime(2026, 1, 1), until=datetime(2027, 1, 1))
+        assert caught.value.field == "until"
+    assert time.monotonic() - began < 60
+
+
+def test_a_preview_asks_once_for_each_arrival_however_many_there_are(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mongotorch.schedule.schedule.MOST_ASKED", 10)  # fewer than the arrivals
+    since = datetime(2026, 1, 1)
+    arrivals = [since + timedelta(seconds=n) for n in range(100)]
+    fired = preview(make(NewDocuments(10)), since=since, until=since + timedelta(days=1), arrivals=arrivals)
+    assert len(fired) == 10

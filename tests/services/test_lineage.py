@@ -315,3 +315,63 @@ def test_a_random_query_does_not_claim_the_same_bits(db: Datalayer) -> None:
     reproduced = db.reproduce(trained.uuid)
     assert not reproduced.trained
     assert "other documents each time" in str(reproduced)
+
+
+def test_versions_after_each_other_store_what_differs_and_say_the_same(db: Datalayer) -> None:
+    select = fill(db)
+    raw = db[COLLECTION].raw
+    sets: list[set[int]] = []
+    for turn in range(6):
+        again(db, select, max_iterations=1, validation_interval=None)
+        sets.append(set(fold_ids(db, "train")))
+        raw.delete_one({"_id": min(sets[-1])})
+        raw.update_one({"_id": max(sets[-1])}, {"$set": {"y": turn % 3, "x": [float(turn)] * 4}})
+        raw.insert_one({**points(1)[0], "_id": 1000 + turn, "_fold": "train"})
+    catalog = db._services.catalog
+    documents = [db.show("model", "m", version) for version in db.show("model", "m")[1:]]
+    names = [document["data"]["members"] for document in documents]
+    lengths = [len(catalog.blobs.get(name)) for name in names]
+    assert max(lengths[1:]) < lengths[0] / 2, "what differs"
+    assert all(name in document["blobs"] for document, name in zip(documents, names, strict=True))
+    db.remove("model", "m", 1, force=True)
+    db.remove("model", "m", 3, force=True)
+    db.gc(grace_s=0)
+    assert db.verify().problems == (), "a version keeps what its members are made of"
+    there = [2, 4, 5, 6]
+    for document_id in sorted(set.union(*sets)):
+        expected = [version for version in reversed(there) if document_id in sets[version - 1]]
+        assert [found.version for found in db.trained_on(document_id) if found.type_id == "model"] == expected
+    first, last = (db.load("model", "m", version).uuid for version in (2, 6))
+    difference = db.diff(first, last).data
+    assert difference is not None
+    assert difference.added == len(sets[5] - sets[1])
+    assert difference.removed == len(sets[1] - sets[5])
+
+
+def test_a_version_without_a_record_of_its_data_is_named_as_uncertain(db: Datalayer) -> None:
+    select = fill(db)
+    db[OTHER].insert_many(points(60))
+    db.apply(trainer(select)).result()
+    elsewhere = trainer(db[OTHER].find(), model=model(identifier="other"))
+    db.apply(elsewhere.replace(identifier="elsewhere")).result()
+    db["mt.components"].raw.update_many({}, {"$unset": {"data": 1}})  # as 0.1.0 stored it
+    found = [(one.identifier, one.version, one.certain) for one in db.trained_on(5)]
+    assert sorted(found) == [("m", 1, False), ("other", 1, False)]
+    assert [one.identifier for one in db.trained_on(5, collection=COLLECTION)] == ["m"]
+    assert [one.identifier for one in db.trained_on(5, collection=OTHER)] == ["other"]
+
+
+def test_what_is_new_is_unknown_where_a_version_does_not_say_what_it_was_trained_on(db: Datalayer) -> None:
+    select = fill(db)
+    db.apply(trainer(select)).result()
+    db["mt.components"].raw.update_many({}, {"$unset": {"data": 1}})
+    schedule = Schedule("s", trainer=trainer(select), trigger=NewDocuments(10**6), gate=Always(), data="new")
+    db.apply(schedule)
+    job = db.fire("s")
+    Worker(db).run(until_idle=True)
+    document = db.show("model", "m", job.result(timeout=5).version)
+    assert "does not say which documents" in document["schedule"]["why"]
+    assert document["data"]["train"]["count"] == len(fold_ids(db, "train"))
+
+
+OTHER = "other points"

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import Any, Final, Self, final
 
@@ -131,6 +131,198 @@ class Members:
                 f"the members of a set of {self.count} documents were not kept: more than {MOST_MEMBERS}"
             )
         return self.rows
+
+
+_DELTA: Final = b"mtdelta1"
+_DELTA_HEAD: Final = struct.Struct(f"<8s{DIGEST_BYTES}sQIIQ")  # magic, digest, count, position, ancestors, removed
+_STEP: Final = 8  # a chain has at most 7 deltas for each power of 8 in its position
+_NAME_BYTES: Final = 32
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Delta:
+    """How a stored set differs from another one; the first of a chain has the whole set.
+
+    Attributes:
+        digest: Of the set.
+        count: How many documents the set has.
+        position: How many sets were stored before it, since the last whole one.
+        ancestors: The names of the blobs of the sets that it builds on, the whole one first.
+        removed: The hashes of the `_id`s of the last ancestor that the set lacks, or has with other fields.
+        added: The rows that it has besides, sorted as `Members.rows` are.
+    """
+
+    digest: str
+    count: int
+    position: int
+    ancestors: tuple[str, ...]
+    removed: Hashes = dataclasses.field(repr=False)
+    added: Hashes = dataclasses.field(repr=False)
+
+    @classmethod
+    def from_bytes(cls, blob: bytes) -> Self:
+        """What a blob holds. Raises: DataError where it is none of a set of documents."""
+        if bytes(blob[:8]) == _MAGIC:
+            whole = Members.from_bytes(blob)
+            none = np.empty(0, np.uint64)
+            return cls(
+                digest=whole.digest, count=whole.count, position=0, ancestors=(), removed=none, added=whole._rows()
+            )
+        if len(blob) < _DELTA_HEAD.size or bytes(blob[:8]) != _DELTA:
+            raise DataError("these bytes are not the members of a set of documents")
+        _, digest, count, position, ancestors, removed = _DELTA_HEAD.unpack_from(blob)
+        names_end = _DELTA_HEAD.size + ancestors * _NAME_BYTES
+        added_start = names_end + removed * 8
+        if len(blob) < added_start or (len(blob) - added_start) % 16:
+            raise DataError("these bytes are not the members of a set of documents")
+        names = [
+            bytes(blob[at : at + _NAME_BYTES]).hex() for at in range(_DELTA_HEAD.size, names_end, _NAME_BYTES)
+        ]
+        return cls(
+            digest=digest.hex(),
+            count=count,
+            position=position,
+            ancestors=tuple(names),
+            removed=np.frombuffer(blob, "<u8", removed, names_end).astype(np.uint64),
+            added=np.frombuffer(blob, "<u8", offset=added_start).reshape(-1, 2).astype(np.uint64),
+        )
+
+    def to_bytes(self) -> bytes:
+        """All of it, as a blob."""
+        head = _DELTA_HEAD.pack(
+            _DELTA,
+            bytes.fromhex(self.digest),
+            self.count,
+            self.position,
+            len(self.ancestors),
+            len(self.removed),
+        )
+        names = b"".join(map(bytes.fromhex, self.ancestors))
+        return head + names + self.removed.astype("<u8").tobytes() + self.added.astype("<u8").tobytes()
+
+    def holds(self, key: int) -> bool | None:
+        """Whether the set holds the document of an `_id`'s hash; None: as the last ancestor does."""
+        one = np.array([key], np.uint64)
+        if among(one, np.ascontiguousarray(self.added[:, 0]))[0]:
+            return True
+        return False if not self.ancestors or among(one, self.removed)[0] else None
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class StoredMembers:
+    """A set as it is stored: whole, or by what differs from a set that is stored already.
+
+    The chain of a set has few deltas, and each is against a near set: the set at position p builds on that at p
+    without the last of its octal digits that is not zero, less one (as skip deltas of Subversion do). So a set is
+    read with a few requests, and a set that changes little costs little, however many there are.
+
+    Attributes:
+        members: The set.
+        blobs: The blobs that it is made of, by name: that of the whole set first, its own last.
+    """
+
+    members: Members
+    blobs: Mapping[str, bytes] = dataclasses.field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """The name of its own blob."""
+        return list(self.blobs)[-1]
+
+    @classmethod
+    def made(cls, members: Members, before: StoredMembers | None = None) -> Self:
+        """Store a set after another one.
+
+        Args:
+            members: The set.
+            before: A set that is stored, and that is likely to be almost the same.
+
+        Raises:
+            DataError: The set is too large to be kept.
+        """
+        if before is not None and (members.digest, members.count) == (before.members.digest, before.members.count):
+            return cls(members=members, blobs=before.blobs)
+        whole = members.to_bytes()
+        found = None if before is None else _delta(members, before)
+        if found is None:
+            return cls(members=members, blobs={_name(whole): whole})
+        delta, chain = found
+        blob = delta.to_bytes()
+        deltas = len(blob) + sum(len(one) for one in list(chain.values())[1:])
+        if 2 * len(blob) > len(whole) or deltas > len(whole):
+            return cls(members=members, blobs={_name(whole): whole})
+        return cls(members=members, blobs={**chain, _name(blob): blob})
+
+    @classmethod
+    def read(cls, name: str, get: Callable[[Iterable[str]], Iterable[tuple[str, bytes]]]) -> Self:
+        """Read a set.
+
+        Args:
+            name: The name of its own blob.
+            get: Reads blobs by their names.
+
+        Raises:
+            DataError: A blob is not what it should be.
+        """
+        own = dict(get([name]))[name]
+        ancestors = Delta.from_bytes(own).ancestors if bytes(own[:8]) != _MAGIC else ()
+        read = dict(get(ancestors)) if ancestors else {}
+        blobs = {**{ancestor: read[ancestor] for ancestor in ancestors}, name: own}
+        return cls(members=_composed([Delta.from_bytes(blob) for blob in blobs.values()]), blobs=blobs)
+
+
+def _name(blob: bytes) -> str:
+    return hashlib.sha256(blob).hexdigest()
+
+
+def _delta(members: Members, before: StoredMembers) -> tuple[Delta, dict[str, bytes]] | None:
+    """How a set differs from the one that it builds on, and the chain up to that; None: it is stored whole."""
+    chain = {name: Delta.from_bytes(blob) for name, blob in before.blobs.items()}
+    position = list(chain.values())[-1].position + 1
+    step = 1
+    while position % (step * _STEP) == 0:
+        step *= _STEP
+    names = [name for name, delta in chain.items() if delta.position <= position - step]
+    base, rows = _composed([chain[name] for name in names])._rows(), members._rows()
+    if any(len(one) == 0 or (one[1:, 0] == one[:-1, 0]).any() for one in (base, rows)):
+        return None  # where an `_id` comes several times, it does not say which row went
+    _, here, there = np.intersect1d(base[:, 0], rows[:, 0], assume_unique=True, return_indices=True)
+    same = base[here, 1] == rows[there, 1]
+    removed, added = np.ones(len(base), np.bool_), np.ones(len(rows), np.bool_)
+    removed[here[same]], added[there[same]] = False, False
+    delta = Delta(
+        digest=members.digest,
+        count=members.count,
+        position=position,
+        ancestors=tuple(names),
+        removed=np.ascontiguousarray(base[removed, 0]),
+        added=rows[added],
+    )
+    return delta, {name: before.blobs[name] for name in names}
+
+
+def _composed(chain: list[Delta]) -> Members:
+    """The set that a chain of deltas ends with."""
+    root, rest, last = chain[0].added, chain[1:], chain[-1]
+    if rest:
+        # What happened to each `_id`, the newest first: only that counts.
+        events = np.concatenate([part for delta in reversed(rest) for part in _events(delta)])
+        ids, newest = np.unique(events[:, 0], return_index=True)
+        added = events[newest][events[newest, 2] == 1][:, :2]
+        rows = np.concatenate([root[~among(np.ascontiguousarray(root[:, 0]), ids)], added])
+        root = rows[np.argsort(rows[:, 0], kind="stable")]
+    if len(root) != last.count:
+        raise DataError(f"a set of {last.count} documents came out as one of {len(root)}; a blob of it is wrong")
+    return Members(count=last.count, digest=last.digest, rows=root)
+
+
+def _events(delta: Delta) -> tuple[Hashes, Hashes]:
+    """What a delta does, the newest first: (`_id`, content, 1 for added and 0 for removed)."""
+    removed = np.zeros((len(delta.removed), 3), np.uint64)
+    removed[:, 0] = delta.removed
+    return np.insert(delta.added, 2, 1, axis=1), removed
 
 
 def id_key(document_id: Any) -> int:

@@ -20,6 +20,8 @@ from mongotorch.schedule.triggers.base import CHANGED, INSERTED, SCORES, check_f
 
 DATA = ("all", "new")
 BETTER = Better()
+MOST_ASKED = 200_000
+"""How often a preview asks a trigger at most, besides once for each time at which documents arrived."""
 
 
 @final
@@ -118,7 +120,8 @@ def preview(
 
     Raises:
         ParameterError: The trigger needs measurements of the live model, which nobody took in the past; or the
-            end is before the start; or the trigger asks for a next time that is not later.
+            end is before the start; or the trigger asks for a next time that is not later, or for more than
+            200,000 times.
     """
     since, until = moment(since), moment(until)
     if until < since:
@@ -137,11 +140,18 @@ def _firings(trigger: Trigger, since: datetime, until: datetime, arrivals: list[
     state = State(since=since)
     counted = ((at, sum(1 for _ in same)) for at, same in itertools.groupby(arrivals) if since <= at <= until)
     arrival = next(counted, None)
-    now = since
+    now, asked = since, 0
     while now <= until:
+        asked += 1
+        if asked > MOST_ASKED:
+            raise ParameterError(
+                f"{trigger!r} wants to be asked more than {MOST_ASKED:,} times from {since} to {until}; preview a "
+                f"shorter time, such as one that ends at {now}",
+                field="until",
+            )
         if arrival is not None and arrival[0] <= now:
             state = _with(state, arrival[1], at=arrival[0])
-            arrival = next(counted, None)
+            arrival, asked = next(counted, None), asked - 1
         decision, state = trigger.due(now, state)
         if decision.fire:
             yield Firing(now, decision.reason)

@@ -7,11 +7,11 @@ unknown is reported as unknown. Data that has changed is reported before anythin
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, final
 
 from mongotorch.codecs import Opaque, describe, referenced, renamed
-from mongotorch.data import Difference, Members
+from mongotorch.data import Delta, Difference, Members, StoredMembers, id_key
 from mongotorch.errors import DataError, NotFoundError, ParameterError
 from mongotorch.jobs import environment
 from mongotorch.mongo.connection import Connection
@@ -129,16 +129,46 @@ def trained_on(catalog: Catalog, document_id: Any, collection: str | None = None
         DataError: BSON cannot hold such an `_id`.
         IntegrityError: A blob is not what was stored.
     """
-    contained: dict[str | None, bool] = {}  # many versions share one set
+    key = id_key(document_id)
+    documents = [one for one in catalog.components.trained(collection) if _may_be_of(catalog, one, collection)]
+    records = [document.get("data") or {} for document in documents]
+    contained = _holding(catalog, {name for record in records if (name := record.get("members")) is not None}, key)
     found = []
-    for document in catalog.components.trained(collection):
-        name, certain = document["data"].get("members"), document["data"].get("certain", True)
-        if name is not None and name not in contained:
-            contained[name] = Members.from_bytes(catalog.blobs.get(name)).holds(document_id)
+    for document, record in zip(documents, records, strict=True):
+        name, certain = record.get("members"), record.get("certain", True)
         if name is None or not certain or contained[name]:
             version = {key: document[key] for key in ("type_id", "identifier", "version")}
             found.append(TrainedOn(**version, uuid=document["_id"], certain=certain and name is not None))
     return found
+
+
+def _holding(catalog: Catalog, names: Iterable[str], key: int) -> dict[str, bool]:
+    """Whether each of these stored sets holds the document of an `_id`'s hash."""
+    answers: dict[str, tuple[bool | None, str | None]] = {}
+    missing = set(names)
+    while missing:
+        for name, blob in catalog.blobs.get_many(missing):
+            delta = Delta.from_bytes(blob)
+            answers[name] = delta.holds(key), delta.ancestors[-1] if delta.ancestors else None
+        missing = {before for answer, before in answers.values() if answer is None and before is not None}
+        missing -= answers.keys()
+
+    def holds(name: str) -> bool:
+        answer, before = answers[name]
+        while answer is None and before is not None:
+            answer, before = answers[before]
+        return bool(answer)
+
+    return {name: holds(name) for name in answers}
+
+
+def _may_be_of(catalog: Catalog, document: Mapping[str, Any], collection: str | None) -> bool:
+    """Whether a version may have been trained on documents of a collection: 0.1.0 recorded no query of its own."""
+    if collection is None or document.get("data") is not None:
+        return True
+    trainer = catalog.components.peek(str(referenced(document["fields"].get("trainer"))))
+    select = {} if trainer is None else trainer["fields"].get("select") or {}
+    return bool(select.get("collection", collection) == collection)
 
 
 def _pair(catalog: Catalog, document: Mapping[str, Any]) -> tuple[Mapping[str, Any] | None, Any]:
@@ -175,7 +205,7 @@ def _members(catalog: Catalog, record: Mapping[str, Any] | None) -> Members:
     if record is None:
         raise DataError("it was stored as it was given, not trained in this database")
     if record.get("members") is not None:
-        return Members.from_bytes(catalog.blobs.get(record["members"]))
+        return StoredMembers.read(record["members"], catalog.blobs.get_many).members
     if "train" not in record:
         raise DataError("it was trained without lineage (the setting `lineage` was off)")
     if not record.get("certain", True):

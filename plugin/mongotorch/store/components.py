@@ -27,6 +27,16 @@ from mongotorch.store.jobs import running
 from mongotorch.store.signing import Trust
 
 COLLECTION: Final = "mt.components"
+_TRAINED_FIELDS: Final = (
+    "type_id",
+    "identifier",
+    "version",
+    "created",
+    "anchor",
+    "format",
+    "data",
+    "fields.trainer",
+)
 REMOVED: Final = "mt.removed"
 """For each name of which a version was removed: the highest number that was."""
 KIND: Final = "component"
@@ -289,20 +299,29 @@ class Components:
         return None if found is None else self.peek(found["_id"])
 
     @repeated("looking for trained versions")
-    def trained(self, collection: str | None = None) -> Iterator[dict[str, Any]]:
-        """The visible documents that record what they were trained on, newest first.
+    def trained(self, collection: str | None = None, *, identifier: str | None = None) -> list[dict[str, Any]]:
+        """The visible documents of what runs trained, newest first.
+
+        Without a trust they have only the fields that say which version they are and what it was trained on.
 
         Args:
-            collection: Only those trained on documents of this collection.
+            collection: Only those trained on documents of this collection, or that do not say on which: 0.1.0 did
+                not record `data`.
+            identifier: Only those of this name.
 
         Raises:
             TrustError: One is not what a trusted key signed.
             FormatError: A newer release wrote one.
         """
-        where = {"data.query.collection": {"$exists": True} if collection is None else collection}
-        for document in self._documents.find(where).sort([("created", -1), ("version", -1)]):
-            if self._visible(document):
-                yield self._read(document)
+        silent = {"data": {"$exists": False}, "job": {"$type": "string"}, "anchor": None}
+        recorded = {"data.query.collection": {"$exists": True} if collection is None else collection}
+        named = {} if identifier is None else {"identifier": identifier}
+        shown = dict.fromkeys(_TRAINED_FIELDS, 1) if self._trust is None else None  # a signature is of all fields
+        found = [
+            one for one in self._documents.find({"$or": [recorded, silent], **named}, shown) if self._visible(one)
+        ]
+        found.sort(key=lambda document: (document["created"], document["version"]), reverse=True)
+        return [self._read(document) for document in found]
 
     @repeated("listing versions")
     def versions(self, type_id: str, identifier: str) -> list[int]:

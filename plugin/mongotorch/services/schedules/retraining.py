@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final, final
 
@@ -21,7 +21,7 @@ import bson
 import numpy as np
 
 from mongotorch.component import Component
-from mongotorch.data import Hashes, Members, Stream, assign_folds, unseen
+from mongotorch.data import Delta, Hashes, Stream, assign_folds, unseen
 from mongotorch.errors import (
     ConflictError,
     JobCancelledError,
@@ -223,21 +223,34 @@ class Retraining:
             of the select are to be taken; the hashes of those that are not new; and why all of them are taken, or
             how many are new.
         """
-        components, seen = self._catalog.components, []
-        for number in components.versions(model.type_id, model.identifier):
-            data = components.find(model.type_id, model.identifier, number).get("data")
-            if data is None:
-                continue  # it was applied, not trained
-            if data.get("members") is None:
+        names: set[str] = set()
+        for version in self._catalog.components.trained(identifier=model.identifier):
+            name = (version.get("data") or {}).get("members")
+            if name is None:
+                number = version["version"]
                 return None, None, f"version {number} does not say which documents it was trained on"
-            seen.append(Members.from_bytes(self._catalog.blobs.get(data["members"])).ids)
-        if not seen:
+            names.add(name)
+        if not names:
             return None, None, "no version was trained yet"
+        seen = self._ids_of(names)
         known = np.unique(np.concatenate(seen))
         ids = unseen(self._connection.database, trainer.select.fold("train"), known, limit=MOST_NEW + 1)
         if len(ids) > MOST_NEW:
             return None, None, f"more than {MOST_NEW:,} documents are new"
         return ids, known, f"{len(ids):,} new documents"
+
+    def _ids_of(self, names: Iterable[str]) -> list[Hashes]:
+        """The hashes of all `_id`s of some stored sets, and of those that they build on."""
+        found: dict[str, Hashes] = {}
+        missing = set(names)
+        while missing:
+            ancestors: set[str] = set()
+            for name, blob in self._catalog.blobs.get_many(missing):
+                delta = Delta.from_bytes(blob)
+                found[name] = delta.added[:, 0]
+                ancestors |= set(delta.ancestors)
+            missing = ancestors - found.keys()
+        return list(found.values())
 
     def _assign_folds(self, select: Query) -> None:
         """Give a fold to documents that other clients inserted; nothing is written where all have one."""

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, Self, final
 
 from mongotorch.data import (
     DataCheck,
     Hashes,
     Members,
+    StoredMembers,
     Stream,
     StreamSpec,
     check_documents,
@@ -173,19 +173,28 @@ class DataProvenance:
 
     def kept(self) -> tuple[dict[str, Any], dict[str, bytes]]:
         """What checkpoints keep, from which `resumed` makes it again: a record, and the blobs that it names."""
-        named = {name: _named(members) for name, members in self.members.items()}
-        sets = {name: blob for name, (blob, _) in named.items()}
-        return {"data": dict(self.record), "sets": sets}, {**dict(named.values()), **self.blobs}
+        blobs = dict(self.blobs)
+        sets = {"train": self.record["members"]} if self.record.get("members") else {}
+        for name, members in self.members.items():
+            if name not in sets:
+                stored = StoredMembers.made(members)
+                sets[name] = stored.name
+                blobs |= stored.blobs
+        return {"data": dict(self.record), "sets": sets}, blobs
 
     @classmethod
     def resumed(cls, record: Mapping[str, Any], blobs: Mapping[str, bytes]) -> Self:
         """The provenance that a checkpoint kept."""
+
+        def get(names: Iterable[str]) -> Iterable[tuple[str, bytes]]:
+            return [(name, blobs[name]) for name in names]
+
         data = record.get("data", {})
         # Checkpoints of 0.1.0 have the training documents only.
         sets = record.get("sets") or ({"train": data["members"]} if data.get("members") else {})
-        members = {name: Members.from_bytes(blobs[blob]) for name, blob in sets.items() if blob in blobs}
-        own = {name: blob for name, blob in blobs.items() if name == data.get("members")}
-        return cls(record=data, blobs=own, members=members)
+        stored = {name: StoredMembers.read(blob, get) for name, blob in sets.items()}
+        own = stored["train"].blobs if data.get("members") else {}
+        return cls(record=data, blobs=own, members={name: one.members for name, one in stored.items()})
 
 
 def check_trainer(trainer: TorchTrainer, connection: Connection, settings: Settings) -> DataCheck:
@@ -210,8 +219,16 @@ def check_trainer(trainer: TorchTrainer, connection: Connection, settings: Setti
     return found
 
 
-def data_provenance(recipe: TrainingRecipe, connection: Connection, settings: Settings) -> DataProvenance:
+def data_provenance(
+    recipe: TrainingRecipe, connection: Connection, settings: Settings, *, before: StoredMembers | None = None
+) -> DataProvenance:
     """The provenance of a recipe's data; only its query, if the setting `lineage` is off.
+
+    Args:
+        recipe: What is trained.
+        connection: The database.
+        settings: The datalayer's.
+        before: What an earlier version was trained on: only what differs from that is stored.
 
     Raises:
         QueryError: The server refuses the query.
@@ -243,13 +260,8 @@ def data_provenance(recipe: TrainingRecipe, connection: Connection, settings: Se
         record["of_query"] = "members"  # and not all of it
     if train.rows is None:
         return DataProvenance(record={**record, "members": None}, members=members)
-    name, blob = _named(train)
-    return DataProvenance(record={**record, "members": name}, blobs={name: blob}, members=members)
-
-
-def _named(members: Members) -> tuple[str, bytes]:
-    blob = members.to_bytes()
-    return hashlib.sha256(blob).hexdigest(), blob
+    stored = StoredMembers.made(train, before)
+    return DataProvenance(record={**record, "members": stored.name}, blobs=stored.blobs, members=members)
 
 
 def scan(

@@ -16,7 +16,14 @@ import uuid as uuids
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, final
 
-from mongotorch.errors import CodecError, ConflictError, JobCancelledError, ServerUnavailableError
+from mongotorch.data import StoredMembers
+from mongotorch.errors import (
+    CodecError,
+    ConflictError,
+    JobCancelledError,
+    MongotorchError,
+    ServerUnavailableError,
+)
 from mongotorch.jobs import Lease, environment
 from mongotorch.mongo.connection import Connection
 from mongotorch.mongo.error_translation import redact
@@ -151,7 +158,9 @@ class TrainingRun:
         }
         recipe.check(self._connection.database)
         if resumed is None:
-            data, origin = data_provenance(recipe, self._connection, self._settings), recipe.origin
+            before = self._members_before(recipe.model)
+            data = data_provenance(recipe, self._connection, self._settings, before=before)
+            origin = recipe.origin
         else:
             data = DataProvenance.resumed(resumed.run, resumed.blobs)
             origin = resumed.run.get("origin", {})
@@ -181,6 +190,16 @@ class TrainingRun:
                 trained = fit.trained()
                 lease.check()
         return TrainingResult(trained=trained, data=data, stored=stored, keep=keep)
+
+    def _members_before(self, model: TorchModel) -> StoredMembers | None:
+        """What the newest version of a model was trained on; None where that is not known, or not readable."""
+        try:
+            newest = self.catalog.components.newest_trained(model.type_id, model.identifier) or {}
+            name = (newest.get("data") or {}).get("members")
+            return None if name is None else StoredMembers.read(name, self.catalog.blobs.get_many)
+        except MongotorchError as error:
+            _log.warning("what model %r was trained on before is not readable: %s", model.identifier, error)
+            return None
 
     def publish(
         self,
