@@ -45,6 +45,8 @@ Guarantees: no message holds a password.
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -74,13 +76,33 @@ class MongotorchError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The default drops keyword arguments, and these errors cross from worker processes.
-        return _rebuild, (type(self), self.message, self.document_id, self.field, self.setting)
+        values = (type(self), self.message, self.document_id, self.field, self.setting)
+        return _rebuild, (*values, _crossing(self.__cause__), list(getattr(self, "__notes__", ())))
 
 
 def _rebuild(
-    cls: type[MongotorchError], message: str, document_id: Any, field: str | None, setting: str | None
+    cls: type[MongotorchError],
+    message: str,
+    document_id: Any,
+    field: str | None,
+    setting: str | None,
+    cause: BaseException | None = None,
+    notes: Sequence[str] = (),
 ) -> MongotorchError:
-    return cls(message, document_id=document_id, field=field, setting=setting)
+    error = cls(message, document_id=document_id, field=field, setting=setting)
+    error.__cause__ = cause
+    for note in notes:
+        error.add_note(note)
+    return error
+
+
+def _crossing(cause: BaseException | None) -> BaseException | None:
+    """A cause that another process can rebuild; the message of an error says what matters of any other."""
+    try:
+        rebuilt = pickle.loads(pickle.dumps(cause))  # noqa: S301 - it was pickled here
+    except Exception:  # noqa: BLE001 - an error of somebody else may hold anything
+        return None
+    return cause if type(rebuilt) is type(cause) else None
 
 
 class SettingError(MongotorchError):
@@ -145,6 +167,10 @@ class FieldMissingError(DataError):
 
 class ShapeError(DataError):
     """Shapes or types that differ between the documents of a batch."""
+
+
+class TransformError(DataError):
+    """A `transform` or a `collate_fn` raised, or gave nothing; the cause is what it raised."""
 
 
 class TrainingError(MongotorchError):

@@ -156,7 +156,8 @@ class BatchMapping:
 
 _HINTS = {
     "singleton": "signature 'singleton' gives it the whole sample",
-    "*args": "signature '*args' gives it every part of a sample but the last, which is the target",
+    "*args": "signature '*args' gives it every part of a sample but the last, which is the target; with several "
+    "targets name them: signature='**kwargs'",
     "**kwargs": "signature '**kwargs' gives it the parts that it names",
     "*args,**kwargs": "signature '*args,**kwargs' gives it the positional parts and the named ones that it names",
 }

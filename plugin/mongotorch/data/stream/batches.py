@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import inspect
 import itertools
 import math
 import mmap
@@ -32,6 +33,7 @@ from mongotorch.codecs.arrays import BFLOAT16
 from mongotorch.data.decode import Column, Columns, decode
 from mongotorch.data.prefetch import ReadPressure
 from mongotorch.data.stream.position import HashMarkers, IdMarkers, Position, RowMarkers
+from mongotorch.errors import MongotorchError, SignatureError, TransformError
 from mongotorch.signature import Key, check_signature
 from mongotorch.tensors import collate, concat, from_array, one_tensor, stack
 
@@ -368,14 +370,48 @@ class SampleBuilder:
         """The batch of the rows.
 
         Raises:
-            DataError: Samples that cannot be stacked; what `transform` and `collate_fn` raise goes through.
+            DataError: Samples that cannot be stacked.
+            TransformError: `transform` or `collate_fn` raised, or gave None; `document_id` names the document.
+            SignatureError: `transform` does not take what the signature gives it.
         """
         samples = build(columns, self.key)
         if self.transform is not None:
-            samples = [call(self.transform, sample, self.key, self.signature) for sample in samples]
-        if self.collate_fn is not None:
+            samples = [self._transformed(sample, columns, row) for row, sample in enumerate(samples)]
+        if self.collate_fn is None:
+            return collate(samples, columns.ids.values())
+        try:
             return self.collate_fn(samples)
-        return collate(samples, columns.ids.values())
+        except MongotorchError:
+            raise
+        except Exception as error:
+            ids = columns.ids.values()
+            raise TransformError(
+                f"collate_fn failed for the batch of {len(ids)} document(s) from {ids[0]!r} to {ids[-1]!r}: "
+                f"{type(error).__name__}: {error}",
+                document_id=ids[0],
+                field="collate_fn",
+            ) from error
+
+    def _transformed(self, sample: Any, columns: Columns, row: int) -> Any:
+        transform = self.transform
+        assert transform is not None  # noqa: S101 - for the type checker
+        try:
+            made = call(transform, sample, self.key, self.signature)
+        except MongotorchError:
+            raise
+        except Exception as error:
+            raise TransformError(
+                f"transform failed for document {columns.ids.values()[row]!r}: {type(error).__name__}: {error}",
+                document_id=columns.ids.values()[row],
+                field="transform",
+            ) from error
+        if made is None and self.collate_fn is None:  # a collate_fn may leave such samples out
+            raise TransformError(
+                f"transform returned None for document {columns.ids.values()[row]!r}; let it return the sample",
+                document_id=columns.ids.values()[row],
+                field="transform",
+            )
+        return made
 
     def build_each(self, many: Iterator[Columns], *, pressure: ReadPressure) -> Iterator[Any]:
         """The batches of these columns, one each, as an ordered map (see `prefetch`)."""
@@ -392,17 +428,38 @@ def call(function: Callable[..., Any], sample: Any, key: Key, signature: str) ->
     """What `function` returns for a sample that goes in by `signature`.
 
     Raises:
-        SignatureError: No such signature.
+        SignatureError: No such signature, or the function does not take what it gives.
     """
     check_signature(signature)
-    if signature == "singleton":
-        return function(sample)
-    positional, named = _arguments(sample, key)
+    positional, named = ([sample], {}) if signature == "singleton" else _arguments(sample, key)
     if signature == "*args":
-        return function(*positional, *named.values())
-    if signature == "**kwargs":
-        return function(**dict(zip(key.names(), [*positional, *named.values()], strict=True)))
-    return function(*positional, **named)
+        positional, named = [*positional, *named.values()], {}
+    elif signature == "**kwargs":
+        positional, named = [], dict(zip(key.names(), [*positional, *named.values()], strict=True))
+    try:
+        return function(*positional, **named)
+    except TypeError as error:
+        takes = _unbound(function, positional, named)
+        if not takes:
+            raise
+        raise SignatureError(
+            f"transform takes {takes}, and signature {signature!r} gives it {len(positional)} argument(s)"
+            f"{''.join(f', {name}=' for name in named)}; the key has {list(key.names())}",
+            field="transform",
+        ) from error
+
+
+def _unbound(function: Callable[..., Any], positional: Sequence[Any], named: Mapping[str, Any]) -> str:
+    """The parameters of a function that cannot be called so; empty where it can be, or nothing is known."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return ""
+    try:
+        signature.bind(*positional, **named)
+    except TypeError:
+        return f"({', '.join(signature.parameters)})"
+    return ""
 
 
 def _arguments(sample: Any, key: Key) -> tuple[Sequence[Any], Mapping[str, Any]]:
