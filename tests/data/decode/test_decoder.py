@@ -168,6 +168,11 @@ def test_a_path_into_a_list_is_refused_with_what_a_path_may_be(path: str, value:
         decode(raw([{"_id": n, "items": value} for n in range(count)]), [path])
 
 
+def test_empty_lists_among_lists_that_begin_with_a_boolean_are_empty_lists() -> None:
+    values: list[Any] = [[], [True, None], [], [], [False, 0.5], []] * 3
+    assert decode(raw([{"_id": n, "x": value} for n, value in enumerate(values)]), ["x"])["x"].values() == values
+
+
 def test_a_name_with_a_dot_is_not_a_path() -> None:
     with pytest.raises(FieldMissingError):
         decode(raw([{"_id": 1, "a.b": 1}] * 10), ["a.b"])

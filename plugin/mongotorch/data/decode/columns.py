@@ -189,7 +189,7 @@ def number_column(kinds: int | Array, values: Array) -> Column | None:
     """
     if isinstance(kinds, int):
         dtype = NUMBERS.get(kinds)
-        if dtype is None or (kinds == BOOL and np.maximum.reduce(values[:, 0]) > 1):
+        if dtype is None or (kinds == BOOL and np.count_nonzero(values[:, 0] > 1)):
             return None
         return plain_numbers(_first(values, dtype))
     if kinds.tobytes().translate(None, _MIXED):
