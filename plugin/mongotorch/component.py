@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import hashlib
+import inspect
 import re
 import uuid as uuids
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Final, Self, final
+from typing import Any, ClassVar, Final, ParamSpec, Self, TypeVar, final
 
 import bson
 
@@ -39,6 +41,11 @@ ADDED: Final = "added"
 """Key in the metadata of a field that a later release gave a component; its value is that release's version.
 Such a field is stored only where it is not at its default, so that records are those of the earlier release."""
 _IDENTITY = frozenset({"identifier", "db", "uuid"})
+_NAMES: Final = frozenset({"type_id", "identifier", "alias", "uuid", "uuid1", "uuid2", "status", "collection"})
+_NUMBERS: Final = frozenset({"version", "limit"})
+_LONGEST_NAME: Final = 255  # characters
+P = ParamSpec("P")
+R = TypeVar("R")
 Ref = Callable[["Component"], str]
 """From a component to the uuid under which it is, or will be, stored."""
 LoadRef = Callable[[str], "Component"]
@@ -332,3 +339,47 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     raise CodecError(f"field {field.name!r} is not in the stored document and has no default", field=field.name)
+
+
+def names_checked(method: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a public method: its names are text and its numbers whole before anything is asked with them.
+
+    A mapping in place of a name would be an operator of a query, and match anything.
+
+    Args:
+        method: One with parameters such as `identifier`, `uuid`, `version` or `alias`; others are not looked at.
+
+    Returns:
+        The method, which raises IdentifierError for a name and ParameterError for a number that is none.
+    """
+    parameters = inspect.signature(method)
+
+    @functools.wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name, value in parameters.bind(*args, **kwargs).arguments.items():
+            if name in _NAMES | _NUMBERS:
+                is_optional = value is None and parameters.parameters[name].default is None
+                if not is_optional:
+                    _check_given(name, value)
+        return method(*args, **kwargs)
+
+    return call
+
+
+def _check_given(name: str, value: Any) -> None:
+    if name in _NUMBERS:
+        if type(value) is not int or not -(2**31) <= value < 2**31:
+            raise ParameterError(f"{name} must be a whole number, not {_shown(value)}", field=name)
+        return
+    try:
+        is_name = isinstance(value, str) and len(value) <= _LONGEST_NAME and value.encode() is not None
+    except UnicodeEncodeError:
+        is_name = False
+    if not is_name or "\0" in value:
+        raise IdentifierError(
+            f"{name} must be text of at most {_LONGEST_NAME} characters, not {_shown(value)}", field=name
+        )
+
+
+def _shown(value: Any) -> str:
+    return f"{ascii(value)[:60]} ({type(value).__name__})"

@@ -11,7 +11,7 @@ from datetime import datetime
 from types import EllipsisType
 from typing import Any, ClassVar, Self, final
 
-from mongotorch.component import Component, is_trained
+from mongotorch.component import Component, is_trained, names_checked
 from mongotorch.data import DataCheck, Explanation, Stream, check_documents, explain
 from mongotorch.data.collection import Collection, read_documents
 from mongotorch.errors import ParameterError
@@ -197,10 +197,12 @@ class Datalayer(Owner):
         """
         return self._services.applier.apply(component, force=force, priority=priority)
 
+    @names_checked
     def job(self, uuid: str) -> Job[Any]:
         """A job by its uuid, from any process. Raises: NotFoundError."""
         return self._services.applier.job(uuid)
 
+    @names_checked
     def jobs(
         self, *, status: str | None = None, identifier: str | None = None, limit: int = 100
     ) -> list[Job[Any]]:
@@ -221,6 +223,7 @@ class Datalayer(Owner):
 
     # Versions
 
+    @names_checked
     def load(
         self,
         type_id: str | None = None,
@@ -254,6 +257,7 @@ class Datalayer(Owner):
         found = catalog.find(type_id, identifier, version, uuid=uuid, alias=alias)
         return catalog.load(found) if code is None else catalog.load_into(found, code)
 
+    @names_checked
     def show(
         self,
         type_id: str | None = None,
@@ -287,6 +291,7 @@ class Datalayer(Owner):
             return components.versions(type_id, identifier)
         return _shown(components.find(type_id, identifier, version))
 
+    @names_checked
     def remove(self, type_id: str, identifier: str, version: int | None = None, force: bool = False) -> int:
         """Remove a version, or all versions of a name; returns how many were removed.
 
@@ -308,6 +313,7 @@ class Datalayer(Owner):
 
     # Aliases: which version is live
 
+    @names_checked
     def promote(
         self,
         type_id: str,
@@ -348,6 +354,7 @@ class Datalayer(Owner):
             type_id, identifier, version, uuid, alias=alias, why=why, who=who, expected=expected
         )
 
+    @names_checked
     def rollback(
         self, type_id: str, identifier: str, *, alias: str = LIVE, why: str = "", who: str | None = None
     ) -> Move:
@@ -367,6 +374,7 @@ class Datalayer(Owner):
         """
         return self._services.catalog.promoter.rollback(type_id, identifier, alias=alias, why=why, who=who)
 
+    @names_checked
     def history(
         self, type_id: str, identifier: str, *, alias: str = LIVE, at: datetime | None = None
     ) -> list[Move]:
@@ -383,6 +391,7 @@ class Datalayer(Owner):
         """
         return self._services.catalog.aliases.history(type_id, identifier, alias, until=at)
 
+    @names_checked
     def live(
         self, type_id: str, identifier: str, *, alias: str = LIVE, on_promote: OnPromote | None = None
     ) -> Live:
@@ -414,6 +423,7 @@ class Datalayer(Owner):
 
     # Lineage
 
+    @names_checked
     def diff(self, uuid1: str, uuid2: str) -> Diff:
         """How the version `uuid2` differs from `uuid1`: parameters, measurements, data, environment.
 
@@ -423,6 +433,7 @@ class Datalayer(Owner):
         """
         return diff(self._services.catalog, uuid1, uuid2)
 
+    @names_checked
     def trained_on(self, document_id: Any, collection: str | None = None) -> list[TrainedOn]:
         """The versions whose training set contained a document, newest first.
 
@@ -439,6 +450,7 @@ class Datalayer(Owner):
         """
         return trained_on(self._services.catalog, document_id, collection)
 
+    @names_checked
     def reproduce(self, uuid: str, *, anyway: bool = False) -> Reproduction:
         """Train a version again in this process, and compare the weights bit for bit; nothing is published.
 
@@ -463,14 +475,17 @@ class Datalayer(Owner):
         """
         return self._services.register.all()
 
+    @names_checked
     def pause(self, identifier: str) -> None:
         """Stop a schedule from firing by itself; its documents are counted meanwhile. Raises: NotFoundError."""
         self._services.register.pause(identifier, paused=True)
 
+    @names_checked
     def resume(self, identifier: str) -> None:
         """Let a paused schedule fire again. Raises: NotFoundError."""
         self._services.register.pause(identifier, paused=False)
 
+    @names_checked
     def fire(self, identifier: str, *, why: str = "by hand") -> Job[Any]:
         """Fire a schedule now, paused or not; a worker runs the job.
 

@@ -46,7 +46,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="MONGOTORCH_", frozen=True, extra="forbid")
 
-    uri: str | None = Field(default=None, repr=False)
+    uri: str | None = Field(default=None, min_length=1, repr=False)
     embedded_path: Path = Path(".mongotorch/db")
     cache_dir: Path = Path(".mongotorch/cache")
     compute: str = "local"

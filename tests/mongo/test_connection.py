@@ -7,13 +7,16 @@ import pickle
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import pytest
+from pymongo.collection import Collection
 from pymongo.errors import (
     InvalidOperation,
     PyMongoError,
 )
 
+from mongotorch.datalayer import Datalayer
 from mongotorch.errors import (
     ServerUnavailableError,
     SettingError,
@@ -95,3 +98,26 @@ def test_many_threads_get_one_store_of_a_name() -> None:
         thread.join()
 
     assert len(set(map(id, found))) == 1
+
+
+def test_an_empty_address_is_refused_and_not_the_embedded_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MONGOTORCH_URI", "")
+    with pytest.raises(SettingError) as caught:
+        read_settings()
+    assert caught.value.setting == "uri"
+
+
+def test_a_server_that_is_too_old_is_refused(server_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mongotorch.mongo.connection.OLDEST_WIRE_VERSION", 99)
+    with pytest.raises(SettingError, match="older than MongoDB"):
+        open_address(server_uri, read_settings())
+
+
+def test_indexes_that_are_there_are_not_created_again(server_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Datalayer.connect(server_uri).close()
+    created: list[Any] = []
+    monkeypatch.setattr(Collection, "create_index", lambda *given, **_: created.append(given))
+
+    Datalayer.connect(server_uri).close()
+
+    assert created == []

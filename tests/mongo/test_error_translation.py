@@ -20,6 +20,7 @@ from pymongo.errors import (
     WTimeoutError,
 )
 
+from mongotorch.datalayer import Datalayer
 from mongotorch.errors import (
     CodecError,
     MongotorchError,
@@ -101,6 +102,28 @@ def test_options_that_hold_secrets_are_hidden(option: str) -> None:
 
     assert "s3cret" not in found
     assert found.endswith("&tls=true")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("mongodb:/me:s3cret@h/db", "mongodb:me:s3cret@h", "mongodb:///me:s3cret@h", "MongoDB+srv:/me:s3cret@h"),
+        *(
+            "mongodb://me:s3 cret@h/db",
+            "mongodb://me: s3cret @h",
+            "mongodb://me:s3cret/x@h",
+            "mongomock:/me:s3cret@h",
+        ),
+        *("mongodb:/me:s3cret@x s3cret@h", "mongodb//me:s3cret@h"),
+    ],
+)
+def test_a_mistyped_address_hides_its_password_too(address: str) -> None:
+    for text in (address, f"uri {address!r} is no address", f"first line\n{address}\nuser@example.net"):
+        assert "s3" not in redact(text)
+        assert "cret" not in redact(text)
+    with pytest.raises((SettingError, ServerUnavailableError)) as caught:
+        Datalayer.connect(address, server_timeout_s=0.1)
+    assert "cret" not in str(caught.value)
 
 
 def test_text_without_an_address_stays_as_it_is() -> None:

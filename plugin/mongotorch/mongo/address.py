@@ -88,6 +88,8 @@ def _parse_server(scheme: str, rest: str) -> Address:
     hosts, _, name = location.partition("/")
     if not hosts:
         raise _refused(uri, "names no host")
+    if "/" in user:
+        raise _refused(uri, "has a / before the @; in a user name or a password write it as %2F")
     options = {key.lower(): value for key, value in parse_qsl(query, keep_blank_values=True)}
     if not name and user and "authsource" not in options:
         # Without a database the driver authenticates against `admin`; naming one must not move that.

@@ -14,7 +14,7 @@ import logging
 import threading
 import uuid
 import weakref
-from typing import Any, final
+from typing import Any, Final, final
 
 import mongomock
 from bson.binary import UuidRepresentation
@@ -31,6 +31,8 @@ from mongotorch.mongo.error_translation import driver_errors, redact
 from mongotorch.resources import Owner
 from mongotorch.settings import Settings
 
+OLDEST_SERVER: Final = "5.0"
+OLDEST_WIRE_VERSION: Final = 13  # of that release
 _log = logging.getLogger("mongotorch.connection")
 
 
@@ -160,12 +162,18 @@ class Connection(Owner):
 
         Raises:
             ServerUnavailableError: Nothing answers.
-            SettingError: The server refuses the user.
+            SettingError: The server refuses the user, or is too old.
         """
         if self.kind == "mongomock":
             return
         with driver_errors("connecting", at=redact(self.uri)):
-            self.client.admin.command("ping")
+            hello = self.client.admin.command("hello")
+        if hello["maxWireVersion"] < OLDEST_WIRE_VERSION:
+            raise SettingError(
+                f"{redact(self.uri)} is older than MongoDB {OLDEST_SERVER}, which has no snapshot reads; use a "
+                "newer one",
+                setting="uri",
+            )
 
     def close(self) -> None:
         """Close the client and release the embedded server; does nothing the second time."""

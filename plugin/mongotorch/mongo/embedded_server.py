@@ -47,6 +47,8 @@ _POLL_S: Final = 0.01
 _PORT_TRIES: Final = 5
 _START_LOCK, _USERS_LOCK, _PROCESS_LOCK = "start.lock", "users.lock", embedded_process.PROCESS_LOCK
 _ARGUMENTS: Final = (
+    # Not zlib, with which strangers could read the memory of this release (CVE-2025-14847).
+    *("--networkMessageCompressors", "snappy,zstd"),
     *("--bind_ip", HOST, "--replSet", REPLICA_SET, "--nounixsocket", "--quiet"),
     *("--oplogSize", "512", "--setParameter", "diagnosticDataCollectionEnabled=false"),
     # There is no other member to take over: nothing to wait for at shutdown.

@@ -79,6 +79,10 @@ NO_SUCH_OPERATOR: Final = {168: "InvalidPipelineOperator", 31325: "unknown expre
 """This server version does not know an aggregation operator."""
 # Of any scheme: a mistyped address contains its password too.
 _USERINFO = re.compile(r"([a-z][a-z0-9+.-]*://)([^\s:@/]*):[^\s]*@", re.IGNORECASE)
+# And one with a slash too few or too many, or with blanks in the password, up to the last `@` of the line.
+_MISTYPED = re.compile(
+    r"((?:mongodb(?:\+srv)?|mongomock|embedded)[:/]+)([^\s:@/'\"]*):(?!\*\*\*@)[^\n]*@", re.IGNORECASE
+)
 _SECRET_OPTIONS = re.compile(
     r"((?:tlsCertificateKeyFilePassword|proxyPassword|authMechanismProperties)=)[^&\s'\"]*", re.IGNORECASE
 )
@@ -93,7 +97,8 @@ def redact(text: str) -> str:
     Returns:
         The text with `***` for each password, and for each option that holds a secret.
     """
-    return _SECRET_OPTIONS.sub(r"\1***", _USERINFO.sub(r"\1\2:***@", text))
+    hidden = _MISTYPED.sub(r"\1\2:***@", _USERINFO.sub(r"\1\2:***@", text))
+    return _SECRET_OPTIONS.sub(r"\1***", hidden)
 
 
 def has_code(error: BaseException, codes: int | Collection[int]) -> bool:

@@ -196,16 +196,25 @@ def ensure_index(collection: Any, keys: Keys, **options: Any) -> None:
         OperationFailure: The index cannot be created, or the user may not create it and it is missing.
     """
     fields = [(keys, 1)] if isinstance(keys, str) else list(keys)
-    if is_mock(collection) and _has_index(collection, fields):
-        return  # mongomock would check every document again, those outside of a partial filter too
+    # First a look: creating one waits for a majority, which a reader may do without. And mongomock would check
+    # every document again, those outside of a partial filter too.
+    if _has_index(collection, fields, **options):
+        return
     try:
         collection.create_index(fields, **options)
     except OperationFailure as error:
         if not has_code(error, UNAUTHORIZED):
             raise
-        if not _has_index(collection, fields) and collection.find_one({}, {"_id": 1}) is not None:
+        if not _has_index(collection, fields, **options) and collection.find_one({}, {"_id": 1}) is not None:
             raise
 
 
-def _has_index(collection: Any, keys: list[tuple[str, int]]) -> bool:
-    return any(list(index["key"]) == keys for index in collection.index_information().values())
+def _has_index(collection: Any, keys: list[tuple[str, int]], **options: Any) -> bool:
+    found = [index for index in collection.index_information().values() if list(index["key"]) == keys]
+    if is_mock(collection):
+        return bool(found)
+    return any(
+        bool(index.get("unique")) == bool(options.get("unique"))
+        and index.get("partialFilterExpression") == options.get("partialFilterExpression")
+        for index in found
+    )

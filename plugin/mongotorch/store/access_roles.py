@@ -2,7 +2,8 @@
 
 - `reader` loads and lists: it reads the whole database and watches it.
 - `worker` runs jobs and fires schedules: it adds versions, blobs and metrics, and promotes. It can neither change
-  nor remove a version, nor write to the data it trains on (so its documents need their folds from a `trainer`).
+  nor remove a version or the bytes of a blob, nor write to the data it trains on (so its documents need
+  their folds from a `trainer`). It updates the documents of blobs, which protects them from garbage collection.
 - `trainer` does everything within its database.
 """
 
@@ -23,7 +24,7 @@ _WORKER: Final = {
     ALIASES: ["insert"],
     COMPONENTS: ["insert"],
     f"{BUCKET}.files": ["insert", "update"],
-    f"{BUCKET}.chunks": ["insert", "remove"],  # an upload removes its own where another one was first
+    f"{BUCKET}.chunks": ["insert"],
     JOBS: ["insert", "update"],
     METRICS: ["insert", "update"],
     CHECKPOINTS: ["insert", "update", "remove"],

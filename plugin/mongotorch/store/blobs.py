@@ -23,10 +23,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, cast, final
 
 from bson import Binary, ObjectId
-from pymongo.errors import DuplicateKeyError
+from pymongo.errors import DuplicateKeyError, OperationFailure
 
 from mongotorch.codecs import PART_BYTES, WRITTEN, NamedBlob, check_format
 from mongotorch.errors import IntegrityError, NotFoundError, StoreError
+from mongotorch.mongo.error_translation import UNAUTHORIZED, has_code
 from mongotorch.mongo.retry import repeated
 from mongotorch.mongo.server_features import Later, clock_of, ensure_index, is_mock, records
 
@@ -86,10 +87,10 @@ class BlobStore:
         try:
             _write_chunks(self._chunks, file_id, blob)
         except IntegrityError:
-            self._chunks.delete_many({"files_id": file_id})
+            self._abandon(file_id)
             raise
         if time.monotonic() - started > UPLOAD_DEADLINE_S:
-            self._chunks.delete_many({"files_id": file_id})
+            self._abandon(file_id)
             raise StoreError(
                 f"blob {name} took longer than {UPLOAD_DEADLINE_S:.0f} s to upload; is the network up to it?"
             )
@@ -99,8 +100,16 @@ class BlobStore:
                 times = {"uploadDate": Later(), "touched": Later()}
                 self._files.update_one({"_id": file_id}, self._clock.update({**file, **times}), upsert=True)
         except DuplicateKeyError:  # another process stored the same bytes first
-            self._chunks.delete_many({"files_id": file_id})
+            self._abandon(file_id)
         return name
+
+    def _abandon(self, file_id: Any) -> None:
+        """Remove the chunks of an upload that nobody needs; a worker may not, and leaves them to the collector."""
+        try:
+            self._chunks.delete_many({"files_id": file_id})
+        except OperationFailure as error:
+            if not has_code(error, UNAUTHORIZED):
+                raise
 
     @repeated("touching blobs")
     def touch(self, names: Iterable[str]) -> list[str]:
