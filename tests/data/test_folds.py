@@ -6,6 +6,7 @@ from uuid import UUID
 import pytest
 from bson import Int64, ObjectId
 
+from mongotorch import Datalayer
 from mongotorch.data.folds import fold_of, hashed_index_key
 from mongotorch.errors import ParameterError
 
@@ -53,3 +54,13 @@ def test_documents_as_ids_have_a_stable_fold() -> None:
 def test_a_fraction_outside_is_refused(fraction: float) -> None:
     with pytest.raises(ParameterError):
         fold_of(1, fraction)
+
+
+def test_a_document_that_is_replaced_keeps_its_fold(db: Datalayer) -> None:
+    by_hand = {0: "valid", 1: "train", 2: "valid", 3: "train"}
+    db["c"].raw.insert_many([{"_id": n, "_fold": fold} for n, fold in by_hand.items()])
+    for n in by_hand:
+        assert db["c"].replace_one({"_id": n}, {"x": n}) == 1
+        assert db["c"].replace_one({"_id": n}, {"x": -n - 1, "_fold": "train", "_id": n}) == 1
+    assert {found["_id"]: found["_fold"] for found in db["c"].raw.find()} == by_hand
+    assert {found["x"] for found in db["c"].raw.find()} == {-1, -2, -3, -4}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mongotorch import Always, Datalayer, Metric, NewDocuments, Query, Schedule, TorchModel, Validation, Worker
 from mongotorch.data import Difference, Members
-from mongotorch.errors import DataError, NotFoundError, ParameterError
+from mongotorch.errors import DataError, NotFoundError, ParameterError, TrustError
 
 
 def facts(db: Datalayer, trained: TorchModel) -> dict[str, Any]:
@@ -375,3 +375,43 @@ def test_what_is_new_is_unknown_where_a_version_does_not_say_what_it_was_trained
 
 
 OTHER = "other points"
+
+
+@pytest.mark.parametrize("change", [{"$set": {"data.members": None}}, {"$set": {"identifier": "another"}}])
+def test_who_was_trained_on_a_document_is_asked_of_signed_versions_only(
+    uri: str, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    signed: dict[str, Any] = {"signing_key": "k" * 32, "trust": "signed", "progress": False, "valid_fraction": 0.2}
+    with Datalayer.connect(uri, cache_dir=tmp_path, **signed) as db:
+        trained = db.apply(trainer(fill(db))).result()
+        seen = fold_ids(db, "train")[0]
+        assert [one.uuid for one in db.trained_on(seen)] == [trained.uuid]
+        db["mt.components"].raw.update_one({"_id": trained.uuid}, change)
+        with pytest.raises(TrustError):
+            db.trained_on(seen)
+
+
+def test_an_anchor_is_followed_to_a_signed_version_only(uri: str, tmp_path: Path) -> None:
+    """A trainer is visible through its model: neither may name the other without a signature that says so."""
+    signed: dict[str, Any] = {"signing_key": "k" * 32, "trust": "signed", "progress": False, "valid_fraction": 0.2}
+    with Datalayer.connect(uri, cache_dir=tmp_path, **signed) as db:
+        trained = db.apply(trainer(fill(db))).result()
+        documents = db["mt.components"].raw
+        published = documents.find_one({"anchor": trained.uuid})
+        assert published is not None
+        assert db.load(uuid=published["_id"]).uuid == published["_id"]
+        forged = {
+            "type_id": "model",
+            "identifier": "forged",
+            "version": 0,
+            "format": 2,
+            "refs": [published["_id"]],
+        }
+        documents.insert_one({"_id": "forged", **forged})
+        documents.update_one({"_id": published["_id"]}, {"$set": {"anchor": "forged"}})
+        with pytest.raises(TrustError):
+            db.load(uuid=published["_id"])
+        documents.replace_one({"_id": published["_id"]}, published)
+        documents.update_one({"_id": trained.uuid}, {"$set": {"signature": {}}})
+        with pytest.raises(TrustError):
+            db.load(uuid=published["_id"])

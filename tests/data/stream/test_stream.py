@@ -449,10 +449,28 @@ def test_folds_are_checked_and_assigned(documents: Any, database: Any) -> None:
         check_select(database, SELECT)
     assert documents.find_one({"_id": caught.value.document_id}) is not None
     assert assign_folds(documents, 0.2) == COUNT
-    assert assign_folds(documents, 0.2) == 0
     for found in documents.find({}, {"_fold": 1}):
         assert found["_fold"] == fold_of(found["_id"], 0.2)
     check_select(database, SELECT)
+
+
+def test_folds_set_by_hand_or_under_another_fraction_are_kept(documents: Any) -> None:
+    documents.update_many({}, {"$unset": {"_fold": ""}})
+    assign_folds(documents, 0.5)
+    by_hand = {"valid": [identity(n) for n in range(40)], "train": [identity(n) for n in range(40, 80)]}
+    for fold, ids in by_hand.items():
+        documents.update_many({"_id": {"$in": ids}}, {"$set": {"_fold": fold}})
+    documents.insert_many([{"_id": f"new-{n}", "y": n} for n in range(50)])
+    documents.update_one({"_id": "new-7"}, {"$set": {"_fold": "neither"}})
+    before = {
+        str(found["_id"]): found["_fold"] for found in documents.find({"_fold": {"$in": ["train", "valid"]}})
+    }
+    assert assign_folds(documents, 0.05) == 50
+    after = {str(found["_id"]): found["_fold"] for found in documents.find()}
+    assert {key: after[key] for key in before} == before
+    assert {key: fold for key, fold in after.items() if key not in before} == {
+        f"new-{n}": fold_of(f"new-{n}", 0.05) for n in range(50)
+    }
 
 
 def test_a_computed_projection_is_shuffled_whether_or_not_it_gives_the_id(mongod: str) -> None:

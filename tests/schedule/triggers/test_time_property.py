@@ -105,8 +105,42 @@ def test_every_fires_once_for_what_is_new_whatever_the_clock_does(
 @given(since=begins, back=st.lists(st.integers(-5000, 5000), min_size=2, max_size=30))
 def test_no_moment_fires_twice_however_the_clock_jumps(since: datetime, back: list[int]) -> None:
     assume(len(set(back)) > 1)
-    trigger, state, last = Cron("*/7 * * * *", "Europe/Berlin"), State(since=since), since
+    # The offsets of Berlin are whole hours, so these are its minutes too.
+    trigger, state, answered = Cron("*/7 * * * *", "Europe/Berlin"), State(since=since), since
     for minutes in back:
-        decision, state = trigger.due(since + timedelta(minutes=minutes), state)
-        assert decision.fire is (state.memory.get("last", since) > last)
-        last = state.memory.get("last", since)
+        now = since + timedelta(minutes=minutes)
+        coming = [at for at in _minutes(answered, now) if at.minute % 7 == 0]
+        decision, state = trigger.due(now, state)
+        assert decision.fire is bool(coming)
+        answered = max(coming, default=answered)
+        assert state.memory.get("last", since) == answered
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_in_a_zone_without_changes_the_moments_are_those_that_the_expression_says(expression: str) -> None:
+    since = datetime(2026, 1, 30, 12, 34, 56)
+    until = since + timedelta(days=70)
+    expected = [at for at in _minutes(since, until) if _is_of(expression, at)]
+    assert moments(Cron(expression, "UTC"), since, until) == expected
+    assert len(expected) >= 2
+
+
+def _minutes(after: datetime, until: datetime) -> list[datetime]:
+    """The full minutes after a time, up to another one."""
+    first = after.replace(second=0, microsecond=0) + timedelta(minutes=1)
+    count = int((until - first).total_seconds() // 60) + 1
+    return [first + timedelta(minutes=n) for n in range(max(count, 0))]
+
+
+def _is_of(expression: str, at: datetime) -> bool:
+    """Whether a minute is one of `EXPRESSIONS`, read by hand."""
+    last_day = (at + timedelta(days=1)).month != at.month
+    return {
+        "30 2 * * *": (at.hour, at.minute) == (2, 30),
+        "0,30 1-3 * * *": at.minute in (0, 30) and 1 <= at.hour <= 3,
+        "*/20 * * * *": at.minute % 20 == 0,
+        "5 */2 * * *": at.minute == 5 and at.hour % 2 == 0,
+        "0 3 * * SUN": at.weekday() == 6 and (at.hour, at.minute) == (3, 0),
+        "59 23 L * *": last_day and (at.hour, at.minute) == (23, 59),
+        "0 * 1 * *": at.day == 1 and at.minute == 0,
+    }[expression]

@@ -47,7 +47,7 @@ def scheduled(db: Datalayer, select: Query, **given: Any) -> Schedule:
     }
     chosen = {name: given.pop(name) for name in ("gate", "data", "warm_start") if name in given}
     return Schedule(
-        "s", trigger=Every(seconds=1e6), trainer=trainer(select, Interrupted, **usual, **given), **chosen
+        "s", trigger=Every(seconds=1e6), trainer=trainer(select, Interrupted, **{**usual, **given}), **chosen
     )
 
 
@@ -286,3 +286,74 @@ def test_a_download_is_of_the_labels_of_today_and_the_record_says_so(db: Datalay
     negate(db)
     assert not db.reproduce(db.load("model", "m", second["version"]).uuid).trained
     assert db.reproduce(db.load("model", "m", first["version"]).uuid).same
+
+
+def test_a_resumed_run_starts_where_it_began_whatever_went_live_meanwhile(db: Datalayer) -> None:
+    fill(db)
+    db.apply(scheduled(db, db[COLLECTION].find(), gate=Always()))
+    first = db.fire("s")
+    Worker(db).run(until_idle=True)
+    begun = first.result(timeout=5)
+    job = db.fire("s")
+    stopped = Worker(db)
+    Interrupted.meanwhile = staticmethod(lambda step: stopped.stop())
+    Recorder.steps.clear()
+    try:
+        stopped.run(until_idle=True)
+    finally:
+        Interrupted.meanwhile = staticmethod(lambda step: None)
+    assert job.status == "queued"
+    db.promote("model", "m", 0)
+    Worker(db).run(until_idle=True)
+    document = db.show("model", "m", job.result(timeout=5).version)
+    assert document["start"]["model"] == begun.uuid
+    assert document["verdict"]["against"]["version"] == 0, "and is judged against what is live at the end"
+    assert len(Recorder.steps) == 15, "the step that was made is not made again"
+
+
+def test_a_promotion_is_refused_when_another_version_went_live_after_the_verdict(
+    db: Datalayer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(db)
+    db.apply(scheduled(db, db[COLLECTION].find(), gate=Always()))
+    db.fire("s")
+    Worker(db).run(until_idle=True)
+    promote = Retraining._promote
+
+    def too_late(self: Retraining, published: Any, **given: Any) -> str | None:
+        db.promote("model", "m", 0, why="by hand, meanwhile")
+        return promote(self, published, **given)
+
+    monkeypatch.setattr(Retraining, "_promote", too_late)
+    job = db.fire("s")
+    Worker(db).run(until_idle=True)
+    version = job.result(timeout=5).version
+    assert version == 2
+    assert db.show("model", "m", version)["verdict"]["promote"]
+    assert db.load("model", "m").version == 0, "what a person made live stays live"
+    outcome = db.schedules()[0]["outcome"]
+    assert not outcome["promoted"]
+    assert "is live by now" in outcome["why"]
+    assert [move.to_version for move in db.history("model", "m")][-1] == 0
+
+
+MEASURED: list[list[int]] = []
+
+
+def watched(output: Tensor, n: Tensor) -> Tensor:
+    """An objective that keeps which documents are measured without gradients."""
+    if not torch.is_grad_enabled():
+        MEASURED.append(n.tolist())
+    return number_of(output, n)
+
+
+def test_validation_and_judging_are_never_shuffled(db: Datalayer) -> None:
+    fill(db)
+    MEASURED.clear()
+    made = scheduled(db, db[COLLECTION].find(), objective=watched, validation_interval=5)
+    run(db, made, lambda step: None)
+    order = fold_ids(db, "valid")
+    whole = [batch for batch in MEASURED if len(batch) > 1]
+    slices = [order[at : at + 16] for at in range(0, len(order), 16)]
+    assert all(batch in slices for batch in whole), "in the order of their `_id`, each time"
+    assert all(sum(batch == part for batch in whole) >= 3 for part in slices)

@@ -104,8 +104,8 @@ def test_a_schedule_fires_by_hand_once_a_call(db: Datalayer) -> None:
     first, second = db.fire("s", why="because"), db.fire("s")
     assert first.uuid != second.uuid
     work(db)
-    assert first.result(timeout=5).version == 1
-    assert second.result(timeout=5).version == 2
+    # Two jobs of one millisecond run in any order.
+    assert sorted(job.result(timeout=5).version for job in (first, second)) == [1, 2]
     assert first.record["parameters"]["reason"] == "because"
     with pytest.raises(NotFoundError, match="nobody"):
         db.fire("nobody")
