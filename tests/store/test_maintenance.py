@@ -254,3 +254,18 @@ def test_a_job_publishes_once(house: House) -> None:
         house.publish("a", job="j")
     with pytest.raises(ConflictError, match="gone"):
         house.components.publish({"_id": "z", "type_id": "m", "identifier": "i", "blobs": []}, needs=["t9"])
+
+
+def test_a_plan_that_nobody_uses_goes_after_thirty_days(house: House, database: Any) -> None:
+    plans = database["mt.plans"]
+    day = 24 * 3600.0
+    plans.insert_many([{"_id": "old", "used": utc_now() - timedelta(days=29)}, {"_id": "of an earlier release"}])
+    assert house.collect(after_s=0).plans == ()
+    assert house.collect(after_s=2 * day, dry_run=True).plans == ("old",)
+    job, attempt = house.run()
+    assert house.collect(after_s=2 * day).plans == ("old",), "the job began after it was used last"
+    plans.insert_one({"_id": "of the run", "used": utc_now() + timedelta(seconds=1)})
+    assert "of the run" not in house.collect(after_s=40 * day).plans, "an unfinished job may resume in it"
+    house.jobs.succeed(job, attempt, result="r")
+    assert house.collect(after_s=40 * day).plans == ("of the run",)
+    assert plans.count_documents({}) == 0

@@ -10,6 +10,9 @@ the checkpoints of unfinished jobs name. Anything else is removed once it was un
 - the checkpoints of jobs that ended that long ago, but for those that hold a trained model that could not be
   published: they stay until the job is run again, or removed.
 
+Plans, which say how streams cut a select into ranges, are removed when nobody has used them for 30 days, and no
+job that is unfinished can have.
+
 Guarantees: a collection that dies at any write leaves only what the next one removes; nothing is removed that is
 visible or could become visible, unless a publication sleeps for the whole grace period between two writes. The
 verifier changes nothing and unpickles nothing, and one broken record does not hide another.
@@ -38,6 +41,9 @@ from mongotorch.store.signing import Trust
 
 COLLECTION: Final = "mt.garbage"
 GRACE_S: Final = 3600.0
+PLANS_KEPT_S: Final = 30 * 24 * 3600.0
+"""How long a plan that nobody uses is kept, in seconds."""
+_PLANS: Final = "mt.plans"  # `data` stores them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +56,7 @@ class Collected:
         uploads: Uploads that never ended, by the `files_id` of their chunks.
         components: The uuids of documents that never became visible.
         checkpoints: The ids of checkpoints of jobs that have ended.
+        plans: The digests of plans that nobody has used for 30 days.
         waiting: How many more things are unreachable, for less than the grace period so far.
     """
 
@@ -58,6 +65,7 @@ class Collected:
     uploads: tuple[str, ...] = ()
     components: tuple[str, ...] = ()
     checkpoints: tuple[str, ...] = ()
+    plans: tuple[str, ...] = ()
     waiting: int = 0
 
 
@@ -76,6 +84,7 @@ class GarbageCollector:
         self._files, self._chunks = records(database, f"{BUCKET}.files"), records(database, f"{BUCKET}.chunks")
         self._components, self._checkpoints = records(database, COMPONENTS), records(database, CHECKPOINTS)
         self._jobs, self._unreachable = records(database, JOBS), records(database, COLLECTION)
+        self._plans = records(database, _PLANS)
         self._grace_s = grace_s
         self._clock = clock_of(database, now)
 
@@ -109,6 +118,7 @@ class GarbageCollector:
             uploads=tuple(map(str, uploads)),
             components=tuple(components),
             checkpoints=tuple(map(str, checkpoints)),
+            plans=tuple(self._collect_plans(dry_run)),
             waiting=young_components + young_blobs + young_uploads,
         )
 
@@ -142,6 +152,25 @@ class GarbageCollector:
             if not exists or self._jobs.find_one({"_id": job, **ended, **where}, {"_id": 1}) is not None:
                 found += [checkpoint["_id"] for checkpoint in self._checkpoints.find({"job": job}, {"_id": 1})]
         return found
+
+    def _collect_plans(self, dry_run: bool) -> list[str]:
+        """Remove the plans that nobody uses any more; their digests."""
+        if not dry_run:  # those of earlier releases do not say when they were used
+            with self._clock.alone():
+                unused = {"used": {"$exists": False}}
+                self._plans.update_many(unused, self._clock.update({"used": Later()}))
+        unfinished = {"status": {"$nin": sorted(FINAL_STATUSES)}}
+        oldest = self._jobs.find_one(unfinished, {"created": 1}, sort=[("created", 1)])
+        due = {"$and": [{"used": {"$exists": True}}, self._clock.due("used", seconds=PLANS_KEPT_S)]}
+        if oldest is not None:
+            due["$and"].append({"used": {"$lt": oldest["created"]}})
+        removed = []
+        for plan in list(self._plans.find(due, {"_id": 1})):
+            # Under the condition: who uses it meanwhile keeps it.
+            with self._clock.alone():
+                done = dry_run or self._plans.delete_one({"_id": plan["_id"], **due}).deleted_count
+            removed += [plan["_id"]] if done else []
+        return removed
 
     def _collect_blobs(
         self, components: set[str], checkpoints: set[Any], dry_run: bool

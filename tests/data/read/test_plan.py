@@ -2,14 +2,19 @@
 
 import random
 from collections.abc import Iterator
+from datetime import timedelta
 from itertools import pairwise
 from typing import Any
 
 import pytest
 
+from mongotorch.data.read import Sizes, make_plan, open_reader
 from mongotorch.data.read import plan as sampling
-from mongotorch.data.read.plan import sampled
+from mongotorch.data.read.plan import load_plan, sampled
 from mongotorch.data.read.reader import IdRange
+from mongotorch.mongo.retry import RetryPolicy
+from mongotorch.mongo.server_features import utc_now
+from mongotorch.query import Query
 
 SIZE, ROWS = 100_000, 500
 WHOLE = IdRange(lower=0, upper=SIZE - 1, closed=True, uniform=True)
@@ -78,3 +83,20 @@ def test_few_ranges_are_made_where_many_are_not_allowed_and_none_of_a_poor_sampl
     assert found is not None
     assert len(found) <= 30
     assert sampled(Clumped(numbers=list, matching=5000), WHOLE, ROWS, SIZE, most=20) is None  # type: ignore[arg-type]
+
+
+def test_a_plan_says_when_it_was_used_last(database: Any) -> None:
+    database["c"].insert_many([{"_id": n} for n in range(10)])
+    query, sizes = Query.find("c"), Sizes(prefetch_size=4, prefetch_factor=4, prefetch_bytes=2**20)
+    reader = open_reader(database, query, {"_id": 1}, RetryPolicy(deadline_s=5))
+    plan = make_plan(database, reader, sizes)
+    used = database["mt.plans"].find_one({"_id": plan.digest})["used"]
+    assert abs(utc_now() - used) < timedelta(minutes=1)
+    assert load_plan(database, plan.digest) == plan
+    assert database["mt.plans"].find_one({"_id": plan.digest})["used"] == used, "not written each time"
+    database["mt.plans"].update_one({"_id": plan.digest}, {"$set": {"used": used - timedelta(days=20)}})
+    assert make_plan(database, reader, sizes) == plan
+    assert database["mt.plans"].find_one({"_id": plan.digest})["used"] >= used
+    database["mt.plans"].update_one({"_id": plan.digest}, {"$unset": {"used": 1}})
+    assert load_plan(database, plan.digest) == plan
+    assert database["mt.plans"].find_one({"_id": plan.digest})["used"] >= used

@@ -16,11 +16,13 @@ collection's size.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Any, final
 
 import bson
@@ -31,7 +33,7 @@ from mongotorch.data.decode import same_type, sort_key
 from mongotorch.data.prefetch import map_ordered
 from mongotorch.data.read.reader import IdRange, Reader
 from mongotorch.errors import DataError, EmptySelectError
-from mongotorch.mongo.server_features import records
+from mongotorch.mongo.server_features import Later, clock_of, records, utc_now
 from mongotorch.query import Query
 
 _SAMPLES = 8  # a range: with fewer the ranges differ too much in size
@@ -113,6 +115,7 @@ COLLECTION = "mt.plans"
 MOST_SHUFFLED_RANGES = 64  # ranges that are shuffled together, at most
 _WALKED = 200_000  # documents; more are sampled
 _RANGES = 50_000  # at most, so that a plan fits into a document
+_TOUCHED = timedelta(days=1)
 _PROBED = 64  # documents whose size is measured
 
 
@@ -209,6 +212,7 @@ def load_plan(database: Any, digest: str) -> Plan | None:
     if found is None:
         return None
     check_format(found, "plan")
+    _touch(database, found)
     return Plan(
         digest=digest,
         starts=tuple(found["starts"]),
@@ -250,7 +254,17 @@ def _store(database: Any, plan: Plan) -> Plan:
         return load_plan(database, plan.digest) or plan
     except PyMongoError:  # a read-only user can stream, only not resume after changes
         return plan
+    _touch(database, document)
     return plan
+
+
+def _touch(database: Any, document: Mapping[str, Any]) -> None:
+    """Keep when a plan was used last, to about a day: garbage collection removes those that nobody uses."""
+    used, clock = document.get("used"), clock_of(database)
+    if isinstance(used, datetime) and abs(utc_now() - used) < _TOUCHED:
+        return
+    with contextlib.suppress(PyMongoError), clock.alone():  # a read-only user uses it as well
+        records(database, COLLECTION).update_one({"_id": document["_id"]}, clock.update({"used": Later()}))
 
 
 def _digest(query: Query, parts: list[Any]) -> str:
