@@ -12,6 +12,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from pymongo import monitoring
 
 from mongotorch import Datalayer, TorchModel, TorchTrainer, Worker
+from mongotorch.errors import MongotorchError
 
 # The first optimizer of a process makes torch load its compiler, which takes seconds: once, in the server.
 torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))])
@@ -191,3 +193,21 @@ def unreached(db: Datalayer) -> list[str]:
     there = {document["_id"] for document in documents}
     hidden = [document["_id"] for document in documents if document.get("anchor", document["_id"]) not in there]
     return blobs + chunks + hidden
+
+
+def work_under_elections(uri: str) -> None:
+    """Be a worker until killed, also while there is no primary."""
+    torch.set_num_threads(1)
+    while True:
+        with contextlib.suppress(MongotorchError), Datalayer.connect(uri, **{**SETTINGS, "lease_s": 5.0}) as db:
+            Worker(db).run()
+
+
+def apply_eight_times(uri: str, compute: str) -> None:
+    """Apply the same trainer from eight threads at once, and wait for each job."""
+    torch.set_num_threads(1)
+    with Datalayer.connect(uri, **{**SETTINGS, "compute": compute, "lease_s": 30.0}) as db:
+        applied = trainer(db, "same", in_memory=True, steps=20)
+        with ThreadPoolExecutor(8) as pool:
+            jobs = list(pool.map(lambda _: db.apply(applied), range(8)))
+        assert len({job.result(timeout=100).uuid for job in jobs}) == 1

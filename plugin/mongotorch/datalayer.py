@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import datetime
+from pathlib import Path
 from types import EllipsisType
 from typing import Any, ClassVar, Self, final
 
@@ -525,17 +526,25 @@ class Datalayer(Owner):
     # Maintenance
 
     def gc(self, dry_run: bool = False, *, grace_s: float = 3600.0) -> Collected:
-        """Remove what no component, checkpoint or running publication refers to.
+        """Remove what no component, checkpoint or running publication refers to, and jobs that are too old.
 
         Args:
             dry_run: Only report what would be removed.
             grace_s: Seconds for which it must have been unreferenced; 0 only while no other process writes.
         """
-        return GarbageCollector(self._connection.database, grace_s=grace_s).collect(dry_run=dry_run)
+        days = self.settings.keep_jobs_days
+        keep_jobs_s = None if days is None else days * 86_400.0
+        collector = GarbageCollector(self._connection.database, grace_s=grace_s, keep_jobs_s=keep_jobs_s)
+        return collector.collect(dry_run=dry_run)
 
-    def verify(self) -> Verified:
-        """Read and hash every blob, check every component and alias; problems are reported, not raised."""
-        return self._services.verifier.verify()
+    def verify(self, *, repair: str | Path | None = None) -> Verified:
+        """Read and hash every blob, check every component and alias; problems are reported, not raised.
+
+        Args:
+            repair: A folder: a blob that is damaged or missing, and whose bytes a file in it has, under whatever
+                name, is put back. None changes nothing.
+        """
+        return self._services.verifier.verify(copies=None if repair is None else Path(repair))
 
 
 def _shown(document: dict[str, Any]) -> dict[str, Any]:

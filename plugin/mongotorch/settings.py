@@ -33,6 +33,8 @@ class Settings(BaseSettings):
             giving up.
         lease_s: Seconds without a heartbeat after which another worker takes a run over.
         max_runtime_s: Seconds that one attempt of a run may take; None is no limit. A run that takes longer fails.
+        keep_jobs_days: Days for which `gc` keeps jobs that ended, with what they measured; None is for ever.
+            Those of versions that are still there stay in any case.
         stop_grace_s: Seconds that a worker's run has to stop by itself, when the worker is told to stop or the job
             was cancelled, before its process is killed.
         checkpoint_seconds: Seconds between checkpoints of a run, besides the one at each validation.
@@ -57,6 +59,7 @@ class Settings(BaseSettings):
     read_deadline_s: float = Field(default=60.0, gt=0)
     lease_s: float = Field(default=30.0, gt=0)
     max_runtime_s: float | None = Field(default=None, gt=0)
+    keep_jobs_days: float | None = Field(default=None, ge=0)
     stop_grace_s: float = Field(default=20.0, ge=0)
     checkpoint_seconds: float = Field(default=60.0, ge=0)
     lineage: bool = True

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mongotorch.errors import ConflictError, IntegrityError
 from mongotorch.mongo.server_features import utc_now
-from mongotorch.store import BlobStore, Checkpoints, Components, GarbageCollector, Jobs
+from mongotorch.store import BlobStore, Checkpoints, Components, GarbageCollector, Jobs, MetricLog, Verifier
 from mongotorch.store.maintenance import GRACE_S, Collected
 
 
@@ -269,3 +270,60 @@ def test_a_plan_that_nobody_uses_goes_after_thirty_days(house: House, database: 
     house.jobs.succeed(job, attempt, result="r")
     assert house.collect(after_s=40 * day).plans == ("of the run",)
     assert plans.count_documents({}) == 0
+
+
+def test_jobs_and_measurements_go_when_they_are_older_than_they_are_kept(house: House) -> None:
+    log = MetricLog(house.database)
+
+    def ended(component: str, *, result: str | None = None) -> str:
+        job, attempt = house.run(component)
+        log.add(job=job, component=component, step=1, kind="valid", values={"objective": 1.0})
+        if result is None:
+            house.jobs.fail(job, attempt, error={"type": "E", "message": "no"})
+        else:
+            house.publish(result, job=job)
+            house.jobs.succeed(job, attempt, result=result)
+        return job
+
+    failed, published, gone = ended("a"), ended("b", result="v"), ended("c", result="w")
+    house.components.remove("w")
+    running, _ = house.run("d")
+    day = 86_400.0
+
+    def collect(after_s: float, **more: Any) -> Collected:
+        return GarbageCollector(house.database, keep_jobs_s=day, now=Later(after_s)).collect(**more)
+
+    assert collect(day / 2).jobs == 0
+    assert house.collect(after_s=9 * day).jobs == 0  # they are kept for ever unless that is said
+    assert collect(2 * day, dry_run=True).jobs == 2
+    assert len(house.jobs.find()) == 4
+
+    assert collect(2 * day).jobs == 2
+
+    assert {job["_id"] for job in house.jobs.find()} == {published, running}
+    assert (len(log.of(failed)), len(log.of(gone)), len(log.of(published))) == (0, 0, 1)
+
+
+def test_damaged_and_missing_blobs_are_put_back_from_files(house: House, tmp_path: Path) -> None:
+    texts = {"cut": b"cut" * 99, "changed": b"changed" * 99, "missing": b"missing" * 99, "lost": b"lost" * 99}
+    names = {word: house.blobs.put(data) for word, data in texts.items()}
+    house.publish("a", *names.values())
+    files, chunks = house.database["mt.artifacts.files"], house.database["mt.artifacts.chunks"]
+    ids = {word: files.find_one({"filename": name})["_id"] for word, name in names.items()}
+    chunks.delete_one({"files_id": ids["cut"]})
+    chunks.update_one({"files_id": ids["changed"]}, {"$set": {"data": b"x" * len(texts["changed"])}})
+    for word in ("missing", "lost"):
+        house.blobs.remove(names[word])
+    (tmp_path / "backup").mkdir()
+    for word in ("cut", "changed", "missing"):
+        (tmp_path / "backup" / word).write_bytes(texts[word])
+    (tmp_path / "other").write_bytes(b"something else")
+    assert len(Verifier(house.database).verify().problems) == 4
+
+    found = Verifier(house.database).verify(copies=tmp_path)
+
+    assert set(found.repaired) == {names[word] for word in ("cut", "changed", "missing")}
+    assert [names["lost"] in problem for problem in found.problems] == [True]
+    for word in ("cut", "changed", "missing"):
+        assert house.blobs.get(names[word]) == texts[word]
+    assert Verifier(house.database).verify(copies=tmp_path).repaired == ()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -118,10 +119,16 @@ def gc(
         print_value(db.gc(dry_run, grace_s=grace_s), as_json=as_json)
 
 
-def verify(uri: Uri = None, as_json: AsJson = False) -> None:
+def verify(
+    repair: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="Put back what files of this folder have.")
+    ] = None,
+    uri: Uri = None,
+    as_json: AsJson = False,
+) -> None:
     """Hash every blob and check every signature; exit code 1 if something is broken."""
     with opened(uri) as db:
-        found = db.verify()
+        found = db.verify(repair=repair)
     print_value(found, as_json=as_json)
     raise typer.Exit(1 if found.problems else 0)
 

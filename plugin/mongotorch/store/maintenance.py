@@ -13,6 +13,9 @@ the checkpoints of unfinished jobs name. Anything else is removed once it was un
 Plans, which say how streams cut a select into ranges, are removed when nobody has used them for 30 days, and no
 job that is unfinished can have.
 
+Jobs that ended longer ago than they are to be kept go with their measurements, but for those of versions that are
+still there and of trained models that could not be published.
+
 Guarantees: a collection that dies at any write leaves only what the next one removes; nothing is removed that is
 visible or could become visible, unless a publication sleeps for the whole grace period between two writes. The
 verifier changes nothing and unpickles nothing, and one broken record does not hide another.
@@ -21,6 +24,9 @@ verifier changes nothing and unpickles nothing, and one broken record does not h
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Final, final
 
 from mongotorch.codecs import NEWER, WRITTEN, check_format
@@ -37,6 +43,7 @@ from mongotorch.store.components import COLLECTION as COMPONENTS
 from mongotorch.store.components import KIND
 from mongotorch.store.jobs import COLLECTION as JOBS
 from mongotorch.store.jobs import FINAL_STATUSES
+from mongotorch.store.metrics import COLLECTION as METRICS
 from mongotorch.store.signing import Trust
 
 COLLECTION: Final = "mt.garbage"
@@ -57,6 +64,7 @@ class Collected:
         components: The uuids of documents that never became visible.
         checkpoints: The ids of checkpoints of jobs that have ended.
         plans: The digests of plans that nobody has used for 30 days.
+        jobs: How many jobs, with their measurements, were older than they are kept.
         waiting: How many more things are unreachable, for less than the grace period so far.
     """
 
@@ -66,6 +74,7 @@ class Collected:
     components: tuple[str, ...] = ()
     checkpoints: tuple[str, ...] = ()
     plans: tuple[str, ...] = ()
+    jobs: int = 0
     waiting: int = 0
 
 
@@ -77,15 +86,19 @@ class GarbageCollector:
         database: The driver's database.
         grace_s: How long something must have been unreachable, in seconds. 0 is for a database that nobody writes
             to.
+        keep_jobs_s: How long jobs that ended, and what they measured, are kept, in seconds; None: for ever.
         now: A clock instead of the server's, naive UTC; for tests.
     """
 
-    def __init__(self, database: Any, *, grace_s: float = GRACE_S, now: Now | None = None) -> None:
+    def __init__(
+        self, database: Any, *, grace_s: float = GRACE_S, keep_jobs_s: float | None = None, now: Now | None = None
+    ) -> None:
         self._files, self._chunks = records(database, f"{BUCKET}.files"), records(database, f"{BUCKET}.chunks")
         self._components, self._checkpoints = records(database, COMPONENTS), records(database, CHECKPOINTS)
         self._jobs, self._unreachable = records(database, JOBS), records(database, COLLECTION)
         self._plans = records(database, _PLANS)
-        self._grace_s = grace_s
+        self._metrics = records(database, METRICS)
+        self._grace_s, self._keep_jobs_s = grace_s, keep_jobs_s
         self._clock = clock_of(database, now)
 
     @driver_errors("collecting garbage")
@@ -113,6 +126,7 @@ class GarbageCollector:
                 self._chunks.delete_many({"files_id": upload})
             self._forget("upload", uploads)
         return Collected(
+            jobs=0 if self._keep_jobs_s is None else self._remove_jobs(self._keep_jobs_s, dry_run),
             blobs=tuple(blobs),
             nbytes=nbytes,
             uploads=tuple(map(str, uploads)),
@@ -136,6 +150,20 @@ class GarbageCollector:
             if self._components.find_one(anchor, {"_id": 1}) is None and not self._is_open(document.get("job")):
                 found.append(document["_id"])
         return found
+
+    def _remove_jobs(self, keep_s: float, dry_run: bool) -> int:
+        """Remove the jobs that ended that long ago, measurements first; how many."""
+        ended = {"status": {"$in": sorted(FINAL_STATUSES)}, **self._clock.due("finished", seconds=keep_s)}
+        removed = 0
+        for job in self._jobs.find(ended, {"_id": 1}):
+            of_job = {"job": job["_id"]}
+            if self._components.find_one(of_job, {"_id": 1}) or self._checkpoints.find_one(of_job, {"_id": 1}):
+                continue  # a version keeps its job, and what was measured for it
+            if not dry_run:
+                self._metrics.delete_many(of_job)
+                self._jobs.delete_one({"_id": job["_id"], **ended})  # unless it was queued again meanwhile
+            removed += 1
+        return removed
 
     def _is_open(self, job: Any) -> bool:
         unfinished = {"_id": job, "status": {"$nin": sorted(FINAL_STATUSES)}}
@@ -243,6 +271,7 @@ class Verified:
         components: How many component documents were checked.
         aliases: How many moves of aliases were checked.
         problems: One sentence for each thing that is broken; empty if nothing is.
+        repaired: The names of blobs whose bytes were put back.
     """
 
     blobs: int
@@ -250,6 +279,7 @@ class Verified:
     components: int
     aliases: int
     problems: tuple[str, ...]
+    repaired: tuple[str, ...] = ()
 
 
 @final
@@ -267,19 +297,53 @@ class Verifier:
         self._trust = trust
 
     @driver_errors("verifying")
-    def verify(self) -> Verified:
-        """Read and hash every blob, and check every component, its blobs, and the history of every alias."""
+    def verify(self, *, copies: Path | None = None) -> Verified:
+        """Read and hash every blob, and check every component, its blobs, and the history of every alias.
+
+        Args:
+            copies: A folder. Blobs that are damaged or missing, and whose bytes a file in it has, under whatever
+                name, are put back; None changes nothing.
+        """
         problems: list[str] = []
         names = list(self._blobs.names())
-        nbytes = sum(self._read(name, problems) for name in names)
-        known, components = set(names), 0
+        sizes = {name: self._size(name) for name in names}
+        wrong = {name for name, size in sizes.items() if size is None}
+        wrong |= {name for each in self._documents.find({}, {"blobs": 1}) for name in each.get("blobs", ())} - {
+            *names
+        }
+        repaired = () if copies is None or not wrong else tuple(self._put_back(wrong, copies))
+        for name in wrong & sizes.keys():
+            sizes[name] = self._read(name, problems)
+        known, components = {*names, *repaired}, 0
         for document in self._documents.find():
             components += 1
             self._check(document, known, problems)
         aliases = self._check_aliases(problems)
         return Verified(
-            blobs=len(names), nbytes=nbytes, components=components, aliases=aliases, problems=tuple(problems)
+            blobs=len(names),
+            nbytes=sum(size or 0 for size in sizes.values()),
+            components=components,
+            aliases=aliases,
+            problems=tuple(problems),
+            repaired=repaired,
         )
+
+    def _put_back(self, names: set[str], copies: Path) -> Iterator[str]:
+        """Store the bytes of these blobs that files of a folder have."""
+        for path in sorted(each for each in copies.rglob("*") if each.is_file()):
+            with path.open("rb") as file:
+                name = hashlib.file_digest(file, "sha256").hexdigest()
+            if name in names:
+                data = path.read_bytes()
+                if not self._blobs.mend(data):
+                    self._blobs.put(data)
+                yield name
+
+    def _size(self, name: str) -> int | None:
+        try:
+            return len(self._blobs.get(name))
+        except MongotorchError:
+            return None
 
     def _read(self, name: str, problems: list[str]) -> int:
         try:
