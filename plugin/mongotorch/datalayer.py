@@ -546,6 +546,18 @@ class Datalayer(Owner):
         """
         return self._services.verifier.verify(copies=None if repair is None else Path(repair))
 
+    def resign(self) -> int:
+        """Sign with the first key what another accepted key has signed, so that the other can be dropped.
+
+        Returns:
+            How many records were signed again; what no accepted key has signed stays as it is.
+
+        Raises:
+            SettingError: There is no key that can sign.
+            TrustError: A record was changed since it was signed.
+        """
+        return self._services.verifier.resign()
+
 
 def _shown(document: dict[str, Any]) -> dict[str, Any]:
     return {**document, "trained": is_trained(document)}

@@ -28,7 +28,7 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 for _command in (
     *(demo.demo, versions.show, jobs.jobs, jobs.job, jobs.cancel, jobs.worker),
     *(versions.promote, versions.rollback, versions.history, versions.diff, lineage.lineage),
-    *(versions.gc, versions.verify),
+    *(versions.gc, versions.verify, versions.resign),
 ):
     app.command()(_command)
 app.add_typer(schedules.app, name="schedule")

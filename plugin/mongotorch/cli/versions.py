@@ -133,6 +133,16 @@ def verify(
     raise typer.Exit(1 if found.problems else 0)
 
 
+def resign(uri: Uri = None, as_json: AsJson = False) -> None:
+    """Sign with the first key what another accepted key has signed; then the other key can be dropped."""
+    with opened(uri) as db:
+        count = db.resign()
+    if as_json:
+        print_json({"signed": count})
+    else:
+        typer.echo(f"{count} record(s) signed again")
+
+
 def _print_move(move: Move, *, as_json: bool) -> None:
     if as_json:
         print_json(move.to_document())

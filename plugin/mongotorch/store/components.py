@@ -18,7 +18,7 @@ from pymongo.errors import DuplicateKeyError
 
 from mongotorch.codecs import WRITTEN, check_format
 from mongotorch.component import is_refused
-from mongotorch.errors import ConflictError, IntegrityError, JobCancelledError, NotFoundError
+from mongotorch.errors import ConflictError, IntegrityError, JobCancelledError, NotFoundError, TrustError
 from mongotorch.mongo.retry import repeated
 from mongotorch.mongo.server_features import clock_of, ensure_index, in_transaction, records
 from mongotorch.store.blobs import BlobStore
@@ -230,7 +230,8 @@ class Components:
             FormatError: A newer release wrote it.
         """
         given = {} if version is None else {"version": version}
-        found = self._checked(next(self._named(type_id, identifier, **given), None))
+        named = self._named(type_id, identifier, **given)
+        found = self._first(named) if version is None else self._checked(next(named, None))
         if found is None:
             versions = self.versions(type_id, identifier)
             name = f"{type_id} {identifier!r}"
@@ -241,7 +242,7 @@ class Components:
     @repeated("looking for a component")
     def newest(self, type_id: str, identifier: str) -> dict[str, Any] | None:
         """The newest visible version; None where there is none. Raises: TrustError, FormatError."""
-        return self._checked(next(self._named(type_id, identifier), None))
+        return self._first(self._named(type_id, identifier))
 
     @repeated("looking for a component")
     def newest_by_default(self, type_id: str, identifier: str) -> dict[str, Any]:
@@ -262,7 +263,7 @@ class Components:
         if found is not None:
             return found
         name = f"{type_id} {identifier!r}"
-        found = self._checked(next(self._named(type_id, identifier, **_NOT_REFUSED), None))
+        found = self._first(self._named(type_id, identifier, **_NOT_REFUSED))
         if found is None:
             raise NotFoundError(
                 f"no version of {name} but those that the gate of a schedule refused; name one, or promote it"
@@ -285,12 +286,12 @@ class Components:
             refused: Whether one that the gate of a schedule refused counts.
         """
         more = {} if refused else _NOT_REFUSED
-        return self._checked(next(self._named(type_id, identifier, job={"$type": "string"}, **more), None))
+        return self._first(self._named(type_id, identifier, job={"$type": "string"}, **more))
 
     @repeated("looking for a component")
     def by_digest(self, type_id: str, identifier: str, digest: str) -> dict[str, Any] | None:
         """The newest visible version with this content, or None. Raises: TrustError, FormatError."""
-        return self._checked(next(self._named(type_id, identifier, digest=digest), None))
+        return self._first(self._named(type_id, identifier, digest=digest))
 
     @repeated("reading a component")
     def of_job(self, job: str) -> dict[str, Any] | None:
@@ -356,6 +357,27 @@ class Components:
 
     def _checked(self, document: dict[str, Any] | None) -> dict[str, Any] | None:
         return None if document is None else self._read(document)
+
+    def _first(self, documents: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
+        """The first of them that an accepted key signed; those that none did are skipped, and the log says so.
+
+        Raises:
+            TrustError: None of them is signed by an accepted key, or the first that is was changed since.
+            FormatError: A newer release wrote it.
+        """
+        error: TrustError | None = None
+        for document in documents:
+            try:
+                if self._trust is not None:
+                    self._trust.check_signer(document, kind=KIND)
+            except TrustError as refused:
+                _log.warning("a version was skipped: %s", refused)
+                error = error or refused
+                continue
+            return self._read(document)
+        if error is not None:
+            raise error
+        return None
 
     def _read(self, document: dict[str, Any]) -> dict[str, Any]:
         check_format(document, KIND)

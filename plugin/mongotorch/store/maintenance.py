@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, Final, final
 
 from mongotorch.codecs import NEWER, WRITTEN, check_format
-from mongotorch.errors import MongotorchError
+from mongotorch.errors import MongotorchError, SettingError
 from mongotorch.mongo.error_translation import driver_errors
 from mongotorch.mongo.server_features import Later, Now, clock_of, records
 from mongotorch.store.aliases import COLLECTION as ALIASES
@@ -44,7 +44,7 @@ from mongotorch.store.components import KIND
 from mongotorch.store.jobs import COLLECTION as JOBS
 from mongotorch.store.jobs import FINAL_STATUSES
 from mongotorch.store.metrics import COLLECTION as METRICS
-from mongotorch.store.signing import Trust
+from mongotorch.store.signing import FIELD, Trust
 
 COLLECTION: Final = "mt.garbage"
 GRACE_S: Final = 3600.0
@@ -284,7 +284,7 @@ class Verified:
 
 @final
 class Verifier:
-    """Checks everything that is stored in one database.
+    """Checks everything that is stored in one database, and signs it again.
 
     Args:
         database: The driver's database.
@@ -293,6 +293,7 @@ class Verifier:
 
     def __init__(self, database: Any, trust: Trust | None = None) -> None:
         self._documents, self._moves = records(database, COMPONENTS), records(database, ALIASES)
+        self._checkpoints = records(database, CHECKPOINTS)
         self._blobs = BlobStore(database)
         self._trust = trust
 
@@ -327,6 +328,33 @@ class Verifier:
             problems=tuple(problems),
             repaired=repaired,
         )
+
+    @driver_errors("signing again")
+    def resign(self) -> int:
+        """Sign with the first key what another accepted key has signed; how many records that were.
+
+        What no accepted key has signed stays as it is.
+
+        Raises:
+            SettingError: No key can sign.
+            TrustError: A record was changed since it was signed; those before it are signed again.
+        """
+        trust = self._trust
+        if trust is None or trust.signing is None:
+            raise SettingError(
+                "signing again needs a key that signs: set MONGOTORCH_SIGNING_KEY", setting="signing_key"
+            )
+        count = 0
+        for collection, kind in ((self._documents, KIND), (self._moves, ALIAS), (self._checkpoints, "checkpoint")):
+            for document in collection.find():
+                key = trust.check_signer(document, kind=kind) if FIELD in document else None
+                if key is None or key.key_id == trust.signing.key_id:
+                    continue
+                trust.check(document, kind=kind)
+                new = trust.sign(document, kind=kind)[FIELD]
+                same = {"_id": document["_id"], FIELD: document[FIELD]}
+                count += collection.update_one(same, {"$set": {FIELD: new}}).modified_count
+        return count
 
     def _put_back(self, names: set[str], copies: Path) -> Iterator[str]:
         """Store the bytes of these blobs that files of a folder have."""

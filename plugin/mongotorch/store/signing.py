@@ -128,12 +128,35 @@ class Trust:
         Raises:
             TrustError: It was changed, or no accepted key signed it; nothing of it was decoded.
         """
-        if not self.accepted and not self.required:
+        key = self.check_signer(document, kind=kind)
+        if key is None:
             return
+        signature = document[FIELD]
+        # Exact types: a binary of another subtype is not the form that a signature has.
+        types = {name: type(part) for name, part in signature.items()}
+        whole = types == {"key": str, "algorithm": str, "value": bytes} and signature["algorithm"] == key.algorithm
+        if not whole or not _fits(key, document, kind, signature["value"]):
+            raise _untrusted(document, kind, "is not what was signed: somebody changed it")
+
+    def check_signer(self, document: Mapping[str, Any], *, kind: str) -> SigningKey | None:
+        """The accepted key that a document says it is signed with; its signature is not checked.
+
+        Args:
+            document: The document as it is stored.
+            kind: As it was signed.
+
+        Returns:
+            None where there is none, and none is required.
+
+        Raises:
+            TrustError: There is none, and one is required.
+        """
+        if not self.accepted and not self.required:
+            return None
         signature = document.get(FIELD)
         if signature is None:
             self._refuse_if_required(document, kind, "is not signed, and trust='signed' was asked for")
-            return
+            return None
         if not isinstance(signature, Mapping):
             raise _untrusted(document, kind, "has a signature of no known form")
         key_id = str(signature.get("key"))
@@ -141,12 +164,7 @@ class Trust:
         if key is None:
             why = f"is signed with the key {key_id[:40]!r}, which is not among the accepted ones"
             self._refuse_if_required(document, kind, why)
-            return
-        # Exact types: a binary of another subtype is not the form that a signature has.
-        types = {name: type(part) for name, part in signature.items()}
-        whole = types == {"key": str, "algorithm": str, "value": bytes} and signature["algorithm"] == key.algorithm
-        if not whole or not _fits(key, document, kind, signature["value"]):
-            raise _untrusted(document, kind, "is not what was signed: somebody changed it")
+        return key
 
     def _refuse_if_required(self, document: Mapping[str, Any], kind: str, why: str) -> None:
         if self.required:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any, final
@@ -38,6 +39,7 @@ from mongotorch.services.versions.promotion import Promoter, title
 from mongotorch.store import LIVE, Aliases, BlobStore, Components, Move, Trust
 from mongotorch.train import TorchModel, fill_module
 
+_log = logging.getLogger("mongotorch")
 _STORE_TRIES = 100
 _PLAIN = ("forward_method", "train_forward_method")
 
@@ -503,7 +505,7 @@ class Catalog:
         documents = [self.components.find(type_id, identifier, version)]
         if version is None:
             numbers = self.components.versions(type_id, identifier)
-            documents = [self.components.find(type_id, identifier, number) for number in numbers]
+            documents = list(self._trusted(type_id, identifier, numbers))
         leaving = {document["_id"] for document in documents}
         # A trainer that a run published with one of these models becomes invisible with it.
         leaving |= {
@@ -517,6 +519,14 @@ class Catalog:
             self.components.remove(document["_id"])
         self.promoter.withdraw(leaving)  # from aliases that were moved to it meanwhile
         return len(documents)
+
+    def _trusted(self, type_id: str, identifier: str, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
+        """The documents of these versions, without those that no accepted key signed: the log names them."""
+        for number in numbers:
+            try:
+                yield self.components.find(type_id, identifier, number)
+            except TrustError as error:
+                _log.warning("version %s of %s %r is left as it is: %s", number, type_id, identifier, error)
 
     def _refuse_in_use(self, documents: Iterable[Mapping[str, Any]], leaving: set[str]) -> None:
         for document in documents:
