@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mongotorch.data.read import Sizes, make_plan, open_reader
+from mongotorch.data.read import Sizes, make_plan, open_reader, resume_plan
 from mongotorch.data.read import plan as sampling
 from mongotorch.data.read.plan import load_plan, sampled
 from mongotorch.data.read.reader import IdRange
@@ -92,11 +92,27 @@ def test_a_plan_says_when_it_was_used_last(database: Any) -> None:
     plan = make_plan(database, reader, sizes)
     used = database["mt.plans"].find_one({"_id": plan.digest})["used"]
     assert abs(utc_now() - used) < timedelta(minutes=1)
-    assert load_plan(database, plan.digest) == plan
+    assert load_plan(database, plan.digest, query) == plan
     assert database["mt.plans"].find_one({"_id": plan.digest})["used"] == used, "not written each time"
     database["mt.plans"].update_one({"_id": plan.digest}, {"$set": {"used": used - timedelta(days=20)}})
     assert make_plan(database, reader, sizes) == plan
     assert database["mt.plans"].find_one({"_id": plan.digest})["used"] >= used
     database["mt.plans"].update_one({"_id": plan.digest}, {"$unset": {"used": 1}})
-    assert load_plan(database, plan.digest) == plan
+    assert load_plan(database, plan.digest, query) == plan
     assert database["mt.plans"].find_one({"_id": plan.digest})["used"] >= used
+
+
+@pytest.mark.parametrize("change", [{"starts": [5]}, {"last": 3}, {"starts": [5], "exact": False}, {"window": 1}])
+def test_a_plan_that_was_changed_is_not_used(database: Any, change: dict[str, Any]) -> None:
+    database["c"].insert_many([{"_id": n} for n in range(10)])
+    query, sizes = Query.find("c"), Sizes(prefetch_size=2, prefetch_factor=8, prefetch_bytes=2**20)
+    reader = open_reader(database, query, {"_id": 1}, RetryPolicy(deadline_s=5))
+    plan = make_plan(database, reader, sizes)
+    assert plan.window != 1
+
+    database["mt.plans"].update_one({"_id": plan.digest}, {"$set": change})
+
+    assert make_plan(database, reader, sizes) == plan
+    if change.get("exact") is None:
+        assert load_plan(database, plan.digest, query) is None
+        assert resume_plan(database, reader, sizes, plan.digest) == plan

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -111,6 +112,7 @@ def _walked(
         yield from between.get(n, [])
 
 
+_log = logging.getLogger("mongotorch.data")
 COLLECTION = "mt.plans"
 MOST_SHUFFLED_RANGES = 64  # ranges that are shuffled together, at most
 _WALKED = 200_000  # documents; more are sampled
@@ -192,28 +194,28 @@ def make_plan(database: Any, reader: Reader, sizes: Sizes) -> Plan:
     size = reader.size()
     if size > _WALKED:
         request = _digest(reader.query, [*ends, size, rows, window])
-        if (stored := load_plan(database, request)) is not None:
+        stored = load_plan(database, request, reader.query)
+        if stored is not None and (stored.starts[0], stored.last) == ends:
             return stored
         if (found := sampled(reader, whole, rows, size, most=_RANGES)) is not None:
             plan = Plan(digest=request, starts=found, last=ends[1], rows=rows, window=window)
-            return _store(database, plan)
+            return _store(database, plan, reader.query)
     walked = (whole.lower, *reader.walk(whole, rows))
     # More ranges than a document can hold become fewer, larger ones.
     step = -(-len(walked) // _RANGES)
     starts, rows = walked[::step], rows * step
     digest = _digest(reader.query, [*starts, ends[1], rows, window])
     plan = Plan(digest=digest, starts=starts, last=ends[1], rows=rows, window=window, exact=True)
-    return _store(database, plan)
+    return _store(database, plan, reader.query)
 
 
-def load_plan(database: Any, digest: str) -> Plan | None:
-    """The plan of a digest, or None where it is not stored. Raises: FormatError."""
+def load_plan(database: Any, digest: str, query: Query) -> Plan | None:
+    """The plan of a digest, or None where it is not stored, or was changed since. Raises: FormatError."""
     found = records(database, COLLECTION).find_one({"_id": digest})
     if found is None:
         return None
     check_format(found, "plan")
-    _touch(database, found)
-    return Plan(
+    plan = Plan(
         digest=digest,
         starts=tuple(found["starts"]),
         last=found["last"],
@@ -221,6 +223,12 @@ def load_plan(database: Any, digest: str) -> Plan | None:
         window=found["window"],
         exact=found.get("exact", False),
     )
+    # A plan of counted ranges has the digest of them; one of sampled ranges that of what was asked.
+    if plan.exact and _digest(query, [*plan.starts, plan.last, plan.rows, plan.window]) != digest:
+        _log.warning("plan %s in %s is not what was stored, and is not used", digest, COLLECTION)
+        return None
+    _touch(database, found)
+    return plan
 
 
 def resume_plan(database: Any, reader: Reader, sizes: Sizes, digest: str) -> Plan:
@@ -229,7 +237,7 @@ def resume_plan(database: Any, reader: Reader, sizes: Sizes, digest: str) -> Pla
     Raises:
         DataError: It is not stored (a read-only user), and the documents have changed since.
     """
-    plan = load_plan(database, digest) or make_plan(database, reader, sizes)
+    plan = load_plan(database, digest, reader.query) or make_plan(database, reader, sizes)
     if plan.digest != digest:
         raise DataError(
             f"plan {digest[:12]}… of the stopped stream is not in {COLLECTION!r}, and the documents or "
@@ -238,7 +246,7 @@ def resume_plan(database: Any, reader: Reader, sizes: Sizes, digest: str) -> Pla
     return plan
 
 
-def _store(database: Any, plan: Plan) -> Plan:
+def _store(database: Any, plan: Plan, query: Query) -> Plan:
     document = {
         "_id": plan.digest,
         **WRITTEN,
@@ -251,7 +259,8 @@ def _store(database: Any, plan: Plan) -> Plan:
     try:
         records(database, COLLECTION).insert_one(document)
     except DuplicateKeyError:
-        return load_plan(database, plan.digest) or plan
+        stored = load_plan(database, plan.digest, query)
+        return plan if stored is None or plan.exact else stored  # the digest of an exact one is that of its ranges
     except PyMongoError:  # a read-only user can stream, only not resume after changes
         return plan
     _touch(database, document)
