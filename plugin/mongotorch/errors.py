@@ -16,6 +16,7 @@
     │   ├── EmptyFoldError
     │   ├── FoldMissingError        documents without `_fold`
     │   ├── FieldMissingError       a key that a document lacks
+    │   ├── DtypeError              a value that does not fit the dtype of its field
     │   └── ShapeError              shapes or types that differ between documents
     ├── TrainingError               a run that cannot go on
     │   └── NonFiniteLossError
@@ -163,6 +164,10 @@ class FoldMissingError(DataError):
 
 class FieldMissingError(DataError):
     """A field of `key` that a document lacks."""
+
+
+class DtypeError(DataError):
+    """A value that does not fit the dtype which a field has for the whole run."""
 
 
 class ShapeError(DataError):

@@ -90,6 +90,26 @@ class Key:
         return (*(p.rpartition(".")[2] for p in self.positional), *(argument for _, argument in self.named))
 
 
+_DTYPES: Final = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool"})
+
+
+def check_dtypes(dtypes: Any, paths: Sequence[str]) -> None:
+    """Refuse dtypes of fields that are not read, or that no batch can have. Raises: ParameterError."""
+    if dtypes is None:
+        return
+    if not isinstance(dtypes, Mapping):
+        raise ParameterError('dtypes must be a dict such as {"x": "float32"}, or None', field="dtypes")
+    for path, dtype in dtypes.items():
+        if path not in paths:
+            raise ParameterError(
+                f"dtypes names {path!r}, which is no field of the key: {', '.join(paths)}", field="dtypes"
+            )
+        if dtype not in _DTYPES:
+            raise ParameterError(
+                f"dtypes[{path!r}]={dtype!r}: one of {', '.join(sorted(_DTYPES))}", field="dtypes"
+            )
+
+
 def check_signature(signature: Any) -> None:
     """Refuse a signature that does not exist. Raises: SignatureError."""
     if signature not in SIGNATURES:

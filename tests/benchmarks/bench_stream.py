@@ -29,6 +29,7 @@ from tests.benchmarks import stream_scale as scale
 from tests.benchmarks.bench_publish import rounds_of
 from tests.benchmarks.stream_data import database, fill, tensors
 from tests.benchmarks.stream_rounds import Contender, Rounds, drained, slow_width, step_seconds, trained
+from tests.benchmarks.stream_shapes import shape_rows
 from tests.benchmarks.stream_show import Row, plot, show, write_page
 
 from mongotorch.data import Stream
@@ -219,6 +220,9 @@ def main() -> None:
         rows = list(ratio_rows(read, train, slow, step_seconds(width, contenders.BATCH)))
         if given.many:
             rows += scale_rows(uri, base, given.many, given.rounds, lambda text: console.log(f"scale: {text}"))
+        rows += shape_rows(
+            base, max(given.docs // _PART, 1), given.rounds, lambda text: console.log(f"shapes: {text}")
+        )
         rows.append(publish_row(uri, base, given.rounds, lambda text: console.log(f"publish: {text}")))
     rates = {f"read: {name}": rate for name, rate in read.rates(given.docs).items()}
     rates |= {f"train: {name}": rate for name, rate in train.rates(given.docs).items()}

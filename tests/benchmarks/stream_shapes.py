@@ -21,6 +21,7 @@ import torch
 from bson import Binary
 from tests.benchmarks.stream_contenders import BATCH, stream
 from tests.benchmarks.stream_data import database
+from tests.benchmarks.stream_show import Row
 
 from mongotorch.codecs.arrays import decode_document
 from mongotorch.signature import Key
@@ -197,6 +198,16 @@ def ratios(base: Any, shape: Shape, count: int, rounds: int) -> tuple[float, flo
         for name in ("raw", "naive")
     ]
     return count / statistics.median(own), over[0], over[1]
+
+
+def shape_rows(base: Any, count: int, rounds: int, say: Callable[[str], object]) -> Iterator[Row]:
+    """The rows about the shapes of documents."""
+    for shape in SHAPES:
+        speed, over_raw, over_naive = ratios(base, shape, count, rounds)
+        note = f"{speed:,.0f} a second, of {count:,}"
+        yield Row(what=f"{shape.name}, over raw drain", value=over_raw, target=shape.target, note=note)
+        yield Row(what=f"{shape.name}, over naive loop", value=over_naive, target=1)
+        say(shape.name)
 
 
 def main() -> None:

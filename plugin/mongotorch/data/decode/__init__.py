@@ -1,11 +1,12 @@
 """Decodes BSON replies into columns."""
 
-from mongotorch.data.decode.columns import Column, Columns
+from mongotorch.data.decode.columns import FLOAT, Column, Columns
 from mongotorch.data.decode.decoder import decode
 from mongotorch.data.decode.ids import U64, among, id_keys, mix, pack_ids, salt, same_type, sort_key
 from mongotorch.data.decode.raw_bson import Reply, find_command, found, last_id, offsets
 
 __all__ = [
+    "FLOAT",
     "U64",
     "Column",
     "Columns",

@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from itertools import chain, pairwise
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from bson import Int64, ObjectId
 from numpy.typing import NDArray
 
 from mongotorch.codecs.arrays import BFloat16, dtype_name
+from mongotorch.errors import DtypeError
 
 Array = NDArray[Any]
 Kind = Literal["number", "ragged", "array", "date", "oid", "object"]
@@ -37,11 +38,15 @@ PLAIN: dict[str, tuple[str, np.dtype[Any]]] = {  # by the type as stored: dtype 
     "l": ("int64", np.dtype(np.int64)),
     "q": ("int64", np.dtype(np.int64)),
 }
+FLOAT: Final = "float"
+"""Of a field with floats: integers in it become floats too, and batches have torch's default dtype."""
+_PLAIN_NAMES = (FLOAT, "int64", "bool")
 _MIXED = bytes([DOUBLE, INT32, INT64])
 _EPOCH = datetime(1970, 1, 1)  # BSON dates decode to naive UTC
 _MILLISECOND = timedelta(milliseconds=1)
 _INTEGERS = frozenset({int, Int64})
 _SAMPLED = 32
+_SHOWN = 80  # characters of a value in an error
 _EXACT = 2**53  # up to here float64 holds every integer
 
 
@@ -309,6 +314,88 @@ def _joined_numbers(columns: list[Column], data: list[Array], *, mixed: bool) ->
     return ragged(numbers(joined, whole), ends_of(np.concatenate(lengths)))
 
 
+def convert(column: Column, dtype: str) -> tuple[Column, int | None]:
+    """The numbers of a column in one dtype, where nothing is lost by that; and the first row that does not fit.
+
+    Args:
+        column: One row at least. What is neither number nor list of numbers stays.
+        dtype: FLOAT, `int64`, `bool`, or another dtype of numpy's that was asked for: then floats are rounded to
+            it, and the column is an array.
+    """
+    data = column.data
+    if isinstance(data, list):
+        return _convert_each(column, data, dtype)
+    if column.kind == "array" and dtype not in (FLOAT, "bfloat16") and column.dtype != "bfloat16":
+        return replace(column, data=data.astype(dtype), dtype=dtype), None
+    if not column.plain:
+        return column, None
+    target = np.dtype(np.float64 if dtype == FLOAT else dtype)
+    wrong = _misfits(data, target, rounded=dtype != FLOAT)
+    if wrong is not None:
+        first = int(np.flatnonzero(wrong.reshape(-1))[0])
+        if column.offsets is not None:
+            return column, int(np.searchsorted(column.offsets, first, side="right")) - 1
+        return column, first // max(data[0].size, 1)
+    kind: Kind = column.kind if dtype in _PLAIN_NAMES or column.kind == "ragged" else "array"
+    return replace(column, kind=kind, data=data.astype(target, copy=False), dtype=target.name, whole=None), None
+
+
+def _misfits(data: Array, target: np.dtype[Any], *, rounded: bool) -> NDArray[np.bool_] | None:
+    """Which numbers a dtype cannot hold; None: none of them."""
+    wrong: NDArray[np.bool_]
+    if target.kind == "f":
+        if rounded or data.dtype.kind != "i" or exact(data):
+            return None
+        wrong = (data < -_EXACT) | (data > _EXACT)
+        return wrong
+    if data.dtype == target:
+        return None
+    low, high = (0, 1) if target.kind == "b" else (int(np.iinfo(target).min), int(np.iinfo(target).max))
+    if data.dtype.kind == "f":
+        wrong = ~((data == np.floor(data)) & (data >= low) & (data < float(high) + (high < _EXACT)))
+    else:
+        wide = data.astype(np.int64)
+        wrong = (wide < low) | (wide > high)
+    return wrong if wrong.any() else None
+
+
+def _convert_each(column: Column, values: list[Any], dtype: str) -> tuple[Column, int | None]:
+    """The same for a list of values: numbers in lists become Python numbers of that meaning."""
+    make = {"b": bool, "i": int, "u": int}.get(np.dtype(float if dtype == FLOAT else dtype).kind, float)
+    rounded = make is float and dtype != FLOAT
+
+    def converted(value: Any) -> Any:
+        if isinstance(value, list):
+            return [converted(item) for item in value]
+        if not isinstance(value, bool | int | float):
+            return value
+        if not rounded and make(value) != value and value == value:
+            raise ValueError(value)
+        return make(value)
+
+    found = []
+    for row, value in enumerate(values):
+        try:
+            found.append(converted(value))
+        except (ValueError, OverflowError):  # a NaN or an infinity is no integer
+            return column, row
+    alike = build(found)
+    return (alike, None) if isinstance(alike.data, list) else convert(alike, dtype)
+
+
+def _does_not_fit(path: str, dtype: str, value: Any, document_id: Any) -> DtypeError:
+    kind = "floats" if dtype == FLOAT else "integers" if dtype == "int64" else dtype
+    shown = repr(value)
+    shown = shown if len(shown) < _SHOWN else shown[:_SHOWN] + "..."
+    return DtypeError(
+        f"field {path!r} of document {document_id!r} holds {shown}, which is not exact in the dtype that the "
+        f"field has for the whole run ({kind}); name another one, such as "
+        f'`dtypes={{"{path}": "float32"}}`, or convert the documents',
+        document_id=document_id,
+        field=path,
+    )
+
+
 def exact(integers: Array) -> bool:
     """Whether all of these are the same as float64."""
     return not integers.size or (int(integers.min()) >= -_EXACT and int(integers.max()) <= _EXACT)
@@ -366,6 +453,20 @@ class Columns:
         """Rows from `start` to before `stop`; arrays are shared, not copied."""
         cut = {path: column.slice(start, stop) for path, column in self.fields.items()}
         return Columns(paths=self.paths, ids=self.ids.slice(start, stop, identity=True), fields=cut)
+
+    def typed(self, dtypes: Mapping[str, str]) -> Columns:
+        """The same rows, each field in the dtype that it has for a run, see `convert`.
+
+        Raises:
+            DtypeError: A value does not fit; names the first document of the field.
+        """
+        fields = dict(self.fields)
+        for path, dtype in dtypes.items():
+            if (column := fields.get(path)) is not None and len(column):
+                fields[path], misfit = convert(column, dtype)
+                if misfit is not None:
+                    raise _does_not_fit(path, dtype, column[misfit], self.ids[misfit])
+        return Columns(paths=self.paths, ids=self.ids, fields=fields)
 
     def owned(self) -> Columns:
         """The same rows in memory of their own, none of them a view of the documents."""

@@ -1,4 +1,4 @@
-"""Cuts a select into ranges of `_id` of about equal size, once, and keeps the bounds as a plan.
+"""Cuts a select into ranges of `_id` of about equal size, once, and keeps the bounds as a plan; decides dtypes.
 
 Collections of up to 200,000 documents are walked, so that two databases with the same documents have the same
 plan; larger ones are sampled, and the plan that was stored first is everybody's. A resumed run asks for its plan
@@ -21,8 +21,8 @@ import hashlib
 import itertools
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, final
 
@@ -30,10 +30,10 @@ import bson
 from pymongo.errors import DuplicateKeyError, PyMongoError
 
 from mongotorch.codecs import WRITTEN, check_format
-from mongotorch.data.decode import same_type, sort_key
-from mongotorch.data.prefetch import map_ordered
-from mongotorch.data.read.reader import IdRange, Reader
-from mongotorch.errors import DataError, EmptySelectError
+from mongotorch.data.decode import FLOAT, Column, Reply, decode, offsets, same_type, sort_key
+from mongotorch.data.prefetch import close_iterator, map_ordered
+from mongotorch.data.read.reader import DatabaseAccess, IdRange, Reader
+from mongotorch.errors import DataError, EmptySelectError, FieldMissingError
 from mongotorch.mongo.server_features import Later, clock_of, records, utc_now
 from mongotorch.query import Query
 
@@ -119,6 +119,8 @@ _WALKED = 200_000  # documents; more are sampled
 _RANGES = 50_000  # at most, so that a plan fits into a document
 _TOUCHED = timedelta(days=1)
 _PROBED = 64  # documents whose size is measured
+_SAMPLED = 2048  # documents at each end that decide dtypes
+_SAMPLED_BYTES = 2**22  # of them, at most
 
 
 @final
@@ -244,6 +246,105 @@ def resume_plan(database: Any, reader: Reader, sizes: Sizes, digest: str) -> Pla
             "the prefetch settings have changed since; start a new epoch, or use the query that it stopped in"
         )
     return plan
+
+
+@final
+class RunDtypes:
+    """The dtype of each field for a whole run, shared by all of its streams.
+
+    It is decided once, when the first stream is read, by a sample of the first and the last documents of the
+    select, of whatever fold.
+
+    Args:
+        given: The dtypes of fields that are not left to the sample.
+    """
+
+    def __init__(self, given: Mapping[str, str] | None = None) -> None:
+        self._given = dict(given or {})
+        self._decided: dict[str, str] | None = None
+        self._access: DatabaseAccess | None = None
+
+    def bind(self, access: DatabaseAccess) -> None:
+        """Let the documents of this stream decide, unless there is one before it."""
+        self._access = self._access or access
+
+    def of(self, access: DatabaseAccess, paths: Sequence[str]) -> Mapping[str, str]:
+        """The dtype of each of these fields that holds numbers.
+
+        Raises:
+            DataError: A document is not valid BSON.
+            ServerUnavailableError: The server cannot be read.
+        """
+        if self._decided is None:
+            self._decided = _decided(_sample(self._access or access), paths)
+        return {**self._decided, **self._given}
+
+    def state(self, paths: Sequence[str]) -> str | None:
+        """What was decided, in a few characters, for a stream that goes on later; None before it was."""
+        if self._decided is None:
+            return None
+        return "".join(_LETTERS.get(self._decided.get(path, ""), "-") for path in paths)
+
+    def load(self, state: str | None, paths: Sequence[str]) -> None:
+        """Keep what an earlier stream of these fields had decided."""
+        if state is not None:
+            names = {letter: name for name, letter in _LETTERS.items()}
+            self._decided = {path: names[one] for path, one in zip(paths, state, strict=True) if one in names}
+
+
+_LETTERS = {FLOAT: "f", "int64": "i", "bool": "b"}
+
+
+def _sample(access: DatabaseAccess) -> list[Reply]:
+    """Documents of the select, of all its folds."""
+    query = access.query if access.query.fold_name is None else replace(access.query, fold_name=None)
+    reader = access.reader(query)
+    if query.is_pipeline or query.limited is not None or query.skipped:
+        groups = reader.own_order(0, _SAMPLED)
+        try:
+            return next(groups, [])
+        finally:
+            close_iterator(groups)
+    first = reader.head(_PROBED)
+    count = sum(1 for reply in first for _ in offsets(reply))
+    rows = min(int(_SAMPLED_BYTES * max(count, 1) / max(sum(map(len, first)), 1)), _SAMPLED)
+    if count < _PROBED:
+        return first
+    return [*(first if rows <= _PROBED else reader.head(rows)), *reader.head(max(rows, _PROBED), last=True)]
+
+
+def _decided(replies: list[Reply], paths: Sequence[str]) -> dict[str, str]:
+    types: dict[str, set[str]] = {}
+    try:
+        columns = decode(replies, paths)
+        types = {path: _types(columns[path]) for path in paths} if len(columns) else {}
+    except FieldMissingError:  # which reading says of the first document that is read
+        for document in (bson.decode(reply[start:end]) for reply in replies for start, end in offsets(reply)):
+            for path in paths:
+                types.setdefault(path, set()).update(_leaf_types(_lookup(document, path)))
+    # A field with floats holds floats, else one with integers integers.
+    chosen = {path: next((dtype for dtype in _LETTERS if dtype in found), "") for path, found in types.items()}
+    return {path: dtype for path, dtype in chosen.items() if dtype}
+
+
+def _types(column: Column) -> set[str]:
+    if column.plain:
+        return {FLOAT if column.dtype == "float64" else column.dtype}
+    return set() if column.kind in ("array", "date", "oid") else set(_leaf_types(column.values()))
+
+
+def _lookup(document: Any, path: str) -> Any:
+    for name in path.split("."):
+        document = document.get(name) if isinstance(document, dict) else None
+    return document
+
+
+def _leaf_types(value: Any) -> Iterator[str]:
+    if isinstance(value, list):
+        for item in value:
+            yield from _leaf_types(item)
+    elif isinstance(value, bool | int | float):
+        yield "bool" if isinstance(value, bool) else FLOAT if isinstance(value, float) else "int64"
 
 
 def _store(database: Any, plan: Plan, query: Query) -> Plan:

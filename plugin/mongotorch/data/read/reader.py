@@ -89,8 +89,8 @@ class Reader(abc.ABC):
         """Every `step`-th `_id` of a range after its first one, in order."""
 
     @abc.abstractmethod
-    def head(self, count: int) -> list[Reply]:
-        """The first documents by `_id`."""
+    def head(self, count: int, *, last: bool = False) -> list[Reply]:
+        """The first documents by `_id`, or the last ones."""
 
     @abc.abstractmethod
     def read(self, bounds: IdRange, expected: int) -> list[Reply]:
@@ -204,12 +204,11 @@ class ServerReader(Reader):
         # A document may be gone since the sample was taken: then numbers and documents cannot be matched any more.
         return numbers if len(numbers) == len(ids) and all(type(n) in (int, Int64) for n in numbers) else []
 
-    def head(self, count: int) -> list[Reply]:
+    def head(self, count: int, *, last: bool = False) -> list[Reply]:
         """See `Reader.head`."""
+        options: dict[str, Any] = {"sort": [("_id", -1 if last else 1)], "limit": count}
         return self.retry.run(
-            lambda: list(
-                self.collection.find_raw_batches(self.query.where, self.projection, sort=[("_id", 1)], limit=count)
-            ),
+            lambda: list(self.collection.find_raw_batches(self.query.where, self.projection, **options)),
             self._what(),
         )
 
@@ -355,9 +354,10 @@ class MockReader(Reader):
         documents = self._snapshot()
         yield from (documents[index]["_id"] for index in range(first + step, end, step))
 
-    def head(self, count: int) -> list[Reply]:
+    def head(self, count: int, *, last: bool = False) -> list[Reply]:
         """See `Reader.head`."""
-        return [b"".join(map(bson.encode, self._snapshot()[:count]))]
+        documents = self._snapshot()
+        return [b"".join(map(bson.encode, documents[-count:] if last else documents[:count]))]
 
     def read(self, bounds: IdRange, expected: int) -> list[Reply]:  # noqa: ARG002 - of the interface
         """See `Reader.read`."""
@@ -427,9 +427,9 @@ class DatabaseAccess:
             self._opened = (os.getpid(), self._open_database())
         return self._opened[1]
 
-    def reader(self) -> Reader:
-        """A reader in this process."""
-        return open_reader(self.database(), self.query, self._projection, self._retry)
+    def reader(self, query: Query | None = None) -> Reader:
+        """A reader in this process; `query` in the place of its own."""
+        return open_reader(self.database(), query or self.query, self._projection, self._retry)
 
     def close(self) -> None:
         """Close what was opened in this process."""

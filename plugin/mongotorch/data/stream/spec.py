@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Literal, final
 
 from mongotorch.data.decode import U64
-from mongotorch.data.read import DatabaseAccess, Sizes
+from mongotorch.data.read import DatabaseAccess, RunDtypes, Sizes
 from mongotorch.errors import ParameterError
 from mongotorch.loader_options import check_stream_loader
 from mongotorch.query import Query
-from mongotorch.signature import Key, check_signature
+from mongotorch.signature import Key, check_dtypes, check_signature
 
 
 @final
@@ -50,6 +50,8 @@ class StreamSpec:
         members: Hashes of `_id`s, uint64, ascending: only the documents of this set are streamed, whatever else
             the query finds meanwhile; they take the place of a skip and a limit. None: what the query finds.
         read_deadline_s: Seconds after which a broken read is given up.
+        dtypes: The dtype of fields that is not left to a sample of the documents: numpy's name of a number.
+        run_dtypes: The dtypes of all fields, shared by the streams of one run; a stream alone has its own.
     """
 
     query: Query
@@ -74,6 +76,8 @@ class StreamSpec:
     content: str | None = None
     members: U64 | None = field(default=None, compare=False, repr=False)
     read_deadline_s: float = 60.0
+    dtypes: Mapping[str, str] | None = None
+    run_dtypes: RunDtypes = field(default_factory=RunDtypes, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check it all.
@@ -93,6 +97,7 @@ class StreamSpec:
         if self.mode not in ("stream", "memory", "download"):
             raise ParameterError(f"mode={self.mode!r}: 'stream', 'memory' or 'download'", field="mode")
         check_stream_loader(self.loader)
+        check_dtypes(self.dtypes, self.key.paths)
 
     @property
     def builds_samples(self) -> bool:

@@ -66,6 +66,7 @@ class Stream(Owner, IterableDataset[Any]):
     Raises:
         EmptySelectError: On iteration: the select matches no document.
         FieldMissingError: On iteration: a document lacks a field of the key.
+        DtypeError: On iteration: a value does not fit the dtype that its field has for the whole run.
         ShapeError: On iteration: the values of a batch differ in shape.
         ServerUnavailableError: On iteration: reading failed for longer than `read_deadline_s`.
     """
@@ -73,6 +74,7 @@ class Stream(Owner, IterableDataset[Any]):
     def __init__(self, open_database: Callable[[], Any], spec: StreamSpec, *, database: Any = None) -> None:
         self.spec = spec
         self._access = spec.open_access(open_database, database)
+        spec.run_dtypes.bind(self._access)
         self._builder = SampleBuilder(
             key=spec.key, transform=spec.transform, signature=spec.signature, collate_fn=spec.collate_fn
         )
@@ -123,6 +125,7 @@ class Stream(Owner, IterableDataset[Any]):
             "source": self._digest(),
             "seed": self._seed,
             "shuffle": self.spec.shuffle,
+            "dtypes": self.spec.run_dtypes.state(self.spec.key.paths),
             **self._position.state(),
         }
 
@@ -138,8 +141,10 @@ class Stream(Owner, IterableDataset[Any]):
                 f"stream of version {_STATE_VERSION} with shuffle={self.spec.shuffle}"
             )
         self._stop()
-        if state["source"] != self._digest():
+        dtypes, paths = self.spec.run_dtypes, self.spec.key.paths
+        if state["source"] != self._digest() or state.get("dtypes") not in (None, dtypes.state(paths)):
             self._close_reader()
+        dtypes.load(state.get("dtypes"), paths)
         self._reader.keep_next(state["epoch"])
         self._resume = state["source"]
         self._seed = state["seed"]

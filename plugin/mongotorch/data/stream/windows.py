@@ -81,6 +81,7 @@ class WindowReader(abc.ABC):
         count: How many ranges there are; None where that is not known before the end.
         paths: The fields.
         members: The documents that are read, see `StreamSpec.members`.
+        dtypes: Those of the run, see `RunDtypes`.
         samples: Whether samples are built of the rows, which needs the values and not just tensors.
         plan: Where ranges are those of `_id`; None where documents come in the query's own order.
     """
@@ -96,6 +97,7 @@ class WindowReader(abc.ABC):
         # Not the spec itself: it may hold functions that cannot be pickled.
         self.paths: tuple[str, ...] = spec.key.paths
         self.members = spec.members
+        self.dtypes = {**spec.run_dtypes.of(access, self.paths), **(spec.dtypes or {})}
         self.samples, self._in_flight_bytes = spec.builds_samples, spec.in_flight_bytes
 
     @abc.abstractmethod
@@ -173,10 +175,10 @@ class WindowReader(abc.ABC):
     def decode(self, replies: list[Reply]) -> Columns:
         """The columns of the members of a range."""
         columns = decode(replies, self.paths)
-        if self.members is None:
-            return columns
-        kept = among(id_keys(columns.ids), self.members)
-        return columns if kept.all() else columns.take(np.flatnonzero(kept))
+        if self.members is not None:
+            kept = among(id_keys(columns.ids), self.members)
+            columns = columns if kept.all() else columns.take(np.flatnonzero(kept))
+        return columns.typed(self.dtypes)
 
     def kept(self, replies: list[Reply]) -> list[Reply]:
         """The members among the documents of a range."""
@@ -292,7 +294,7 @@ class OwnOrderWindows(WindowReader):
 
     def decode(self, replies: list[Reply]) -> Columns:
         """The columns of a range, which has members only."""
-        return decode(replies, self.paths)
+        return decode(replies, self.paths).typed(self.dtypes)
 
     def kept(self, replies: list[Reply]) -> list[Reply]:
         """All documents of a range."""

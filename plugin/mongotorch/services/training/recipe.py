@@ -17,6 +17,7 @@ from mongotorch.data import (
     DataCheck,
     Hashes,
     Members,
+    RunDtypes,
     StoredMembers,
     Stream,
     StreamSpec,
@@ -42,6 +43,7 @@ _STREAM_OPTIONS = frozenset(
         "across_epochs",
         "prefetch_size",
         "prefetch_factor",
+        "dtypes",
     }
 )
 _OWN_PARAMETERS = ("batch_size", "shuffle", "drop_last")
@@ -131,11 +133,13 @@ def opened_fit(
         MongotorchError: An option cannot be used; no step was made.
     """
     trainer = recipe.trainer
+    run_dtypes = RunDtypes()  # one dtype a field, in all folds
     with contextlib.ExitStack() as opened:
 
         def stream(name: str, query: Query) -> Stream:
             spec = (training_spec if name == "train" else validation_spec)(trainer, settings, query)
-            made = Stream(connection.opener, data.fixed(spec, name), database=connection.database)
+            spec = dataclasses.replace(data.fixed(spec, name), run_dtypes=run_dtypes)
+            made = Stream(connection.opener, spec, database=connection.database)
             opened.callback(made.close)
             return made
 
@@ -361,5 +365,6 @@ def _spec(trainer: TorchTrainer, settings: Settings, query: Query, **order: Any)
         loader=loader,
         cache_dir=settings.cache_dir,
         read_deadline_s=settings.read_deadline_s,
+        dtypes=trainer.dtypes,
         **order,
     )

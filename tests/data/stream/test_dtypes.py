@@ -1,0 +1,162 @@
+"""A field has one dtype for a whole run: in every window, fold, mode and worker, and where a stream goes on."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from bson import Int64
+from tests.helpers import same, trainer
+
+from mongotorch import Datalayer
+from mongotorch.errors import DtypeError, ParameterError
+
+
+def fill(db: Datalayer, values: list[Any], **fields: Any) -> Any:
+    db["numbers"].raw.insert_many([{"_id": n, "x": value, "y": n % 3, **fields} for n, value in enumerate(values)])
+    return db["numbers"].find()
+
+
+def batches(db: Datalayer, query: Any, **given: Any) -> list[Any]:
+    options: dict[str, Any] = {"key": ("x", "y"), "batch_size": 64, "prefetch_size": 100, **given}
+    with db.stream(query, **options) as stream:
+        return list(stream)
+
+
+def late_float(count: int = 2200) -> list[Any]:
+    """Integers, and floats only behind the first 2,000."""
+    return [[n, n % 7] if n < 2000 else [n / 3, n % 7] for n in range(count)]
+
+
+@pytest.mark.parametrize("options", [{}, {"prefetch_size": 10_000}, {"in_memory": True}, {"download": True}])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_floats_behind_thousands_of_integers_make_all_floats(
+    db: Datalayer, options: dict[str, Any], shuffle: bool
+) -> None:
+    query = fill(db, late_float())
+    found = batches(db, query, shuffle=shuffle, **options)
+    assert {x.dtype for x, _ in found} == {torch.float32}
+    assert {y.dtype for _, y in found} == {torch.int64}
+    if not shuffle:
+        assert torch.equal(torch.cat([x for x, _ in found]), torch.tensor(late_float(), dtype=torch.float32))
+
+
+def test_all_modes_and_workers_give_equal_tensors(db: Datalayer, uri: str) -> None:
+    query = fill(db, late_float())
+    modes: list[dict[str, Any]] = [{"in_memory": True}, {"download": True}, {"data_prefetch": False}]
+    modes += [{"num_workers": 2}] if uri.startswith("mongodb:") else []
+    wanted = batches(db, query, shuffle=True, seed=3)
+    assert all(same(batches(db, query, shuffle=True, seed=3, **mode), wanted) for mode in modes)
+
+
+def test_floats_in_one_fold_only_make_floats_of_both(db: Datalayer) -> None:
+    rows = [{"_id": n, "_fold": "valid" if n % 4 == 0 else "train"} for n in range(400)]
+    documents = [{**row, "x": [n / 2 if n % 4 == 0 else n], "y": 0} for n, row in enumerate(rows)]
+    db["numbers"].raw.insert_many(documents)
+    for fold in ("train", "valid"):
+        found = batches(db, db["numbers"].find().fold(fold))
+        assert {x.dtype for x, _ in found} == {torch.float32}, fold
+
+
+def test_a_transform_gets_the_numbers_of_the_run(db: Datalayer) -> None:
+    query = fill(db, [n if n % 2 else n / 2 for n in range(200)])
+    seen: list[Any] = []
+
+    def transform(x: Any, y: Any) -> Any:
+        seen.extend([type(x), type(y)])
+        return x, y
+
+    found = batches(db, query, transform=transform)
+    assert set(seen[::2]) == {float}
+    assert set(seen[1::2]) == {int}
+    assert {x.dtype for x, _ in found} == {torch.float32}
+
+
+def test_ragged_lists_have_one_type(db: Datalayer) -> None:
+    draw = random.Random(0)
+    query = fill(db, [[draw.choice([1, 0.5]) for _ in range(draw.randrange(5))] for _ in range(300)])
+    found = batches(db, query, collate_fn=lambda samples: {type(v) for x, _ in samples for v in x})
+    assert set().union(*found) == {float}
+
+
+def test_a_number_that_fits_is_promoted(db: Datalayer) -> None:
+    """Beyond the sample: integers in a field of floats, whole floats in one of integers."""
+    floats = [0.5] * 9000
+    integers: list[Any] = [1] * 9000
+    floats[4500], integers[4500] = 7, 7.0
+    db["numbers"].raw.insert_many([{"_id": n, "x": floats[n], "y": integers[n]} for n in range(9000)])
+    found = batches(db, db["numbers"].find())
+    assert {(x.dtype, y.dtype) for x, y in found} == {(torch.float32, torch.int64)}
+    assert torch.cat([x for x, _ in found])[4500] == 7
+    assert torch.cat([y for _, y in found])[4500] == 7
+
+
+@pytest.mark.parametrize(("usual", "odd"), [(1, 0.5), ([1, 2], [1, 0.5]), (0.5, Int64(2**53 + 1)), (True, 2)])
+def test_a_number_that_does_not_fit_is_named(db: Datalayer, usual: Any, odd: Any) -> None:
+    values = [usual] * 9000
+    values[4500] = odd
+    query = fill(db, values)
+    with pytest.raises(DtypeError, match="document 4500") as caught:
+        batches(db, query)
+    assert (caught.value.document_id, caught.value.field) == (4500, "x")
+    dtype = "float64"
+    assert {x.dtype for x, _ in batches(db, query, dtypes={"x": dtype})} == {torch.float64}
+
+
+def test_a_dtype_that_is_given_is_the_one(db: Datalayer) -> None:
+    query = fill(db, [n if n % 2 else n / 2 for n in range(200)])
+    for name in ("float16", "float32", "float64"):
+        found = batches(db, query, dtypes={"x": name, "y": "int32"})
+        assert {x.dtype for x, _ in found} == {getattr(torch, name)}
+        assert {y.dtype for _, y in found} == {torch.int32}
+        built = batches(db, query, dtypes={"x": name}, transform=lambda x, y: (x, y))
+        assert {x.dtype for x, _ in built} == {getattr(torch, name)}
+    with pytest.raises(DtypeError, match=r"holds 0[.]5"):
+        batches(db, fill_more(db), dtypes={"x": "int32"})
+
+
+def fill_more(db: Datalayer) -> Any:
+    db["more"].raw.insert_many([{"_id": n, "x": n / 2, "y": 0} for n in range(9)])
+    return db["more"].find()
+
+
+@pytest.mark.parametrize("dtypes", [{"z": "float32"}, {"x": "floaty"}, {"x": "complex64"}, ["x"]])
+def test_a_dtype_that_cannot_be_is_refused(db: Datalayer, dtypes: Any) -> None:
+    query = fill(db, [1])
+    with pytest.raises(ParameterError) as caught:
+        batches(db, query, dtypes=dtypes)
+    assert caught.value.field == "dtypes"
+    with pytest.raises(ParameterError):
+        trainer(query, dtypes=dtypes)
+
+
+@pytest.mark.parametrize("limit", [None, 150])
+def test_a_stream_that_goes_on_keeps_its_dtypes(db: Datalayer, limit: int | None) -> None:
+    query = fill(db, list(range(200)))
+    query = query if limit is None else query.limit(limit)
+    options: dict[str, Any] = {"key": ("x", "y"), "batch_size": 50}
+    with db.stream(query, **options) as stream:
+        first = next(iter(stream))
+        state = stream.state_dict()
+    db["numbers"].raw.update_many({"_id": {"$gte": 140}}, {"$set": {"x": 8.0}})
+    with db.stream(query, **options) as stream:
+        stream.load_state_dict(state)
+        assert {x.dtype for x, _ in stream} == {first[0].dtype} == {torch.int64}
+    db["numbers"].raw.update_many({"_id": {"$gte": 140}}, {"$set": {"x": 8.5}})
+    with db.stream(query, **options) as stream:
+        stream.load_state_dict(state)
+        with pytest.raises(DtypeError, match="document 140"):
+            list(stream)
+        del state["dtypes"]  # as earlier releases wrote it
+        stream.load_state_dict(state)
+
+
+def test_a_trainer_reads_both_folds_in_one_dtype(db: Datalayer) -> None:
+    rows = [{"_id": n, "_fold": "valid" if n % 4 == 0 else "train"} for n in range(200)]
+    documents = [{**row, "x": [n / 2 if n == 100 else 1, 1, 2, 3], "y": n % 3} for n, row in enumerate(rows)]
+    db["points"].raw.insert_many(documents)
+    job = db.apply(trainer(db["points"].find(), dtypes={"y": "int64"}))
+    assert job.result().version == 1
+    assert db.load("trainer", "t").dtypes == {"y": "int64"}
