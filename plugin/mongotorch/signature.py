@@ -93,6 +93,27 @@ class Key:
 _DTYPES: Final = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool"})
 
 
+def check_defaults(defaults: Any, paths: Sequence[str]) -> None:
+    """Refuse defaults of fields that are not read, and what no document could hold. Raises: ParameterError."""
+    if defaults is None:
+        return
+    if not isinstance(defaults, Mapping):
+        raise ParameterError('defaults must be a dict such as {"age": 0.0}, or None', field="defaults")
+    for path, value in defaults.items():
+        if path not in paths:
+            raise ParameterError(
+                f"defaults names {path!r}, which is no field of the key: {', '.join(paths)}", field="defaults"
+            )
+        if not _is_plain(value):
+            raise ParameterError(
+                f"defaults[{path!r}]={value!r}: a number, a boolean, text, or a list of them", field="defaults"
+            )
+
+
+def _is_plain(value: Any) -> bool:
+    return all(map(_is_plain, value)) if isinstance(value, list) else isinstance(value, bool | int | float | str)
+
+
 def check_dtypes(dtypes: Any, paths: Sequence[str]) -> None:
     """Refuse dtypes of fields that are not read, or that no batch can have. Raises: ParameterError."""
     if dtypes is None:

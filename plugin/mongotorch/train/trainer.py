@@ -23,7 +23,7 @@ from mongotorch.component import ADDED, Component
 from mongotorch.errors import OptimizerError, ParameterError
 from mongotorch.loader_options import check_trainer_loader
 from mongotorch.query import Query
-from mongotorch.signature import OBJECTIVE, Key, check_dtypes, check_signature
+from mongotorch.signature import OBJECTIVE, Key, check_defaults, check_dtypes, check_signature
 from mongotorch.train.mapping import (
     BatchMapping,
     Contained,
@@ -91,6 +91,7 @@ class TorchTrainer(Component):
         collate_fn: Makes a batch of a list of samples; None stacks them.
         model: The model it trains when it is applied itself.
         seed: Seeds everything random: the order of the data, dropout, and what workers draw.
+        defaults: `{field: value}`, such as `{"age": float("nan")}`: of documents that lack the field, or have null.
         dtypes: `{field: dtype}`, such as `{"x": "float32"}`. Other fields have the dtype that a sample of the
             documents says: torch's default dtype where there is a float, else int64 or bool; arrays keep theirs.
 
@@ -124,6 +125,7 @@ class TorchTrainer(Component):
     collate_fn: Callable[[list[Any]], Any] | None = None
     model: TorchModel | None = None
     seed: int = 0
+    defaults: Mapping[str, Any] | None = dataclasses.field(default=None, metadata={ADDED: "0.2.0"})
     dtypes: Mapping[str, str] | None = dataclasses.field(default=None, metadata={ADDED: "0.2.0"})
 
     def __post_init__(self) -> None:
@@ -131,6 +133,7 @@ class TorchTrainer(Component):
         key = Key.parse(self.key)
         check_signature(self.signature)
         check_dtypes(self.dtypes, key.paths)
+        check_defaults(self.defaults, key.paths)
         self._check_types()
         self._check_numbers()
         check_compute(self.compute_kwargs or {})

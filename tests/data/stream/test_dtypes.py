@@ -160,3 +160,41 @@ def test_a_trainer_reads_both_folds_in_one_dtype(db: Datalayer) -> None:
     job = db.apply(trainer(db["points"].find(), dtypes={"y": "int64"}))
     assert job.result().version == 1
     assert db.load("trainer", "t").dtypes == {"y": "int64"}
+
+
+@pytest.mark.parametrize("options", [{}, {"in_memory": True}, {"download": True}, {"shuffle": True}])
+def test_optional_fields_have_their_default(db: Datalayer, options: dict[str, Any]) -> None:
+    draw = random.Random(0)
+    documents: list[dict[str, Any]] = []
+    for n in range(500):
+        optional = {"age": draw.choice([n, None]), "text": {"words": [n, 1]}, "sure": draw.random() < 0.5}
+        documents.append({"_id": n, "y": n, **{name: v for name, v in optional.items() if draw.random() < 0.6}})
+    db["people"].raw.insert_many(documents)
+    key = ("y", "age", "text.words", "sure")
+    defaults: dict[str, Any] = {"age": -1.5, "text.words": [0, 0], "sure": False}
+    found = batches(db, db["people"].find(), key=key, defaults=defaults, dtypes={"sure": "bool"}, **options)
+    columns = [torch.cat(parts) for parts in zip(*found, strict=True)]
+    assert [column.dtype for column in columns] == [torch.int64, torch.float32, torch.int64, torch.bool]
+    wanted = {}
+    for one in documents:
+        age = -1.5 if one.get("age") is None else float(one["age"])
+        wanted[one["_id"]] = (age, one.get("text", {}).get("words", [0, 0]), one.get("sure", False))
+    rows = {y: tuple(rest) for y, *rest in zip(*[column.tolist() for column in columns], strict=True)}
+    assert rows == wanted
+
+
+def test_a_default_of_another_type_makes_the_field_floats(db: Datalayer) -> None:
+    query = fill(db, [1] * 100)
+    found = batches(db, query, key=("x", "age"), defaults={"age": float("nan"), "x": 0.5})
+    assert {(x.dtype, age.dtype) for x, age in found} == {(torch.float32, torch.float32)}
+    assert all(age.isnan().all() for _, age in found)
+
+
+@pytest.mark.parametrize("defaults", [{"z": 1}, {"x": object()}, {"x": None}, [1]])
+def test_a_default_that_cannot_be_is_refused(db: Datalayer, defaults: Any) -> None:
+    query = fill(db, [1])
+    with pytest.raises(ParameterError) as caught:
+        batches(db, query, defaults=defaults)
+    assert caught.value.field == "defaults"
+    with pytest.raises(ParameterError):
+        trainer(query, defaults=defaults)

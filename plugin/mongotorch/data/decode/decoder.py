@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
@@ -44,7 +44,7 @@ from mongotorch.data.decode.raw_bson import (
     sizes,
     starts_of,
 )
-from mongotorch.data.decode.values import DOCUMENT, Part, read_field
+from mongotorch.data.decode.values import DOCUMENT, NULL, Part, read_field
 from mongotorch.errors import DataError, FieldMissingError
 
 ID = "_id"
@@ -56,23 +56,30 @@ _SEEN = 16  # documents whose fields are put into one order
 _MISSING = object()
 
 
-def decode(raw: bytes | memoryview | Sequence[Reply], paths: Sequence[str], *, few: int = _FEW) -> Columns:
+def decode(
+    raw: bytes | memoryview | Sequence[Reply],
+    paths: Sequence[str],
+    *,
+    defaults: Mapping[str, Any] | None = None,
+    few: int = _FEW,
+) -> Columns:
     """Decode documents into columns.
 
     Args:
         raw: Concatenated BSON documents, as `find_raw_batches` gives them, or a sequence of such.
         paths: Dotted paths of the fields to read. A path reaches into sub-documents, not into lists.
+        defaults: Values of paths that a document lacks, or has as null.
         few: Fewer documents than that go through `bson`.
 
     Raises:
-        FieldMissingError: A document lacks a path; names the first such document and path.
+        FieldMissingError: A document lacks a path without a default; names the first such document and path.
         DataError: The bytes are not BSON documents.
     """
     if isinstance(raw, bytes | memoryview):
         content: bytes | memoryview = raw
     else:
         content = raw[0] if len(raw) == 1 else b"".join(raw)
-    decoder = _Decoder(content, tuple(dict.fromkeys(paths)))
+    decoder = _Decoder(content, tuple(dict.fromkeys(paths)), defaults or {})
     try:
         decoder.run(few)
     except (BSONError, struct.error, UnicodeDecodeError) as error:
@@ -83,9 +90,10 @@ def decode(raw: bytes | memoryview | Sequence[Reply], paths: Sequence[str], *, f
 class _Decoder:
     """Collects the parts of the columns of one `decode`, each with the positions of its rows."""
 
-    def __init__(self, content: bytes | memoryview, paths: tuple[str, ...]) -> None:
+    def __init__(self, content: bytes | memoryview, paths: tuple[str, ...], defaults: Mapping[str, Any]) -> None:
         self._octets = Octets(content)
         self._paths = paths
+        self._defaults = defaults if ID in paths else {ID: None, **defaults}
         self._tree = path_tree((*paths, ID))
         self._parts: dict[str, list[Part]] = {path: [] for path in (*paths, ID)}
         self._starts, self._lengths = _found(content)
@@ -131,6 +139,8 @@ class _Decoder:
                 covered[path].append((found, column))
         for path, values in walk.fields:
             chosen = values if walk.fit is None else values.only(walk.fit)
+            if path in self._defaults:
+                chosen = chosen.without(NULL)
             if chosen.at.total:
                 covered[path].append((chosen.rows, read_field(self._octets, chosen, identity=path == ID)))
         self._collect(fitting, count if fitting is None else len(fitting), covered)
@@ -149,8 +159,8 @@ class _Decoder:
         """Keep what was found in these documents, and see what was not."""
         for path, parts in covered.items():
             lacking = _lacking(parts, count)
-            if len(lacking) and path == ID and ID not in self._paths:
-                parts.append((lacking, build([None] * len(lacking))))
+            if len(lacking) and path in self._defaults:
+                parts.append((lacking, build([self._defaults[path]] * len(lacking))))
             elif len(lacking):
                 first = int(lacking[0])
                 self._miss(first if rows is None else int(rows[first]), path)
@@ -169,8 +179,9 @@ class _Decoder:
         for path, parts in self._parts.items():
             identity = path == ID
             values = [_lookup(document, path) for document in documents]
-            if identity and ID not in self._paths:
-                values = [None if value is _MISSING else value for value in values]
+            if path in self._defaults:
+                default = self._defaults[path]
+                values = [default if value is _MISSING or value is None else value for value in values]
             if _MISSING in values:
                 self._miss(int(rows[values.index(_MISSING)]), path)
                 continue

@@ -371,6 +371,13 @@ class Field(NamedTuple):
         keep, rows = kept(self.rows, fit)
         return self.part(keep, rows)
 
+    def without(self, kind: int) -> Field:
+        """The values that are not of one type."""
+        rest = np.flatnonzero(np.broadcast_to(self.kinds, self.at.total) != kind)
+        if len(rest) == self.at.total:
+            return self
+        return self.part(rest, rest if self.rows is None else self.rows[rest])
+
     def part(self, keep: Array, rows: Rows | None) -> Field:
         """Some of the values, in documents of these numbers."""
         kinds = self.kinds if isinstance(self.kinds, int) else self.kinds[keep]

@@ -44,7 +44,7 @@ _FEW = 8  # lists, below which a walk costs more than `bson`
 _DEEPEST = 32  # dimensions
 _COMPARED = 2**18  # bytes at a time, so that they stay in the cache
 _LONGEST = 100_000  # elements whose number has at most five digits
-_TEXT, _BINARY, _OBJECT_ID, _DATE, _NULL = 0x02, 0x05, 0x07, 0x09, 0x0A
+_TEXT, _BINARY, _OBJECT_ID, _DATE, NULL = 0x02, 0x05, 0x07, 0x09, 0x0A
 _INT32 = struct.Struct("<i")
 _DATE_RANGE = (-62_135_596_800_000, 253_402_300_799_999)  # years 1 to 9999: what Python can say
 _SHAPES = 16  # of arrays in one field, before the rest goes through `bson`
@@ -76,7 +76,7 @@ def read_field(octets: Octets, field: Field, *, identity: bool) -> Column:
 def _one_type(octets: Octets, field: Field, kind: int, *, identity: bool) -> Column:
     if (column := number_column(kind, field.head)) is not None:
         return column
-    if kind == _NULL:
+    if kind == NULL:
         return build([None] * field.at.total)
     if kind == _OBJECT_ID:
         return Column(kind="oid", data=octets.rows(field.at, 12).copy(), dtype="uint8")

@@ -255,12 +255,9 @@ class RunDtypes:
     It is decided once, when the first stream is read, by a sample of the first and the last documents of the
     select, of whatever fold.
 
-    Args:
-        given: The dtypes of fields that are not left to the sample.
     """
 
-    def __init__(self, given: Mapping[str, str] | None = None) -> None:
-        self._given = dict(given or {})
+    def __init__(self) -> None:
         self._decided: dict[str, str] | None = None
         self._access: DatabaseAccess | None = None
 
@@ -268,16 +265,18 @@ class RunDtypes:
         """Let the documents of this stream decide, unless there is one before it."""
         self._access = self._access or access
 
-    def of(self, access: DatabaseAccess, paths: Sequence[str]) -> Mapping[str, str]:
-        """The dtype of each of these fields that holds numbers.
+    def of(
+        self, access: DatabaseAccess, paths: Sequence[str], defaults: Mapping[str, Any] | None = None
+    ) -> Mapping[str, str]:
+        """The dtype of each of these fields that holds numbers, its default among them.
 
         Raises:
             DataError: A document is not valid BSON.
             ServerUnavailableError: The server cannot be read.
         """
         if self._decided is None:
-            self._decided = _decided(_sample(self._access or access), paths)
-        return {**self._decided, **self._given}
+            self._decided = _decided(_sample(self._access or access), paths, defaults or {})
+        return self._decided
 
     def state(self, paths: Sequence[str]) -> str | None:
         """What was decided, in a few characters, for a stream that goes on later; None before it was."""
@@ -313,15 +312,16 @@ def _sample(access: DatabaseAccess) -> list[Reply]:
     return [*(first if rows <= _PROBED else reader.head(rows)), *reader.head(max(rows, _PROBED), last=True)]
 
 
-def _decided(replies: list[Reply], paths: Sequence[str]) -> dict[str, str]:
-    types: dict[str, set[str]] = {}
+def _decided(replies: list[Reply], paths: Sequence[str], defaults: Mapping[str, Any]) -> dict[str, str]:
+    types = {path: set(_leaf_types(defaults.get(path))) for path in paths}
     try:
-        columns = decode(replies, paths)
-        types = {path: _types(columns[path]) for path in paths} if len(columns) else {}
+        columns = decode(replies, paths, defaults=defaults)
+        for path in paths if len(columns) else ():
+            types[path] |= _types(columns[path])
     except FieldMissingError:  # which reading says of the first document that is read
         for document in (bson.decode(reply[start:end]) for reply in replies for start, end in offsets(reply)):
             for path in paths:
-                types.setdefault(path, set()).update(_leaf_types(_lookup(document, path)))
+                types[path].update(_leaf_types(_lookup(document, path)))
     # A field with floats holds floats, else one with integers integers.
     chosen = {path: next((dtype for dtype in _LETTERS if dtype in found), "") for path, found in types.items()}
     return {path: dtype for path, dtype in chosen.items() if dtype}

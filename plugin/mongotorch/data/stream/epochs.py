@@ -195,7 +195,14 @@ class EpochReader:
         spec = self._spec
         if spec.mode == "memory":
             return load(reader)
-        parts = (reader.digest, reader.paths, spec.query.digest(), spec.builds_samples, reader.dtypes)
+        parts = (
+            reader.digest,
+            reader.paths,
+            spec.query.digest(),
+            spec.builds_samples,
+            reader.dtypes,
+            reader.defaults,
+        )
 
         def content() -> str:
             # Only reading all of it tells whether a document has changed.

@@ -15,7 +15,7 @@ from mongotorch.data.read import DatabaseAccess, RunDtypes, Sizes
 from mongotorch.errors import ParameterError
 from mongotorch.loader_options import check_stream_loader
 from mongotorch.query import Query
-from mongotorch.signature import Key, check_dtypes, check_signature
+from mongotorch.signature import Key, check_defaults, check_dtypes, check_signature
 
 
 @final
@@ -51,6 +51,7 @@ class StreamSpec:
             the query finds meanwhile; they take the place of a skip and a limit. None: what the query finds.
         read_deadline_s: Seconds after which a broken read is given up.
         dtypes: The dtype of fields that is not left to a sample of the documents: numpy's name of a number.
+        defaults: The values of fields that a document lacks, or has as null.
         run_dtypes: The dtypes of all fields, shared by the streams of one run; a stream alone has its own.
     """
 
@@ -77,6 +78,7 @@ class StreamSpec:
     members: U64 | None = field(default=None, compare=False, repr=False)
     read_deadline_s: float = 60.0
     dtypes: Mapping[str, str] | None = None
+    defaults: Mapping[str, Any] | None = None
     run_dtypes: RunDtypes = field(default_factory=RunDtypes, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -98,6 +100,7 @@ class StreamSpec:
             raise ParameterError(f"mode={self.mode!r}: 'stream', 'memory' or 'download'", field="mode")
         check_stream_loader(self.loader)
         check_dtypes(self.dtypes, self.key.paths)
+        check_defaults(self.defaults, self.key.paths)
 
     @property
     def builds_samples(self) -> bool:

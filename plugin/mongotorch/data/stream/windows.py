@@ -82,6 +82,7 @@ class WindowReader(abc.ABC):
         paths: The fields.
         members: The documents that are read, see `StreamSpec.members`.
         dtypes: Those of the run, see `RunDtypes`.
+        defaults: The values of fields that a document lacks.
         samples: Whether samples are built of the rows, which needs the values and not just tensors.
         plan: Where ranges are those of `_id`; None where documents come in the query's own order.
     """
@@ -97,7 +98,8 @@ class WindowReader(abc.ABC):
         # Not the spec itself: it may hold functions that cannot be pickled.
         self.paths: tuple[str, ...] = spec.key.paths
         self.members = spec.members
-        self.dtypes = {**spec.run_dtypes.of(access, self.paths), **(spec.dtypes or {})}
+        self.defaults = dict(spec.defaults or {})
+        self.dtypes = {**spec.run_dtypes.of(access, self.paths, self.defaults), **(spec.dtypes or {})}
         self.samples, self._in_flight_bytes = spec.builds_samples, spec.in_flight_bytes
 
     @abc.abstractmethod
@@ -174,7 +176,7 @@ class WindowReader(abc.ABC):
 
     def decode(self, replies: list[Reply]) -> Columns:
         """The columns of the members of a range."""
-        columns = decode(replies, self.paths)
+        columns = decode(replies, self.paths, defaults=self.defaults)
         if self.members is not None:
             kept = among(id_keys(columns.ids), self.members)
             columns = columns if kept.all() else columns.take(np.flatnonzero(kept))
@@ -294,7 +296,7 @@ class OwnOrderWindows(WindowReader):
 
     def decode(self, replies: list[Reply]) -> Columns:
         """The columns of a range, which has members only."""
-        return decode(replies, self.paths).typed(self.dtypes)
+        return decode(replies, self.paths, defaults=self.defaults).typed(self.dtypes)
 
     def kept(self, replies: list[Reply]) -> list[Reply]:
         """All documents of a range."""

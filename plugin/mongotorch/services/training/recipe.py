@@ -44,6 +44,7 @@ _STREAM_OPTIONS = frozenset(
         "prefetch_size",
         "prefetch_factor",
         "dtypes",
+        "defaults",
     }
 )
 _OWN_PARAMETERS = ("batch_size", "shuffle", "drop_last")
@@ -366,5 +367,6 @@ def _spec(trainer: TorchTrainer, settings: Settings, query: Query, **order: Any)
         cache_dir=settings.cache_dir,
         read_deadline_s=settings.read_deadline_s,
         dtypes=trainer.dtypes,
+        defaults=trainer.defaults,
         **order,
     )
