@@ -122,8 +122,9 @@ class Datalayer(Owner):
             shard: `(rank, world)`: disjoint parts with equal numbers of batches.
             fold: `train` or `valid`; None is both.
             options: `transform`, `signature`, `collate_fn`, `in_memory`, `download`, `data_prefetch` (True unless
-                given), `prefetch_size`, `prefetch_factor`, `defaults`, `dtypes` as in `TorchTrainer`; `across_epochs` (False
-                unless given) reads the next epoch while the end of this one is served, as a trainer's stream does;
+                given), `prefetch_size`, `prefetch_factor`, `defaults`, `dtypes` as in `TorchTrainer`;
+                `across_epochs` (False unless given) reads the next epoch while the end of this one is served, as a
+                trainer's stream does;
                 `drop_last`, `num_workers` and others as in `torch.utils.data.DataLoader`.
 
         Returns:

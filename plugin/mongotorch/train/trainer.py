@@ -91,7 +91,7 @@ class TorchTrainer(Component):
         collate_fn: Makes a batch of a list of samples; None stacks them.
         model: The model it trains when it is applied itself.
         seed: Seeds everything random: the order of the data, dropout, and what workers draw.
-        defaults: `{field: value}`, such as `{"age": float("nan")}`: of documents that lack the field, or have null.
+        defaults: `{field: value}`, such as `{"age": float("nan")}`, of documents that lack the field or have null.
         dtypes: `{field: dtype}`, such as `{"x": "float32"}`. Other fields have the dtype that a sample of the
             documents says: torch's default dtype where there is a float, else int64 or bool; arrays keep theirs.
 
