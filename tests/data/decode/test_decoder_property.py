@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from mongotorch.data.decode.columns import Column, Columns, build
 from mongotorch.data.decode.decoder import decode
 from mongotorch.data.decode.ids import id_keys
-from mongotorch.errors import DataError, FieldMissingError
+from mongotorch.errors import DataError, DtypeError, FieldMissingError
 
 pytestmark = pytest.mark.property
 
@@ -295,6 +295,61 @@ def test_rows_taken_cut_and_joined_are_the_columns_of_those_documents(
     check(columns.slice(0, cut), batch[:cut], paths)
     halves = [decode(raw(batch[:cut]), paths), decode(raw(batch[cut:]), paths, few=1)]
     check(Columns.concat(halves), batch, paths)
+
+
+MAKE: dict[str, Any] = {"float": float, "int64": int, "bool": bool}
+
+
+def in_dtype(value: Any, dtype: str) -> Any:
+    """A value with its numbers in one dtype. Raises: ValueError, OverflowError where one would change."""
+    if isinstance(value, list):
+        return [in_dtype(item, dtype) for item in value]
+    if not isinstance(value, bool | int | float):
+        return value
+    made = MAKE[dtype](value)
+    if made != value and not (dtype == "float" and value != value):
+        raise ValueError(value)
+    if dtype == "int64" and not -(2**63) <= made < 2**63:
+        raise ValueError(value)
+    return made
+
+
+plain = st.one_of(scalars, st.lists(st.one_of(st.integers(-3, 3), doubles, st.booleans()), max_size=4), lists)
+
+
+def any_values_are_in_the_dtype_of_the_run(values: list[Any], dtype: str) -> None:
+    content = raw([{"_id": row, "a": value} for row, value in enumerate(values)])
+    wanted: list[Any] = []
+    misfit = None
+    for row, one in enumerate(bson.decode_all(content)):
+        try:
+            wanted.append(in_dtype(expected_array(one["a"]), dtype))
+        except (ValueError, OverflowError):
+            misfit = row
+            break
+    if misfit is None:
+        columns = decode(content, ("a",), few=1).typed({"a": dtype})
+        assert alike(columns["a"].values(), wanted)
+        return
+    with pytest.raises(DtypeError) as caught:
+        decode(content, ("a",), few=1).typed({"a": dtype})
+    assert (caught.value.document_id, caught.value.field) == (misfit, "a")
+
+
+any_values = given(
+    st.lists(st.one_of(st.integers(-3, 3), st.sampled_from([0.5, 1.0, True, 2.0])), min_size=1, max_size=12)
+    | st.lists(plain, min_size=1, max_size=12),
+    st.sampled_from(["float", "int64", "bool"]),
+)
+test_any_values_are_in_the_dtype_of_the_run = ANY_INPUT(any_values(any_values_are_in_the_dtype_of_the_run))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@settings(ANY_INPUT, max_examples=10_000)
+@any_values
+def test_ten_thousand_values_are_in_the_dtype_of_the_run(values: list[Any], dtype: str) -> None:
+    any_values_are_in_the_dtype_of_the_run(values, dtype)
 
 
 @ANY_INPUT

@@ -346,8 +346,9 @@ def _misfits(data: Array, target: np.dtype[Any], *, rounded: bool) -> NDArray[np
     if target.kind == "f":
         if rounded or data.dtype.kind != "i" or exact(data):
             return None
-        wrong = (data < -_EXACT) | (data > _EXACT)
-        return wrong
+        with np.errstate(invalid="ignore"):  # the largest are no int64 after rounding
+            wrong = data.astype(np.float64).astype(np.int64) != data
+        return wrong if wrong.any() else None
     if data.dtype == target:
         return None
     low, high = (0, 1) if target.kind == "b" else (int(np.iinfo(target).min), int(np.iinfo(target).max))
@@ -361,7 +362,8 @@ def _misfits(data: Array, target: np.dtype[Any], *, rounded: bool) -> NDArray[np
 
 def _convert_each(column: Column, values: list[Any], dtype: str) -> tuple[Column, int | None]:
     """The same for a list of values: numbers in lists become Python numbers of that meaning."""
-    make = {"b": bool, "i": int, "u": int}.get(np.dtype(float if dtype == FLOAT else dtype).kind, float)
+    target = np.dtype(np.float64 if dtype == FLOAT else dtype)
+    make = {"b": bool, "i": int, "u": int}.get(target.kind, float)
     rounded = make is float and dtype != FLOAT
 
     def converted(value: Any) -> Any:
@@ -369,8 +371,10 @@ def _convert_each(column: Column, values: list[Any], dtype: str) -> tuple[Column
             return [converted(item) for item in value]
         if not isinstance(value, bool | int | float):
             return value
-        if not rounded and make(value) != value and value == value:
+        if not rounded and make(value) != value and not (make is float and value != value):
             raise ValueError(value)
+        if make is int:
+            np.array(int(value), target)  # it raises where the number is too large
         return make(value)
 
     found = []
