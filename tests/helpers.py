@@ -51,9 +51,9 @@ def fill(db: Datalayer, count: int = COUNT) -> Query:
     return db[COLLECTION].find()
 
 
-def fold_ids(db: Datalayer, fold: str) -> list[int]:
+def fold_ids(db: Datalayer, fold: Any) -> list[int]:
     """The `_id`s of a fold, ascending."""
-    return [document["_id"] for document in db[COLLECTION].raw.find({"_fold": fold}).sort("_id", 1)]
+    return [document["_id"] for document in db.execute(db[COLLECTION].find().sort("_id").fold(fold))]
 
 
 def seeded(make: Any, seed: int = 0) -> Any:

@@ -11,6 +11,7 @@ from bson import ObjectId
 
 from mongotorch.errors import QueryError
 from mongotorch.query import Query
+from mongotorch.split import ByGroup
 
 
 def test_methods_return_new_queries_and_leave_the_old_one() -> None:
@@ -48,14 +49,97 @@ def test_the_document_of_a_pipeline_gives_the_same_pipeline() -> None:
 
 
 def test_the_fold_is_one_more_condition_of_a_find() -> None:
-    assert Query.find("c", {"a": 1}).fold("train").where == {"$and": [{"a": 1}, {"_fold": "train"}]}
-    assert Query.find("c").fold("valid").where == {"_fold": "valid"}
+    folded = Query.find("c", {"a": 1}).fold("train")
+    assert folded.fold_condition is not None
+    assert folded.where == {"$and": [{"a": 1}, folded.fold_condition]}
+    assert folded.fold_condition["$or"][0] == {"_fold": "train"}
+    assert Query.find("c").fold("valid").where == Query.find("c").fold("valid").fold_condition
+    assert not folded.runs_as_pipeline
 
 
-def test_the_fold_is_the_first_stage_of_a_pipeline() -> None:
-    query = Query.aggregate("c", [{"$limit": 5}]).fold("train")
+def test_the_fold_is_of_what_a_limit_gives() -> None:
+    folded = Query.find("c", {"a": 1}).sort("b", -1).skip(2).limit(5).fold("train")
+    assert folded.where == {"a": 1}
+    assert folded.stages == [
+        {"$match": {"a": 1}},
+        {"$sort": {"b": -1, "_id": 1}},
+        {"$skip": 2},
+        {"$limit": 5},
+        {"$match": folded.fold_condition},
+    ]
+    assert Query.from_document(folded.to_document()) == folded
 
-    assert query.stages == [{"$match": {"_fold": "train"}}, {"$limit": 5}]
+
+def test_a_limit_of_a_fold_is_one() -> None:
+    query = Query.find("c").fold("train").limit(5)
+    assert not query.runs_as_pipeline
+    assert query.where == query.fold_condition
+    assert Query.from_document(query.to_document()) == query
+
+
+def test_a_stored_limit_of_a_fold_keeps_its_meaning() -> None:
+    document = {**Query.find("c").limit(5).to_document(), "fold": "train"}
+    assert Query.from_document(document) == Query.find("c").fold("train").limit(5)
+
+
+FOLD = {"$match": Query.find("c").fold("train").fold_condition}
+FIRST = {"$geoNear": {"near": [0, 0], "distanceField": "d"}}
+TEXT = {"$match": {"$and": [{"a": 1}, {"$text": {"$search": "x"}}]}}
+
+
+@pytest.mark.parametrize(
+    ("stages", "expected"),
+    [
+        ([{"$limit": 5}], [{"$limit": 5}, FOLD]),
+        ([{"$match": {"a": 1}}, {"$project": {"x": 1}}], [FOLD, {"$match": {"a": 1}}, {"$project": {"x": 1}}]),
+        ([{"$limit": 5}, {"$set": {"b": 1}}], [{"$limit": 5}, FOLD, {"$set": {"b": 1}}]),
+        (
+            [{"$set": {"_fold": "train"}}, {"$sort": {"a": 1}}],
+            [{"$set": {"_fold": "train"}}, FOLD, {"$sort": {"a": 1}}],
+        ),
+        ([{"$addFields": {"_id": "$a"}}], [{"$addFields": {"_id": "$a"}}, FOLD]),
+        ([{"$group": {"_id": "$a"}}], [{"$group": {"_id": "$a"}}, FOLD]),
+        ([{"$unwind": "$a"}], [FOLD, {"$unwind": "$a"}]),
+        ([{"$unset": "_fold"}], [FOLD, {"$unset": "_fold"}]),
+        (
+            [{"$project": {"x": 1}}, {"$limit": 5}],
+            [{"$project": {"x": 1, "_fold": 1}}, {"$limit": 5}, FOLD, {"$project": {"_fold": 0}}],
+        ),
+        (
+            [{"$project": {"x": 0, "_fold": 0}}, {"$limit": 5}],
+            [{"$project": {"x": 0}}, {"$limit": 5}, FOLD, {"$project": {"_fold": 0}}],
+        ),
+        (
+            [{"$project": {"_id": 0, "x": 1}}, {"$limit": 5}],
+            [
+                {"$project": {"x": 1, "_fold": 1, "_id": 1}},
+                {"$limit": 5},
+                FOLD,
+                {"$project": {"_fold": 0, "_id": 0}},
+            ],
+        ),
+        ([FIRST, {"$project": {"x": 1}}], [FIRST, FOLD, {"$project": {"x": 1}}]),
+        ([TEXT], [TEXT, FOLD]),
+        ([{"$vectorSearch": {"limit": 5}}], [{"$vectorSearch": {"limit": 5}}, FOLD]),
+    ],
+)
+def test_the_fold_of_a_pipeline_is_of_what_it_gives(stages: list[Any], expected: list[Any]) -> None:
+    query = Query.aggregate("c", stages).fold("train")
+    assert query.stages == expected
+    assert Query.from_document(query.to_document()) == query
+
+
+def test_a_split_comes_behind_what_sets_its_field() -> None:
+    stages: list[dict[str, Any]] = [{"$set": {"user": "$u"}}, {"$match": {"a": 1}}]
+    query = Query.aggregate("c", stages).fold("train", split=ByGroup("user"))
+    assert query.stages == [stages[0], {"$match": query.fold_condition}, stages[1]]
+    assert Query.from_document(query.to_document()) == query
+
+
+@pytest.mark.parametrize("first", [FIRST, TEXT])
+def test_one_more_condition_comes_behind_a_stage_that_has_to_be_the_first(first: dict[str, Any]) -> None:
+    query = Query.aggregate("c", [first, {"$limit": 2}]).filter({"a": 1})
+    assert query.stages == [first, {"$match": {"a": 1}}, {"$limit": 2}]
 
 
 def test_filter_keeps_the_conditions_that_were_there() -> None:

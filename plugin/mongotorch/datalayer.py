@@ -18,7 +18,7 @@ from mongotorch.data.collection import Collection, read_documents
 from mongotorch.errors import ParameterError
 from mongotorch.jobs import Job
 from mongotorch.mongo.connection import Connection, open_address
-from mongotorch.query import Fold, Query
+from mongotorch.query import Query
 from mongotorch.resources import Owner
 from mongotorch.schedule import Firing, Schedule
 from mongotorch.services.composition import Services
@@ -28,6 +28,7 @@ from mongotorch.services.training.job_runner import JobRunner
 from mongotorch.services.training.recipe import check_trainer, stream_spec, training_spec
 from mongotorch.services.versions.live import Live, OnPromote
 from mongotorch.settings import Settings, read_settings
+from mongotorch.split import Fold
 from mongotorch.store import LIVE, Collected, GarbageCollector, Move, Verified
 from mongotorch.train import TorchTrainer
 

@@ -14,7 +14,7 @@
     ├── DataError                   documents that cannot be trained on
     │   ├── EmptySelectError
     │   ├── EmptyFoldError
-    │   ├── FoldMissingError        documents without `_fold`
+    │   ├── FoldMissingError        documents that are in no fold
     │   ├── FieldMissingError       a key that a document lacks
     │   ├── DtypeError              a value that does not fit the dtype of its field
     │   └── ShapeError              shapes or types that differ between documents
@@ -159,7 +159,7 @@ class EmptyFoldError(DataError):
 
 
 class FoldMissingError(DataError):
-    """Documents without a `_fold`: they were not inserted through the datalayer."""
+    """A document that is in no fold, such as one with something else than `train` or `valid` under `_fold`."""
 
 
 class FieldMissingError(DataError):

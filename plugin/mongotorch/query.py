@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Self, final
+from typing import Any, Final, Self, final
 
 import bson
 from bson import json_util
@@ -17,11 +17,9 @@ from bson.binary import UuidRepresentation
 from bson.codec_options import CodecOptions
 from bson.errors import BSONError
 
-from mongotorch.errors import QueryError
+from mongotorch.errors import ParameterError, QueryError
+from mongotorch.split import DEFAULT, FOLDS, Fold, Split, as_split, split_from_document
 
-Fold = Literal["train", "valid"]
-FOLD_FIELD = "_fold"
-FOLDS: tuple[Fold, ...] = ("train", "valid")
 _BSON: CodecOptions[dict[str, Any]] = CodecOptions(uuid_representation=UuidRepresentation.STANDARD)
 _JSON = json_util.JSONOptions(
     json_mode=json_util.JSONMode.CANONICAL,
@@ -48,6 +46,8 @@ class Query:
         skipped: How many documents to skip.
         limited: The most documents to read; None is all.
         fold_name: `train`, `valid`, or None for both.
+        fold_behind: Whether the fold is of what the skip, limit or pipeline give; else those are of the fold.
+        split: Which documents each fold has; None: by `_fold`, those without it by the hash of their `_id`.
     """
 
     collection: str
@@ -55,7 +55,9 @@ class Query:
     ordering: tuple[tuple[str, int], ...] = ()
     skipped: int = 0
     limited: int | None = None
-    fold_name: str | None = None
+    fold_name: Fold | None = None
+    fold_behind: bool = False
+    split: Split | None = None
 
     @classmethod
     def find(
@@ -122,14 +124,37 @@ class Query:
         self._no_pipeline("limit")
         return dataclasses.replace(self, limited=_count("limit", n, least=1))
 
-    def fold(self, name: Fold) -> Query:
-        """The documents of one fold only. Raises: QueryError for a fold that does not exist."""
+    def fold(self, name: Fold, *, split: Split | float | None = None) -> Query:
+        """Those of its documents that are in one fold; what a skip, limit or pipeline leaves out is in none.
+
+        A document without a stored `_fold` is in `valid` if the hash of its `_id` says so (5 %). Nothing is
+        written.
+        Of a query without a sort, the skip and limit count documents by `_id`, as a training does.
+
+        Args:
+            name: `train` or `valid`.
+            split: Which documents each fold has: `ByHash`, `ByTime`, `ByGroup`, `KFold`, or the share of `valid`;
+                None is by `_fold`.
+
+        Raises:
+            QueryError: A fold that does not exist.
+            ParameterError: A split that is none.
+        """
         if name not in FOLDS:
             raise QueryError(f"a fold is 'train' or 'valid', not {name!r}", field="fold")
-        return dataclasses.replace(self, fold_name=name)
+        return dataclasses.replace(
+            self,
+            fold_name=name,
+            fold_behind=self.is_pipeline or self.is_cut,
+            split=None if split is None else as_split(split),
+        )
 
     def filter(self, condition: Mapping[str, Any]) -> Query:
-        """With one more condition that must hold; in a pipeline it comes before the first stage."""
+        """With one more condition that must hold.
+
+        In a pipeline it comes before the first stage, or behind it where that has to be the first one (`$geoNear`,
+        `$search`, a `$match` with `$text`).
+        """
         body = self._unpacked
         before = body["filter"]
         body["filter"] = {"$and": [before, dict(condition)]} if before else dict(condition)
@@ -141,13 +166,45 @@ class Query:
         return "pipeline" in self._unpacked
 
     @property
+    def is_cut(self) -> bool:
+        """Whether it has a skip or a limit."""
+        return bool(self.skipped) or self.limited is not None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its documents are all that match its filter."""
+        return not self.is_pipeline and not self.is_cut
+
+    @property
+    def runs_as_pipeline(self) -> bool:
+        """Whether a server needs a pipeline for it: `stages`, and not `where` with a sort, skip and limit."""
+        return self.is_pipeline or (self.fold_name is not None and self.fold_behind and self.is_cut)
+
+    @property
+    def fold_condition(self) -> dict[str, Any] | None:
+        """The filter of its fold, as a server computes it; None without a fold."""
+        return None if self.fold_name is None else (self.split or DEFAULT).condition(self.fold_name)
+
+    @property
+    def fold_is_small(self) -> bool:
+        """Whether its fold has less than half of the documents, as far as its split says."""
+        valid = None if self.fold_name is None else (self.split or DEFAULT).share
+        return valid is not None and (valid if self.fold_name == "valid" else 1 - valid) < 0.5
+
+    @property
     def where(self) -> dict[str, Any]:
-        """The whole filter, the fold included."""
+        """The filter that a server gets: its own, and that of its fold unless `stages` has that behind others."""
         own: dict[str, Any] = self._unpacked["filter"]
-        if self.fold_name is None:
+        fold = None if self.runs_as_pipeline else self.fold_condition
+        if fold is None:
             return own
-        fold = {FOLD_FIELD: self.fold_name}
         return {"$and": [own, fold]} if own else fold
+
+    @property
+    def total_order(self) -> list[tuple[str, int]]:
+        """Its sort, made total by `_id`, so that a skip means the same each time."""
+        ordering = list(self.ordering)
+        return ordering if any(name == "_id" for name, _ in ordering) else [*ordering, ("_id", 1)]
 
     @property
     def projection_document(self) -> dict[str, Any] | None:
@@ -157,10 +214,34 @@ class Query:
 
     @property
     def stages(self) -> list[dict[str, Any]]:
-        """The pipeline that runs, with the filter and fold as its first stage; empty for a find."""
-        if not self.is_pipeline:
+        """The pipeline that runs, with the filter and the fold among its stages; empty where `find` does it.
+
+        The projection of a find is not part of it.
+        """
+        if not self.runs_as_pipeline:
             return []
-        return ([{"$match": self.where}] if self.where else []) + list(self._unpacked["pipeline"])
+        before, after = self.stages_around_fold
+        fold = self.fold_condition
+        return [*before, *([] if fold is None else [{"$match": fold}]), *after]
+
+    @property
+    def stages_around_fold(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The stages before and behind the one that divides documents into folds."""
+        where = self._unpacked["filter"]
+        matched = [{"$match": where}] if where else []
+        if not self.is_pipeline:
+            cut: list[dict[str, Any]] = [{"$sort": dict(self.total_order)}]
+            cut += [{"$skip": self.skipped}] if self.skipped else []
+            return [*matched, *cut, *([] if self.limited is None else [{"$limit": self.limited}])], []
+        stages = list(self._unpacked["pipeline"])
+        first = 1 if stages and _must_be_first(stages[0]) else 0
+        names = {path.partition(".")[0] for path in (self.split or DEFAULT).fields}
+        count = first
+        if self.fold_name is not None and self.fold_behind:
+            count = max(_stages_before_fold(stages, names), first)
+        stages, left = _keeping(stages, count, names)
+        before = [*stages[:first], *matched, *stages[first:count]]
+        return before, [*stages[count:], *([{"$project": dict.fromkeys(left, 0)}] if left else [])]
 
     @property
     def is_repeatable(self) -> bool:
@@ -183,6 +264,13 @@ class Query:
             "skip": self.skipped,
             "limit": self.limited,
             "fold": self.fold_name,
+            # Queries that were stored before these existed have them not.
+            **({"fold_behind": True} if self.fold_behind else {}),
+            **(
+                {}
+                if self.split is None
+                else {"split": json_util.dumps(self.split.to_document(), json_options=_JSON)}
+            ),
         }
 
     @classmethod
@@ -204,8 +292,10 @@ class Query:
                 skipped=document["skip"],
                 limited=document["limit"],
                 fold_name=document["fold"],
+                fold_behind=document.get("fold_behind", False),
+                split=_split(document.get("split")),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, ParameterError) as error:
             raise QueryError(f"not the document of a query: {error}") from error
 
     def digest(self) -> str:
@@ -219,6 +309,10 @@ class Query:
     def _no_pipeline(self, what: str) -> None:
         if self.is_pipeline:
             raise QueryError(f"{what} a pipeline by a ${what} stage of its own", field=what)
+
+
+def _split(text: str | None) -> Split | None:
+    return None if text is None else split_from_document(json_util.loads(text, json_options=_JSON))
 
 
 def _escaped(value: Any) -> Any:
@@ -278,3 +372,71 @@ def _changes_id(stage: str, options: Any) -> bool:
     if stage in ("$project", "$addFields", "$set") and isinstance(options, Mapping) and "_id" in options:
         return stage != "$project" or options["_id"] not in (1, True)
     return stage in _OTHER_IDS
+
+
+_FIRST: Final = frozenset({"$geoNear", "$search", "$searchMeta", "$vectorSearch", "$rankFusion", "$scoreFusion"})
+_FIRST_SOURCES: Final = frozenset({"$documents", "$collStats", "$indexStats", "$queue"})
+# They look at one document after the other, so dividing before them is the same.
+_ONE_BY_ONE: Final = frozenset({"$match", "$sort", "$unwind", "$lookup", "$graphLookup", "$project", "$unset"})
+_SETTING: Final = frozenset({"$addFields", "$set"})
+
+
+def _must_be_first(stage: Mapping[str, Any]) -> bool:
+    """Whether a server takes a stage only as the first one of a pipeline."""
+    name, options = next(iter(stage.items()))
+    return name in _FIRST | _FIRST_SOURCES or (name == "$match" and "$text" in _operators(options))
+
+
+def _stages_before_fold(stages: Sequence[Mapping[str, Any]], names: set[str]) -> int:
+    """How many stages have to come before documents are divided into folds by fields of these names.
+
+    They are the fewest that give the same as all: behind them nothing is cut off or counted together, and
+    none of these fields is set.
+    """
+    count = len(stages)
+    while count and not _comes_before_fold(*next(iter(stages[count - 1].items())), names):
+        count -= 1
+    return count
+
+
+def _comes_before_fold(stage: str, options: Any, names: set[str]) -> bool:
+    if stage == "$project" or stage in _SETTING:
+        # A field that is only kept or left out is the same before and behind it.
+        given = {
+            path.partition(".")[0] for path, how in options.items() if stage in _SETTING or _plain(how) is None
+        }
+        return bool(given & names)
+    if stage == "$unwind":
+        path = options if isinstance(options, str) else options.get("path", "")
+        return path.removeprefix("$").partition(".")[0] in names
+    if stage in ("$lookup", "$graphLookup"):
+        return str(options.get("as", "")).partition(".")[0] in names
+    return stage not in _ONE_BY_ONE
+
+
+def _keeping(stages: list[dict[str, Any]], count: int, names: set[str]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The stages, the first `count` of them with the fields of these names, and what to leave out behind them."""
+    kept, left = list(stages), set[str]()
+    for n, stage in enumerate(stages[:count]):
+        options = stage.get("$project")
+        if options is None:
+            continue
+        dropped = {name for name in names if _plain(options.get(name)) is False}
+        options = {name: how for name, how in options.items() if name not in dropped}
+        if any(_includes(how) for name, how in options.items() if name != "_id"):
+            dropped |= names - {path.partition(".")[0] for path in options} - {"_id"}
+            options |= dict.fromkeys(sorted(dropped), 1)
+        kept[n] = {"$project": options} if options else {"$match": {}}
+        left |= dropped
+    return kept, sorted(left)
+
+
+def _plain(how: Any) -> bool | None:
+    """Whether a `$project` keeps or leaves out a field; None where it computes one."""
+    return bool(how) if isinstance(how, bool | int | float) else None
+
+
+def _includes(how: Any) -> bool:
+    """Whether an entry of a `$project` makes it one that names what is kept."""
+    nested = isinstance(how, Mapping) and how and not any(name.startswith("$") for name in how)
+    return any(map(_includes, how.values())) if nested else _plain(how) is not False

@@ -158,7 +158,7 @@ def test_lineage_says_what_a_version_was_made_of(call: Call, db: Datalayer) -> N
     assert rows["job"] == document["job"]
     assert rows["schedule"] == "s, firing 1: the 0th time"
     assert (rows["seed"], rows["steps"]) == ("0", f"2, the best was {document['best_step']}")
-    assert rows["query"] == "points.find({'_fold': 'train'})"
+    assert rows["query"] == "points.find({}).fold('train')"
     assert abs(datetime.fromisoformat(rows["watermark"]) - datetime.now(UTC)) < timedelta(minutes=5)
     for fold in ("train", "valid"):
         assert rows[f"{fold} documents"] == f"{data[fold]['count']}, digest {data[fold]['digest']}"
@@ -233,7 +233,7 @@ def test_lineage_of_a_trainer_and_of_a_version_without_lineage(
         of_trainer = call("lineage", "trainer", "t")
 
     assert (of_model.exit_code, of_trainer.exit_code) == (0, 0), of_model.output + of_trainer.output
-    assert "points.aggregate([{'$match': {'_fold': 'train'}}, {'$match': {'y': {'$lt': 2}}}])" in of_model.stdout
+    assert "points.aggregate([{'$match': {'y': {'$lt': 2}}}]).fold('train')" in of_model.stdout
     assert "watermark" not in of_model.stdout
     assert "trainer t version 1 · 1 steps" in of_trainer.stdout
     assert "from trainer t version 0 · as it was given" in of_trainer.stdout

@@ -7,7 +7,7 @@ import pytest
 from bson import Int64, ObjectId
 
 from mongotorch import Datalayer
-from mongotorch.data.folds import fold_of, hashed_index_key
+from mongotorch.data.read.folds import fold_of, hashed_index_key
 from mongotorch.errors import ParameterError
 
 # Taken from `$toHashedIndexKey` of MongoDB 6.0.5.

@@ -5,6 +5,7 @@ It reads documents and unpickles nothing. An ancestor that was removed ends the 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
@@ -158,13 +159,17 @@ def _data_rows(data: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _query(document: Mapping[str, Any]) -> str:
-    query = Query.from_document(document)
+    folded = Query.from_document(document)
+    query = dataclasses.replace(folded, fold_name=None)
+    split = "" if folded.split is None else f", split={folded.split!r}"
+    fold = "" if folded.fold_name is None else f".fold({folded.fold_name!r}{split})"
     if query.is_pipeline:
-        return f"{query.collection}.aggregate({query.stages})"
-    shown = f"{query.collection}.find({query.where})"
+        return f"{query.collection}.aggregate({query.stages}){fold}"
+    shown = f"{query.collection}.find({query.where})" + ("" if folded.fold_behind else fold)
     shown += f".sort({list(query.ordering)})" if query.ordering else ""
     shown += f".skip({query.skipped})" if query.skipped else ""
-    return shown + (f".limit({query.limited})" if query.limited is not None else "")
+    shown += f".limit({query.limited})" if query.limited is not None else ""
+    return shown + (fold if folded.fold_behind else "")
 
 
 def _label(record: Mapping[str, Any]) -> str:

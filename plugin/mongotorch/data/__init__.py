@@ -5,8 +5,7 @@ It knows MongoDB and torch, and nothing of components, training or jobs.
 
 from mongotorch.data.check import DataCheck, FieldCheck, check_documents
 from mongotorch.data.explain import Explanation, explain
-from mongotorch.data.folds import assign_folds, check_select, fold_of
-from mongotorch.data.read import RunDtypes
+from mongotorch.data.read import RunDtypes, assign_folds, check_select, fold_of
 from mongotorch.data.stream.epochs import Report
 from mongotorch.data.stream.spec import StreamSpec
 from mongotorch.data.stream.stream import Stream

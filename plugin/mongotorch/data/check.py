@@ -22,11 +22,12 @@ from bson.binary import UuidRepresentation
 from bson.codec_options import CodecOptions, DatetimeConversion
 
 from mongotorch.codecs.arrays import dtype_name, stored_array
-from mongotorch.data.explain import count
+from mongotorch.data.read import count, fold_by, mock_documents
 from mongotorch.errors import EmptySelectError
 from mongotorch.mongo.error_translation import driver_errors
 from mongotorch.mongo.server_features import is_mock
-from mongotorch.query import FOLD_FIELD, Query
+from mongotorch.query import Query
+from mongotorch.split import FOLD_FIELD
 
 SAMPLE: Final = 1_000
 """Documents that are looked at."""
@@ -114,7 +115,7 @@ class DataCheck:
         documents: How many the query has.
         counted: Whether they were counted; else it is the size of the collection, an upper bound.
         sampled: How many were looked at.
-        folds: How many of those are in each fold; without a fold under the empty name.
+        folds: How many of those are in each fold; in no fold under the empty name.
         fields: The fields, in the order in which they were met.
     """
 
@@ -131,8 +132,8 @@ class DataCheck:
         found = [finding for field in self.fields for finding in field.findings(self.sampled)]
         if "" in self.folds:
             found.append(
-                f"{self.folds['']:,} of {self.sampled:,} documents have no {FOLD_FIELD!r}: they are in no fold "
-                "until `db[name].assign_folds()` gives them one"
+                f"{self.folds['']:,} of {self.sampled:,} documents are in no fold: {FOLD_FIELD!r} is neither "
+                "'train' nor 'valid', or the field that divides them is missing or of another type"
             )
         return tuple(found)
 
@@ -202,11 +203,11 @@ def check_documents(
         if not documents:
             raise EmptySelectError(f"the query matches no document of collection {query.collection!r}")
         total, counted = count(database[query.collection], query, mock=is_mock(database), seconds=_COUNT_S)
-    chosen = [FOLD_FIELD, *(paths or _paths(documents))]
+    chosen = paths or [path for path in _paths(documents) if path != FOLD_FIELD]
     values = {
         path: [_value(document, path.split(".")) for document in documents] for path in dict.fromkeys(chosen)
     }
-    folds = Counter(value if value in ("train", "valid") else "" for value in values.pop(FOLD_FIELD))
+    folds = Counter(fold_by(document, query.split) or "" for document in documents)
     return DataCheck(
         collection=query.collection,
         documents=max(total, len(documents)),
@@ -222,7 +223,9 @@ def _sampled(database: Any, query: Query, sample: int) -> list[dict[str, Any]]:
     source = database[query.collection]
     if not is_mock(database):
         source = source.with_options(codec_options=_OPTIONS)
-    if query.is_pipeline:
+    if is_mock(database) and query.fold_name is not None:
+        return mock_documents(database, query, query.projection_document)[:sample]
+    if query.runs_as_pipeline:
         return list(source.aggregate([*query.stages, {"$limit": sample}]))
     whole = query.limited is None and not query.skipped and not query.ordering
     first = sample // 2 if whole else min(sample, query.limited or sample)

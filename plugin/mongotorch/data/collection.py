@@ -20,9 +20,11 @@ from torch import Tensor
 from mongotorch.codecs import ArrayParts
 from mongotorch.codecs import decode_document as _decode
 from mongotorch.codecs import encode_document as _encode
-from mongotorch.data.folds import assign_folds, fold_of
+from mongotorch.data.read import assign_folds, fold_of, mock_documents, query_for
 from mongotorch.errors import DataError
-from mongotorch.query import FOLD_FIELD, FOLDS, Query
+from mongotorch.mongo.server_features import is_mock
+from mongotorch.query import Query
+from mongotorch.split import FOLD_FIELD, FOLDS
 
 
 def encode_document(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,9 +206,13 @@ class Collection:
 
 def read_documents(database: Any, query: Query) -> Iterator[dict[str, Any]]:
     """The documents of a query, one by one, arrays as tensors; the cursor is closed at the end."""
-    source = database[query.collection]
-    if query.is_pipeline:
-        cursor = source.aggregate(query.stages)
+    if query.fold_name is not None and is_mock(database):
+        yield from map(decode_document, mock_documents(database, query, query.projection_document))
+        return
+    query, source = query_for(database, query), database[query.collection]
+    if query.runs_as_pipeline:
+        projection = query.projection_document
+        cursor = source.aggregate([*query.stages, *([{"$project": projection}] if projection else [])])
     else:
         cursor = source.find(query.where, query.projection_document, skip=query.skipped)
         cursor = cursor.sort(list(query.ordering)) if query.ordering else cursor

@@ -14,19 +14,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
-from pymongo.errors import OperationFailure
-
 from mongotorch.data.decode import Columns
 from mongotorch.data.prefetch import close_iterator
-from mongotorch.data.read import Reader
+from mongotorch.data.read import Reader, count
 from mongotorch.data.stream.batches import SampleBuilder, batch_of, gathered
 from mongotorch.data.stream.order import Order
 from mongotorch.data.stream.spec import StreamSpec
 from mongotorch.data.stream.stream import Stream
 from mongotorch.data.stream.windows import WindowReader, open_windows
-from mongotorch.mongo.error_translation import MAX_TIME_MS_EXPIRED, has_code
 from mongotorch.mongo.server_features import is_mock
-from mongotorch.query import Query
 
 
 @final
@@ -100,29 +96,6 @@ def _batch(columns: Columns, spec: StreamSpec) -> Any:
         )(columns)
     rows = gathered([columns], None)
     return batch_of([(rows, 0, len(rows))], spec.key)
-
-
-def count(collection: Any, query: Query, *, mock: bool, seconds: float) -> tuple[int, bool]:
-    """How many documents match, and whether that was counted rather than estimated.
-
-    Counting a filter without an index is a scan: it is given up after so many seconds, and what is left is the
-    number of documents of the whole collection.
-    """
-    limits = {} if mock else {"maxTimeMS": max(int(seconds * 1000), 1)}
-    try:
-        if query.is_pipeline:
-            stages = [*(query.stages or []), {"$count": "n"}]
-            return next((int(found["n"]) for found in collection.aggregate(stages, **limits)), 0), True
-        if not query.where:
-            found = int(collection.estimated_document_count())
-        else:
-            found = int(collection.count_documents(query.where, **limits))
-    except OperationFailure as error:
-        if not has_code(error, MAX_TIME_MS_EXPIRED):
-            raise
-        return int(collection.estimated_document_count()), False
-    found = max(found - query.skipped, 0)
-    return found if query.limited is None else min(found, query.limited), True
 
 
 @final

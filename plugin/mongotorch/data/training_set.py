@@ -493,7 +493,7 @@ def unseen(
 
 def _replies(database: Any, query: Query, projection: dict[str, int], deadline_s: float) -> Iterator[Reply]:
     """The documents, as replies of concatenated BSON: the server reads the next ones while these are hashed."""
-    whole = not query.is_pipeline and query.limited is None and not query.skipped
+    whole = query.is_whole
     # Where all are read, the order of `_id` needs no sort, and a broken cursor is resumed by an index.
     query = dataclasses.replace(query, ordering=()) if whole else query
     reader = open_reader(database, query, projection, RetryPolicy(deadline_s=deadline_s))

@@ -2,8 +2,8 @@
 
 - `reader` loads and lists: it reads the whole database and watches it.
 - `worker` runs jobs and fires schedules: it adds versions, blobs and metrics, and promotes. It can neither change
-  nor remove a version or the bytes of a blob, nor write to the data it trains on (so its documents need
-  their folds from a `trainer`). It updates the documents of blobs, which protects them from garbage collection.
+  nor remove a version or the bytes of a blob, nor write to the data it trains on. It updates the documents of
+  blobs, which protects them from garbage collection.
 - `trainer` does everything within its database.
 """
 

@@ -112,27 +112,6 @@ def test_a_run_sees_the_documents_it_began_with_whatever_others_insert(
     assert set(counts.values()) <= {epochs, epochs + bool(rest)}, "each document once an epoch"
 
 
-def test_a_document_that_arrives_after_folds_were_given_fails_no_run(
-    db: Datalayer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fill(db)
-    assign, arrived = Retraining._assign_folds, []
-
-    def assign_too_early(self: Retraining, select: Query) -> None:
-        assign(self, select)
-        arrived.extend(foreign(2000))
-        db[COLLECTION].raw.insert_many(foreign(2000))
-
-    monkeypatch.setattr(Retraining, "_assign_folds", assign_too_early)
-    valid = len(fold_ids(db, "valid"))
-    document = run(db, scheduled(db, db[COLLECTION].find()), lambda step: None)
-    assert arrived
-    assert document["verdict"]["documents"] == valid
-    monkeypatch.undo()
-    document = run(db, scheduled(db, db[COLLECTION].find()), lambda step: None)
-    assert document["verdict"]["documents"] == len(fold_ids(db, "valid")) > valid, "the next run has them"
-
-
 def test_a_document_that_is_deleted_meanwhile_is_left_out_and_stops_nothing(db: Datalayer) -> None:
     fill(db)
     gone = {"train": fold_ids(db, "train")[-10:], "valid": fold_ids(db, "valid")[:3]}
@@ -257,7 +236,9 @@ def test_many_new_documents_with_long_ids_are_no_update_too_large(
 
     second = run(db, of_new, meanwhile)
     trained = {n for batch in Recorder.steps for n in batch}
-    new = {row["n"] for row in raw.find({"n": {"$gte": 1000, "$lt": 9000}, "_fold": "train"})}
+    new = {
+        row["n"] for row in db.execute(Query.find(COLLECTION, {"n": {"$gte": 1000, "$lt": 9000}}).fold("train"))
+    }
     assert trained == new
     assert second["data"]["train"]["count"] == len(new)
     assert "new documents" in second["schedule"]["why"]

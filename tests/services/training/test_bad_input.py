@@ -83,10 +83,9 @@ CASES: dict[str, Case] = {
         error=EmptySelectError, given={"select": Query.find("points", {"n": -1})}, words="'points'"
     ),
     "no collection": Case(error=EmptySelectError, given={"select": Query.find("pionts")}, words="'pionts'"),
-    "no fold": Case(
-        error=FoldMissingError, spoil=unset(7, "_fold"), field="_fold", document=7, words="assign_folds"
+    "an unknown fold": Case(
+        error=FoldMissingError, spoil=change(7, _fold="test"), field="_fold", document=7, words="assign_folds"
     ),
-    "an unknown fold": Case(error=FoldMissingError, spoil=change(7, _fold="test"), field="_fold", document=7),
     "empty valid": Case(error=EmptyFoldError, spoil=no_valid, field="_fold", words="'valid'"),
     "missing field": Case(
         error=FieldMissingError, spoil=of_fold("train", lambda n: unset(n, "x")), field="x", document="train"
@@ -167,15 +166,12 @@ def test_bad_input_ends_in_one_typed_error_and_a_failed_job(db: Datalayer, name:
     assert same(state(db.load("model", "m")), state(net()))
 
 
-def test_documents_that_came_another_way_need_folds_and_then_train(db: Datalayer) -> None:
+def test_documents_that_came_another_way_are_trained_on(db: Datalayer) -> None:
     db["points"].raw.insert_many(points())
     applied = trainer(db["points"].find())
-    failed = db.apply(applied)
-    assert isinstance(failed.exception(), FoldMissingError)
-
-    db["points"].assign_folds()
 
     assert db.apply(applied).result().version == 1
+    assert db["points"].count({"_fold": {"$exists": True}}) == 0
 
 
 def test_without_validation_no_valid_fold_is_needed(db: Datalayer) -> None:

@@ -1,5 +1,14 @@
-"""Which documents are read, in ranges, and how they are read from a server or from mongomock."""
+"""Which documents are read, in ranges and folds, and how they are read from a server or from mongomock."""
 
+from mongotorch.data.read.folds import (
+    assign_folds,
+    check_select,
+    count,
+    fold_by,
+    fold_of,
+    mock_documents,
+    query_for,
+)
 from mongotorch.data.read.plan import MOST_SHUFFLED_RANGES, Plan, RunDtypes, Sizes, make_plan, resume_plan
 from mongotorch.data.read.reader import DatabaseAccess, IdRange, Reader, open_reader, regrouped
 
@@ -11,8 +20,15 @@ __all__ = [
     "Reader",
     "RunDtypes",
     "Sizes",
+    "assign_folds",
+    "check_select",
+    "count",
+    "fold_by",
+    "fold_of",
     "make_plan",
+    "mock_documents",
     "open_reader",
+    "query_for",
     "regrouped",
     "resume_plan",
 ]

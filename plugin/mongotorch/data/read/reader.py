@@ -24,6 +24,7 @@ from bson.raw_bson import RawBSONDocument
 from pymongo.errors import PyMongoError
 
 from mongotorch.data.decode import Reply, find_command, found, last_id, offsets, sort_key
+from mongotorch.data.read.folds import mock_documents, query_for
 from mongotorch.errors import QueryError
 from mongotorch.mongo.retry import RetryPolicy
 from mongotorch.mongo.server_features import is_mock
@@ -93,8 +94,14 @@ class Reader(abc.ABC):
         """The first documents by `_id`, or the last ones."""
 
     @abc.abstractmethod
-    def read(self, bounds: IdRange, expected: int) -> list[Reply]:
-        """The documents of a range by `_id`; about `expected` of them."""
+    def read(self, bounds: IdRange, expected: int, ids: list[Any] | None = None) -> list[Reply]:
+        """The documents of a range by `_id`; about `expected` of them.
+
+        Args:
+            bounds: The range.
+            expected: About how many documents it has.
+            ids: The only `_id`s that are looked for, in their order; none of them a regular expression.
+        """
 
     @abc.abstractmethod
     def drain(self, skip: int, rows: int) -> Iterator[Reply]:
@@ -155,12 +162,6 @@ def regrouped(replies: Iterator[Reply], rows: int) -> Iterator[list[Reply]]:
         yield group
 
 
-def total_order(query: Query) -> list[tuple[str, int]]:
-    """The query's sort, made total by `_id`, so that a skip means the same each time."""
-    ordering = list(query.ordering)
-    return ordering if any(name == "_id" for name, _ in ordering) else [*ordering, ("_id", 1)]
-
-
 @final
 class ServerReader(Reader):
     """Reads from a real server, a range with one command."""
@@ -212,13 +213,13 @@ class ServerReader(Reader):
             self._what(),
         )
 
-    def read(self, bounds: IdRange, expected: int) -> list[Reply]:
+    def read(self, bounds: IdRange, expected: int, ids: list[Any] | None = None) -> list[Reply]:
         """See `Reader.read`."""
         replies: list[Reply] = []
         attempts = self.retry.attempts(self._what())
         while True:
             try:
-                for reply in self._range(bounds, replies, expected):
+                for reply in self._range(bounds, replies, expected, ids):
                     attempts.succeeded()
                     replies.append(reply)
             except PyMongoError as error:
@@ -226,11 +227,11 @@ class ServerReader(Reader):
             else:
                 return replies
 
-    def _range(self, bounds: IdRange, seen: list[Reply], expected: int) -> Iterator[Reply]:
+    def _range(self, bounds: IdRange, seen: list[Reply], expected: int, ids: list[Any] | None) -> Iterator[Reply]:
         """What is left of a range, asked for with one command a reply: no cursor has to live on the server."""
         after = next((last_id(reply) for reply in reversed(seen) if reply), None)
         while True:
-            where, options = self._bounded(bounds, after)
+            where, options = self._bounded(bounds, after) if ids is None else self._named(ids, after)
             command = find_command(self.collection, where, self.projection, max(2 * expected, 101), **options)
             reply = found(self._command(command, RawBSONDocument).raw)
             if reply.documents:
@@ -274,6 +275,11 @@ class ServerReader(Reader):
             options["max"] = {"_id": bounds.upper}
         return _both(self.query.where, {"$expr": {"$and": exact}}), options
 
+    def _named(self, ids: list[Any], after: tuple[Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The filter of these `_id`s, from behind `after`, which is one of them."""
+        left = ids if after is None else ids[ids.index(after[0]) + 1 :]
+        return _both(self.query.where, {"_id": {"$in": left}}), {}
+
     def drain(self, skip: int, rows: int) -> Iterator[Reply]:
         """See `Reader.drain`; a broken cursor is replaced by one that skips what was seen."""
         attempts = self.retry.attempts(self._what())
@@ -290,9 +296,9 @@ class ServerReader(Reader):
 
     def _own_order(self, skip: int, rows: int) -> Iterator[Reply]:
         query = self.query
-        if query.is_pipeline:
+        if query.runs_as_pipeline:
             stages = [
-                *(query.stages or []),
+                *query.stages,
                 *([{"$skip": skip}] if skip else []),
                 {"$project": self.projection},
             ]
@@ -303,7 +309,7 @@ class ServerReader(Reader):
         if query.limited is not None and left <= 0:
             return
         with self.collection.find_raw_batches(
-            query.where, self.projection, sort=total_order(query), skip=query.skipped + skip, limit=left,
+            query.where, self.projection, sort=query.total_order, skip=query.skipped + skip, limit=left,
             batch_size=rows,
         ) as cursor:  # fmt: skip
             yield from cursor
@@ -331,7 +337,7 @@ class MockReader(Reader):
 
     def _snapshot(self) -> list[dict[str, Any]]:
         if self._documents is None:
-            found = list(self.collection.find(self.query.where, self.projection))
+            found = mock_documents(self.collection.database, replace(self.query, ordering=()), self.projection)
             keyed = sorted(((sort_key(d["_id"]), n) for n, d in enumerate(found)))
             self._keys = [key for key, _ in keyed]
             self._documents = [found[n] for _, n in keyed]
@@ -359,19 +365,15 @@ class MockReader(Reader):
         documents = self._snapshot()
         return [b"".join(map(bson.encode, documents[-count:] if last else documents[:count]))]
 
-    def read(self, bounds: IdRange, expected: int) -> list[Reply]:  # noqa: ARG002 - of the interface
+    def read(self, bounds: IdRange, expected: int, ids: list[Any] | None = None) -> list[Reply]:  # noqa: ARG002 - of the interface
         """See `Reader.read`."""
         first, end = self._slice(bounds)
         return [b"".join(map(bson.encode, self._snapshot()[first:end]))]
 
     def drain(self, skip: int, rows: int) -> Iterator[Reply]:
         """See `Reader.drain`."""
-        query = self.query
-        if query.is_pipeline:
-            found = list(self.collection.aggregate([*(query.stages or []), {"$project": self.projection}]))
-        else:
-            cursor = self.collection.find(query.where, self.projection).sort(total_order(query))
-            found = list(cursor.skip(query.skipped).limit(query.limited or 0))
+        query = self.query if self.query.is_pipeline else self.query.sort(self.query.total_order)
+        found = mock_documents(self.collection.database, query, self.projection)
         for first in range(skip, len(found), rows):
             yield b"".join(map(bson.encode, found[first : first + rows]))
 
@@ -382,7 +384,10 @@ class MockReader(Reader):
 
 def open_reader(database: Any, query: Query, projection: Mapping[str, Any], retry: RetryPolicy) -> Reader:
     """The reader that fits the database."""
-    return (MockReader if is_mock(database) else ServerReader)(database, query, projection, retry)
+    if is_mock(database):
+        return MockReader(database, query, projection, retry)
+    known = query if query.fold_name is None else query_for(database, query)
+    return ServerReader(database, known, projection, retry)
 
 
 @final

@@ -44,6 +44,8 @@ class Stream(Owner, IterableDataset[Any]):
     - A document inserted inside the bounds is yielded once in this epoch if its window has not been read yet, else
       from the next epoch on (with `across_epochs`, which reads the first windows early, the one after that). It is
       never yielded twice, and moves no other document.
+    - Of a fold with less than half of the documents, `valid` as a rule, the first epoch finds the `_id`s for the
+      later ones: a document inserted inside the bounds after that belongs to the next stream.
     - A document deleted before its window is read is not yielded, and moves no other document. `report` counts
       both.
     - A resumed stream continues right behind the last row that was yielded, even if that row or rows before it are

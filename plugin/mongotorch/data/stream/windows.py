@@ -20,8 +20,9 @@ from typing import final
 
 import numpy as np
 import numpy.typing as npt
+from bson import Regex
 
-from mongotorch.data.decode import U64, Columns, Reply, among, decode, id_keys
+from mongotorch.data.decode import U64, Columns, Reply, among, decode, id_keys, pack_ids
 from mongotorch.data.prefetch import ReadPressure, ThreadPrefetcher, close_iterator, map_ordered
 from mongotorch.data.read import (
     MOST_SHUFFLED_RANGES,
@@ -38,6 +39,8 @@ from mongotorch.data.stream.spec import StreamSpec
 from mongotorch.data.training_set import only, only_once, scan_members
 from mongotorch.errors import DataError
 
+_FOUND_BYTES = 16 * 2**20  # of `_id`s that are kept for the next epoch
+_FOUND_BYTES_OF_RANGE = 2**20
 _UNDER_WAY = 4  # ranges that are read but not decoded yet, at most
 
 
@@ -212,6 +215,9 @@ class PlannedWindows(WindowReader):
         super().__init__(access, spec)
         self.plan: Plan = plan
         self.digest, self.rows, self.window, self.count = plan.digest, plan.rows, plan.window, len(plan)
+        # Finding few among many costs a scan, so what it found is kept: the `_id`s of a range, as BSON.
+        self._found: dict[int, bytes] | None = {} if access.query.fold_is_small else None
+        self._found_bytes = 0
 
     def order(self, order: Order, start: int, count: int | None) -> Iterator[npt.NDArray[np.int64]]:  # noqa: ARG002 - of the interface
         """See `WindowReader.order`."""
@@ -224,7 +230,12 @@ class PlannedWindows(WindowReader):
         reader = self._access.reader()
 
         def read(number: int) -> list[Reply]:
-            return reader.read(self.plan.bounds(number), self.plan.rows)
+            known = None if self._found is None else self._found.get(number)
+            if known is not None:
+                return reader.read(self.plan.bounds(number), self.plan.rows, decode([known], ()).ids.values())
+            replies = reader.read(self.plan.bounds(number), self.plan.rows)
+            self._keep(number, replies)
+            return replies
 
         if not prefetch:
             return map(read, numbers)
@@ -237,6 +248,17 @@ class PlannedWindows(WindowReader):
             weigh=_weigh,
             awaited=awaited,
         )
+
+    def _keep(self, number: int, replies: list[Reply]) -> None:
+        if self._found is None or self._found_bytes > _FOUND_BYTES:
+            return
+        ids = decode(replies, ()).ids
+        packed = pack_ids(ids)
+        # A regular expression would be looked for as a pattern.
+        patterns = isinstance(ids.data, list) and any(isinstance(one, Regex) for one in ids.data)
+        if len(packed) <= _FOUND_BYTES_OF_RANGE and not patterns:
+            self._found[number] = packed
+            self._found_bytes += len(packed)
 
     def keys(self, number: int, columns: Columns) -> U64:  # noqa: ARG002 - of the interface
         """A hash of each `_id`."""
@@ -316,8 +338,7 @@ def open_windows(access: DatabaseAccess, spec: StreamSpec, digest: str | None = 
         ServerUnavailableError: The server cannot be read.
     """
     query, sizes = spec.query, spec.sizes
-    whole = not query.is_pipeline and query.limited is None and not query.skipped
-    if whole and (spec.shuffle or tuple(query.ordering) in ((), (("_id", 1),))):
+    if query.is_whole and (spec.shuffle or tuple(query.ordering) in ((), (("_id", 1),))):
         database, reader = access.database(), access.reader()
         if digest is None:
             return PlannedWindows(access, spec, make_plan(database, reader, sizes))

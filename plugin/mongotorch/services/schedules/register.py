@@ -25,9 +25,10 @@ from bson import ObjectId
 
 from mongotorch.errors import ConflictError, MongotorchError, NotFoundError
 from mongotorch.mongo.change_stream import Baseline, Change, baseline, counted
-from mongotorch.query import FOLD_FIELD, Query
+from mongotorch.query import Query
 from mongotorch.schedule import Firing, Schedule, State, Trigger, preview
 from mongotorch.services.versions.catalog import Catalog
+from mongotorch.split import FOLD_FIELD
 from mongotorch.store import Jobs, Schedules
 from mongotorch.train import trainer_and_model
 

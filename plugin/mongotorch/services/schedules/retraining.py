@@ -21,7 +21,7 @@ import bson
 import numpy as np
 
 from mongotorch.component import Component
-from mongotorch.data import Delta, Hashes, Stream, assign_folds, unseen
+from mongotorch.data import Delta, Hashes, Stream, unseen
 from mongotorch.errors import (
     ConflictError,
     JobCancelledError,
@@ -31,8 +31,8 @@ from mongotorch.errors import (
 )
 from mongotorch.jobs import Lease
 from mongotorch.mongo.connection import Connection
-from mongotorch.mongo.error_translation import driver_errors, redact
-from mongotorch.query import FOLD_FIELD, FOLDS, Query
+from mongotorch.mongo.error_translation import redact
+from mongotorch.query import Query
 from mongotorch.schedule import Gate, Schedule, Scores, State, Trigger, Verdict, gate_of
 from mongotorch.services.schedules.register import failure
 from mongotorch.services.training.recipe import DataProvenance, TrainingRecipe, validation_spec
@@ -174,7 +174,6 @@ class Retraining:
             says which.
         """
         trainer, model = trainer_and_model(schedule.trainer)
-        self._assign_folds(trainer.select)
         ids: list[Any] | None = None
         seen, bounds, data = None, None, {"data": schedule.data}
         if schedule.data == "new":
@@ -251,13 +250,6 @@ class Retraining:
                 ancestors |= set(delta.ancestors)
             missing = ancestors - found.keys()
         return list(found.values())
-
-    def _assign_folds(self, select: Query) -> None:
-        """Give a fold to documents that other clients inserted; nothing is written where all have one."""
-        documents = self._connection.database[select.collection]
-        with driver_errors("giving folds to new documents"):
-            if documents.find_one({FOLD_FIELD: {"$nin": list(FOLDS)}}, {"_id": 1}) is not None:
-                assign_folds(documents, self._settings.valid_fraction)
 
     def _trainer_of(self, model: Document) -> str | None:
         """The uuid of the trainer that was published with a model."""
@@ -379,7 +371,7 @@ class LiveMetrics:
         assert isinstance(schedule, Schedule)  # noqa: S101 - for the type checker
         trainer, model = trainer_and_model(schedule.trainer)
         query = trainer.select.fold("valid")
-        if not query.is_pipeline:
+        if query.is_whole:
             query = query.sort("_id", -1).limit(trigger.score_documents or 1000)
         return _scored(trainer, [self._served_model(model)], query, self._connection, self._settings)[0].values
 

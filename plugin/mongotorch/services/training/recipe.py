@@ -27,9 +27,10 @@ from mongotorch.data import (
     watermark,
 )
 from mongotorch.mongo.connection import Connection
-from mongotorch.query import Fold, Query
+from mongotorch.query import Query
 from mongotorch.settings import Settings
 from mongotorch.signature import Key
+from mongotorch.split import Fold
 from mongotorch.train import Fit, TorchModel, TorchTrainer, trainer_and_model
 
 _MODES: dict[str, Literal["memory", "download"]] = {"in_memory": "memory", "download": "download"}
