@@ -330,6 +330,8 @@ def convert(column: Column, dtype: str) -> tuple[Column, int | None]:
     if not column.plain:
         return column, None
     target = np.dtype(np.float64 if dtype == FLOAT else dtype)
+    if dtype in _PLAIN_NAMES and data.dtype == target and column.whole is None:
+        return column, None
     wrong = _misfits(data, target, rounded=dtype != FLOAT)
     if wrong is not None:
         first = int(np.flatnonzero(wrong.reshape(-1))[0])

@@ -210,6 +210,8 @@ def _scattered(parts: list[Columns], path: str, targets: Tensor) -> Tensor:
         values = columns[path].array()
         if items is not None and values is not None and not columns.plain(path) and values.dtype.isnative:
             items[rows.numpy()] = _items(values)
+        elif values is not None and values.ndim == 1 and columns.plain(path):
+            whole.numpy()[rows.numpy()] = values  # converted as torch converts it, in one pass
         else:
             whole.index_copy_(0, rows, tensor_of(columns, path))
     return whole

@@ -102,7 +102,7 @@ class WindowReader(abc.ABC):
         self.paths: tuple[str, ...] = spec.key.paths
         self.members = spec.members
         self.defaults = dict(spec.defaults or {})
-        self.dtypes = {**spec.run_dtypes.of(access, self.paths, self.defaults), **(spec.dtypes or {})}
+        self.dtypes = dict(spec.dtypes or {})
         self.samples, self._in_flight_bytes = spec.builds_samples, spec.in_flight_bytes
 
     @abc.abstractmethod
@@ -337,6 +337,12 @@ def open_windows(access: DatabaseAccess, spec: StreamSpec, digest: str | None = 
         DataError: The stopped stream had another query, or its plan is gone.
         ServerUnavailableError: The server cannot be read.
     """
+    windows = _open(access, spec, digest)
+    windows.dtypes = {**spec.run_dtypes.of(access, windows.paths, windows.defaults), **windows.dtypes}
+    return windows
+
+
+def _open(access: DatabaseAccess, spec: StreamSpec, digest: str | None) -> WindowReader:
     query, sizes = spec.query, spec.sizes
     if query.is_whole and (spec.shuffle or tuple(query.ordering) in ((), (("_id", 1),))):
         database, reader = access.database(), access.reader()
