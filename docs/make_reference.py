@@ -34,6 +34,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "For users": {
         "datalayer": ("Datalayer",),
         "collection": ("Collection", "Query"),
+        "split": ("Split", "ByHash", "ByTime", "ByGroup", "KFold"),
         "trainer": ("TorchTrainer", "Passed"),
         "model": ("TorchModel",),
         "metrics": ("Metric", "Validation", "Dataset"),

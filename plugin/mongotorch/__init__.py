@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     )
     from mongotorch.services.versions.live import Live
     from mongotorch.settings import Settings
+    from mongotorch.split import ByGroup, ByHash, ByTime, KFold, Split
     from mongotorch.store import Move
     from mongotorch.train import Dataset, Metric, TorchModel, TorchTrainer, Validation
     from mongotorch.train.mapping import Passed
@@ -55,6 +56,9 @@ _HOMES = {
     "Changed": "mongotorch.schedule",
     "Collection": "mongotorch.data.collection",
     "Component": "mongotorch.component",
+    "ByGroup": "mongotorch.split",
+    "ByHash": "mongotorch.split",
+    "ByTime": "mongotorch.split",
     "Cron": "mongotorch.schedule",
     "Datalayer": "mongotorch.datalayer",
     "Dataset": "mongotorch.train",
@@ -64,6 +68,7 @@ _HOMES = {
     "Firing": "mongotorch.schedule",
     "Gate": "mongotorch.schedule",
     "Job": "mongotorch.jobs",
+    "KFold": "mongotorch.split",
     "Key": "mongotorch.signature",
     "Live": "mongotorch.services.versions.live",
     "LocalEngine": "mongotorch.jobs",
@@ -80,6 +85,7 @@ _HOMES = {
     "Schedule": "mongotorch.schedule",
     "Scores": "mongotorch.schedule",
     "Settings": "mongotorch.settings",
+    "Split": "mongotorch.split",
     "State": "mongotorch.schedule",
     "TorchModel": "mongotorch.train",
     "TorchTrainer": "mongotorch.train",
@@ -97,6 +103,9 @@ __all__ = [
     "Always",
     "AnyOf",
     "Better",
+    "ByGroup",
+    "ByHash",
+    "ByTime",
     "Changed",
     "Collection",
     "Component",
@@ -108,6 +117,7 @@ __all__ = [
     "Firing",
     "Gate",
     "Job",
+    "KFold",
     "Live",
     "Metric",
     "MetricAbove",
@@ -121,6 +131,7 @@ __all__ = [
     "Schedule",
     "Scores",
     "Settings",
+    "Split",
     "State",
     "TorchModel",
     "TorchTrainer",

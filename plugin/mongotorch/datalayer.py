@@ -28,7 +28,7 @@ from mongotorch.services.training.job_runner import JobRunner
 from mongotorch.services.training.recipe import check_trainer, stream_spec, training_spec
 from mongotorch.services.versions.live import Live, OnPromote
 from mongotorch.settings import Settings, read_settings
-from mongotorch.split import Fold
+from mongotorch.split import Fold, Split
 from mongotorch.store import LIVE, Collected, GarbageCollector, Move, Verified
 from mongotorch.train import TorchTrainer
 
@@ -110,6 +110,7 @@ class Datalayer(Owner):
         seed: int = 0,
         shard: tuple[int, int] = (0, 1),
         fold: Fold | None = None,
+        split: Split | float | None = None,
         **options: Any,
     ) -> Stream:
         """The training stream alone, for a training loop of your own.
@@ -122,6 +123,7 @@ class Datalayer(Owner):
             seed: The seed of the order.
             shard: `(rank, world)`: disjoint parts with equal numbers of batches.
             fold: `train` or `valid`; None is both.
+            split: Which documents each fold has, as in `TorchTrainer`.
             options: `transform`, `signature`, `collate_fn`, `in_memory`, `download`, `data_prefetch` (True unless
                 given), `prefetch_size`, `prefetch_factor`, `defaults`, `dtypes` as in `TorchTrainer`;
                 `across_epochs` (False unless given) reads the next epoch while the end of this one is served, as a
@@ -137,7 +139,7 @@ class Datalayer(Owner):
         """
         spec = stream_spec(
             self.settings,
-            query if fold is None else query.fold(fold),
+            query if fold is None else query.fold(fold, split=split),
             options,
             key=key,
             batch_size=batch_size,

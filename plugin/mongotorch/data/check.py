@@ -27,7 +27,7 @@ from mongotorch.errors import EmptySelectError
 from mongotorch.mongo.error_translation import driver_errors
 from mongotorch.mongo.server_features import is_mock
 from mongotorch.query import Query
-from mongotorch.split import FOLD_FIELD
+from mongotorch.split import FOLD_FIELD, Split
 
 SAMPLE: Final = 1_000
 """Documents that are looked at."""
@@ -183,7 +183,12 @@ class DataCheck:
 
 
 def check_documents(
-    database: Any, query: Query, *, paths: Sequence[str] | None = None, sample: int = SAMPLE
+    database: Any,
+    query: Query,
+    *,
+    paths: Sequence[str] | None = None,
+    split: Split | None = None,
+    sample: int = SAMPLE,
 ) -> DataCheck:
     """Look at a sample of the documents of a query.
 
@@ -191,6 +196,7 @@ def check_documents(
         database: An open pymongo (or mongomock) database.
         query: The documents.
         paths: The fields to look at; None is all there are, those of sub-documents one by one.
+        split: Which documents each fold has; None is that of the query.
         sample: How many documents to look at, about.
 
     Raises:
@@ -207,7 +213,7 @@ def check_documents(
     values = {
         path: [_value(document, path.split(".")) for document in documents] for path in dict.fromkeys(chosen)
     }
-    folds = Counter(fold_by(document, query.split) or "" for document in documents)
+    folds = Counter(fold_by(document, split or query.split) or "" for document in documents)
     return DataCheck(
         collection=query.collection,
         documents=max(total, len(documents)),

@@ -24,6 +24,7 @@ from mongotorch.errors import OptimizerError, ParameterError
 from mongotorch.loader_options import check_trainer_loader
 from mongotorch.query import Query
 from mongotorch.signature import OBJECTIVE, Key, check_defaults, check_dtypes, check_signature
+from mongotorch.split import Fold, Split, as_split
 from mongotorch.train.mapping import (
     BatchMapping,
     Contained,
@@ -94,6 +95,9 @@ class TorchTrainer(Component):
         defaults: `{field: value}`, such as `{"age": float("nan")}`, of documents that lack the field or have null.
         dtypes: `{field: dtype}`, such as `{"x": "float32"}`. Other fields have the dtype that a sample of the
             documents says: torch's default dtype where there is a float, else int64 or bool; arrays keep theirs.
+        split: Which documents are for training and which for validation: `ByHash`, `ByTime`, `ByGroup`, `KFold`,
+            or the share for validation, such as 0.1. None is by `_fold`, and by the hash of `_id` (5 % are for
+            validation) for documents without.
 
     Raises:
         IdentifierError, SignatureError, OptimizerError, LoaderOptionError: The argument of that name.
@@ -127,12 +131,15 @@ class TorchTrainer(Component):
     seed: int = 0
     defaults: Mapping[str, Any] | None = dataclasses.field(default=None, metadata={ADDED: "0.2.0"})
     dtypes: Mapping[str, str] | None = dataclasses.field(default=None, metadata={ADDED: "0.2.0"})
+    split: Split | float | None = dataclasses.field(default=None, metadata={ADDED: "0.2.0"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         key = Key.parse(self.key)
         check_signature(self.signature)
         check_dtypes(self.dtypes, key.paths)
+        if self.split is not None:
+            as_split(self.split)
         check_defaults(self.defaults, key.paths)
         self._check_types()
         self._check_numbers()
@@ -169,6 +176,10 @@ class TorchTrainer(Component):
                 f"listen={self.listen!r} is not measured; use {OBJECTIVE!r} or a metric of the model's validation",
                 field="listen",
             )
+
+    def fold(self, name: Fold) -> Query:
+        """The documents of its select that are in a fold of its split."""
+        return self.select.fold(name, split=self.split)
 
     @functools.cached_property
     def mapping(self) -> BatchMapping:

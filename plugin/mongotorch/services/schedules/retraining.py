@@ -196,10 +196,10 @@ class Retraining:
         trainer, model = trainer_and_model(schedule.trainer)
         query = None
         if origin["ids"] is not None:
-            query = trainer.select.fold("train").filter({"_id": {"$in": origin["ids"]}})
+            query = trainer.fold("train").filter({"_id": {"$in": origin["ids"]}})
         elif origin.get("bounds") is not None:
             lower, upper = origin["bounds"]
-            query = trainer.select.fold("train").filter({"_id": {"$gte": lower, "$lte": upper}})
+            query = trainer.fold("train").filter({"_id": {"$gte": lower, "$lte": upper}})
         if origin["start"] is not None:
             trainer = warm_start(trainer, model, load(origin["start"]["model"]))
         return TrainingRecipe(
@@ -233,7 +233,7 @@ class Retraining:
             return None, None, "no version was trained yet"
         seen = self._ids_of(names)
         known = np.unique(np.concatenate(seen))
-        ids = unseen(self._connection.database, trainer.select.fold("train"), known, limit=MOST_NEW + 1)
+        ids = unseen(self._connection.database, trainer.fold("train"), known, limit=MOST_NEW + 1)
         if len(ids) > MOST_NEW:
             return None, None, f"more than {MOST_NEW:,} documents are new"
         return ids, known, f"{len(ids):,} new documents"
@@ -284,7 +284,7 @@ class Retraining:
     ) -> Verdict:
         models = [recipe.model, *([] if champion is None else [load(champion["_id"])])]
         try:
-            query = recipe.trainer.select.fold("valid")
+            query = recipe.trainer.fold("valid")
             now, *before = _scored(recipe.trainer, models, query, self._connection, self._settings, data)
             return gate.judge(_scores(before[0]) if before else None, _scores(now))
         except MongotorchError as error:
@@ -370,7 +370,7 @@ class LiveMetrics:
         schedule = self._load(document["component"])
         assert isinstance(schedule, Schedule)  # noqa: S101 - for the type checker
         trainer, model = trainer_and_model(schedule.trainer)
-        query = trainer.select.fold("valid")
+        query = trainer.fold("valid")
         if query.is_whole:
             query = query.sort("_id", -1).limit(trigger.score_documents or 1000)
         return _scored(trainer, [self._served_model(model)], query, self._connection, self._settings)[0].values

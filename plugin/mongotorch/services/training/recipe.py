@@ -82,19 +82,19 @@ class TrainingRecipe:
     @property
     def training(self) -> Query:
         """The training documents."""
-        return self.trainer.select.fold("train") if self.train_query is None else self.train_query
+        return self.trainer.fold("train") if self.train_query is None else self.train_query
 
     @property
     def validation(self) -> Query | None:
         """The validation documents; None where the trainer never validates."""
-        return self.trainer.select.fold("valid") if self.trainer.validation_interval is not None else None
+        return self.trainer.fold("valid") if self.trainer.validation_interval is not None else None
 
     @property
     def sets(self) -> dict[str, Query]:
         """What the run reads, by name: `train`, `valid`, and the validation's further datasets."""
         found = {"train": self.training}
         if self.validation is not None or self.is_judged:
-            found["valid"] = self.trainer.select.fold("valid")
+            found["valid"] = self.trainer.fold("valid")
         if self.validation is not None and self.model.validation is not None:
             found |= {f"dataset {one.identifier}": one.select for one in self.model.validation.datasets}
         return found
@@ -107,7 +107,7 @@ class TrainingRecipe:
         }
         folds = [fold for fold, is_needed in needed.items() if is_needed]
         if folds:
-            check_select(database, self.trainer.select, folds=folds, unassigned=self.is_scheduled)
+            check_select(database, self.trainer.fold("train"), folds=folds, unassigned=self.is_scheduled)
         for name, query in self.sets.items():
             if name not in ("train", "valid") or (name == "train" and self.train_query is not None):
                 check_select(database, query, folds=())
@@ -212,7 +212,9 @@ def check_trainer(trainer: TorchTrainer, connection: Connection, settings: Setti
         MongotorchError: What a run would end in; other errors of the trainer's own functions have a note of where.
     """
     trainer, model = trainer_and_model(trainer)
-    found = check_documents(connection.database, trainer.select, paths=Key.parse(trainer.key).paths)
+    found = check_documents(
+        connection.database, trainer.select, paths=Key.parse(trainer.key).paths, split=trainer.fold("train").split
+    )
     before = next((parameter.device for parameter in model.object.parameters()), None)
     recipe = TrainingRecipe(trainer=trainer, model=model)
     recipe.check(connection.database)
@@ -304,7 +306,7 @@ def training_spec(trainer: TorchTrainer, settings: Settings, query: Query | None
     return _spec(
         trainer,
         settings,
-        trainer.select.fold("train") if query is None else query,
+        trainer.fold("train") if query is None else query,
         shuffle=bool(options.get("shuffle")),
         drop_last=bool(options.get("drop_last")),
         across_epochs=True,
