@@ -267,7 +267,7 @@ def test_a_worker_runs_jobs_and_changes_no_data_and_no_published_version(secured
                 connection.database[raw].update_many({}, {"$set": {"x": 2}})
 
 
-def test_a_worker_fires_schedules_and_leaves_folds_to_who_may_write(secured: Secured) -> None:
+def test_a_worker_trains_on_documents_that_it_may_only_read_and_nobody_gave_a_fold(secured: Secured) -> None:
     given: dict[str, Any] = {"progress": False, "valid_fraction": 0.2, "server_timeout_s": 3}
     with Datalayer.connect(secured.uri("trainer"), **given) as owner:
         select = fill(owner)
@@ -278,14 +278,25 @@ def test_a_worker_fires_schedules_and_leaves_folds_to_who_may_write(secured: Sec
             assert db.schedules()[0]["outcome"]["promoted"]
             assert db.load("model", "m").version == 1
             owner[COLLECTION].raw.insert_many([{**row, "_id": 2000 + row["_id"]} for row in points(10)])
+            before = list(owner[COLLECTION].raw.find())
             Worker(db).run(until_idle=True)
-            failed = db.job(db.schedules()[0]["last"]["job"])
-            assert failed.status == "failed"
-            assert "giving folds to new documents" in failed.record["error"]["message"]
-            owner[COLLECTION].assign_folds()
-            db.fire("s")
-            Worker(db).run(until_idle=True)
+            assert db.job(db.schedules()[0]["last"]["job"]).status == "succeeded"
         assert owner.show("model", "m")[-1] == 2
+        counted = owner.show("model", "m", 2)["data"]
+        assert counted["train"]["count"] + counted["valid"]["count"] == len(before)
+        assert list(owner[COLLECTION].raw.find()) == before
+
+
+def test_who_may_only_read_streams_the_folds_of_documents_without_one(secured: Secured) -> None:
+    given: dict[str, Any] = {"progress": False, "server_timeout_s": 3}
+    with Datalayer.connect(secured.uri("trainer"), **given) as owner:
+        owner["foreign"].raw.insert_many([{"_id": n, "x": float(n)} for n in range(300)])
+    with Datalayer.connect(secured.uri("reader"), **given) as db:
+        found: list[int] = []
+        for fold in ("train", "valid"):
+            with db.stream(db["foreign"].find(), key="x", batch_size=16, fold=fold, shuffle=True) as stream:
+                found += [int(n) for batch in stream for n in batch.tolist()]
+        assert sorted(found) == list(range(300))
 
 
 def test_a_trainer_sees_no_other_database(secured: Secured) -> None:
