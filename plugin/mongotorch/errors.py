@@ -17,7 +17,10 @@
     │   ├── FoldMissingError        documents that are in no fold
     │   ├── FieldMissingError       a key that a document lacks
     │   ├── DtypeError              a value that does not fit the dtype of its field
-    │   └── ShapeError              shapes or types that differ between documents
+    │   ├── ShapeError              shapes or types that differ between documents
+    │   ├── TransformError          a `transform` or `collate_fn` raised
+    │   ├── LengthUnknownError      only reading tells how many batches there are
+    │   └── DataProcessError        a worker process of a stream died, or made what cannot be handed over
     ├── TrainingError               a run that cannot go on
     │   └── NonFiniteLossError
     ├── CodecError                  a value that cannot be stored or read back
@@ -176,6 +179,14 @@ class ShapeError(DataError):
 
 class TransformError(DataError):
     """A `transform` or a `collate_fn` raised, or gave nothing; the cause is what it raised."""
+
+
+class LengthUnknownError(DataError, TypeError):
+    """How many batches an epoch has is not known; also a `TypeError`, as for anything else without a length."""
+
+
+class DataProcessError(DataError):
+    """A worker process of a stream ended before its work did, or made what cannot be handed over."""
 
 
 class TrainingError(MongotorchError):

@@ -47,6 +47,10 @@ class Counted(WindowReader):
                 self.pressure.stop()
             yield [b""]
 
+    def count_rows(self) -> int | None:
+        """Never asked for."""
+        raise NotImplementedError
+
     def keys(self, number: int, columns: Columns) -> U64:
         """Never asked for."""
         raise NotImplementedError(number, columns)

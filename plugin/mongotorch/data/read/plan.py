@@ -152,6 +152,12 @@ class Plan:
         """How many documents a range had when the plan was made; None where they were not counted."""
         return self.rows if self.exact and index < len(self.starts) - 1 else None
 
+    @property
+    def whole(self) -> IdRange:
+        """The bounds of all ranges together."""
+        uniform = same_type(self.starts[0], self.last)
+        return IdRange(lower=self.starts[0], upper=self.last, closed=True, uniform=uniform)
+
     def bounds(self, index: int) -> IdRange:
         """The bounds of a range."""
         final_one = index == len(self.starts) - 1

@@ -111,6 +111,10 @@ class Reader(abc.ABC):
     def size(self) -> int:
         """About how many documents the collection has, without counting them."""
 
+    @abc.abstractmethod
+    def count(self, bounds: IdRange | None) -> int:
+        """How many documents a range has now; without one, how many the query gives, which is no pipeline."""
+
     def row_bytes(self, count: int) -> float:
         """The mean size of the first `count` documents, as projected."""
         replies = self.head(count)
@@ -314,6 +318,21 @@ class ServerReader(Reader):
         ) as cursor:  # fmt: skip
             yield from cursor
 
+    def count(self, bounds: IdRange | None) -> int:
+        """See `Reader.count`."""
+        where, options = self.query.where, {}
+        if bounds is not None:
+            where, bounded = self._bounded(bounds)
+            options = {"hint": bounded["hint"]} if "hint" in bounded else {}
+        elif self.query.runs_as_pipeline:
+            stages = [*self.query.stages, {"$count": "count"}]
+            counts = self.retry.run(lambda: list(self.collection.aggregate(stages)), self._what())
+            return sum(int(found["count"]) for found in counts)
+        else:
+            bounded = {"skip": self.query.skipped, "limit": self.query.limited}
+            options = {name: value for name, value in bounded.items() if value}
+        return int(self.retry.run(lambda: self.collection.count_documents(where, **options), self._what()))
+
     def size(self) -> int:
         """See `Reader.size`."""
         return int(self.retry.run(self.collection.estimated_document_count, self._what()))
@@ -376,6 +395,13 @@ class MockReader(Reader):
         found = mock_documents(self.collection.database, query, self.projection)
         for first in range(skip, len(found), rows):
             yield b"".join(map(bson.encode, found[first : first + rows]))
+
+    def count(self, bounds: IdRange | None) -> int:
+        """See `Reader.count`."""
+        if bounds is not None:
+            first, end = self._slice(bounds)
+            return end - first
+        return sum(1 for reply in self.drain(0, 1000) for _ in offsets(reply))
 
     def size(self) -> int:
         """See `Reader.size`."""

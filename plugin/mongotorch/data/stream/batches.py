@@ -339,6 +339,12 @@ def cut(
         yield _share(open_round, rank * each, (rank + 1) * each), Position(epoch=start.epoch + 1)
 
 
+def count_batches(rows: int, *, batch_size: int, drop_last: bool, shard: tuple[int, int]) -> int:
+    """How many batches `cut` makes of so many rows, for each shard."""
+    rounds, left = divmod(rows, batch_size * shard[1])
+    return rounds + (left >= shard[1] and not drop_last)
+
+
 def _share(slices: list[RowSlice], start: int, stop: int) -> list[RowSlice]:
     """Rows `start` to `stop` of the slices taken together."""
     chosen: list[RowSlice] = []

@@ -62,11 +62,12 @@ class CachedSelect(abc.ABC):
 
     Attributes:
         count: How many ranges there are.
+        count_rows: How many documents there are.
     """
 
     def __init__(self, keys: list[U64], ids: RangeSequence, *, by_id: bool) -> None:
         self._keys, self._ids, self._by_id = keys, ids, by_id
-        self.count = len(keys)
+        self.count, self.count_rows = len(keys), sum(map(len, keys))
 
     def read(self, specs: Iterator[WindowSpec]) -> Iterator[Window]:
         """The windows of these specs, as `WindowReader.read` gives them."""

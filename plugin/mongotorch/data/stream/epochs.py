@@ -83,6 +83,7 @@ class EpochReader:
         self._pool: WorkerPool[WindowSpec, Window] | None = None
         self._next: _NextEpoch | None = None
         self._lengths: dict[int, int] = {}  # of ranges whose length the plan does not know, when first read
+        self._counted: tuple[int, int] | None = None  # an epoch, and how many documents it had when it was counted
         self.report = Report()
 
     @property
@@ -98,13 +99,34 @@ class EpochReader:
         if self._pool is not None:
             self._pool.close()
         self._reader = self._cached = self._pool = None
-        self._lengths = {}
+        self._lengths, self._counted = {}, None
 
     def keep_next(self, epoch: int | None) -> None:
         """Drop what is read ahead, unless it is this epoch."""
         if self._next is not None and self._next.order.epoch != epoch:
             close_iterator(self._next.windows)
             self._next = None
+
+    def count_rows(self, epoch: int, digest: str | None) -> int | None:
+        """How many documents an epoch has, counted once in each; None where only reading tells.
+
+        Args:
+            epoch: The epoch.
+            digest: See `windows`.
+        """
+        if self._counted is not None and self._counted[0] == epoch:
+            return self._counted[1]
+        reader = self._opened(digest)
+        count = self._cached.count_rows if self._cached is not None else reader.count_rows()
+        if count is None and self._spec.mode != "stream":  # it is read once anyway
+            self._cached = self._cache(reader)
+            count = self._cached.count_rows
+        self._counted = None if count is None else (epoch, count)
+        return count
+
+    def _opened(self, digest: str | None) -> WindowReader:
+        self._reader = self._reader or open_windows(self._access, self._spec, digest)
+        return self._reader
 
     def windows(self, seed: int, epoch: int, start: int, digest: str | None) -> Iterator[tuple[int, Rows]]:
         """The windows of an epoch from window `start` on: their numbers, and their rows in order.
@@ -115,7 +137,7 @@ class EpochReader:
             start: The first window.
             digest: What to go on reading where nothing is open yet, see `digest`; None takes it as it is now.
         """
-        reader = self._reader = self._reader or open_windows(self._access, self._spec, digest)
+        reader = self._opened(digest)
         order = Order(seed=seed, epoch=epoch, shuffle=self._spec.shuffle, window=reader.window)
         self.report = Report(epoch=epoch)
         across = self._reads_across(reader, order)

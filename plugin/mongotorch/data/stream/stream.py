@@ -10,30 +10,42 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from multiprocessing.context import get_spawning_popen
 from typing import Any, final
 
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from mongotorch.data.prefetch import WorkerPool, close_iterator
-from mongotorch.data.stream.batches import RowSlice, SampleBuilder, batch_of, columns_of, cut, rows_in
+from mongotorch.data.stream.batches import (
+    RowSlice,
+    SampleBuilder,
+    batch_of,
+    columns_of,
+    count_batches,
+    cut,
+    rows_in,
+)
 from mongotorch.data.stream.epochs import EpochReader, Report
 from mongotorch.data.stream.order import worker_seed
-from mongotorch.data.stream.position import Position
+from mongotorch.data.stream.position import LoaderEpochs, Position, Turn
 from mongotorch.data.stream.spec import StreamSpec
-from mongotorch.errors import DataError, EmptySelectError
+from mongotorch.errors import DataError, EmptySelectError, LengthUnknownError
 from mongotorch.resources import Owner
 from mongotorch.tensors import map_tensors, pin_memory
 
 _STATE_VERSION = 1
+_TURN = "turn"  # in the state of a worker: its number, how many there are, its next turn, whether it has ended
 
 
 @final
 class Stream(Owner, IterableDataset[Any]):
-    """An `IterableDataset` of batches; each iteration is one epoch.
+    """An `IterableDataset` of batches; each iteration is one epoch, and `len` is the number of its batches.
 
-    Under a `torch.utils.data.DataLoader` (with `batch_size=None`) the workers share the batches in turn. A loader
-    copies the stream to its workers, so call `set_epoch` before each of its epochs.
+    Under a `torch.utils.data.DataLoader` (with `batch_size=None`) the workers share the batches in turn. Each
+    iteration of the loader is the next epoch, with persistent workers or not; `set_epoch` chooses another one.
+    While workers read, only they know how far they are: take the state of torchdata's `StatefulDataLoader` then.
 
     **Documents that are inserted or deleted meanwhile.** The first iteration fixes the plan: bounds on `_id`
     between the first and the last document that the select has then. They hold for the life of the stream, and for
@@ -87,24 +99,60 @@ class Stream(Owner, IterableDataset[Any]):
         self._reader = EpochReader(spec, self._access)
         self._builders: WorkerPool[Any, Any] | None = None
         self._running: Iterator[Any] | None = None
+        self._loaders = LoaderEpochs()
+        self._turn: Turn | None = None  # in a worker of a user's loader, once it has begun
+        self._own = False  # whether the position is that of a state which was loaded in such a worker
+        self._ended = False  # and whether that worker had no batch left in its epoch
+        self._taken = False  # whether a batch was asked for in this iteration
+        self._found = False  # whether this iteration has found a batch, be it that of another worker
         self.batch_rows: int | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh = {"_reader": EpochReader(self.spec, self._access), "_builders": None, "_running": None}
+        fresh: dict[str, Any] = {
+            "_reader": EpochReader(self.spec, self._access),
+            "_builders": None,
+            "_running": None,
+        }
+        if get_spawning_popen() is None:  # a copy for itself, not one for a worker of a loader
+            fresh["_loaders"] = LoaderEpochs()
         position = Position.from_state(self._position.state())  # without the markers of a window
         return {**self.__dict__, **fresh, "_position": position, "_resume": self._digest()}
 
     def __iter__(self) -> Iterator[Any]:
         """The batches of the next epoch, or the rest of the one whose state was loaded.
 
-        An earlier iteration that has not ended is ended by this.
+        Where nothing is left of that one it is the next epoch. An iteration from which no batch is taken does not
+        count as one. An earlier iteration that has not ended is ended by this.
         """
         self._stop()
-        if not self._pending:
-            self._position = Position(epoch=self._position.epoch + 1)
-        self._pending = False
-        self._running = self._epoch(self._position)
+        info = get_worker_info()
+        if info is not None:
+            self._begin_in_worker(info.seed - info.id, Turn(worker=info.id, workers=info.num_workers))
+        self._running, self._taken = self._epoch(), False
         return self._running
+
+    def __len__(self) -> int:
+        """How many batches an epoch has for this shard, by the documents that there are now.
+
+        The server counts them once an epoch. Where fewer batches are left, because a state was loaded, this is
+        still the number of the whole epoch.
+
+        Raises:
+            LengthUnknownError: The query is a pipeline that is read anew each epoch: only reading tells.
+            EmptySelectError: The select matches no document.
+            ServerUnavailableError: The server cannot be read.
+        """
+        rows = self._reader.count_rows(self._position.epoch, self._digest())
+        if rows is None:
+            raise LengthUnknownError(
+                f"the length is not known: the query of {self.spec.query.collection!r} is a pipeline, and only "
+                "reading tells how many documents it gives; use in_memory=True or download=True"
+            )
+        spec = self.spec
+        return count_batches(rows, batch_size=spec.batch_size, drop_last=spec.drop_last, shard=spec.shard)
+
+    def __bool__(self) -> bool:
+        return True
 
     @property
     def report(self) -> Report:
@@ -115,46 +163,67 @@ class Stream(Owner, IterableDataset[Any]):
         return self._reader.report
 
     def set_epoch(self, epoch: int) -> None:
-        """Let the next iteration be this epoch, from its start."""
-        self._stop()
+        """Let the next iteration, also one that has not begun, be this epoch: what a loaded state left, or all.
+
+        Where the workers of a loader are kept, they hear of it when they begin their next epoch.
+        """
+        read_by_workers = get_worker_info() is None and self._loaders.latest() is not None
+        if self._pending and self._position.epoch == epoch and not read_by_workers:
+            return
+        if self._taken:
+            self._stop()
         self._reader.keep_next(epoch)
         self._position, self._pending = Position(epoch=epoch), True
+        self._loaders.moved(self._state())
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream is, behind the last batch that it yielded; under 1 KB of JSON."""
-        return {
-            "v": _STATE_VERSION,
-            "source": self._digest(),
-            "seed": self._seed,
-            "shuffle": self.spec.shuffle,
-            "dtypes": self.spec.run_dtypes.state(self.spec.key.paths),
-            **self._position.state(),
-        }
+        """Where the stream is, behind the last batch that it yielded; under 1 KB of JSON.
+
+        Raises:
+            DataError: The workers of a `DataLoader` read this stream, and this process does not know how far they
+                are.
+        """
+        if get_worker_info() is None and self._loaders.latest() is not None:
+            raise DataError(
+                "the workers of a DataLoader read this stream, and this process does not know how far they are: "
+                "use torchdata's StatefulDataLoader and its state_dict(), or num_workers=0; set_epoch() and "
+                "load_state_dict() make this stream's own position count again"
+            )
+        if self._turn is None:
+            return self._state()
+        turn = [self._turn.worker, self._turn.workers, self._turn.number, self._pending]
+        return {**self._state(), _TURN: turn}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken, with the seed of that stream; other settings may differ.
 
         Raises:
-            DataError: No such state, or that of a stream with another `shuffle`.
+            DataError: No such state, or that of a stream with another `shuffle`, or of a worker of a loader that
+                has another number of workers.
         """
         if state.get("v") != _STATE_VERSION or state.get("shuffle") != self.spec.shuffle:
             raise DataError(
                 f"this state (version {state.get('v')!r}, shuffle={state.get('shuffle')!r}) does not fit a "
                 f"stream of version {_STATE_VERSION} with shuffle={self.spec.shuffle}"
             )
-        self._stop()
-        dtypes, paths = self.spec.run_dtypes, self.spec.key.paths
-        if state["source"] != self._digest() or state.get("dtypes") not in (None, dtypes.state(paths)):
-            self._close_reader()
-        dtypes.load(state.get("dtypes"), paths)
-        self._reader.keep_next(state["epoch"])
-        self._resume = state["source"]
-        self._seed = state["seed"]
-        self._position, self._pending = Position.from_state(state), True
+        info, turn = get_worker_info(), state.get(_TURN)
+        if turn is not None and (info is None or turn[:2] != [info.id, info.num_workers]):
+            raise DataError(
+                f"this is the state of worker {turn[0]} of {turn[1]} of a loader; load the loader's state into a "
+                "loader of as many workers"
+            )
+        self._load(state)
+        if info is None:
+            self._loaders.moved(self._state())
+            return
+        self._own = True
+        self._turn = None if turn is None else Turn(worker=turn[0], workers=turn[1], number=turn[2])
+        self._ended = turn is not None and bool(turn[3])
 
     def close(self) -> None:
         """Stop threads and processes, release memory and files, and close the database if it was opened here."""
         self._stop()
+        self._loaders.close()
         self._close_reader()
         self._access.close()
 
@@ -168,22 +237,85 @@ class Stream(Owner, IterableDataset[Any]):
         self._builders = None
         self._reader.close()
 
+    def _state(self) -> dict[str, Any]:
+        return {
+            "v": _STATE_VERSION,
+            "source": self._digest(),
+            "seed": self._seed,
+            "shuffle": self.spec.shuffle,
+            "dtypes": self.spec.run_dtypes.state(self.spec.key.paths),
+            **self._position.state(),
+        }
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        self._stop()
+        dtypes, paths = self.spec.run_dtypes, self.spec.key.paths
+        if state["source"] != self._digest() or state.get("dtypes") not in (None, dtypes.state(paths)):
+            self._close_reader()
+        dtypes.load(state.get("dtypes"), paths)
+        self._reader.keep_next(state["epoch"])
+        self._resume = state["source"]
+        self._seed = state["seed"]
+        self._position, self._pending = Position.from_state(state), True
+
+    def _begin(self) -> None:
+        """Go to where the next iteration starts."""
+        if not self._pending:
+            self._position = Position(epoch=self._position.epoch + 1)
+        latest = self._loaders.latest()
+        if latest is not None:  # workers have read since
+            self._position = Position(epoch=max(self._position.epoch, latest + 1))
+            following = Position(epoch=self._position.epoch + 1)
+            self._loaders.moved({**self._state(), **following.state()})
+        self._pending = False
+
+    def _begin_in_worker(self, loader: int, turn: Turn) -> None:
+        """Go to where the next iteration of all workers starts, and take one's turn."""
+        start = self._position if self._pending else Position(epoch=self._position.epoch + 1)
+        if self._own:
+            # Behind the last batch of an epoch is the next one, and the loader takes the end of this one first.
+            self._loaders.begin(loader, turn, start.epoch - self._ended, own=True)
+            self._turn, self._own, self._pending = self._turn or turn, False, self._ended
+            return
+        epoch, state = self._loaders.begin(loader, turn, start.epoch, again=self._turn is not None)
+        if state is not None:
+            self._load(state)
+            start = self._position
+        self._position = start if start.epoch == epoch else Position(epoch=epoch)
+        self._turn, self._pending, self._ended = turn, False, False
+
     def _digest(self) -> str | None:
         return self._reader.digest or self._resume
 
-    def _epoch(self, start: Position) -> Iterator[Any]:
+    def _epoch(self) -> Iterator[Any]:
         """The batches; `_position` is moved before each is yielded, and to the next epoch at the end."""
+        if self._ended:
+            self._ended = False
+            return
+        self._taken = True
+        if self._turn is None:
+            self._begin()
+        start = self._position
+        fresh = self._turn is None or not self._turn.number
+        self._found = False
+        yield from self._served(start)
+        if not self._found and fresh:
+            if start == Position(epoch=start.epoch):
+                raise self._no_batch()
+            # Nothing was left of the epoch that a state was loaded for.
+            yield from self._served(Position(epoch=start.epoch + 1))
+
+    def _served(self, start: Position) -> Iterator[Any]:
         batches = self._batches(start)
-        any_batch = start != Position(epoch=start.epoch)
         try:
             for batch, position, rows in batches:
-                any_batch, self.batch_rows = True, rows
+                self.batch_rows = rows
                 self._position, self._pending = position, position.epoch != start.epoch
+                if self._turn is not None:
+                    self._turn = replace(self._turn, number=self._turn.own + 1)
                 yield batch
         finally:
             close_iterator(batches)
-        if not any_batch and get_worker_info() is None:
-            raise self._no_batch()
         self._position, self._pending = Position(epoch=start.epoch + 1), True
 
     def _no_batch(self) -> DataError:
@@ -237,12 +369,13 @@ class Stream(Owner, IterableDataset[Any]):
 
     def _cuts(self, start: Position) -> Iterator[tuple[list[RowSlice], Position]]:
         """The rows of each batch of this shard, or of this worker's turns under a user's loader."""
-        spec, info = self.spec, get_worker_info()
+        spec, turn = self.spec, self._turn
         windows = self._reader.windows(self._seed, start.epoch, start.window, self._resume)
         cuts = cut(windows, start, batch_size=spec.batch_size, drop_last=spec.drop_last, shard=spec.shard)
         try:
-            for turn, found in enumerate(cuts):
-                if info is None or turn % info.num_workers == info.id:
+            for number, found in enumerate(cuts, start=0 if turn is None else turn.number):
+                self._found = True
+                if turn is None or number in turn:
                     yield found
         finally:
             close_iterator(windows)

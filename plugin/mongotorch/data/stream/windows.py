@@ -190,6 +190,14 @@ class WindowReader(abc.ABC):
         return replies if self.members is None else [only(reply, self.members) for reply in replies]
 
     @abc.abstractmethod
+    def count_rows(self) -> int | None:
+        """How many documents an epoch has now, as the server counts them; None where only reading tells.
+
+        Raises:
+            ServerUnavailableError: The server cannot be read.
+        """
+
+    @abc.abstractmethod
     def keys(self, number: int, columns: Columns) -> U64:
         """What decides where each row of a range comes in a shuffled window, uint64 of shape (rows,)."""
 
@@ -260,6 +268,10 @@ class PlannedWindows(WindowReader):
             self._found[number] = packed
             self._found_bytes += len(packed)
 
+    def count_rows(self) -> int | None:
+        """See `WindowReader.count_rows`."""
+        return len(self.members) if self.members is not None else self._access.reader().count(self.plan.whole)
+
     def keys(self, number: int, columns: Columns) -> U64:  # noqa: ARG002 - of the interface
         """A hash of each `_id`."""
         return id_keys(columns.ids)
@@ -323,6 +335,13 @@ class OwnOrderWindows(WindowReader):
     def kept(self, replies: list[Reply]) -> list[Reply]:
         """All documents of a range."""
         return replies
+
+    def count_rows(self) -> int | None:
+        """See `WindowReader.count_rows`; what a pipeline gives is only known when it has run."""
+        reader = self._access.reader()
+        if reader.query.is_pipeline:
+            return None
+        return reader.count(None) if self.members is None else len(self.members)
 
     def keys(self, number: int, columns: Columns) -> U64:
         """A hash of each row's position in the query."""
