@@ -13,9 +13,11 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import math
 import re
 import uuid as uuids
 from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
 from typing import Any, ClassVar, Final, ParamSpec, Self, TypeVar, final
 
 import bson
@@ -42,7 +44,9 @@ ADDED: Final = "added"
 Such a field is stored only where it is not at its default, so that records are those of the earlier release."""
 _IDENTITY = frozenset({"identifier", "db", "uuid"})
 _NAMES: Final = frozenset({"type_id", "identifier", "alias", "uuid", "uuid1", "uuid2", "status", "collection"})
-_NUMBERS: Final = frozenset({"version", "limit"})
+_NUMBERS: Final = frozenset({"version", "limit", "priority"})
+_FLAGS: Final = frozenset({"force", "dry_run", "anyway", "shuffle"})
+_SECONDS: Final = frozenset({"grace_s", "step_seconds"})
 _LONGEST_NAME: Final = 255  # characters
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -341,35 +345,34 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     raise CodecError(f"field {field.name!r} is not in the stored document and has no default", field=field.name)
 
 
-def names_checked(method: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a public method: its names are text and its numbers whole before anything is asked with them.
+def arguments_checked(method: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a public method: its names are text, its numbers whole and its flags booleans before it begins.
 
     A mapping in place of a name would be an operator of a query, and match anything.
 
     Args:
-        method: One with parameters such as `identifier`, `uuid`, `version` or `alias`; others are not looked at.
+        method: One with parameters such as `identifier`, `uuid`, `version`, `alias`, `query`, `force` or `since`;
+            others are not looked at.
 
     Returns:
-        The method, which raises IdentifierError for a name and ParameterError for a number that is none.
+        The method, which raises IdentifierError for a name and ParameterError for anything else that is none.
     """
     parameters = inspect.signature(method)
 
     @functools.wraps(method)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         for name, value in parameters.bind(*args, **kwargs).arguments.items():
-            if name in _NAMES | _NUMBERS:
-                is_optional = value is None and parameters.parameters[name].default is None
-                if not is_optional:
-                    _check_given(name, value)
+            if value is not None or parameters.parameters[name].default is not None:
+                _check_given(name, value)
         return method(*args, **kwargs)
 
     return call
 
 
 def _check_given(name: str, value: Any) -> None:
-    if name in _NUMBERS:
-        if type(value) is not int or not -(2**31) <= value < 2**31:
-            raise ParameterError(f"{name} must be a whole number, not {_shown(value)}", field=name)
+    if name not in _NAMES:
+        if name in _MEANT and not _MEANT[name][1](value):
+            raise ParameterError(f"{name} must be {_MEANT[name][0]}, not {_shown(value)}", field=name)
         return
     try:
         is_name = isinstance(value, str) and len(value) <= _LONGEST_NAME and value.encode() is not None
@@ -379,6 +382,21 @@ def _check_given(name: str, value: Any) -> None:
         raise IdentifierError(
             f"{name} must be text of at most {_LONGEST_NAME} characters, not {_shown(value)}", field=name
         )
+
+
+def _is_seconds(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+_MEANT: Final[Mapping[str, tuple[str, Callable[[Any], bool]]]] = {
+    **dict.fromkeys(_NUMBERS, ("a whole number", lambda value: type(value) is int and abs(value) < 2**31)),
+    **dict.fromkeys(_FLAGS, ("True or False", lambda value: isinstance(value, bool))),
+    **dict.fromkeys(_SECONDS, ("a number of seconds from 0 on", _is_seconds)),
+    **dict.fromkeys(("since", "until"), ("a datetime", lambda value: isinstance(value, datetime))),
+    "seed": ("a whole number", lambda value: type(value) is int),
+    "query": ('a query, such as db["name"].find()', lambda value: isinstance(value, Query)),
+    "component": ("a component, such as a trainer", lambda value: isinstance(value, Component)),
+}
 
 
 def _shown(value: Any) -> str:

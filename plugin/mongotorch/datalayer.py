@@ -12,13 +12,13 @@ from pathlib import Path
 from types import EllipsisType
 from typing import Any, ClassVar, Self, final
 
-from mongotorch.component import Component, is_trained, names_checked
+from mongotorch.component import Component, arguments_checked, is_trained
 from mongotorch.data import DataCheck, Explanation, Stream, check_documents, explain
 from mongotorch.data.collection import Collection, read_documents
 from mongotorch.errors import ParameterError
 from mongotorch.jobs import Job
 from mongotorch.mongo.connection import Connection, open_address
-from mongotorch.query import Query
+from mongotorch.query import Query, collection_name
 from mongotorch.resources import Owner
 from mongotorch.schedule import Firing, Schedule
 from mongotorch.services.composition import Services
@@ -87,8 +87,11 @@ class Datalayer(Owner):
     # Collections and queries
 
     def __getitem__(self, name: str) -> Collection:
-        return Collection(self._connection.database[name], valid_fraction=self.settings.valid_fraction)
+        return Collection(
+            self._connection.database[collection_name(name)], valid_fraction=self.settings.valid_fraction
+        )
 
+    @arguments_checked
     def execute(self, query: Query) -> Iterator[dict[str, Any]]:
         """The documents of a query, read lazily, stored arrays as tensors.
 
@@ -100,6 +103,7 @@ class Datalayer(Owner):
 
     # Streams
 
+    @arguments_checked
     def stream(
         self,
         query: Query,
@@ -149,6 +153,7 @@ class Datalayer(Owner):
         )
         return Stream(self._connection.opener, spec, database=self._connection.database)
 
+    @arguments_checked
     def explain(self, trainer: TorchTrainer, *, step_seconds: float | None = None) -> Explanation:
         """What reading a trainer's documents costs, measured on a few ranges before training.
 
@@ -159,6 +164,8 @@ class Datalayer(Owner):
         Raises:
             EmptySelectError, FieldMissingError, QueryError, ServerUnavailableError: As training would.
         """
+        if not isinstance(trainer, TorchTrainer):
+            raise ParameterError(f"trainer must be a trainer, not a {type(trainer).__name__}", field="trainer")
         spec = training_spec(trainer, self.settings)
         connection = self._connection
         return explain(connection.database, spec, connection.opener, step_seconds=step_seconds)
@@ -183,6 +190,7 @@ class Datalayer(Owner):
 
     # Runs
 
+    @arguments_checked
     def apply(self, component: Component, *, force: bool = False, priority: int = 0) -> Job[Any]:
         """Store a component as a new version, and start its run if it has one.
 
@@ -202,12 +210,12 @@ class Datalayer(Owner):
         """
         return self._services.applier.apply(component, force=force, priority=priority)
 
-    @names_checked
+    @arguments_checked
     def job(self, uuid: str) -> Job[Any]:
         """A job by its uuid, from any process. Raises: NotFoundError."""
         return self._services.applier.job(uuid)
 
-    @names_checked
+    @arguments_checked
     def jobs(
         self, *, status: str | None = None, identifier: str | None = None, limit: int = 100
     ) -> list[Job[Any]]:
@@ -228,7 +236,7 @@ class Datalayer(Owner):
 
     # Versions
 
-    @names_checked
+    @arguments_checked
     def load(
         self,
         type_id: str | None = None,
@@ -262,7 +270,7 @@ class Datalayer(Owner):
         found = catalog.find(type_id, identifier, version, uuid=uuid, alias=alias)
         return catalog.load(found) if code is None else catalog.load_into(found, code)
 
-    @names_checked
+    @arguments_checked
     def show(
         self,
         type_id: str | None = None,
@@ -296,7 +304,7 @@ class Datalayer(Owner):
             return components.versions(type_id, identifier)
         return _shown(components.find(type_id, identifier, version))
 
-    @names_checked
+    @arguments_checked
     def remove(self, type_id: str, identifier: str, version: int | None = None, force: bool = False) -> int:
         """Remove a version, or all versions of a name; returns how many were removed.
 
@@ -318,7 +326,7 @@ class Datalayer(Owner):
 
     # Aliases: which version is live
 
-    @names_checked
+    @arguments_checked
     def promote(
         self,
         type_id: str,
@@ -359,7 +367,7 @@ class Datalayer(Owner):
             type_id, identifier, version, uuid, alias=alias, why=why, who=who, expected=expected
         )
 
-    @names_checked
+    @arguments_checked
     def rollback(
         self, type_id: str, identifier: str, *, alias: str = LIVE, why: str = "", who: str | None = None
     ) -> Move:
@@ -379,7 +387,7 @@ class Datalayer(Owner):
         """
         return self._services.catalog.promoter.rollback(type_id, identifier, alias=alias, why=why, who=who)
 
-    @names_checked
+    @arguments_checked
     def history(
         self, type_id: str, identifier: str, *, alias: str = LIVE, at: datetime | None = None
     ) -> list[Move]:
@@ -396,7 +404,7 @@ class Datalayer(Owner):
         """
         return self._services.catalog.aliases.history(type_id, identifier, alias, until=at)
 
-    @names_checked
+    @arguments_checked
     def live(
         self, type_id: str, identifier: str, *, alias: str = LIVE, on_promote: OnPromote | None = None
     ) -> Live:
@@ -428,7 +436,7 @@ class Datalayer(Owner):
 
     # Lineage
 
-    @names_checked
+    @arguments_checked
     def diff(self, uuid1: str, uuid2: str) -> Diff:
         """How the version `uuid2` differs from `uuid1`: parameters, measurements, data, environment.
 
@@ -438,7 +446,7 @@ class Datalayer(Owner):
         """
         return diff(self._services.catalog, uuid1, uuid2)
 
-    @names_checked
+    @arguments_checked
     def trained_on(self, document_id: Any, collection: str | None = None) -> list[TrainedOn]:
         """The versions whose training set contained a document, newest first.
 
@@ -455,7 +463,7 @@ class Datalayer(Owner):
         """
         return trained_on(self._services.catalog, document_id, collection)
 
-    @names_checked
+    @arguments_checked
     def reproduce(self, uuid: str, *, anyway: bool = False) -> Reproduction:
         """Train a version again in this process, and compare the weights bit for bit; nothing is published.
 
@@ -480,17 +488,17 @@ class Datalayer(Owner):
         """
         return self._services.register.all()
 
-    @names_checked
+    @arguments_checked
     def pause(self, identifier: str) -> None:
         """Stop a schedule from firing by itself; its documents are counted meanwhile. Raises: NotFoundError."""
         self._services.register.pause(identifier, paused=True)
 
-    @names_checked
+    @arguments_checked
     def resume(self, identifier: str) -> None:
         """Let a paused schedule fire again. Raises: NotFoundError."""
         self._services.register.pause(identifier, paused=False)
 
-    @names_checked
+    @arguments_checked
     def fire(self, identifier: str, *, why: str = "by hand") -> Job[Any]:
         """Fire a schedule now, paused or not; a worker runs the job.
 
@@ -507,6 +515,7 @@ class Datalayer(Owner):
         """
         return self.job(self._services.register.fire_now(identifier, reason=why))
 
+    @arguments_checked
     def preview(self, schedule: Schedule, *, since: datetime, until: datetime | None = None) -> list[Firing]:
         """When a schedule, applied or not, would have fired.
 
@@ -520,6 +529,8 @@ class Datalayer(Owner):
         Raises:
             ParameterError: Its trigger looks at measurements, which the past does not have.
         """
+        if not isinstance(schedule, Schedule):
+            raise ParameterError(f"schedule must be a Schedule, not a {type(schedule).__name__}", field="schedule")
         return self._services.register.preview(schedule, since=since, until=until)
 
     @property
@@ -529,6 +540,7 @@ class Datalayer(Owner):
 
     # Maintenance
 
+    @arguments_checked
     def gc(self, dry_run: bool = False, *, grace_s: float = 3600.0) -> Collected:
         """Remove what no component, checkpoint or running publication refers to, and jobs that are too old.
 

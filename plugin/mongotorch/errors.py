@@ -53,6 +53,8 @@ import pickle
 from collections.abc import Sequence
 from typing import Any
 
+_LONGEST = 4_000  # characters of a message
+
 
 class MongotorchError(Exception):
     """The root of the tree.
@@ -72,6 +74,10 @@ class MongotorchError(Exception):
         field: str | None = None,
         setting: str | None = None,
     ) -> None:
+        # A value that is shown may be a megabyte long.
+        message = (
+            message if len(message) <= _LONGEST else f"{message[: _LONGEST // 2]} … {message[-_LONGEST // 4 :]}"
+        )
         super().__init__(message)
         self.message = message
         self.document_id = document_id

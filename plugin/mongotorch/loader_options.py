@@ -38,6 +38,7 @@ def check_stream_loader(options: Mapping[str, Any]) -> None:
         LoaderOptionError: `field` names the option.
     """
     _check_names(options, _REFUSED_BY_STREAMS, "loader option")
+    _check_workers(options)
 
 
 def check_trainer_loader(options: Mapping[str, Any], *, workers: int | None = None) -> None:
@@ -51,6 +52,7 @@ def check_trainer_loader(options: Mapping[str, Any], *, workers: int | None = No
         LoaderOptionError: `field` names the option, where it is one alone.
     """
     _check_names(options, _REFUSED_BY_TRAINERS, "loader_kwargs:")
+    _check_workers(options)
     size = options.get("batch_size", 1)
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise LoaderOptionError(f"loader_kwargs: batch_size={size!r} must be 1 or more", field="batch_size")
@@ -67,3 +69,14 @@ def _check_names(options: Mapping[str, Any], refused: Mapping[str, str], where: 
         if name in refused or name not in _NAMES:
             reason = refused.get(name, f"known are {', '.join(sorted(_NAMES - refused.keys()))}")
             raise LoaderOptionError(f"{where} {name!r} cannot be given: {reason}", field=name)
+
+
+_MOST_WORKERS: Final = 10_000
+
+
+def _check_workers(options: Mapping[str, Any]) -> None:
+    workers = options.get("num_workers", 0)
+    if type(workers) is not int or not 0 <= workers <= _MOST_WORKERS:
+        raise LoaderOptionError(
+            f"num_workers={workers!r}: it must be a whole number from 0 to {_MOST_WORKERS}", field="num_workers"
+        )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any, Final, Self, final
 
 import bson
@@ -74,14 +74,12 @@ class Query:
             projection: A MongoDB projection, or the names of the fields to keep; None is whole documents.
 
         Raises:
-            QueryError: Something in it that BSON cannot hold.
+            QueryError: Something in it that BSON cannot hold, or that is no filter or projection.
         """
-        if isinstance(projection, str):
-            raise QueryError(f"projection is the text {projection!r}; give a list of names", field="projection")
-        fields = (
-            projection if projection is None or isinstance(projection, Mapping) else dict.fromkeys(projection, 1)
+        return cls(
+            collection=collection_name(collection),
+            body=_pack({"filter": checked_filter("filter", filter, {}), "projection": _projection(projection)}),
         )
-        return cls(collection=_name(collection), body=_pack({"filter": dict(filter or {}), "projection": fields}))
 
     @classmethod
     def aggregate(cls, collection: str, pipeline: Sequence[Mapping[str, Any]]) -> Self:
@@ -94,25 +92,32 @@ class Query:
         Raises:
             QueryError: A stage that is none, that writes, or that BSON cannot hold.
         """
-        stages = [dict(stage) for stage in pipeline]
+        if not isinstance(pipeline, list | tuple):
+            raise QueryError(f"a pipeline is a list of stages, not a {type(pipeline).__name__}", field="pipeline")
+        stages = [dict(stage) if isinstance(stage, Mapping) else stage for stage in pipeline]
         for stage in stages:
-            if len(stage) != 1 or not next(iter(stage)).startswith("$"):
-                raise QueryError(f"a pipeline stage is one '$...' operator, not {sorted(stage)}", field="pipeline")
+            if not isinstance(stage, dict) or len(stage) != 1 or not str(next(iter(stage))).startswith("$"):
+                raise QueryError(f"a pipeline stage is one '$...' operator, not {stage!r}", field="pipeline")
             if {"$out", "$merge"} & set(stage):
                 raise QueryError(f"a query only reads; leave {next(iter(stage))} out", field="pipeline")
-        return cls(collection=_name(collection), body=_pack({"filter": {}, "pipeline": stages}))
+        return cls(collection=collection_name(collection), body=_pack({"filter": {}, "pipeline": stages}))
 
     def sort(self, field: str | Sequence[tuple[str, int]], direction: int = 1) -> Query:
         """Ordered by a field, or by several `(field, direction)`; 1 ascends, -1 descends.
 
         Raises:
-            QueryError: A direction that is neither, or a pipeline (use a `$sort` stage).
+            QueryError: A field that is none, a direction that is neither, or a pipeline (use a `$sort` stage).
         """
         self._no_pipeline("sort")
-        pairs = ((field, direction),) if isinstance(field, str) else tuple((f, d) for f, d in field)
-        if any(d not in (1, -1) for _, d in pairs):
-            raise QueryError(f"sort directions are 1 and -1, not {[d for _, d in pairs]}", field="sort")
-        return dataclasses.replace(self, ordering=pairs)
+        given = [(field, direction)] if isinstance(field, str) else field
+        if not isinstance(given, list | tuple):
+            raise QueryError(f"sort by a field, or by pairs of field and direction, not {field!r}", field="sort")
+        for pair in given:
+            if not isinstance(pair, list | tuple) or len(pair) != 2 or not _is_path(pair[0]):
+                raise QueryError(f"sort by pairs of field and direction, not by {pair!r}", field="sort")
+            if isinstance(pair[1], bool) or not isinstance(pair[1], int) or pair[1] not in (1, -1):
+                raise QueryError(f"sort directions are 1 and -1, not {pair[1]!r}", field="sort")
+        return dataclasses.replace(self, ordering=tuple((name, way) for name, way in given))
 
     def skip(self, n: int) -> Query:
         """Without the first `n` documents. Raises: QueryError for a negative number or a pipeline."""
@@ -156,8 +161,8 @@ class Query:
         `$search`, a `$match` with `$text`).
         """
         body = self._unpacked
-        before = body["filter"]
-        body["filter"] = {"$and": [before, dict(condition)]} if before else dict(condition)
+        before, more = body["filter"], checked_filter("condition", condition)
+        body["filter"] = {"$and": [before, more]} if before else more
         return dataclasses.replace(self, body=_pack(body))
 
     @property
@@ -286,7 +291,7 @@ class Query:
                 if key in document
             }
             return cls(
-                collection=_name(document["collection"]),
+                collection=collection_name(document["collection"]),
                 body=_pack(body),
                 ordering=tuple((field, direction) for field, direction in document["sort"]),
                 skipped=document["skip"],
@@ -332,8 +337,39 @@ def _pack(body: Mapping[str, Any]) -> bytes:
         raise QueryError(f"a query holds only what BSON can: {error}") from error
 
 
-def _name(collection: str) -> str:
-    if not isinstance(collection, str) or not collection or "$" in collection or "\0" in collection:
+def checked_filter(field: str, value: Any, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A filter as a dict; the default for None. Raises: QueryError where it is none."""
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise QueryError(f"{field} is a dict, as MongoDB's filters are, not {value!r}", field=field)
+    return dict(value)
+
+
+def _projection(value: Any) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    if isinstance(value, str) or not isinstance(value, Mapping | Sequence | Set):
+        raise QueryError(f"projection is {value!r}; give a dict or a list of names", field="projection")
+    if not all(_is_path(name) for name in value):
+        raise QueryError(f"a projection names fields, not {value!r}", field="projection")
+    return dict(value) if isinstance(value, Mapping) else dict.fromkeys(value, 1)
+
+
+def _is_path(value: Any) -> bool:
+    return _is_text(value) and not value.startswith("$")
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is text that BSON can hold as a name."""
+    if not isinstance(value, str) or not value or "\0" in value:
+        return False
+    return not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+def collection_name(collection: str) -> str:
+    """The name of a collection. Raises: QueryError where it cannot be one."""
+    if not _is_text(collection) or "$" in collection or len(collection) > _LONGEST_NAME:
         raise QueryError(f"{collection!r} cannot be the name of a collection", field="collection")
     return collection
 
@@ -344,6 +380,7 @@ def _count(what: str, n: int, *, least: int) -> int:
     return n
 
 
+_LONGEST_NAME = 255  # characters of a collection's name, with that of its database
 _RANDOM = frozenset({"$sample", "$sampleRate", "$rand", "$$NOW", "$$CLUSTER_TIME"})
 _OTHER_IDS = frozenset(
     {

@@ -156,7 +156,7 @@ def _named(key: Mapping[Any, Any]) -> tuple[tuple[str, str], ...]:
 
 
 def _path(path: Any) -> str:
-    bad = not isinstance(path, str) or "\0" in path
+    bad = not isinstance(path, str) or any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in path)
     if bad or any(not part or part.startswith("$") for part in path.split(".")):
         raise _refused(path)
     return str(path)

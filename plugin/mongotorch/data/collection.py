@@ -8,6 +8,7 @@ fold wherever it is inserted; a tensor comes back with its dtype and shape; `.ra
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, final
@@ -15,15 +16,17 @@ from typing import Any, final
 import numpy as np
 import torch
 from bson import ObjectId
+from pymongo.errors import BulkWriteError
 from torch import Tensor
 
 from mongotorch.codecs import ArrayParts
 from mongotorch.codecs import decode_document as _decode
 from mongotorch.codecs import encode_document as _encode
 from mongotorch.data.read import assign_folds, fold_of, mock_documents, query_for
-from mongotorch.errors import DataError
+from mongotorch.errors import CodecError, ConflictError, DataError, MongotorchError, StoreError
+from mongotorch.mongo.error_translation import driver_errors, redact
 from mongotorch.mongo.server_features import is_mock
-from mongotorch.query import Query
+from mongotorch.query import Query, checked_filter
 from mongotorch.split import FOLD_FIELD, FOLDS
 
 
@@ -61,6 +64,7 @@ def parts_tensor(parts: ArrayParts) -> Any:
 
 
 _INSERT_BATCH = 10_000
+_DUPLICATE_KEY = 11000
 
 
 @final
@@ -113,8 +117,10 @@ class Collection:
             The inserted `_id`.
 
         Raises:
-            DataError: A `_fold` of its own that is none.
+            DataError: A `_fold` of its own that is none, or what is no document.
+            ConflictError: Its `_id` is there already.
             CodecError: A value that BSON cannot hold; `field` names it.
+            ServerUnavailableError, StoreError: The server cannot be reached, or refuses it.
         """
         return self.insert_many([document])[0]
 
@@ -125,13 +131,23 @@ class Collection:
             The inserted `_id`s, in order.
 
         Raises:
-            DataError: A `_fold` of its own that is none.
+            DataError: A `_fold` of its own that is none, or what are no documents.
+            ConflictError: An `_id` is there already; those before it were inserted.
             CodecError: A value that BSON cannot hold; `field` names it.
+            ServerUnavailableError, StoreError: The server cannot be reached, or refuses it.
         """
+        if isinstance(documents, Mapping | str | bytes) or not isinstance(documents, Iterable):
+            raise DataError(f"insert_many takes a list of documents, not a {type(documents).__name__}")
         ids: list[Any] = []
         prepared = (self._prepare(document) for document in documents)
         while batch := list(itertools.islice(prepared, _INSERT_BATCH)):
-            ids.extend(self.raw.insert_many(batch).inserted_ids)
+            with self._errors("inserting into"):
+                try:
+                    ids.extend(self.raw.insert_many(batch).inserted_ids)
+                except BulkWriteError as error:
+                    raise _refused(error, self.name, before=len(ids)) from error
+                except OverflowError as error:
+                    raise CodecError(f"inserting into collection {self.name!r}: {error}") from error
         return ids
 
     def update_many(
@@ -142,8 +158,10 @@ class Collection:
         Returns:
             How many were changed.
         """
+        where = checked_filter("filter", filter)
         encoded = encode_document(update) if isinstance(update, Mapping) else [encode_document(u) for u in update]
-        return int(self.raw.update_many(dict(filter), encoded).modified_count)
+        with self._errors("updating"):
+            return int(self.raw.update_many(where, encoded).modified_count)
 
     def replace_one(
         self, filter: Mapping[str, Any], replacement: Mapping[str, Any], *, upsert: bool = False
@@ -158,14 +176,17 @@ class Collection:
         Returns:
             How many were changed, or inserted.
         """
-        found = self.raw.find_one(dict(filter), {"_id": 1, FOLD_FIELD: 1})
+        where = checked_filter("filter", filter)
+        with self._errors("reading"):
+            found = self.raw.find_one(where, {"_id": 1, FOLD_FIELD: 1})
         if found is None:
             if upsert:
                 self.insert_one({**_equalities(filter), **replacement})
             return int(upsert)
         kept = {key: found[key] for key in ("_id", FOLD_FIELD) if key in found}
         document = self._prepare({**replacement, "_id": kept["_id"]} | kept)
-        return int(self.raw.replace_one({"_id": kept["_id"]}, document).modified_count)
+        with self._errors("replacing a document of"):
+            return int(self.raw.replace_one({"_id": kept["_id"]}, document).modified_count)
 
     def delete_many(self, filter: Mapping[str, Any]) -> int:
         """Delete the documents that match.
@@ -173,11 +194,15 @@ class Collection:
         Returns:
             How many there were.
         """
-        return int(self.raw.delete_many(dict(filter)).deleted_count)
+        where = checked_filter("filter", filter)
+        with self._errors("deleting from"):
+            return int(self.raw.delete_many(where).deleted_count)
 
     def count(self, filter: Mapping[str, Any] | None = None) -> int:
         """How many documents match."""
-        return int(self.raw.count_documents(dict(filter or {})))
+        where = checked_filter("filter", filter, {})
+        with self._errors("counting"):
+            return int(self.raw.count_documents(where))
 
     def assign_folds(self, valid_fraction: float | None = None) -> int:
         """Decide the fold of the documents that have none, because they came another way.
@@ -190,7 +215,12 @@ class Collection:
         """
         return assign_folds(self.raw, self._valid_fraction if valid_fraction is None else valid_fraction)
 
+    def _errors(self, doing: str) -> contextlib.AbstractContextManager[None]:
+        return driver_errors(f"{doing} collection {self.name!r}")
+
     def _prepare(self, document: Mapping[str, Any]) -> dict[str, Any]:
+        if not isinstance(document, Mapping) or not all(isinstance(name, str) for name in document):
+            raise DataError(f"a document is a dict of fields by name, not a {type(document).__name__}")
         encoded = encode_document(document)
         encoded = {"_id": encoded.pop("_id", None) or ObjectId(), **encoded} if "_id" not in document else encoded
         fold = encoded.setdefault(FOLD_FIELD, fold_of(encoded["_id"], self._valid_fraction))
@@ -222,6 +252,26 @@ def read_documents(database: Any, query: Query) -> Iterator[dict[str, Any]]:
             yield decode_document(document)
     finally:
         cursor.close()
+
+
+def _refused(error: BulkWriteError, name: str, *, before: int) -> MongotorchError:
+    """What an insertion ended in, with the document."""
+    details = error.details or {}
+    first: Mapping[str, Any] = next(iter(details.get("writeErrors", ())), {})
+    document_id = first.get("op", {}).get("_id")
+    done = before + int(details.get("nInserted", 0))
+    if first.get("code") == _DUPLICATE_KEY:
+        return ConflictError(
+            f"document {document_id!r} of collection {name!r}, or another value that must be unique, is there "
+            f"already; the {done} document(s) before it were inserted",
+            document_id=document_id,
+        )
+    message = redact(str(first.get("errmsg") or error))
+    return StoreError(
+        f"document {document_id!r} of collection {name!r} was refused: {message}; the {done} document(s) before "
+        "it were inserted",
+        document_id=document_id,
+    )
 
 
 def _equalities(filter: Mapping[str, Any]) -> dict[str, Any]:

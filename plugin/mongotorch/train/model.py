@@ -70,15 +70,13 @@ class TorchModel(Component):
             if getattr(self, field) is not None and not callable(getattr(self, field)):
                 raise ParameterError(f"{field} must be a function or None", field=field)
         for field in ("forward_method", "train_forward_method"):
-            if not callable(getattr(self.object, getattr(self, field), None)):
-                raise ParameterError(
-                    f"{field}={getattr(self, field)!r}: {type(self.object).__name__} has no such method",
-                    field=field,
-                )
+            _check_method(field, getattr(self, field), self.object)
         if self.trainer is not None and getattr(self.trainer, "type_id", None) != "trainer":
             raise ParameterError("trainer must be a trainer component or None", field="trainer")
         if self.validation is not None and not isinstance(self.validation, Validation):
             raise ParameterError("validation must be a Validation or None", field="validation")
+        _check_names("preferred_devices", self.preferred_devices)
+        _check_names("eval_modules", () if self.eval_modules is None else self.eval_modules)
         pick_device(self.preferred_devices)
         unknown = sorted(set(self.eval_modules or ()) - {name for name, _ in self.object.named_modules()})
         if unknown:
@@ -157,6 +155,16 @@ class TorchModel(Component):
         if isinstance(batch, tuple):
             return method(*batch)
         return method(**batch) if isinstance(batch, Mapping) else method(batch)
+
+
+def _check_method(field: str, name: Any, module: nn.Module) -> None:
+    if not isinstance(name, str) or not callable(getattr(module, name, None)):
+        raise ParameterError(f"{field}={name!r}: {type(module).__name__} has no such method", field=field)
+
+
+def _check_names(field: str, names: Any) -> None:
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ParameterError(f"{field}={names!r}: it must be a list of names", field=field)
 
 
 @contextlib.contextmanager

@@ -159,9 +159,13 @@ def _check_class(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> 
         )
 
 
+def _is_state(value: Any) -> bool:
+    return isinstance(value, Mapping) and {"state", "param_groups"} <= value.keys()
+
+
 def _states(optimizers: Sequence[torch.optim.Optimizer], state: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     states: Sequence[Mapping[str, Any]] = [state] if len(optimizers) == 1 else state.get("optimizers", [])
-    if len(states) != len(optimizers) or (len(optimizers) == 1 and "optimizers" in state):
+    if len(states) != len(optimizers) or not all(map(_is_state, states)):
         raise OptimizerError(
             f"optimizer_state is not that of {len(optimizers)} optimizer(s); "
             "give optimizer_state=None to start anew",

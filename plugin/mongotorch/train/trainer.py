@@ -269,6 +269,9 @@ class TorchTrainer(Component):
             raise ParameterError("model must be a TorchModel or None", field="model")
 
     def _check_numbers(self) -> None:
+        for name, values in (self.metric_values or {}).items():
+            if not isinstance(name, str) or not isinstance(values, list | tuple):
+                raise ParameterError("metric_values maps names to lists of numbers", field="metric_values")
         for field in ("prefetch_size", "prefetch_factor", "max_iterations", "no_improve_then_stop"):
             _check_positive(field, getattr(self, field))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):

@@ -92,8 +92,9 @@ class StreamSpec:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ParameterError(f"{name}={value!r}: it must be a whole number from 1 on", field=name)
-        rank, world = self.shard
-        if not 0 <= rank < world:
+        shard = self.shard
+        is_pair = isinstance(shard, list | tuple) and len(shard) == 2 and all(type(n) is int for n in shard)
+        if not is_pair or not 0 <= shard[0] < shard[1]:
             raise ParameterError(f"shard={self.shard!r}: it is (rank, world), 0 <= rank < world", field="shard")
         check_signature(self.signature)
         if self.mode not in ("stream", "memory", "download"):

@@ -12,6 +12,7 @@ import math
 from datetime import datetime, timedelta
 from typing import final
 
+from mongotorch.component import IDENTIFIER
 from mongotorch.errors import ParameterError
 from mongotorch.schedule.triggers.base import (
     SCORES,
@@ -35,7 +36,8 @@ class Measured(Trigger):
     documents: int = dataclasses.field(default=1000, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.metric, str) or not self.metric:
+        # One of a dataset is called `dataset/metric`.
+        if not isinstance(self.metric, str) or not all(map(IDENTIFIER.fullmatch, self.metric.split("/"))):
             raise ParameterError(
                 f"metric={self.metric!r}: give the name of a metric, or 'objective'", field="metric"
             )
