@@ -13,23 +13,26 @@ processes end with the process that started them.
 from __future__ import annotations
 
 import copy
+import io
 import itertools
 import math
 import multiprocessing
 import os
+import pickle
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.reduction import ForkingPickler
 from multiprocessing.sharedctypes import RawValue
 from typing import Any, Generic, Protocol, TypeVar, final
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mongotorch.errors import MongotorchError
+from mongotorch.errors import DataProcessError, MongotorchError
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -319,11 +322,11 @@ class WorkerPool(Generic[S, T]):
         self._requests.source = ((number, items) for items in requests)
         if self._generator is None:
             self._own.manual_seed(seed)
-        replies = iter(self._loader)
+        replies = self._start()
         try:
             while True:
                 with self._pressure:
-                    reply = next(replies, None)
+                    reply = self._next(replies)
                 if reply is None:
                     return
                 results, error = reply
@@ -338,6 +341,30 @@ class WorkerPool(Generic[S, T]):
                 del replies
                 if not self._options.get("persistent_workers"):
                     self.close()
+
+    def _start(self) -> Iterator[Any]:
+        try:
+            return iter(self._loader)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise DataProcessError(
+                f"worker processes cannot be started, because what they are given cannot be pickled ({error}): "
+                "use functions that can be imported, or multiprocessing_context='fork'"
+            ) from error
+
+    def _next(self, replies: Iterator[Any]) -> Any:
+        """The next reply, or None. Raises: DataProcessError where torch says that a worker is gone."""
+        try:
+            return next(replies, None)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader "):
+                raise
+            # Now, not with the last reference, which the error has: torch goes on to look after the process.
+            replies._shutdown_workers()  # type: ignore[attr-defined]
+            self.close()
+            raise DataProcessError(
+                f"a worker process of the stream is gone: {error}; the system may have ended it for its "
+                "memory, or what it called did; num_workers=0 shows more"
+            ) from error
 
     def stop(self) -> None:
         """Let workers end early what they do for the current map; in a forked process it does nothing."""
@@ -404,6 +431,30 @@ def _end_with_parent() -> None:
 
 def _same(item: Any) -> Any:
     return item
+
+
+@final
+class _Trial(ForkingPickler):
+    """Pickles nothing but what might fail: tensors pass in shared memory, and doing that twice would leak it."""
+
+    def persistent_id(self, item: Any) -> str | None:
+        """A name instead of each tensor."""
+        return "" if isinstance(item, torch.Tensor) else None
+
+
+def check_picklable(made: Any) -> None:
+    """Look whether a result can be handed to another process; the queue would drop it, and be waited for for ever.
+
+    Raises:
+        DataProcessError: It cannot be pickled.
+    """
+    try:
+        _Trial(io.BytesIO()).dump(made)
+    except Exception as error:
+        raise DataProcessError(
+            f"a worker process cannot hand over the batch that it made: {type(error).__name__}: {error}; let "
+            "transform and collate_fn return tensors and plain values, or use num_workers=0"
+        ) from error
 
 
 def close_iterator(iterator: Any) -> None:

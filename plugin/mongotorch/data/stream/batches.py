@@ -31,7 +31,7 @@ from torch import Tensor
 
 from mongotorch.codecs.arrays import BFLOAT16
 from mongotorch.data.decode import Column, Columns, decode
-from mongotorch.data.prefetch import ReadPressure
+from mongotorch.data.prefetch import ReadPressure, check_picklable
 from mongotorch.data.stream.position import HashMarkers, IdMarkers, Position, RowMarkers
 from mongotorch.errors import MongotorchError, SignatureError, TransformError
 from mongotorch.signature import Key, check_signature
@@ -423,7 +423,10 @@ class SampleBuilder:
 
     def build_each(self, many: Iterator[Columns], *, pressure: ReadPressure) -> Iterator[Any]:
         """The batches of these columns, one each, as an ordered map (see `prefetch`)."""
-        return map(self, itertools.takewhile(lambda _: not pressure.stopped(), many))
+        for columns in itertools.takewhile(lambda _: not pressure.stopped(), many):
+            batch = self(columns)
+            check_picklable(batch)
+            yield batch
 
 
 def build(columns: Columns, key: Key) -> list[Any]:

@@ -17,7 +17,7 @@ from typing import Any, final
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from mongotorch.data.prefetch import WorkerPool, close_iterator
+from mongotorch.data.prefetch import WorkerPool, check_picklable, close_iterator
 from mongotorch.data.stream.batches import (
     RowSlice,
     SampleBuilder,
@@ -363,8 +363,10 @@ class Stream(Owner, IterableDataset[Any]):
             close_iterator(batches)
 
     def _finished(self, batch: Any) -> Any:
-        if get_worker_info() is not None:  # a view would carry its whole window to the other process
-            return map_tensors(Tensor.clone, batch)
+        if get_worker_info() is not None:
+            if self.spec.builds_samples:
+                check_picklable(batch)
+            return map_tensors(Tensor.clone, batch)  # a view would carry its whole window to the other process
         return pin_memory(batch) if self.spec.loader.get("pin_memory") else batch
 
     def _cuts(self, start: Position) -> Iterator[tuple[list[RowSlice], Position]]:
