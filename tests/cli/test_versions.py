@@ -154,7 +154,7 @@ def test_lineage_says_what_a_version_was_made_of(call: Call, db: Datalayer) -> N
     data = document["data"]
     assert rows["live"] == "yes"
     assert rows["parent"] == f"model m version 0 {document['parent']}"
-    assert rows["started from"] == document["start"]["model"]
+    assert "started from" not in rows  # nothing was trained before it
     assert rows["job"] == document["job"]
     assert rows["schedule"] == "s, firing 1: the 0th time"
     assert (rows["seed"], rows["steps"]) == ("0", f"2, the best was {document['best_step']}")
@@ -165,6 +165,14 @@ def test_lineage_says_what_a_version_was_made_of(call: Call, db: Datalayer) -> N
     assert rows["metrics"] == f"objective {document['metrics']['objective']:.4g}"
     assert rows["verdict"] == "let through: every trained model goes live (Always())"
     assert f"torch {document['environment']['torch']}" in rows["environment"]
+
+
+def test_lineage_says_from_which_version_a_scheduled_run_started(call: Call, db: Datalayer) -> None:
+    first, second = retrained(db, times=2)
+
+    rows = dict(cells("\n".join(call("lineage", second.uuid).stdout.splitlines()[1:])))
+
+    assert rows["started from"].startswith(f"{first.uuid}, with the optimizer of ")
 
 
 def test_lineage_goes_up_to_where_it_began(call: Call, db: Datalayer) -> None:
