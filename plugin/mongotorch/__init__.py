@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     )
     from mongotorch.services.versions.live import Live
     from mongotorch.settings import Settings
-    from mongotorch.split import ByGroup, ByHash, ByTime, KFold, Split
+    from mongotorch.split import ByGroup, ByHash, ByStoredFold, ByTime, KFold, Split
     from mongotorch.store import Move
     from mongotorch.train import Dataset, Metric, TorchModel, TorchTrainer, Validation
     from mongotorch.train.mapping import Passed
@@ -58,6 +58,7 @@ _HOMES = {
     "Component": "mongotorch.component",
     "ByGroup": "mongotorch.split",
     "ByHash": "mongotorch.split",
+    "ByStoredFold": "mongotorch.split",
     "ByTime": "mongotorch.split",
     "Cron": "mongotorch.schedule",
     "Datalayer": "mongotorch.datalayer",
@@ -105,6 +106,7 @@ __all__ = [
     "Better",
     "ByGroup",
     "ByHash",
+    "ByStoredFold",
     "ByTime",
     "Changed",
     "Collection",

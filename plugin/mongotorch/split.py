@@ -88,7 +88,7 @@ class Split(abc.ABC):
 
 @final
 @dataclasses.dataclass(frozen=True)
-class Stored(Split):
+class ByStoredFold(Split):
     """By the field `_fold`; documents without are in `valid` if the hash of their `_id` says so.
 
     Args:
@@ -280,9 +280,9 @@ class ByTime(Split):
         return {"$nor": [{self.field: {"$gt": self.after}}, {self.field: {"$lte": self.after}}]}
 
 
-DEFAULT: Final[Split] = Stored()
+DEFAULT: Final[Split] = ByStoredFold()
 _KINDS: Final[Mapping[str, type[Split]]] = {
-    kind.__name__: kind for kind in (Stored, ByHash, ByGroup, KFold, ByTime)
+    kind.__name__: kind for kind in (ByStoredFold, ByHash, ByGroup, KFold, ByTime)
 }
 
 

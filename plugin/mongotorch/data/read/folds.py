@@ -36,7 +36,7 @@ from mongotorch.errors import (
 from mongotorch.mongo.error_translation import MAX_TIME_MS_EXPIRED, NO_SUCH_OPERATOR, has_code, is_transient
 from mongotorch.mongo.server_features import is_mock
 from mongotorch.query import Query
-from mongotorch.split import DEFAULT, FOLD_FIELD, FOLDS, PARTS, Fold, HashedPart, Split, Stored, threshold
+from mongotorch.split import DEFAULT, FOLD_FIELD, FOLDS, PARTS, ByStoredFold, Fold, HashedPart, Split, threshold
 
 _BATCH = 10_000
 _UNASSIGNED = {FOLD_FIELD: {"$nin": list(FOLDS)}}
@@ -235,7 +235,7 @@ def _first_undecided(database: Any, query: Query, split: Split) -> dict[str, Any
 
 def _in_no_fold(query: Query, split: Split, document_id: Any) -> FoldMissingError:
     what = f"document {document_id!r} of collection {query.collection!r}"
-    if not isinstance(split, Stored):
+    if not isinstance(split, ByStoredFold):
         message = f"{what} is in no fold of {split!r}: the field is missing, or its type is another one"
         return FoldMissingError(message, document_id=document_id, field=split.fields[0])
     why = f"{what} has something else than 'train' or 'valid' under {FOLD_FIELD!r}; leave it out by a filter"
@@ -257,7 +257,7 @@ def query_for(database: Any, query: Query) -> Query:
         database[query.collection].find_one(nothing, {"_id": 1})
     except OperationFailure as error:
         if has_code(error, NO_SUCH_OPERATOR):
-            return replace(query, split=Stored(hashes=False))
+            return replace(query, split=ByStoredFold(hashes=False))
     except PyMongoError:  # what follows meets it as well, and says what it was doing
         pass
     return query

@@ -36,7 +36,7 @@ from mongotorch.data.read.reader import DatabaseAccess, IdRange, Reader
 from mongotorch.errors import DataError, EmptySelectError, FieldMissingError
 from mongotorch.mongo.server_features import Later, clock_of, records, utc_now
 from mongotorch.query import Query
-from mongotorch.split import Stored
+from mongotorch.split import ByStoredFold
 
 _SAMPLES = 8  # a range: with fewer the ranges differ too much in size
 _SHARE = 0.04  # of a collection that is sampled at most: from 5 % on the server scans it all
@@ -386,6 +386,6 @@ def _touch(database: Any, document: Mapping[str, Any]) -> None:
 
 def _digest(query: Query, parts: list[Any]) -> str:
     # As releases wrote it that knew stored folds alone, so that their plans are found.
-    named = replace(query, split=query.split or Stored(hashes=False)) if query.fold_name else query
+    named = replace(query, split=query.split or ByStoredFold(hashes=False)) if query.fold_name else query
     content = {"collection": query.collection, "where": named.where, "parts": parts}
     return hashlib.sha256(bson.encode(content)).hexdigest()
