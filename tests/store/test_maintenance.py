@@ -268,7 +268,7 @@ def test_a_plan_that_nobody_uses_goes_after_thirty_days(house: House, database: 
     plans.insert_one({"_id": "of the run", "used": utc_now() + timedelta(seconds=1)})
     assert "of the run" not in house.collect(after_s=40 * day).plans, "an unfinished job may resume in it"
     house.jobs.succeed(job, attempt, result="r")
-    # The one of an earlier release went before, unless its first use was seen in the millisecond of the job's start.
+    # The one of an earlier release went before, unless it was first seen in the millisecond of the job's start.
     assert "of the run" in house.collect(after_s=40 * day).plans
     assert plans.count_documents({}) == 0
 
