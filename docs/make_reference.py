@@ -34,7 +34,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "For users": {
         "datalayer": ("Datalayer",),
         "collection": ("Collection", "Query"),
-        "split": ("Split", "ByHash", "ByTime", "ByGroup", "KFold"),
+        "split": ("Split", "ByHash", "ByStoredFold", "ByTime", "ByGroup", "KFold"),
         "trainer": ("TorchTrainer", "Passed"),
         "model": ("TorchModel",),
         "metrics": ("Metric", "Validation", "Dataset"),

@@ -200,18 +200,9 @@ CONSTRUCTORS: dict[str, tuple[Callable[..., Any], dict[str, Takes]]] = {
     "Datalayer.connect": (
         lambda **given: Datalayer.connect(**{"uri": "mongomock://values", **given}).close(),
         {
-            "uri": NOTHING,
+            "uri": NONE,  # that of the settings
             "compute": NOTHING,
-            "prefetch_bytes": whole(1),
-            "worker_niceness": Takes(lambda value: type(value) is int and 0 <= value < 20),
-            "valid_fraction": FRACTION,
-            "server_timeout_s": POSITIVE,
-            "read_deadline_s": POSITIVE,
-            "lease_s": POSITIVE,
-            "checkpoint_seconds": NATURAL,
-            "lineage": BOOL,
             "trust": NOTHING,
-            "progress": NONE | BOOL,
             "no_such_setting": NOTHING,
         },
     ),

@@ -18,7 +18,7 @@ from mongotorch.errors import DataError, EmptySelectError
 
 
 def readers() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("mongotorch")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("mongotorch-prefetch")]
 
 
 def ahead(source: Iterator[int], **given: Any) -> ThreadPrefetcher[int]:

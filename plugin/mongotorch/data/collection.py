@@ -146,7 +146,7 @@ class Collection:
                     ids.extend(self.raw.insert_many(batch).inserted_ids)
                 except BulkWriteError as error:
                     raise _refused(error, self.name, before=len(ids)) from error
-                except OverflowError as error:
+                except (OverflowError, ValueError) as error:  # mongomock holds no UUIDs, for one
                     raise CodecError(f"inserting into collection {self.name!r}: {error}") from error
         return ids
 

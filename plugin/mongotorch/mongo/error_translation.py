@@ -78,7 +78,7 @@ NO_CHANGE_STREAMS: Final = {40573: "only on replica sets", UNAUTHORIZED: "Unauth
 NO_SUCH_OPERATOR: Final = {168: "InvalidPipelineOperator", 31325: "unknown expression", 40324: "unknown stage"}
 """This server version does not know an aggregation operator."""
 # Of any scheme: a mistyped address contains its password too.
-_USERINFO = re.compile(r"([a-z][a-z0-9+.-]*://)([^\s:@/]*):[^\s]*@", re.IGNORECASE)
+_USERINFO = re.compile(r"([a-z][a-z0-9+.-]{0,31}://)([^\s:@/]*):[^\s]*@", re.IGNORECASE)
 # And one with a slash too few or too many, or with blanks in the password, up to the last `@` of the line.
 _MISTYPED = re.compile(
     r"((?:mongodb(?:\+srv)?|mongomock|embedded)[:/]+)([^\s:@/'\"]*):(?!\*\*\*@)[^\n]*@", re.IGNORECASE

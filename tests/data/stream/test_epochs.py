@@ -64,7 +64,7 @@ def make(uri: str, documents: Any) -> Iterator[Make]:
 
 
 def readers() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("mongotorch")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("mongotorch-prefetch")]
 
 
 def same(first: list[Any], second: list[Any]) -> bool:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 import torch
@@ -90,7 +90,7 @@ def make(uri: str, database: Any, tmp_path: Path) -> Iterator[Make]:
     yield stream
     for made in streams:
         made.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("mongotorch")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("mongotorch-prefetch")]
 
 
 def same(first: Any, second: Any) -> bool:
@@ -487,4 +487,23 @@ def test_a_computed_projection_is_shuffled_whether_or_not_it_gives_the_id(mongod
         assert read({"_id": 0, **twice}, shuffle=True) == shuffled
         with pytest.raises(QueryError, match="computes `_id`"):
             read({**twice, "_id": {"$multiply": ["$n", -1]}}, shuffle=True)
+        db["c"].raw.database.client.drop_database(db["c"].raw.database.name)
+
+
+@pytest.mark.parametrize("compound", [False, True])
+def test_documents_with_uuids_are_streamed_shuffled_and_resumed(mongod: str, compound: bool) -> None:
+    with Datalayer.connect(f"mongodb://{mongod}/uuids{uuid4().hex[:8]}", progress=False) as db:
+        ids: list[Any] = [UUID(int=n * 7919) for n in range(300)]
+        ids = [{"shop": one, "n": n} for n, one in enumerate(ids)] if compound else ids
+        db["c"].insert_many([{"_id": one, "n": n, "owner": ids[0]} for n, one in enumerate(ids)])
+        options: dict[str, Any] = {"key": "n", "batch_size": 32, "shuffle": True, "prefetch_size": 40}
+        with db.stream(db["c"].find({"owner": ids[0]}), **options) as stream:
+            batches = iter(stream)
+            first = [value for _ in range(4) for value in next(batches).tolist()]
+            state = json.loads(json.dumps(stream.state_dict()))
+        with db.stream(db["c"].find({"owner": ids[0]}), **options) as stream:
+            stream.load_state_dict(state)
+            rest = [value for batch in stream for value in batch.tolist()]
+        assert sorted(first + rest) == list(range(300))
+        assert first != sorted(first)
         db["c"].raw.database.client.drop_database(db["c"].raw.database.name)

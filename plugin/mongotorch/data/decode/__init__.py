@@ -2,7 +2,7 @@
 
 from mongotorch.data.decode.columns import FLOAT, Column, Columns
 from mongotorch.data.decode.decoder import decode
-from mongotorch.data.decode.ids import U64, among, id_keys, mix, pack_ids, salt, same_type, sort_key
+from mongotorch.data.decode.ids import U64, among, encode, id_keys, mix, pack_ids, salt, same_type, sort_key
 from mongotorch.data.decode.raw_bson import Reply, find_command, found, last_id, offsets
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Reply",
     "among",
     "decode",
+    "encode",
     "find_command",
     "found",
     "id_keys",

@@ -21,6 +21,8 @@ from typing import Any
 import bson
 import numpy as np
 from bson import Binary, Code, DBRef, Decimal128, MaxKey, MinKey, ObjectId, Regex, Timestamp
+from bson.binary import UuidRepresentation
+from bson.codec_options import CodecOptions
 from numpy.typing import NDArray
 
 from mongotorch.data.decode.columns import Column
@@ -56,7 +58,7 @@ def pack_ids(ids: Column) -> bytes:
         "float64": (8, _DOUBLE),
     }.get("oid" if ids.kind == "oid" else ids.dtype if ids.kind == "number" else "", (0, 0))
     if not width or not isinstance(ids.data, np.ndarray):
-        return b"".join(bson.encode({"_id": document_id}) for document_id in ids.values())
+        return b"".join(encode({"_id": document_id}) for document_id in ids.values())
     frame = struct.pack("<iB", width + 10, tag) + b"_id\0" + bytes(width + 1)
     rows = np.tile(np.frombuffer(frame, np.uint8), (len(ids), 1))
     rows[:, 9 : 9 + width] = np.ascontiguousarray(ids.data).view(np.uint8).reshape(len(ids), width)
@@ -126,6 +128,8 @@ def _canonical(value: Any) -> tuple[int, bytes]:
     """The type tag and the bytes of a value, the same for values that are equal in MongoDB."""
     if isinstance(value, str) and type(value) is str:
         return _STRING, value.encode()
+    if isinstance(value, uuid.UUID):
+        value = Binary.from_uuid(value)
     if isinstance(value, ObjectId):
         return _OBJECT_ID, value.binary
     if isinstance(value, bool):
@@ -137,7 +141,7 @@ def _canonical(value: Any) -> tuple[int, bytes]:
     if isinstance(value, datetime):
         return _DATE, struct.pack("<q", milliseconds(value))
     tag = _DOCUMENT if isinstance(value, dict) else _OTHER
-    return tag, bson.encode({"": _plain(value)})
+    return tag, encode({"": _plain(value)})
 
 
 def _number_bytes(value: Any) -> tuple[int, bytes]:
@@ -255,3 +259,11 @@ def _binary(value: Any) -> tuple[bytes, int]:
     if isinstance(value, uuid.UUID):
         return value.bytes, 4
     return bytes(value), value.subtype if isinstance(value, Binary) else 0
+
+
+_STANDARD: CodecOptions[dict[str, Any]] = CodecOptions(uuid_representation=UuidRepresentation.STANDARD)
+
+
+def encode(document: Mapping[str, Any]) -> bytes:
+    """A document as BSON, with UUIDs as the server and the driver's standard have them."""
+    return bson.encode(document, codec_options=_STANDARD)

@@ -30,7 +30,7 @@ import bson
 from pymongo.errors import DuplicateKeyError, PyMongoError
 
 from mongotorch.codecs import WRITTEN, check_format
-from mongotorch.data.decode import FLOAT, Column, Reply, decode, offsets, same_type, sort_key
+from mongotorch.data.decode import FLOAT, Column, Reply, decode, encode, offsets, same_type, sort_key
 from mongotorch.data.prefetch import close_iterator, map_ordered
 from mongotorch.data.read.reader import DatabaseAccess, IdRange, Reader
 from mongotorch.errors import DataError, EmptySelectError, FieldMissingError
@@ -388,4 +388,4 @@ def _digest(query: Query, parts: list[Any]) -> str:
     # As releases wrote it that knew stored folds alone, so that their plans are found.
     named = replace(query, split=query.split or ByStoredFold(hashes=False)) if query.fold_name else query
     content = {"collection": query.collection, "where": named.where, "parts": parts}
-    return hashlib.sha256(bson.encode(content)).hexdigest()
+    return hashlib.sha256(encode(content)).hexdigest()

@@ -18,12 +18,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, final
 
-import bson
 from bson import Int64
 from bson.raw_bson import RawBSONDocument
 from pymongo.errors import PyMongoError
 
-from mongotorch.data.decode import Reply, find_command, found, last_id, offsets, sort_key
+from mongotorch.data.decode import Reply, encode, find_command, found, last_id, offsets, sort_key
 from mongotorch.data.read.folds import mock_documents, query_for
 from mongotorch.errors import QueryError
 from mongotorch.mongo.retry import RetryPolicy
@@ -382,19 +381,19 @@ class MockReader(Reader):
     def head(self, count: int, *, last: bool = False) -> list[Reply]:
         """See `Reader.head`."""
         documents = self._snapshot()
-        return [b"".join(map(bson.encode, documents[-count:] if last else documents[:count]))]
+        return [b"".join(map(encode, documents[-count:] if last else documents[:count]))]
 
     def read(self, bounds: IdRange, expected: int, ids: list[Any] | None = None) -> list[Reply]:  # noqa: ARG002 - of the interface
         """See `Reader.read`."""
         first, end = self._slice(bounds)
-        return [b"".join(map(bson.encode, self._snapshot()[first:end]))]
+        return [b"".join(map(encode, self._snapshot()[first:end]))]
 
     def drain(self, skip: int, rows: int) -> Iterator[Reply]:
         """See `Reader.drain`."""
         query = self.query if self.query.is_pipeline else self.query.sort(self.query.total_order)
         found = mock_documents(self.collection.database, query, self.projection)
         for first in range(skip, len(found), rows):
-            yield b"".join(map(bson.encode, found[first : first + rows]))
+            yield b"".join(map(encode, found[first : first + rows]))
 
     def count(self, bounds: IdRange | None) -> int:
         """See `Reader.count`."""
