@@ -18,7 +18,7 @@ ARGS ?=
 JOBS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test soak bench lint format docs clean
+.PHONY: help install demo test soak long bench lint format docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -29,7 +29,10 @@ demo: $(VENV)/.stamp-demo ## train on digits in a MongoDB, load the model in ano
 	@$(BIN)/mongotorch demo $(ARGS)
 
 test: $(VENV)/.stamp-dev ## all tests, on mongomock and on a real mongod (more options: ARGS='-k query')
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS) -m "not soak"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS) -m "not soak and not long"
+
+long: $(VENV)/.stamp-dev ## the slow tests that `make test` leaves out and CI runs
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS) -m "long and not soak"
 
 soak: $(VENV)/.stamp-dev ## the long runs that `make test` leaves out
 	@$(BIN)/python -m pytest -n 2 $(ARGS) -m soak

@@ -24,6 +24,25 @@ settings.register_profile("mongotorch", deadline=None)
 settings.load_profile("mongotorch")
 
 
+# Files of tests that take a minute and more together: out of `make test`, which stays under ten.
+LONG = frozenset(
+    {
+        "test_api_values.py",
+        "test_elections.py",
+        "test_every_optimizer.py",
+        "test_killed_at_writes.py",
+        "test_killed_publication.py",
+        "test_killed_retraining.py",
+        "test_killed_runs.py",
+        "test_killed_schedulers.py",
+        "test_other_loops.py",
+        "test_poison.py",
+        "test_stopped_workers.py",
+        "test_wild_modules.py",
+    }
+)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what needs the real server `server`, for `-m "not server"`, and put long tests first."""
     for item in items:
@@ -31,6 +50,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         params = getattr(getattr(item, "callspec", None), "params", {})
         if params.get("uri") == "mongod" or ("mongod" in names and "uri" not in params):
             item.add_marker("server")
+        if item.path.name in LONG:
+            item.add_marker("long")
     items[:] = _long_first(items, getattr(config, "workerinput", {"workercount": 1})["workercount"])
 
 
