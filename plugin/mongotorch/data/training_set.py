@@ -22,16 +22,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import Any, Final, Self, final
 
-import bson
 import numpy as np
 from bson import Timestamp
-from bson.binary import UuidRepresentation
-from bson.codec_options import CodecOptions
 from bson.errors import BSONError
 from bson.raw_bson import RawBSONDocument
 from numpy.typing import NDArray
 
-from mongotorch.data.decode import Reply, among, decode, id_keys, offsets
+from mongotorch.data.decode import Reply, among, decode, encode, id_keys, offsets
 from mongotorch.data.prefetch import ThreadPrefetcher
 from mongotorch.data.read import open_reader
 from mongotorch.errors import DataError
@@ -46,7 +43,6 @@ MOST_MEMBERS: Final = 5_000_000
 """Documents, above which a set is known by its count and digest only."""
 _MAGIC: Final = b"mtmember"
 _HEAD: Final = struct.Struct(f"<8s{DIGEST_BYTES}s")
-_BSON: CodecOptions[dict[str, Any]] = CodecOptions(uuid_representation=UuidRepresentation.STANDARD)
 
 
 @final
@@ -329,7 +325,7 @@ def id_key(document_id: Any) -> int:
     """The hash of an `_id`, 64 bits, as it stands in the rows. Raises: DataError where BSON cannot hold it."""
     try:
         # As the server would give it back: with a date's zone and a UUID's class gone.
-        raw = bson.encode({"_id": document_id}, codec_options=_BSON)
+        raw = encode({"_id": document_id})
     except (BSONError, OverflowError, TypeError, ValueError) as error:
         raise DataError(f"BSON cannot hold the _id {document_id!r}: {error}", field="_id") from error
     return int(id_keys(decode(raw, ()).ids)[0])
