@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from mongotorch.train.kept_state import KeptState, Unsaved
 from mongotorch.train.mapping import scalar
 from mongotorch.train.model import TorchModel, copied_state, training_device
 from mongotorch.train.optimizers import continue_from, load_state, state_of
+from mongotorch.train.step import StepRun
 from mongotorch.train.trainer import TorchTrainer, evaluating_all, trainer_on_device
 
 
@@ -41,11 +43,19 @@ class Stepped:
         step: Its number, from 1.
         loss: The objective of the batch, a detached scalar on the model's device.
         rows: Samples in the batch.
+        values: What `TorchTrainer.log` got in this step, by name; tensors are not read yet.
+        gradient_norm: The norm of all gradients before they were clipped; None where they are not.
+        learning_rates: Those of this step, of all groups of all optimizers.
+        waited_s: Seconds that the step waited for its batch.
     """
 
     step: int
     loss: Tensor = field(repr=False)
     rows: int
+    values: Mapping[str, float | Tensor] = field(default_factory=dict, repr=False)
+    gradient_norm: Tensor | None = field(default=None, repr=False)
+    learning_rates: tuple[float, ...] = ()
+    waited_s: float = 0.0
 
 
 @final
@@ -146,6 +156,7 @@ class Fit:
         self._generators = RunGenerators(trainer.seed)
         self.step, self._validated = 0, 0
         self._idle = 0  # epochs begun since the last step
+        self._is_stopped = False
 
     def check(self, *, training: bool = False) -> None:
         """Measure the first batch of each validation set, to know before the first step what cannot be measured.
@@ -177,6 +188,13 @@ class Fit:
         yield from self._generators.drawing(self._events())
         self._check_losses()
         self._check_weights()
+
+    def stop(self) -> None:
+        """End the run after the step that is being made, with a validation as after the last step of any run.
+
+        It may be called between two events and from another thread.
+        """
+        self._is_stopped = True
 
     def trained(self) -> Trained:
         """The result of a run that has ended; the best weights are put into the model, in `eval()` mode."""
@@ -215,6 +233,7 @@ class Fit:
             "random": self._generators.state(),
             "batches": self._batches.state_dict(),
             "values": {name: list(values) for name, values in self._values.items()},
+            "stopped": self._is_stopped,
             "measured": self._measured,
             "best": self._best.state_dict(),
             "kept": self._kept.state_dict(),
@@ -231,6 +250,7 @@ class Fit:
         if missing:
             _log.warning("the checkpoint has a state of %s, which this run does not have", ", ".join(missing))
         self.step, self._validated = state["step"], state["validated"]
+        self._is_stopped = self._is_stopped or state.get("stopped", False)
         self._model.object.load_state_dict(copied_values(state["model"]))
         load_state(self._optimizers, state["optimizer"])
         self._batches.load_state_dict(state["batches"])
@@ -244,6 +264,7 @@ class Fit:
         self._optimizers = self._trainer.get_optimizers(self._model)
         if self._trainer.optimizer_state is not None and self._state is None:
             continue_from(self._optimizers, self._trainer.optimizer_state)
+        self._steps_made = StepRun(self._trainer, self._model, self._optimizers)
         self._kept = KeptState(self._trainer, self._model, self._optimizers)
         self._warn_of_untrained_objective()
         self._eval_modules = self._model.start_training()
@@ -259,22 +280,33 @@ class Fit:
             yield self._validate()
         while not self.is_over:
             self._begin_epoch()
-            for batch in self._batches:
-                loss = self._take_step(batch)
-                self.step, self._idle = self.step + 1, 0
-                self._unchecked.append(loss := scalar(loss).detach())
-                if self.device.type == "cpu" or len(self._unchecked) >= _MOST_UNCHECKED:
-                    self._check_losses()
-                yield Stepped(step=self.step, loss=loss, rows=batch_rows(self._batches, batch))
+            for batch, waited_s in timed(self._batches):
+                yield self._step_on(batch, waited_s)
                 if self._is_validation_due():
                     yield self._validate()
                 if self.is_over:
                     return
 
+    def _step_on(self, batch: Any, waited_s: float) -> Stepped:
+        loss = scalar(self._take_step(batch)).detach()
+        self.step, self._idle = self.step + 1, 0
+        self._unchecked.append(loss)
+        if self.device.type == "cpu" or len(self._unchecked) >= _MOST_UNCHECKED:
+            self._check_losses()
+        return Stepped(
+            step=self.step,
+            loss=loss,
+            rows=batch_rows(self._batches, batch),
+            values=self._steps_made.values(),
+            gradient_norm=self._steps_made.gradient_norm,
+            learning_rates=self._steps_made.learning_rates,
+            waited_s=waited_s,
+        )
+
     def _take_step(self, batch: Any) -> Tensor:
         self._last = batch
         try:
-            return self._trainer.take_step(self._model, to_device(batch, self.device), self._optimizers)
+            return self._steps_made.take(to_device(batch, self.device))
         except Exception as error:
             if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
                 rows = batch_rows(self._batches, batch)
@@ -349,7 +381,7 @@ class Fit:
         interval = self._trainer.validation_interval
         if interval is None or self.step <= self._validated:
             return False
-        return self.step >= self._trainer.max_iterations or self.step % interval == 0
+        return self._is_last_step or self.step % interval == 0
 
     def _begin_epoch(self) -> None:
         """The rest of a resumed epoch may be empty; a whole epoch may not, or the run would never end."""
@@ -360,7 +392,11 @@ class Fit:
     @property
     def is_over(self) -> bool:
         """Whether the run has made its last step."""
-        return self._best.should_stop or self.step >= self._trainer.max_iterations
+        return self._best.should_stop or self._is_last_step
+
+    @property
+    def _is_last_step(self) -> bool:
+        return (self._is_stopped and self.step > 0) or self.step >= self._trainer.max_iterations
 
     def _validate(self) -> Validated:
         self._check_losses()
@@ -407,6 +443,18 @@ class Fit:
                     "Try a lower learning rate",
                     field=name,
                 )
+
+
+def timed(batches: Iterable[Any]) -> Iterator[tuple[Any, float]]:
+    """The batches, each with the seconds that it was waited for."""
+    running = iter(batches)
+    while True:
+        begun = time.perf_counter()
+        try:
+            batch = next(running)
+        except StopIteration:
+            return
+        yield batch, time.perf_counter() - begun
 
 
 def _on_cpu(state: Any) -> Any:

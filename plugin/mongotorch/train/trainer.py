@@ -37,6 +37,7 @@ from mongotorch.train.mapping import (
 )
 from mongotorch.train.model import TorchModel, evaluating
 from mongotorch.train.optimizers import check_optimizer, check_state, make_optimizer
+from mongotorch.train.step import TrainingStep
 
 UNLIMITED = 10**100
 COMPUTE_OPTIONS = frozenset({"device", "num_workers"})
@@ -57,7 +58,7 @@ def check_compute(options: Mapping[str, Any]) -> None:
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class TorchTrainer(Component):
+class TorchTrainer(TrainingStep, Component):
     """How a model is trained out of a select.
 
     Args:
@@ -216,20 +217,6 @@ class TorchTrainer(Component):
                 "override get_optimizers, and give each optimizer those that it takes",
                 field="optimizer_cls",
             ) from error
-
-    def take_step(self, model: TorchModel, batch: Any, optimizers: Sequence[torch.optim.Optimizer]) -> Tensor:
-        """One step on one batch, which is on the model's device already.
-
-        Returns:
-            The objective before the step, a scalar tensor.
-        """
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss = self.compute_objective(model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
-        for optimizer in optimizers:
-            optimizer.step()
-        return loss
 
     def compute_validation_objective(self, model: TorchModel, passed: Passed) -> Tensor:  # noqa: ARG002
         """What a validation measures as `objective` of one batch; batches are averaged by their samples.
