@@ -89,6 +89,7 @@ $(VENV)/.stamp-bench: $(VENV)/.stamp-dev
 	@$(BIN)/python -m venv $(VENV)/bench
 	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 	  > $$($(VENV)/bench/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth
-	@$(VENV)/bench/bin/pip install --quiet -c constraints.txt '$(TORCH)' pymongoarrow mosaicml-streaming matplotlib \
-	  || echo 'some rivals could not be installed: the table leaves them out'
+	@for rival in matplotlib pymongoarrow mosaicml-streaming; do \
+	  $(VENV)/bench/bin/pip install --quiet -c constraints.txt '$(TORCH)' $$rival \
+	    || echo "$$rival could not be installed: the table leaves it out"; done
 	@touch $@

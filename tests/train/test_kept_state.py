@@ -29,7 +29,7 @@ from mongotorch import (
     Worker,
 )
 from mongotorch.train import Fit, Stepped
-from mongotorch.train.mapping import on_device
+from mongotorch.train.contained import on_device
 from mongotorch.train.model import copied_state
 from mongotorch.train.tensor_codec import TorchCodec
 

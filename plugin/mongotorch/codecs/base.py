@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol, Self
 
 Put = Callable[["bytes | memoryview"], str]
-"""Stores a blob and returns its SHA-256 in hex."""
+"""Stores a blob and returns its SHA-256 in hex; called from several threads at once, too."""
 Get = Callable[[str], bytes]
 """From a SHA-256 in hex to the blob's bytes, verified."""
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mongotorch.tensors import copied_values, differences
-from mongotorch.train.mapping import Contained, map_contained
+from mongotorch.train.contained import Contained, map_contained
 from mongotorch.train.model import TorchModel
 from mongotorch.train.trainer import SETTINGS, TorchTrainer, parameter_fields
 

@@ -26,6 +26,8 @@ SMALL_BYTES = 4096
 _KINDS = (Tensor, nn.Parameter)
 _READERS = 2
 """Blobs that are read at once: while one is waited for or hashed, the other is transferred. More cost memory."""
+_HASHERS = 2
+"""Storages that are hashed at once: hashing is the larger part of encoding, and releases the GIL."""
 
 
 @final
@@ -154,11 +156,17 @@ def _put_storages(storages: Sequence[memoryview], put: Put) -> dict[str, Any]:
     records: list[dict[str, Any]] = []
     small = bytearray()
     for data in storages:
+        records.append({"at": len(small), "nbytes": data.nbytes})
         if data.nbytes < SMALL_BYTES:
-            records.append({"at": len(small), "nbytes": data.nbytes})
             small += data
-        else:
-            records.append({"blob": put(data), "nbytes": data.nbytes})
+    large = [(n, data) for n, data in enumerate(storages) if data.nbytes >= SMALL_BYTES]
+    with ThreadPoolExecutor(_HASHERS, thread_name_prefix="mongotorch-blobs") as pool:
+        try:
+            names = list(pool.map(lambda one: put(one[1]), large))
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error: nothing more is hashed
+    for (n, data), name in zip(large, names, strict=True):
+        records[n] = {"blob": name, "nbytes": data.nbytes}
     return {"storages": records, "small": put(bytes(small)) if small else None}
 
 

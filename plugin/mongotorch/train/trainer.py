@@ -25,16 +25,8 @@ from mongotorch.loader_options import check_trainer_loader
 from mongotorch.query import Query
 from mongotorch.signature import OBJECTIVE, Key, check_defaults, check_dtypes, check_signature
 from mongotorch.split import Fold, Split, as_split
-from mongotorch.train.mapping import (
-    BatchMapping,
-    Contained,
-    Passed,
-    check_key,
-    counted_share,
-    map_contained,
-    on_device,
-    scalar,
-)
+from mongotorch.train.contained import Contained, map_contained, on_device
+from mongotorch.train.mapping import BatchMapping, Passed, check_key, counted_share, scalar
 from mongotorch.train.model import TorchModel, evaluating
 from mongotorch.train.optimizers import check_optimizer, check_state, make_optimizer
 from mongotorch.train.step import TrainingStep
