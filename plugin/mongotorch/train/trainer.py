@@ -91,6 +91,7 @@ class TorchTrainer(TrainingStep, Component):
         split: Which documents are for training and which for validation: `ByHash`, `ByTime`, `ByGroup`, `KFold`,
             or the share for validation, such as 0.1. None is by `_fold`, and by the hash of `_id` (5 % are for
             validation) for documents without.
+        log_interval: Steps between two rows of `train` in what `db.metrics` gives; None keeps validations alone.
 
     Raises:
         IdentifierError, SignatureError, OptimizerError, LoaderOptionError: The argument of that name.
@@ -125,6 +126,7 @@ class TorchTrainer(TrainingStep, Component):
     defaults: Mapping[str, Any] | None = dataclasses.field(default=None, metadata={ADDED: "0.2.0"})
     dtypes: Mapping[str, str] | None = dataclasses.field(default=None, metadata={ADDED: "0.2.0"})
     split: Split | float | None = dataclasses.field(default=None, metadata={ADDED: "0.2.0"})
+    log_interval: int | None = dataclasses.field(default=50, metadata={ADDED: "0.2.0"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -255,6 +257,8 @@ class TorchTrainer(TrainingStep, Component):
             _check_positive(field, getattr(self, field))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ParameterError(f"seed={self.seed!r}: it must be a whole number", field="seed")
+        if self.log_interval is not None:
+            _check_positive("log_interval", self.log_interval)
         if self.validation_interval is not None:
             _check_positive("validation_interval", self.validation_interval)
         elif self.max_iterations >= UNLIMITED:
