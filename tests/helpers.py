@@ -167,6 +167,9 @@ class Replayed:
             yield self.batches[self.at - 1]
         self.at = 0
 
+    def __len__(self) -> int:
+        return len(self.batches)
+
     def state_dict(self) -> dict[str, Any]:
         """Behind the last batch that was given."""
         return {"at": self.at}

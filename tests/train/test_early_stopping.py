@@ -7,7 +7,7 @@ import math
 import pytest
 
 from mongotorch import Metric, Validation
-from mongotorch.train.early_stopping import EarlyStopping
+from mongotorch.train.evaluation import EarlyStopping
 
 VALIDATION = Validation("v", metrics=[Metric("hits", object=max), Metric("misses", object=max, mode="min")])
 

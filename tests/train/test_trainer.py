@@ -102,7 +102,7 @@ def test_only_key_select_and_objective_are_needed(make: Make) -> None:
         ({"optimizer_cls": "Optimizer:"}, OptimizerError, "optimizer_cls"),
         ({"optimizer_cls": "torch.nn:Linear"}, OptimizerError, "optimizer_cls"),
         ({"optimizer_cls": "no.such.module:Class"}, OptimizerError, "optimizer_cls"),
-        ({"optimizer_cls": torch.optim.Adam}, OptimizerError, "optimizer_cls"),
+        ({"optimizer_cls": torch.nn.Linear}, OptimizerError, "optimizer_cls"),
         ({"optimizer_cls": "LBFGS"}, OptimizerError, "optimizer_cls"),
         ({"optimizer_kwargs": {"speed": 3}}, OptimizerError, "optimizer_kwargs"),
         ({"optimizer_kwargs": {"lr": -1}}, OptimizerError, "optimizer_kwargs"),

@@ -1,8 +1,7 @@
-"""Jobs: the handle, what handlers get, what a run measured, and the engines that run them."""
+"""Jobs: the handle, what handlers get, and the engines that run them."""
 
 from mongotorch.jobs.engine import Engine, LocalEngine, QueueEngine, engine_named, environment, worker_name
 from mongotorch.jobs.job import Handler, Job, JobRecords, Lease
-from mongotorch.jobs.run_metrics import MetricRow, RunMetrics
 
 __all__ = [
     "Engine",
@@ -11,9 +10,7 @@ __all__ = [
     "JobRecords",
     "Lease",
     "LocalEngine",
-    "MetricRow",
     "QueueEngine",
-    "RunMetrics",
     "engine_named",
     "environment",
     "worker_name",

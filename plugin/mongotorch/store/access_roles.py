@@ -17,7 +17,6 @@ from mongotorch.store.checkpoints import COLLECTION as CHECKPOINTS
 from mongotorch.store.components import COLLECTION as COMPONENTS
 from mongotorch.store.jobs import COLLECTION as JOBS
 from mongotorch.store.metrics import COLLECTION as METRICS
-from mongotorch.store.mirrors import COLLECTION as MIRRORS
 from mongotorch.store.schedules import COLLECTION as SCHEDULES
 
 _READ: Final = ["find", "listCollections", "listIndexes", "collStats", "dbStats", "changeStream"]
@@ -27,8 +26,7 @@ _WORKER: Final = {
     f"{BUCKET}.files": ["insert", "update"],
     f"{BUCKET}.chunks": ["insert"],
     JOBS: ["insert", "update"],
-    METRICS: ["insert", "update", "remove"],  # a long run keeps every second entry, then every fourth, and so on
-    MIRRORS: ["insert", "update"],
+    METRICS: ["insert", "update"],
     CHECKPOINTS: ["insert", "update", "remove"],
     SCHEDULES: ["insert", "update", "remove"],  # the leader's lease is removed
 }

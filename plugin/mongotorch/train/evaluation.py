@@ -1,11 +1,13 @@
 """Measures models: the objective and the metrics over validation sets, or several models on the same documents.
 
 `evaluate` measures one model over sets of batches, for a training run. `score` measures several models in the same
-way, and keeps the loss of each document or batch, so that they can be compared in pairs.
+way, and keeps the loss of each document or batch, so that they can be compared in pairs. `EarlyStopping` keeps the
+best validation of a run, and says when the run no longer improves.
 
-Guarantees: the model is in `eval()` mode without gradients; a mean is over samples, not over batches. In
-`score` every batch goes to all models before the next one is read, so that a database that goes on changing
-cannot give them different documents; each draws the same random numbers for it.
+Guarantees: the model is in `eval()` mode without gradients; a mean is over samples, not over batches. In `score`
+every batch goes to all models before the next one is read, so that a database that goes on changing cannot give
+them different documents; each draws the same random numbers for it. Only a strictly better value is an
+improvement, and NaN never is.
 """
 
 from __future__ import annotations
@@ -22,23 +24,13 @@ import torch
 
 from mongotorch.errors import EmptyFoldError, NonFiniteLossError, ParameterError
 from mongotorch.signature import OBJECTIVE
-from mongotorch.tensors import copy_tensors, count_rows, map_tensors, to_device
+from mongotorch.tensors import copy_tensors, map_tensors, to_device
 from mongotorch.train.generators import generator_state, seeded, set_generator_state
 from mongotorch.train.mapping import Passed, call, scalar
-from mongotorch.train.metrics import Metric
+from mongotorch.train.metrics import Metric, Validation
 from mongotorch.train.model import TorchModel, training_device
+from mongotorch.train.step import batch_rows
 from mongotorch.train.trainer import TorchTrainer, evaluating_all, trainer_of, trainer_on_device
-
-
-def batch_rows(batches: Iterable[Any], batch: Any) -> int:
-    """How many documents a batch is of.
-
-    Args:
-        batches: What just gave it; a stream has counted the documents where it read them.
-        batch: The batch; its first dimension counts where nothing else is known.
-    """
-    rows: int | None = getattr(batches, "batch_rows", None)
-    return count_rows(batch) if rows is None else rows
 
 
 class RunningMetric:
@@ -138,8 +130,10 @@ def try_first_batch(
             try:
                 batch = next(running, _NO_BATCH)
                 if batch is not _NO_BATCH:
-                    measured = _Measured(trainer, model, () if name == TRAINING else metrics, device)
-                    _warn_of_broadcasting(measured, measured.update(batch, batch_rows(batches, batch))[0])
+                    measured = measuring(trainer, model, () if name == TRAINING else metrics, device)
+                    passed = measured.update(batch, batch_rows(batches, batch))[0]
+                    if passed is not None:
+                        _warn_of_broadcasting(measured, passed)
             except Exception as error:
                 where = "training" if name == TRAINING else f"the validation of the set {name or 'valid'!r}"
                 error.add_note(f"in {where}, before the first step")
@@ -158,7 +152,7 @@ TRAINING = "\0training"
 _NO_BATCH = object()
 
 
-def _warn_of_broadcasting(measured: _Measured, passed: Passed) -> None:
+def _warn_of_broadcasting(measured: Any, passed: Passed) -> None:
     """Warn where an objective compares each output with each target, because one has a dimension more."""
     if not passed.args or len(passed.args) + len(passed.kwargs) != 2:
         return
@@ -197,7 +191,7 @@ def _evaluate_set(
     device: torch.device,
     name: str,
 ) -> dict[str, float]:
-    measured = _Measured(trainer, model, metrics, device)
+    measured = measuring(trainer, model, metrics, device)
     for batch in batches:
         try:
             measured.update(batch, batch_rows(batches, batch))
@@ -207,9 +201,10 @@ def _evaluate_set(
     if not measured.rows:
         raise _no_batch(name)
     values = measured.values()
-    if not math.isfinite(values[OBJECTIVE]):
+    value = values.get(OBJECTIVE, 0.0)
+    if not math.isfinite(value):
         raise NonFiniteLossError(
-            f"the objective on the validation set {name!r} is {values[OBJECTIVE]}; nothing is published. "
+            f"the objective on the validation set {name!r} is {value}; nothing is published. "
             "Try a lower learning rate, or look at the data"
         )
     return values
@@ -239,18 +234,142 @@ class _Measured:
             self._total += loss * weight
         self._weights += weight
         for metric in self._running:
-            metric.update(passed, rows)
+            metric.update(self._for_metrics(passed), rows)
         self.rows += rows
         return passed, loss.item(), weight
 
+    def _for_metrics(self, passed: Passed) -> Passed:
+        """Outputs as metrics take them: many of these know no half precision."""
+        if self._trainer.precision == "fp32":
+            return passed
+
+        def whole(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+        return Passed(args=map_tensors(whole, passed.args), kwargs=map_tensors(whole, passed.kwargs))
+
     def loss(self, passed: Passed) -> torch.Tensor:
         """The validation objective, shape (), on the model's device."""
-        return scalar(self._trainer.compute_validation_objective(self._model, passed)).detach().reshape(())
+        with self._trainer.autocasting(self._model):
+            loss = self._trainer.compute_validation_objective(self._model, passed)
+        return scalar(loss).detach().reshape(())
 
     def values(self) -> dict[str, float]:
         """The objective and the metrics over all batches, by name; NaN where nothing counted."""
         objective = self._total.item() / self._weights if self._weights else math.nan
         return {OBJECTIVE: objective, **{metric.name: metric.value() for metric in self._running}}
+
+
+class _OwnMeasured:
+    """What a trainer's own `validate` measures of one model, over the batches of one set.
+
+    Attributes:
+        rows: Documents so far.
+    """
+
+    def __init__(self, trainer: TorchTrainer, model: TorchModel, device: torch.device) -> None:
+        self._trainer, self._model, self._device = trainer, model, device
+        self._sums: dict[str, torch.Tensor] = {}
+        self._of: dict[str, int] = {}
+        self.rows = 0
+
+    def update(self, batch: Any, rows: int) -> tuple[None, float, float]:
+        """Take in a batch of so many rows; nothing, the value that the trainer listens to, and its weight."""
+        listen = self._trainer.listen.rpartition("/")[2]
+        found = self._trainer.validate(self._model, to_device(batch, self._device))
+        if not isinstance(found, Mapping) or listen not in found:
+            names = sorted(map(str, found)) if isinstance(found, Mapping) else type(found).__name__
+            raise ParameterError(
+                f"listen={self._trainer.listen!r} is not what validate measures: it gave {names}", field="listen"
+            )
+        for name, value in found.items():
+            value = self._number(name, value)
+            self._sums[name] = self._sums.get(name, 0.0) + value * rows
+            self._of[name] = self._of.get(name, 0) + rows
+        self.rows += rows
+        return None, float(found[listen]), float(rows)
+
+    def values(self) -> dict[str, float]:
+        """The values over all batches, by name."""
+        return {name: (total / self._of[name]).item() for name, total in self._sums.items()}
+
+    @staticmethod
+    def _number(name: Any, value: Any) -> torch.Tensor:
+        try:
+            return torch.as_tensor(value).detach().reshape(()).double().cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ParameterError(
+                f"validate gave a {type(value).__name__} for {name!r}, which is no single number", field=str(name)
+            ) from error
+
+
+def measuring(
+    trainer: TorchTrainer, model: TorchModel, metrics: Sequence[Metric], device: torch.device
+) -> _Measured | _OwnMeasured:
+    """What takes in the batches of one set: by the trainer's `validate` where a subclass has its own.
+
+    Args:
+        trainer: Maps batches and computes the objective.
+        model: What is measured.
+        metrics: What is measured besides the objective.
+        device: Where the model is.
+    """
+    if trainer.validates_itself:
+        return _OwnMeasured(trainer, model, device)
+    return _Measured(trainer, model, metrics, device)
+
+
+@final
+class EarlyStopping:
+    """The best value of the metric that a trainer listens to.
+
+    Args:
+        listen: The name of the metric.
+        validation: What the model's validation measures; None: the objective only.
+        no_improve_then_stop: Validations in a row without an improvement after which the run stops.
+
+    Attributes:
+        higher_is_better: Whether more of the value is better.
+        value: The best value; None before the first that is a number.
+        step: The optimizer step after which it was measured.
+        stale: How many validations there were since.
+        state: Weights, optimizer state and metrics of that step; the caller sets it.
+    """
+
+    def __init__(self, listen: str, validation: Validation | None, no_improve_then_stop: int) -> None:
+        self.higher_is_better = (
+            listen != OBJECTIVE and validation is not None and bool(validation.higher_is_better(listen))
+        )
+        self._no_improve_then_stop = no_improve_then_stop
+        self.value: float | None = None
+        self.step, self.stale = 0, 0
+        self.state: dict[str, Any] | None = None
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the run has gone too long without an improvement."""
+        return self.stale >= self._no_improve_then_stop
+
+    def update(self, value: float, step: int) -> bool:
+        """Take in the value measured after a step; whether it is better than all before."""
+        if self.value is None:
+            improved = value == value  # not NaN
+        else:
+            improved = value > self.value if self.higher_is_better else value < self.value
+        if improved:
+            self.value, self.step, self.stale = value, step, 0
+        else:
+            self.stale += 1
+        return improved
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs; `state` is shared, since it is never changed in place."""
+        return {"value": self.value, "step": self.step, "stale": self.stale, "state": self.state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` gave."""
+        self.value, self.step = state["value"], state["step"]
+        self.stale, self.state = state["stale"], state["state"]
 
 
 @final
@@ -321,7 +440,7 @@ class _ModelScorer:
         self._trainer, self._model = trainer, model
         model.object.to(device)
         metrics = model.validation.metrics if model.validation is not None else ()
-        self._measured = _Measured(trainer, model, metrics, device)
+        self._measured = measuring(trainer, model, metrics, device)
         self._of: dict[str, list[tuple[float, float]]] = {"documents": [], "batches": []}
         self.is_mean_of_documents = True
 
@@ -331,14 +450,17 @@ class _ModelScorer:
             passed, loss, weight = self._measured.update(batch, rows)
             if weight:
                 self._of["batches"].append((loss, weight))
-            if alone:
+            if passed is None:
+                self.is_mean_of_documents = False
+            elif alone:
                 self._update_documents(passed, rows, loss)
 
     def _update_documents(self, passed: Passed, rows: int, loss: float) -> None:
+        measured: Any = self._measured
         try:
             each = [_one_row(passed, at, rows) for at in range(rows)]
             weights = [self._trainer.counted_share(one) for one in each]
-            found = torch.stack([self._measured.loss(one) for one in each])
+            found = torch.stack([measured.loss(one) for one in each])
         except Exception:  # noqa: BLE001 - whatever the objective says to a batch of one: it is of batches
             self.is_mean_of_documents = False
             return

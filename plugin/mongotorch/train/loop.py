@@ -9,69 +9,33 @@ depend on the trainer's seed alone (see `generators`).
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import math
 import time
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+from torch.optim.lr_scheduler import LRScheduler
 
 from mongotorch.errors import EmptySelectError, NonFiniteLossError, ParameterError
 from mongotorch.tensors import copied_values, copy_tensors, to_device
-from mongotorch.train.early_stopping import EarlyStopping
-from mongotorch.train.evaluation import TRAINING, batch_rows, evaluate, try_first_batch
+from mongotorch.train.callbacks import Callbacks, Stepped, Validated
+from mongotorch.train.evaluation import TRAINING, EarlyStopping, evaluate, try_first_batch
 from mongotorch.train.generators import RunGenerators, seeded, set_generator_state
 from mongotorch.train.kept_state import KeptState, Unsaved
 from mongotorch.train.mapping import scalar
 from mongotorch.train.model import TorchModel, copied_state, training_device
 from mongotorch.train.optimizers import continue_from, load_state, state_of
-from mongotorch.train.step import StepRun
-from mongotorch.train.trainer import TorchTrainer, evaluating_all, trainer_on_device
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class Stepped:
-    """An optimizer step is done.
-
-    Attributes:
-        step: Its number, from 1.
-        loss: The objective of the batch, a detached scalar on the model's device.
-        rows: Samples in the batch.
-        values: What `TorchTrainer.log` got in this step, by name; tensors are not read yet.
-        gradient_norm: The norm of all gradients before they were clipped; None where they are not.
-        learning_rates: Those of this step, of all groups of all optimizers.
-        waited_s: Seconds that the step waited for its batch.
-    """
-
-    step: int
-    loss: Tensor = field(repr=False)
-    rows: int
-    values: Mapping[str, float | Tensor] = field(default_factory=dict, repr=False)
-    gradient_norm: Tensor | None = field(default=None, repr=False)
-    learning_rates: tuple[float, ...] = ()
-    waited_s: float = 0.0
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class Validated:
-    """A validation is done.
-
-    Attributes:
-        step: The optimizer step after which the model was measured.
-        values: What was measured, by name.
-        improved: Whether the value of `listen` is the best so far.
-    """
-
-    step: int
-    values: dict[str, float]
-    improved: bool
+from mongotorch.train.schedulers import filled, is_plateau, named_numbers
+from mongotorch.train.step import Group, MicroBatches, StepRun, compiled, grouped
+from mongotorch.train.trainer import UNLIMITED, TorchTrainer, changed_trainer, evaluating_all, trainer_on_device
 
 
 @final
@@ -87,6 +51,7 @@ class Trained:
         eval_modules: The names of the submodules that stayed in `eval()` mode.
         metrics: The values measured of those weights, by name; empty where they were not measured.
         fields: The fields of the trainer that were trained too, such as `objective`, as they are now.
+        training_state: What another run goes on from besides the optimizer state; None where there is nothing.
     """
 
     steps: int
@@ -96,6 +61,7 @@ class Trained:
     eval_modules: tuple[str, ...]
     metrics: dict[str, float]
     fields: dict[str, Any] = field(default_factory=dict)
+    training_state: dict[str, Any] | None = None
 
 
 _log = logging.getLogger("mongotorch")
@@ -142,7 +108,7 @@ class Fit:
     ) -> None:
         trainer.check_model(model)
         self.device = training_device(trainer.compute_kwargs, model.preferred_devices)
-        self._given, self._trainer, self._model = trainer, trainer_on_device(trainer, self.device), model
+        self._given, self._model = trainer, model
         self._batches, self._sets = batches, sets
         self._state = state
         self._last: Any = None  # the batch of the last step
@@ -156,7 +122,13 @@ class Fit:
         self._generators = RunGenerators(trainer.seed)
         self.step, self._validated = 0, 0
         self._idle = 0  # epochs begun since the last step
+        self.epoch, self._epoch_ended = 0, 0
         self._is_stopped = False
+        self._spent_s = 0.0
+        self._begun: float | None = None  # on the monotonic clock
+        self._known: dict[str, int] = {}  # numbers of this run
+        self._callbacks = Callbacks(trainer.callbacks) if trainer.callbacks else None
+        self._trainer = trainer_on_device(trainer, self.device)
 
     def check(self, *, training: bool = False) -> None:
         """Measure the first batch of each validation set, to know before the first step what cannot be measured.
@@ -196,6 +168,35 @@ class Fit:
         """
         self._is_stopped = True
 
+    @property
+    def trainer(self) -> TorchTrainer:
+        """How it trains: the trainer that was given, or a copy of it with what it holds on the device."""
+        return self._trainer
+
+    @property
+    def model(self) -> TorchModel:
+        """What it trains."""
+        return self._model
+
+    @property
+    def optimizers(self) -> Sequence[torch.optim.Optimizer]:
+        """The optimizers, from the first event on."""
+        return self._optimizers
+
+    @property
+    def schedulers(self) -> Sequence[LRScheduler]:
+        """The schedulers, from the first event on."""
+        return self._step_run.schedulers
+
+    @functools.cached_property
+    def most_steps(self) -> int | None:
+        """How many steps it makes at most; None where the trainer does not say. Raises: LengthUnknownError."""
+        if self._given.max_epochs is not None:
+            most = self._numbers(("max_iterations",))["max_iterations"]
+        else:
+            most = self._given.max_iterations
+        return None if most >= UNLIMITED else most
+
     def trained(self) -> Trained:
         """The result of a run that has ended; the best weights are put into the model, in `eval()` mode."""
         module, self._is_checked = self._model.object, True
@@ -204,10 +205,13 @@ class Fit:
             self._kept.load_learned(self._best.state.get("learned", {}))
             if self._unsaved_at_best is not None and self._best.step != self.step:
                 self._unsaved.restore(self._unsaved_at_best, modules_only=True)
-            optimizer_state, step = self._best.state["optimizer"], self._best.step
-            metrics = self._best.state.get("metrics", {})  # an older checkpoint has none
+            best = self._best.state
+            optimizer_state, training_state, step = best["optimizer"], best.get("training", {}), self._best.step
+            metrics = best.get("metrics", {})  # an older checkpoint has none
         else:
-            optimizer_state, step = state_of(self._optimizers), self.step
+            optimizer_state, training_state, step = state_of(self._optimizers), self._outcome(), self.step
+            if self._step_run.average is not None:
+                self._step_run.average.apply()
             metrics = self._measured if self._validated == self.step else {}
         module.eval()
         module.to("cpu")
@@ -219,12 +223,16 @@ class Fit:
             eval_modules=self._eval_modules,
             metrics=dict(metrics),
             fields=self._kept.published_fields(self._given),
+            training_state=_on_cpu(training_state) or None,
         )
 
     def capture(self) -> dict[str, Any]:
         """Everything that a resumed run needs, as copies. Call it between two events."""
         self._check_losses()
+        self._call("on_checkpoint", self)
         now = self._best.state if self._best.step == self.step else None  # copied by the validation just now
+        if now is not None and self._is_changed_by_validation:
+            now = None
         captured: dict[str, Any] = {
             "step": self.step,
             "validated": self._validated,
@@ -234,9 +242,14 @@ class Fit:
             "batches": self._batches.state_dict(),
             "values": {name: list(values) for name, values in self._values.items()},
             "stopped": self._is_stopped,
+            "epoch": [self.epoch, self._epoch_ended],
+            "spent_s": self._elapsed_s(),
+            "numbers": dict(self._known),
             "measured": self._measured,
             "best": self._best.state_dict(),
             "kept": self._kept.state_dict(),
+            "recipe": self._step_run.state_dict(),
+            "callbacks": [] if self._callbacks is None else self._callbacks.state_dict(),
         }
         if not self._is_checked and self._last is not None:
             self._is_checked = True
@@ -251,68 +264,138 @@ class Fit:
             _log.warning("the checkpoint has a state of %s, which this run does not have", ", ".join(missing))
         self.step, self._validated = state["step"], state["validated"]
         self._is_stopped = self._is_stopped or state.get("stopped", False)
+        self.epoch, self._epoch_ended = state.get("epoch", (0, self.step))
+        self._spent_s = state.get("spent_s", 0.0)
         self._model.object.load_state_dict(copied_values(state["model"]))
         load_state(self._optimizers, state["optimizer"])
+        self._step_run.load_state_dict(state.get("recipe", {}))
         self._batches.load_state_dict(state["batches"])
         self._values = {name: list(values) for name, values in state["values"].items()}
         self._measured = dict(state.get("measured", {}))
         self._best.load_state_dict(state["best"])
+        if self._callbacks is not None:
+            self._callbacks.load_state_dict(state.get("callbacks", []))
         set_generator_state(state["random"])
 
     def _events(self) -> Generator[Event]:
+        self._begun = time.monotonic()
         self._model.object.to(self.device)
+        self._trainer = self._with_numbers(self._trainer)
         self._optimizers = self._trainer.get_optimizers(self._model)
-        if self._trainer.optimizer_state is not None and self._state is None:
-            continue_from(self._optimizers, self._trainer.optimizer_state)
-        self._steps_made = StepRun(self._trainer, self._model, self._optimizers)
+        given, is_new = self._given, self._state is None
+        if given.optimizer_state is not None and is_new:
+            continue_from(self._optimizers, given.optimizer_state)
+        self._step_run = StepRun(self._trainer, self._model, self._optimizers, self.device)
+        if given.training_state is not None and is_new:
+            # Schedules that name how long the run is are of one run.
+            whole = named_numbers(given.scheduler_kwargs or {}) != set()
+            self._step_run.continue_from(given.training_state, schedulers=not whole)
+            if self._callbacks is not None:
+                self._callbacks.load_state_dict(given.training_state.get("callbacks", []))
         self._kept = KeptState(self._trainer, self._model, self._optimizers)
         self._warn_of_untrained_objective()
         self._eval_modules = self._model.start_training()
         self._unsaved = Unsaved(self._trainer, self._model)
-        if self._state is not None:
-            self._restore(self._state)
-        else:
-            self._check_state()
-        yield from self._steps()
+        with compiled(self._model, given.compile):
+            if self._state is not None:
+                self._restore(self._state)
+            else:
+                self._check_state()
+            self._call("on_start", self)
+            yield from self._steps()
+            self._call("on_end", self)
+
+    def _with_numbers(self, trainer: TorchTrainer) -> TorchTrainer:
+        """The trainer with the numbers of this run in the options of its scheduler."""
+        if trainer.scheduler_cls is None and trainer.scheduler_kwargs is None:
+            return trainer
+        options = trainer.scheduler_kwargs or {}
+        changed = filled(options, self._numbers(named_numbers(options)))
+        is_higher_better = self._best.higher_is_better
+        if trainer.scheduler_cls is not None and is_plateau(trainer.scheduler_cls) and is_higher_better:
+            changed = {"mode": "max", **changed}
+        return trainer if changed == options else changed_trainer(trainer, {"scheduler_kwargs": changed})
+
+    def _numbers(self, names: Iterable[str]) -> dict[str, int]:
+        """Numbers of this run by name; those that a checkpoint has, as documents may have been deleted since."""
+        if not set(names):
+            return {}
+        known, trainer = self._known or dict((self._state or {}).get("numbers", {})), self._given
+        if set(names) - set(known):
+            known = {"max_iterations": trainer.max_iterations}
+            if trainer.max_epochs is not None or set(names) != set(known):
+                steps = -(-len(self._batches) // trainer.gradient_accumulation_steps)  # type: ignore[arg-type]
+                epochs = trainer.max_epochs or -(-trainer.max_iterations // steps)
+                most = min(trainer.max_iterations, epochs * steps)
+                known = {"max_iterations": most, "max_epochs": epochs, "steps_per_epoch": steps}
+        self._known = known
+        return known
 
     def _steps(self) -> Iterator[Event]:
         if self._is_validation_due():  # the run that was captured ended between a step and its validation
             yield self._validate()
         while not self.is_over:
             self._begin_epoch()
-            for batch, waited_s in timed(self._batches):
-                yield self._step_on(batch, waited_s)
+            for group in grouped(self._batches, self._trainer.gradient_accumulation_steps):
+                yield self._step_on(group)
                 if self._is_validation_due():
                     yield self._validate()
                 if self.is_over:
                     return
+            if self._end_epoch():
+                yield self._validate()
 
-    def _step_on(self, batch: Any, waited_s: float) -> Stepped:
-        loss = scalar(self._take_step(batch)).detach()
+    def _end_epoch(self) -> bool:
+        """Count an epoch in which there was a step; whether a validation is due."""
+        if self._epoch_ended == self.step:
+            return False  # a resumed run whose epoch had ended already
+        self.epoch, self._epoch_ended = self.epoch + 1, self.step
+        self._step_run.end_epoch()
+        interval = self._trainer.validation_interval
+        return self._is_validation_due() or (interval == "epoch" and self.step > self._validated)
+
+    def _step_on(self, group: Group) -> Stepped:
+        loss = scalar(self._take_step(group)).detach()
         self.step, self._idle = self.step + 1, 0
         self._unchecked.append(loss)
         if self.device.type == "cpu" or len(self._unchecked) >= _MOST_UNCHECKED:
             self._check_losses()
-        return Stepped(
+        limit_s = self._trainer.max_seconds
+        if limit_s is not None and self._elapsed_s() >= limit_s:
+            self._is_stopped = True
+        run = self._step_run
+        event = Stepped(
             step=self.step,
             loss=loss,
-            rows=batch_rows(self._batches, batch),
-            values=self._steps_made.values(),
-            gradient_norm=self._steps_made.gradient_norm,
-            learning_rates=self._steps_made.learning_rates,
-            waited_s=waited_s,
+            rows=sum(group.rows),
+            values=run.values(),
+            gradient_norm=run.gradient_norm,
+            learning_rates=run.learning_rates,
+            waited_s=group.waited_s,
         )
+        self._call("on_step", self, event)
+        return event
 
-    def _take_step(self, batch: Any) -> Tensor:
-        self._last = batch
+    def _call(self, method: str, *args: Any) -> None:
+        if self._callbacks is not None:
+            self._callbacks.call(method, *args)
+
+    def _elapsed_s(self) -> float:
+        """Seconds that this run took, those of the runs that it goes on from included."""
+        return self._spent_s + (time.monotonic() - self._begun if self._begun is not None else 0.0)
+
+    def _take_step(self, group: Group) -> Tensor:
+        self._last = group.batches[-1]
+        batch = group.batches[0]
+        if self._trainer.gradient_accumulation_steps > 1:
+            batch = MicroBatches(batches=group.batches, rows=group.rows)
         try:
-            return self._steps_made.take(to_device(batch, self.device))
+            return self._step_run.take(to_device(batch, self.device))
         except Exception as error:
             if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
-                rows = batch_rows(self._batches, batch)
                 raise ParameterError(
-                    f"step {self.step + 1} has a batch of {rows} row(s), of which a batch norm has no statistics; "
-                    'give loader_kwargs={"drop_last": True}, or another batch_size',
+                    f"step {self.step + 1} has a batch of {min(group.rows)} row(s), of which a batch norm has no "
+                    'statistics; give loader_kwargs={"drop_last": True}, or another batch_size',
                     field="loader_kwargs",
                 ) from error
             error.add_note(f"in training, at step {self.step + 1}")
@@ -344,8 +427,8 @@ class Fit:
 
     def _make_parts(self) -> None:
         """Take a step, which is undone by what is restored next: it makes what a trainer makes in its first."""
-        for batch in self._batches:
-            self._take_step(batch)
+        for group in grouped(self._batches, 1):
+            self._take_step(group)
             break
         self._last = None
         self._unsaved.restore({})
@@ -381,7 +464,7 @@ class Fit:
         interval = self._trainer.validation_interval
         if interval is None or self.step <= self._validated:
             return False
-        return self._is_last_step or self.step % interval == 0
+        return self._is_last_step or (interval != "epoch" and self.step % int(interval) == 0)
 
     def _begin_epoch(self) -> None:
         """The rest of a resumed epoch may be empty; a whole epoch may not, or the run would never end."""
@@ -396,29 +479,51 @@ class Fit:
 
     @property
     def _is_last_step(self) -> bool:
-        return (self._is_stopped and self.step > 0) or self.step >= self._trainer.max_iterations
+        trainer = self._trainer
+        if trainer.max_epochs is not None and self.epoch >= trainer.max_epochs:
+            return True
+        return (self._is_stopped and self.step > 0) or self.step >= trainer.max_iterations
 
     def _validate(self) -> Validated:
         self._check_losses()
         self._validated = self.step
-        try:
-            values = evaluate(self._trainer, self._model, self._sets, self._metrics, self.device)
-        except Exception as error:
-            error.add_note(f"after step {self.step}")
-            raise
-        self._measured = values
-        for name, value in values.items():
-            self._values.setdefault(name, []).append(value)
-        improved = self._best.update(values[self._trainer.listen], self.step)
-        if improved:
-            self._best.state = {
-                "model": copied_state(self._model.object),
-                "optimizer": state_of(self._optimizers),
-                "metrics": values,
-                "learned": self._kept.learned(),
-            }
-            self._unsaved_at_best = self._unsaved.changes(modules_only=True)
-        return Validated(step=self.step, values=values, improved=improved)
+        average = self._step_run.average
+        with contextlib.nullcontext() if average is None else average.applied():
+            try:
+                values = evaluate(self._trainer, self._model, self._sets, self._metrics, self.device)
+            except Exception as error:
+                error.add_note(f"after step {self.step}")
+                raise
+            self._measured = values
+            for name, value in values.items():
+                self._values.setdefault(name, []).append(value)
+            improved = self._best.update(values[self._trainer.listen], self.step)
+            if improved:
+                self._best.state = {
+                    "model": copied_state(self._model.object),
+                    "optimizer": state_of(self._optimizers),
+                    "metrics": values,
+                    "learned": self._kept.learned(),
+                }
+                self._unsaved_at_best = self._unsaved.changes(modules_only=True)
+        self._step_run.end_validation(values[self._trainer.listen])
+        event = Validated(step=self.step, values=values, improved=improved)
+        self._call("on_validation", self, event)
+        if improved and self._best.state is not None:
+            self._best.state["training"] = self._outcome()
+        return event
+
+    def _outcome(self) -> dict[str, Any]:
+        """What another run goes on from besides the optimizer state; empty where there is nothing."""
+        states = [] if self._callbacks is None else self._callbacks.state_dict()
+        callbacks = {"callbacks": states} if any(one["state"] is not None for one in states) else {}
+        return {**self._step_run.outcome(), **callbacks}
+
+    @property
+    def _is_changed_by_validation(self) -> bool:
+        """Whether weights or rates are others after a validation than those that it keeps."""
+        run, trainer = self._step_run, self._trainer
+        return run.average is not None or bool(run.schedulers) or bool(trainer.callbacks)
 
     def _check_losses(self) -> None:
         """Check the losses so far: several at once, since reading one makes an accelerator catch up."""
@@ -443,18 +548,6 @@ class Fit:
                     "Try a lower learning rate",
                     field=name,
                 )
-
-
-def timed(batches: Iterable[Any]) -> Iterator[tuple[Any, float]]:
-    """The batches, each with the seconds that it was waited for."""
-    running = iter(batches)
-    while True:
-        begun = time.perf_counter()
-        try:
-            batch = next(running)
-        except StopIteration:
-            return
-        yield batch, time.perf_counter() - begun
 
 
 def _on_cpu(state: Any) -> Any:

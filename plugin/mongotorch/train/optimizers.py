@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,46 +29,88 @@ _NOT_OPTIONS = frozenset(
 )
 
 
-def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
-    """The class of a name.
+OptimizerName = str | type[torch.optim.Optimizer]
+"""A name in `torch.optim`, such as `AdamW`, or `package.module:Class`, or the class itself."""
 
-    Args:
-        name: A class in `torch.optim`, such as `AdamW`, or `package.module:Class`.
+
+def optimizer_class(name: OptimizerName) -> type[torch.optim.Optimizer]:
+    """The class of a name, or the class that is given.
 
     Raises:
         OptimizerError: There is none.
     """
-    if not isinstance(name, str):
-        raise OptimizerError(f"optimizer_cls={name!r}: give its name, as text", field="optimizer_cls")
-    module, colon, attribute = name.partition(":")
-    try:
-        found = resolve(f"{module}.{attribute}") if colon else getattr(torch.optim, name, None)
-    except CodecError as error:
-        raise OptimizerError(f"optimizer_cls={name!r}: {error.message}", field="optimizer_cls") from error
+    found: Any = name
+    if isinstance(name, str):
+        module, colon, attribute = name.partition(":")
+        try:
+            found = resolve(f"{module}.{attribute}") if colon else getattr(torch.optim, name, None)
+        except CodecError as error:
+            raise OptimizerError(f"optimizer_cls={name!r}: {error.message}", field="optimizer_cls") from error
     if not isinstance(found, type) or not issubclass(found, torch.optim.Optimizer):
         raise OptimizerError(
             f"optimizer_cls={name!r} is no optimizer; use a name in torch.optim (Adam, AdamW, SGD, …) "
-            'or "package.module:Class"',
+            '"package.module:Class", or a class',
             field="optimizer_cls",
         )
     return found
 
 
 def make_optimizer(
-    name: str, parameters: Iterable[nn.Parameter], options: Mapping[str, Any]
+    name: OptimizerName, parameters: Iterable[Any], options: Mapping[str, Any]
 ) -> torch.optim.Optimizer:
     """An optimizer over parameters. Raises: OptimizerError when it refuses its options."""
     cls: Any = optimizer_class(name)
     try:
         made: torch.optim.Optimizer = cls(parameters, **options)
     except (TypeError, ValueError) as error:
-        raise OptimizerError(f"{name} refuses optimizer_kwargs: {error}", field="optimizer_kwargs") from error
+        raise OptimizerError(
+            f"{optimizer_name(cls)} refuses optimizer_kwargs: {error}", field="optimizer_kwargs"
+        ) from error
     return made
 
 
-def check_optimizer(name: str, options: Mapping[str, Any]) -> None:
+def check_optimizer(name: OptimizerName, options: Mapping[str, Any]) -> None:
     """Refuse an optimizer that does not exist or does not take these options. Raises: OptimizerError."""
     make_optimizer(name, [nn.Parameter(torch.zeros(1, 1))], options)  # a matrix: Muon takes nothing else
+
+
+def grouped_parameters(
+    named: Iterable[tuple[str, nn.Parameter]],
+    choose: Callable[[str, nn.Parameter], Mapping[str, Any] | None],
+    known: Iterable[str],
+) -> list[dict[str, Any]]:
+    """The groups of an optimizer: parameters that get the same options are one group, in order of appearance.
+
+    Args:
+        named: The parameters.
+        choose: From name and parameter to options; None leaves the parameter out.
+        known: The options that the optimizer has.
+
+    Raises:
+        OptimizerError: It gives something else, or an option that the optimizer does not have, or leaves out all.
+    """
+    names, groups = set(known), list[tuple[dict[str, Any], list[nn.Parameter]]]()
+    for name, parameter in named:
+        try:
+            options = choose(name, parameter)
+        except Exception as error:
+            error.add_note(f"in param_groups, for the parameter {name!r}")
+            raise
+        if options is None:
+            continue
+        if not isinstance(options, Mapping) or set(options) - names:
+            raise OptimizerError(
+                f"param_groups gave {options!r} for {name!r}; it must give None or a dict with some of "
+                f"{', '.join(sorted(names))}",
+                field="param_groups",
+            )
+        group = next((one for one in groups if one[0] == dict(options)), None)
+        if group is None:
+            groups.append(group := (dict(options), []))
+        group[1].append(parameter)
+    if not groups:
+        raise OptimizerError("param_groups leaves out every parameter", field="param_groups")
+    return [{"params": parameters, **options} for options, parameters in groups]
 
 
 def optimizer_name(cls: type[torch.optim.Optimizer]) -> str:
@@ -135,7 +177,7 @@ def _follow_rate(optimizer: torch.optim.Optimizer) -> None:
             kept["eta"].fill_(rate / (1 + group["lambd"] * rate * float(kept["step"])) ** group["alpha"])
 
 
-def check_state(name: str, options: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+def check_state(name: OptimizerName, options: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Refuse a state that is not that of one optimizer of this class. Raises: OptimizerError."""
     optimizer = make_optimizer(name, [nn.Parameter(torch.zeros(1, 1))], options)
     for one in _states([optimizer], state):

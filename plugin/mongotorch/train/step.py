@@ -1,36 +1,115 @@
-"""Makes one optimizer step: a batch through model and objective, the gradients, the optimizers.
+"""Makes one optimizer step: micro-batches, objective, gradients, clipping, optimizers, schedulers, mean.
 
-`TrainingStep` are the methods of a trainer that make the step; a subclass overrides one of them. `StepRun` is what
-a run keeps around its steps.
+`TrainingStep` are the methods of a trainer that make the step itself; a subclass overrides one of them. `StepRun`
+calls them for one run, and keeps what the steps need besides weights and optimizers: schedulers, the scale of
+fp16, the exponential mean of the weights.
+
+Guarantees: all that a run keeps is in its state, so that one that goes on makes the same steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import inspect
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any, final
+from dataclasses import dataclass
+from typing import Any, Final, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mongotorch.errors import ParameterError
-from mongotorch.train.model import TorchModel
+from mongotorch.tensors import copied_values, count_rows
+from mongotorch.train.model import CALL, TorchModel
+from mongotorch.train.schedulers import go_on, scheduler_name, set_rates
 
+PRECISIONS: Final = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""From a precision to the dtype in which modules compute."""
 _running: ContextVar[StepRun | None] = ContextVar("mongotorch_step", default=None)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class MicroBatches:
+    """The batches of one step whose gradients are added up.
+
+    Attributes:
+        batches: The batches.
+        rows: How many samples each has.
+    """
+
+    batches: tuple[Any, ...]
+    rows: tuple[int, ...]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """The batches of one step.
+
+    Attributes:
+        batches: The batches.
+        rows: How many samples each has.
+        waited_s: Seconds that they were waited for.
+    """
+
+    batches: tuple[Any, ...]
+    rows: tuple[int, ...]
+    waited_s: float
+
+
+def grouped(batches: Iterable[Any], count: int) -> Iterator[Group]:
+    """The batches in groups of so many; the last one may have fewer."""
+    running = iter(batches)
+    while True:
+        begun, found, rows = time.perf_counter(), [], []
+        for batch in itertools.islice(running, count):
+            found.append(batch)
+            rows.append(batch_rows(batches, batch))
+        if not found:
+            return
+        yield Group(batches=tuple(found), rows=tuple(rows), waited_s=time.perf_counter() - begun)
+
+
+def batch_rows(batches: Iterable[Any], batch: Any) -> int:
+    """How many documents a batch is of.
+
+    Args:
+        batches: What just gave it; a stream has counted the documents where it read them.
+        batch: The batch; its first dimension counts where nothing else is known.
+    """
+    rows: int | None = getattr(batches, "batch_rows", None)
+    return count_rows(batch) if rows is None else rows
 
 
 class TrainingStep:
     """The methods of a trainer that make one optimizer step."""
 
+    gradient_clip_norm: float | None
+    gradient_clip_value: float | None
+    precision: str
+    scheduler_interval: str | None
+    ema_decay: float | None
+
     def take_step(self, model: TorchModel, batch: Any, optimizers: Sequence[torch.optim.Optimizer]) -> Tensor:
-        """One step on one batch, which is on the model's device already.
+        """One step: `backward`, then `update`. A subclass that overrides it may do without both.
+
+        Args:
+            model: What is trained.
+            batch: The batch, on the model's device already.
+            optimizers: Those of `get_optimizers`.
 
         Returns:
             The objective before the step, a scalar tensor.
         """
         for optimizer in optimizers:
             optimizer.zero_grad()
-        loss = self.backward(model, batch)
+        loss = self._make_gradients(model, batch, optimizers)
         self.update(model, optimizers)
         return loss
 
@@ -38,20 +117,58 @@ class TrainingStep:
         """The objective of a batch, a scalar tensor with its graph."""
         raise NotImplementedError
 
-    def backward(self, model: TorchModel, batch: Any) -> Tensor:
+    def get_schedulers(self, optimizers: Sequence[torch.optim.Optimizer]) -> Sequence[LRScheduler]:
+        """The schedulers of a run."""
+        raise NotImplementedError
+
+    def backward(self, model: TorchModel, batch: Any, share: float = 1.0) -> Tensor:
         """Add the gradient of a batch's objective to those of the parameters.
 
+        Args:
+            model: What is trained.
+            batch: A batch, or one of the micro-batches of a step.
+            share: What part of the step's rows it has; the gradient is multiplied by it.
+
         Returns:
-            The objective, a scalar tensor.
+            The objective, a scalar tensor, not multiplied by anything.
         """
         loss = self.compute_objective(model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        run = _running.get()
+        if run is None or run.counted_share:  # of a batch of which nothing counts there is no gradient
+            self.scale_loss(loss if share == 1.0 else loss * share).backward()  # type: ignore[no-untyped-call]
         return loss
 
-    def update(self, model: TorchModel, optimizers: Sequence[torch.optim.Optimizer]) -> None:  # noqa: ARG002
-        """Let optimizers change the parameters by their gradients."""
+    def update(self, model: TorchModel, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Clip the gradients of the parameters that optimizers have, and let the optimizers change these.
+
+        Args:
+            model: What is trained.
+            optimizers: All, or those that have their turn.
+
+        Raises:
+            ParameterError: The gradients were made without `scale_loss`, and `precision` is `fp16`.
+        """
+        run = _running.get()
+        scaler = None if run is None else run.begin_update()
+        if self.gradient_clip_norm is not None or self.gradient_clip_value is not None:
+            if scaler is not None:
+                for optimizer in optimizers:
+                    scaler.unscale_(optimizer)
+            norm = self._clip(run.parameters(optimizers) if run else trained_parameters(model, optimizers))
+            if run is not None:
+                run.gradient_norm = norm
         for optimizer in optimizers:
-            optimizer.step()
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+        if scaler is not None:
+            scaler.update()
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        """A loss to call `backward` on: multiplied by the scale of fp16; with another precision as it is."""
+        run = _running.get()
+        return loss if run is None else run.scaled(loss)
 
     def log(self, name: str, value: float | Tensor) -> None:
         """Add a value to what is known of the step that is being made; the mean of several of one name.
@@ -75,40 +192,149 @@ class TrainingStep:
         if run is not None:
             run.logged.setdefault(name, []).append(value)
 
+    def autocasting(self, model: TorchModel) -> contextlib.AbstractContextManager[Any]:
+        """A context in which modules compute in the dtype of `precision`."""
+        dtype = PRECISIONS[self.precision]
+        if dtype is None:
+            return contextlib.nullcontext()
+        device = next((parameter.device.type for parameter in model.parameters()), "cpu")
+        return torch.autocast(device, dtype=dtype)
+
+    def _make_gradients(
+        self, model: TorchModel, batch: Any, optimizers: Sequence[torch.optim.Optimizer]
+    ) -> Tensor:
+        if isinstance(batch, MicroBatches):
+            return self._accumulate(model, batch, optimizers)
+        return self.backward(model, batch)
+
+    def _accumulate(
+        self, model: TorchModel, step: MicroBatches, optimizers: Sequence[torch.optim.Optimizer]
+    ) -> Tensor:
+        """Add up the gradients of micro-batches, weighed so that they are those of one batch of all rows."""
+        run, total = _running.get(), sum(step.rows)
+        losses, weights = [], []
+        for batch, rows in zip(step.batches, step.rows, strict=True):
+            if run is not None:
+                run.counted_share = 1.0
+            loss = self.backward(model, batch, rows / total).detach()
+            counted = 1.0 if run is None else run.counted_share
+            weights.append(rows / total * counted)
+            losses.append(loss * weights[-1] if counted else torch.zeros_like(loss))
+        whole = torch.stack([loss.reshape(()) for loss in losses]).sum()
+        if run is None or not run.counts_targets:
+            return whole
+        gradients = [one.grad for one in trained_parameters(model, optimizers) if one.grad is not None]
+        if gradients and sum(weights):
+            torch._foreach_div_(gradients, sum(weights))
+        return whole / sum(weights) if sum(weights) else whole * float("nan")
+
+    def _clip(self, parameters: list[nn.Parameter]) -> Tensor | None:
+        norm = None
+        if self.gradient_clip_norm is not None:
+            norm = nn.utils.clip_grad_norm_(parameters, self.gradient_clip_norm)
+        if self.gradient_clip_value is not None:
+            nn.utils.clip_grad_value_(parameters, self.gradient_clip_value)
+        return norm
+
+
+def counting(share: Callable[[], float]) -> None:
+    """Take in the share of the targets of a batch that its objective is a mean over, where a step needs it.
+
+    Args:
+        share: Computes it.
+    """
+    run = _running.get()
+    if run is not None and run.is_accumulating:
+        run.counted_share = share()
+        run.counts_targets = run.counts_targets or run.counted_share != 1.0
+
+
+def trained_parameters(model: TorchModel, optimizers: Sequence[torch.optim.Optimizer]) -> list[nn.Parameter]:
+    """The parameters that optimizers have: those of the model in its order, then the others."""
+    groups = (group for optimizer in optimizers for group in optimizer.param_groups)
+    trained = {id(parameter): parameter for group in groups for parameter in group["params"]}
+    first = [parameter for parameter in model.parameters() if trained.pop(id(parameter), None) is not None]
+    return [*first, *trained.values()]
+
 
 @final
 class StepRun:
-    """Makes the steps of one run.
+    """Makes the steps of one run, and keeps what they need besides weights and optimizers.
 
     Args:
-        trainer: Makes a step.
+        trainer: Makes a step, and the schedulers.
         model: What is trained.
         optimizers: The optimizers of the run.
+        device: Where the model is.
 
     Attributes:
+        schedulers: The schedulers of the run.
+        average: The exponential mean of the weights; None where there is none.
         logged: By name, what `TrainingStep.log` got in the last step.
-        gradient_norm: The norm of the gradients in the last step, where it was needed for clipping.
+        gradient_norm: The norm of the gradients in the last step, where they were clipped by it.
         learning_rates: Those of all groups of the optimizers in the last step.
+        is_accumulating: Whether the step has micro-batches.
+        counted_share: The share of the last micro-batch's targets that its objective is a mean over.
+        counts_targets: Whether that was not 1 in this step.
     """
 
     def __init__(
-        self, trainer: TrainingStep, model: TorchModel, optimizers: Sequence[torch.optim.Optimizer]
+        self,
+        trainer: TrainingStep,
+        model: TorchModel,
+        optimizers: Sequence[torch.optim.Optimizer],
+        device: torch.device,
     ) -> None:
         self._trainer, self._model, self._optimizers = trainer, model, optimizers
+        self._rates = _rates(optimizers)  # before a scheduler changes them
+        self.schedulers = tuple(trainer.get_schedulers(optimizers))
+        self._scaler = torch.amp.GradScaler(device.type) if trainer.precision == "fp16" else None
+        for optimizer in optimizers if self.schedulers else ():
+            # Else torch warns of a scheduler before the first step: after one that overflows, or in a resumed run.
+            optimizer._opt_called = True  # type: ignore[attr-defined]
+        decay = trainer.ema_decay
+        self.average = None if decay is None else WeightAverage(decay, model, optimizers)
+        self._parameters: dict[Any, list[nn.Parameter]] = {}
+        self.is_accumulating, self.counted_share, self.counts_targets = False, 1.0, False
+        self._is_updated, self._is_scaled = False, False
         self.logged: dict[str, list[float | Tensor]] = {}
         self.gradient_norm: Tensor | None = None
         self.learning_rates: tuple[float, ...] = ()
 
     def take(self, batch: Any) -> Tensor:
-        """Make one step on a batch that is on the model's device; the objective before it."""
-        self.logged, self.gradient_norm = {}, None
-        groups = (group for optimizer in self._optimizers for group in optimizer.param_groups)
-        self.learning_rates = tuple(float(group.get("lr", "nan")) for group in groups)
+        """Make one step on a batch, or `MicroBatches`, on the model's device; the objective before it.
+
+        Raises:
+            ParameterError: A step of the trainer's own does not do what the trainer's parameters say.
+        """
+        self.logged, self.gradient_norm, self.learning_rates = {}, None, _rates(self._optimizers)
+        self.is_accumulating = isinstance(batch, MicroBatches)
+        self.counted_share, self.counts_targets, self._is_updated, self._is_scaled = 1.0, False, False, False
         before = _running.set(self)
         try:
-            return self._trainer.take_step(self._model, batch, self._optimizers)
+            loss = self._trainer.take_step(self._model, batch, self._optimizers)
         finally:
             _running.reset(before)
+        if not self._is_updated:
+            self._check_unused()
+        if self.schedulers and self._trainer.scheduler_interval in (None, "step"):
+            self._step_schedulers()
+        if self.average is not None:
+            self.average.update()
+        return loss
+
+    def end_epoch(self) -> None:
+        """Let the schedulers of epochs make a step."""
+        if self._trainer.scheduler_interval == "epoch":
+            self._step_schedulers()
+
+    def end_validation(self, value: float) -> None:
+        """Let the schedulers of validations make a step; those that wait for it get the measured value."""
+        if self._trainer.scheduler_interval == "validation":
+            self._step_schedulers()
+        for scheduler in self.schedulers:
+            if isinstance(scheduler, ReduceLROnPlateau):
+                scheduler.step(value)
 
     def values(self) -> dict[str, float | Tensor]:
         """What was logged in the last step, by name."""
@@ -116,3 +342,218 @@ class StepRun:
             name: values[0] if len(values) == 1 else sum(values) / len(values)
             for name, values in self.logged.items()
         }
+
+    def begin_update(self) -> torch.amp.GradScaler | None:
+        """Take in that the optimizers get their turn; the scaler that has to be used, if any."""
+        self._is_updated = True
+        if self._scaler is not None and not self._is_scaled:
+            raise ParameterError(
+                f'precision="fp16": a step of {type(self._trainer).__name__} calls backward() on a loss as it is; '
+                "call self.scale_loss(loss).backward()",
+                field="precision",
+            )
+        return self._scaler
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """A loss to call `backward` on."""
+        self._is_scaled = True
+        if self.counted_share != 1.0:
+            loss = loss * self.counted_share
+        return loss if self._scaler is None else self._scaler.scale(loss)
+
+    def parameters(self, optimizers: Sequence[torch.optim.Optimizer]) -> list[nn.Parameter]:
+        """The parameters that optimizers have, see `trained_parameters`; kept from step to step."""
+        groups = (
+            (id(optimizer), len(group["params"])) for optimizer in optimizers for group in optimizer.param_groups
+        )
+        key = tuple(groups)
+        if key not in self._parameters:
+            self._parameters[key] = trained_parameters(self._model, optimizers)
+        return self._parameters[key]
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of the state, for a checkpoint; empty where nothing is kept."""
+        state: dict[str, Any] = {}
+        if self.schedulers:
+            state["schedulers"] = [copied_values(one.state_dict()) for one in self.schedulers]
+        if self._scaler is not None:
+            state["scaler"] = dict(self._scaler.state_dict())
+        if self.average is not None:
+            state["average"] = self.average.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave, after the optimizers have their states."""
+        for scheduler, one in zip(self.schedulers, state.get("schedulers", ()), strict=False):
+            scheduler.load_state_dict(copied_values(one))
+        if self._scaler is not None and state.get("scaler"):
+            self._scaler.load_state_dict(dict(state["scaler"]))
+        if self.average is not None:
+            self.average.load_state_dict(state.get("average", []))
+
+    def outcome(self) -> dict[str, Any]:
+        """A copy of what another run can go on from, see `continue_from`; empty where there is nothing."""
+        state: dict[str, Any] = {}
+        if self.schedulers:
+            rates = {"first": list(self._rates), "last": list(_rates(self._optimizers))}
+            state["schedulers"] = [
+                {"cls": scheduler_name(type(one)), **one.state_dict()} for one in self.schedulers
+            ]
+            state = copied_values({**state, "rates": rates})
+        if self._scaler is not None:
+            state["scaler"] = dict(self._scaler.state_dict())
+        return state
+
+    def continue_from(self, state: Mapping[str, Any], *, schedulers: bool) -> None:
+        """Go on where another run ended.
+
+        Args:
+            state: What `outcome` gave in that run.
+            schedulers: Also with the counters of its schedulers, and with rates reduced as it had them.
+        """
+        if self._scaler is not None and state.get("scaler"):
+            self._scaler.load_state_dict(dict(state["scaler"]))
+        kept = copied_values(state.get("schedulers") or [])
+        names = [scheduler_name(type(one)) for one in self.schedulers]
+        if not schedulers or not kept or names != [one["cls"] for one in kept]:
+            return
+        for scheduler, one in zip(self.schedulers, kept, strict=True):
+            go_on(scheduler, one)
+        first, last = state["rates"]["first"], state["rates"]["last"]
+        if len(first) == len(self._rates):
+            self._set_rates([_continued(*rates) for rates in zip(self._rates, first, last, strict=True)])
+
+    def _set_rates(self, rates: Sequence[float]) -> None:
+        left = iter(rates)
+        of = {id(one): [next(left) for _ in one.param_groups] for one in self._optimizers}
+        for scheduler in self.schedulers:
+            set_rates(scheduler, of[id(scheduler.optimizer)])
+
+    def _step_schedulers(self) -> None:
+        for scheduler in self.schedulers:
+            if isinstance(scheduler, ReduceLROnPlateau):
+                continue
+            try:
+                scheduler.step()
+            except ValueError as error:
+                raise ParameterError(
+                    f"{scheduler_name(type(scheduler))} makes no further step ({error}); let its options name "
+                    '"max_iterations", or scheduler_interval be how often it makes one',
+                    field="scheduler_kwargs",
+                ) from error
+
+    def _check_unused(self) -> None:
+        trainer = self._trainer
+        asked = {
+            "gradient_clip_norm": trainer.gradient_clip_norm is not None,
+            "gradient_clip_value": trainer.gradient_clip_value is not None,
+            "precision": self._scaler is not None,
+        }
+        field = next((name for name, is_asked in asked.items() if is_asked), None)
+        if field is not None:
+            raise ParameterError(
+                f"{field} has no effect: take_step of {type(trainer).__name__} does not call "
+                "self.update(model, optimizers), which clips and scales; call it in place of optimizer.step()",
+                field=field,
+            )
+
+
+def _rates(optimizers: Sequence[torch.optim.Optimizer]) -> tuple[float, ...]:
+    return tuple(float(group.get("lr", "nan")) for optimizer in optimizers for group in optimizer.param_groups)
+
+
+def _continued(rate: float, first: float, last: float) -> float:
+    """A rate reduced as an earlier run reduced its own."""
+    if rate == first or not first:
+        return last if rate == first else rate
+    return rate * (last / first)
+
+
+@final
+class WeightAverage:
+    """The exponential mean of the trained parameters over the steps; buffers are those of the last step.
+
+    Args:
+        decay: What part of the mean a step keeps.
+        model: Has the parameters.
+        optimizers: Train them.
+    """
+
+    def __init__(self, decay: float, model: TorchModel, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        self._blend = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        self._model, self._optimizers = model, optimizers
+        self._means: list[Tensor] = []
+
+    def update(self) -> None:
+        """Take in the parameters as they are; the first time they are the mean."""
+        current = [parameter.detach() for parameter in self._current()]
+        if self._means:
+            self._blend(self._means, current, 0)
+        else:
+            self._means = [parameter.clone() for parameter in current]
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Put the mean in place of the parameters inside; without a step so far there is nothing to put."""
+        before = [parameter.detach().clone() for parameter in self._current()] if self._means else []
+        self.apply()
+        try:
+            yield
+        finally:
+            self._put(before)
+
+    def apply(self) -> None:
+        """Put the mean in place of the parameters."""
+        self._put(self._means)
+
+    def state_dict(self) -> list[Tensor]:
+        """Copies of the means, in the order of the parameters."""
+        return [mean.clone() for mean in self._means]
+
+    def load_state_dict(self, state: Sequence[Tensor]) -> None:
+        """Go on from what `state_dict` gave."""
+        self._means = [mean.to(one.device).clone() for mean, one in zip(state, self._current(), strict=False)]
+
+    def _current(self) -> list[nn.Parameter]:
+        return trained_parameters(self._model, self._optimizers)
+
+    def _put(self, values: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            for parameter, value in zip(self._current(), values, strict=False):
+                parameter.copy_(value)
+
+
+def check_compile(options: Any) -> None:
+    """Refuse options that `torch.compile` does not have. Raises: ParameterError."""
+    if isinstance(options, bool):
+        return
+    known = set(inspect.signature(torch.compile).parameters) - {"model"}
+    if not isinstance(options, Mapping) or set(options) - known:
+        raise ParameterError(
+            f"compile={options!r}: it must be True, False or a dict of {', '.join(sorted(known))}", field="compile"
+        )
+
+
+@contextlib.contextmanager
+def compiled(model: TorchModel, options: bool | Mapping[str, Any]) -> Iterator[None]:
+    """Let a model's training method be compiled inside; names of the module's state stay what they are.
+
+    Args:
+        model: The model.
+        options: Those of `torch.compile`, or True for its defaults; False compiles nothing.
+    """
+    if options is False:
+        yield
+        return
+    module, name = model.object, model.train_forward_method
+    # What `module.compile()` sets, in place: a wrapped module would have other names in its state.
+    name = "_compiled_call_impl" if name == CALL else name
+    function = module._call_impl if name == "_compiled_call_impl" else getattr(module, name)
+    before = vars(module).get(name)
+    vars(module)[name] = torch.compile(function, **({} if options is True else options))
+    try:
+        yield
+    finally:
+        vars(module).pop(name)
+        if before is not None:
+            vars(module)[name] = before

@@ -1,7 +1,8 @@
 """Holds everything that says how a model is trained, as one frozen value: the `TorchTrainer`.
 
-A subclass changes training by its methods `take_step`, `get_optimizers` and `compute_validation_objective`; the
-loop around them stays.
+A subclass changes training by its methods: `backward`, `update` or all of `take_step` (see `step.py`),
+`get_optimizers`, `get_schedulers`, `compute_validation_objective` or all of `validate`. The loop around them
+stays.
 
 Guarantees: what can be known to be wrong without data is refused at construction; a trainer holds no database and
 no open resource.
@@ -13,11 +14,13 @@ import contextlib
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from mongotorch.component import ADDED, Component
 from mongotorch.errors import OptimizerError, ParameterError
@@ -25,11 +28,20 @@ from mongotorch.loader_options import check_trainer_loader
 from mongotorch.query import Query
 from mongotorch.signature import OBJECTIVE, Key, check_defaults, check_dtypes, check_signature
 from mongotorch.split import Fold, Split, as_split
+from mongotorch.train.callbacks import check_callbacks
 from mongotorch.train.contained import Contained, map_contained, on_device
 from mongotorch.train.mapping import BatchMapping, Passed, check_key, counted_share, scalar
 from mongotorch.train.model import TorchModel, evaluating
-from mongotorch.train.optimizers import check_optimizer, check_state, make_optimizer
-from mongotorch.train.step import TrainingStep
+from mongotorch.train.optimizers import (
+    check_optimizer,
+    check_state,
+    grouped_parameters,
+    make_optimizer,
+    optimizer_class,
+    optimizer_name,
+)
+from mongotorch.train.schedulers import INTERVALS, check_scheduler, is_plateau, make_scheduler, named_numbers
+from mongotorch.train.step import PRECISIONS, TrainingStep, check_compile, counting
 
 UNLIMITED = 10**100
 COMPUTE_OPTIONS = frozenset({"device", "num_workers"})
@@ -75,9 +87,10 @@ class TorchTrainer(TrainingStep, Component):
         max_iterations: The most optimizer steps; exactly so many are made unless the run stops early.
         no_improve_then_stop: Validations in a row without a better `listen` after which the run stops.
         download: With `in_memory=False`: read the select once into memory-mapped files on local disk.
-        validation_interval: Steps between validations; there is one after the last step too. None never validates.
+        validation_interval: Steps between validations, or `epoch`; there is one after the last step too. None
+            never validates.
         listen: `objective`, or the name of a metric (`dataset/metric` for one on a dataset).
-        optimizer_cls: A name in `torch.optim`, or `package.module:Class`.
+        optimizer_cls: A name in `torch.optim`, `package.module:Class`, or a class.
         optimizer_kwargs: Its options.
         optimizer_state: What an earlier run of the same optimizer learned (moments, step counters), loaded before
             the first step; the options stay those of `optimizer_kwargs`. A run stores that of the published
@@ -91,7 +104,31 @@ class TorchTrainer(TrainingStep, Component):
         split: Which documents are for training and which for validation: `ByHash`, `ByTime`, `ByGroup`, `KFold`,
             or the share for validation, such as 0.1. None is by `_fold`, and by the hash of `_id` (5 % are for
             validation) for documents without.
-        log_interval: Steps between two rows of `train` in what `db.metrics` gives; None keeps validations alone.
+        scheduler_cls: What changes the learning rates: a name in `torch.optim.lr_scheduler`,
+            `package.module:Name`, or a class, or a function that makes one of an optimizer.
+        scheduler_kwargs: Its options. A value may name a number of the run, `"max_iterations"`, `"max_epochs"` or
+            `"steps_per_epoch"`, or be a formula of them, `"max_iterations // 10"`, rounded down. `SequentialLR`
+            and `ChainedScheduler` get `schedulers=[{"cls": "LinearLR", "total_iters": 100}, ...]`.
+        scheduler_interval: When the scheduler makes a step: `step`, `epoch` or `validation`. None is `step`, and
+            `validation` for `ReduceLROnPlateau`, which gets the value of `listen`, and its mode if it has none.
+        param_groups: From the name of a parameter and the parameter to the options of the optimizer for it, such
+            as `{"weight_decay": 0}`; `{}` has those of `optimizer_kwargs`, and None leaves it out.
+        gradient_accumulation_steps: Batches of `batch_size` rows a step; their gradients are added up, weighed by
+            rows, so that they are those of one batch. The last step of an epoch may have fewer.
+        gradient_clip_norm: The norm of all gradients of a step together is at most this.
+        gradient_clip_value: No element of a gradient is larger than this, or smaller than its negative.
+        precision: In which floats modules and the objective compute, by autocast: `fp32`, `bf16` or `fp16`, whose
+            gradients are scaled. Weights stay as they are.
+        ema_decay: Validate and publish an exponential mean of the weights; a step keeps this part of the mean.
+        compile: True, or the options of `torch.compile`: compile the model's training method.
+        max_epochs: The most epochs.
+        max_seconds: After so many seconds, those of earlier attempts included, the run ends with its current step.
+        callbacks: Objects with some of the methods `on_start(fit)`, `on_step(fit, event)`,
+            `on_validation(fit, event)`, `on_checkpoint(fit)` and `on_end(fit)`. Their `state_dict` is in
+            checkpoints. An error in one ends the run unless it has `may_fail = True`.
+        valid_transform: In place of `transform` in validations, where training augments.
+        training_state: What an earlier run ended with besides `optimizer_state`: counters of schedulers, the
+            scale of fp16, states of callbacks. A run stores it; None starts anew.
 
     Raises:
         IdentifierError, SignatureError, OptimizerError, LoaderOptionError: The argument of that name.
@@ -115,9 +152,9 @@ class TorchTrainer(TrainingStep, Component):
     max_iterations: int = UNLIMITED
     no_improve_then_stop: int = 5
     download: bool = False
-    validation_interval: int | None = 100
+    validation_interval: int | str | None = 100
     listen: str = OBJECTIVE
-    optimizer_cls: str = "Adam"
+    optimizer_cls: str | type[torch.optim.Optimizer] = "Adam"
     optimizer_kwargs: Mapping[str, Any] | None = None
     optimizer_state: Mapping[str, Any] | None = None
     collate_fn: Callable[[list[Any]], Any] | None = None
@@ -126,7 +163,23 @@ class TorchTrainer(TrainingStep, Component):
     defaults: Mapping[str, Any] | None = dataclasses.field(default=None, metadata={ADDED: "0.2.0"})
     dtypes: Mapping[str, str] | None = dataclasses.field(default=None, metadata={ADDED: "0.2.0"})
     split: Split | float | None = dataclasses.field(default=None, metadata={ADDED: "0.2.0"})
-    log_interval: int | None = dataclasses.field(default=50, metadata={ADDED: "0.2.0"})
+    scheduler_cls: str | Callable[..., Any] | None = dataclasses.field(default=None, metadata={ADDED: "0.2.0"})
+    scheduler_kwargs: Mapping[str, Any] | None = dataclasses.field(default=None, metadata={ADDED: "0.2.0"})
+    scheduler_interval: str | None = dataclasses.field(default=None, metadata={ADDED: "0.2.0"})
+    param_groups: Callable[[str, torch.nn.Parameter], Mapping[str, Any] | None] | None = dataclasses.field(
+        default=None, metadata={ADDED: "0.2.0"}
+    )
+    gradient_accumulation_steps: int = dataclasses.field(default=1, metadata={ADDED: "0.2.0"})
+    gradient_clip_norm: float | None = dataclasses.field(default=None, metadata={ADDED: "0.2.0"})
+    gradient_clip_value: float | None = dataclasses.field(default=None, metadata={ADDED: "0.2.0"})
+    precision: str = dataclasses.field(default="fp32", metadata={ADDED: "0.2.0"})
+    ema_decay: float | None = dataclasses.field(default=None, metadata={ADDED: "0.2.0"})
+    compile: bool | Mapping[str, Any] = dataclasses.field(default=False, metadata={ADDED: "0.2.0"})
+    max_epochs: int | None = dataclasses.field(default=None, metadata={ADDED: "0.2.0"})
+    max_seconds: float | None = dataclasses.field(default=None, metadata={ADDED: "0.2.0"})
+    callbacks: Sequence[Any] = dataclasses.field(default=(), metadata={ADDED: "0.2.0"})
+    valid_transform: Callable[..., Any] | None = dataclasses.field(default=None, metadata={ADDED: "0.2.0"})
+    training_state: Mapping[str, Any] | None = dataclasses.field(default=None, metadata={ADDED: "0.2.0"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -141,9 +194,11 @@ class TorchTrainer(TrainingStep, Component):
         check_compute(self.compute_kwargs or {})
         check_trainer_loader(self.loader_kwargs or {}, workers=(self.compute_kwargs or {}).get("num_workers"))
         check_optimizer(self.optimizer_cls, self.optimizer_kwargs or {})
+        self._check_step()
         if self.optimizer_state is not None and type(self).get_optimizers is TorchTrainer.get_optimizers:
             check_state(self.optimizer_cls, self.optimizer_kwargs or {}, self.optimizer_state)
-        if self.optimizer_cls == "LBFGS" and type(self).take_step is TorchTrainer.take_step:
+        is_lbfgs = optimizer_class(self.optimizer_cls) is torch.optim.LBFGS
+        if is_lbfgs and type(self).take_step is TorchTrainer.take_step:
             raise OptimizerError(
                 "LBFGS evaluates the objective several times a step; override take_step, and return "
                 "optimizers[0].step(closure) from it, where closure clears the gradients, computes "
@@ -163,8 +218,10 @@ class TorchTrainer(TrainingStep, Component):
         if self.transform is None and self.collate_fn is None:
             check_key(key or Key.parse(self.key), self.signature, takes_batch=model.takes_batch)
         validation = model.validation
-        known = self.listen == OBJECTIVE or (
-            validation is not None and validation.higher_is_better(self.listen) is not None
+        known = (
+            self.validates_itself
+            or self.listen == OBJECTIVE
+            or (validation is not None and validation.higher_is_better(self.listen) is not None)
         )
         if not known:
             raise ParameterError(
@@ -183,7 +240,8 @@ class TorchTrainer(TrainingStep, Component):
 
     def forward(self, model: TorchModel, batch: Any) -> Passed:
         """Run the model on a batch; the result holds the objective's arguments. Raises: SignatureError."""
-        return self.mapping(model, batch)
+        with self.autocasting(model):
+            return self.mapping(model, batch)
 
     def compute_objective(self, model: TorchModel, batch: Any) -> Tensor:
         """The objective of a batch, a scalar tensor with its graph.
@@ -192,7 +250,10 @@ class TorchTrainer(TrainingStep, Component):
             SignatureError: The batch does not have the structure that the signature needs.
             ParameterError: The objective gave no scalar, or one without a graph.
         """
-        loss = scalar(self.forward(model, batch).into(self.objective))
+        with self.autocasting(model):
+            passed = self.forward(model, batch)
+            loss = scalar(passed.into(self.objective))
+        counting(lambda: counted_share(self.objective, passed))
         if not loss.requires_grad:
             raise ParameterError(
                 "objective gave a number that depends on no weight; do not detach what it is computed from, "
@@ -203,14 +264,52 @@ class TorchTrainer(TrainingStep, Component):
 
     def get_optimizers(self, model: TorchModel) -> Sequence[torch.optim.Optimizer]:
         """The optimizers of a run, made once before the first step. Raises: OptimizerError."""
+        options = self.optimizer_kwargs or {}
+        parameters: Iterable[Any] = model.parameters()
+        if self.param_groups is not None:
+            known = make_optimizer(self.optimizer_cls, [torch.nn.Parameter(torch.zeros(1, 1))], options).defaults
+            parameters = grouped_parameters(model.object.named_parameters(), self.param_groups, known)
         try:
-            return (make_optimizer(self.optimizer_cls, model.parameters(), self.optimizer_kwargs or {}),)
+            return (make_optimizer(self.optimizer_cls, parameters, options),)
         except OptimizerError as error:  # the options were tried at construction: it is the parameters
+            name = optimizer_name(optimizer_class(self.optimizer_cls))
             raise OptimizerError(
-                f"{self.optimizer_cls} does not take the parameters of the model ({error.__cause__ or error}); "
+                f"{name} does not take the parameters of the model ({error.__cause__ or error}); "
                 "override get_optimizers, and give each optimizer those that it takes",
                 field="optimizer_cls",
             ) from error
+
+    def get_schedulers(self, optimizers: Sequence[torch.optim.Optimizer]) -> Sequence[LRScheduler]:
+        """The schedulers of a run, made once before the first step: one for each optimizer, or none.
+
+        In a run `scheduler_kwargs` has numbers in place of their names.
+
+        Args:
+            optimizers: Those of `get_optimizers`.
+
+        Raises:
+            ParameterError: The scheduler refuses its options.
+        """
+        if self.scheduler_cls is None:
+            return ()
+        return tuple(make_scheduler(self.scheduler_cls, self.scheduler_kwargs or {}, one) for one in optimizers)
+
+    @property
+    def validates_itself(self) -> bool:
+        """Whether a subclass overrides `validate`."""
+        return type(self).validate is not TorchTrainer.validate
+
+    def validate(self, model: TorchModel, batch: Any) -> Mapping[str, float | Tensor]:
+        """What a validation measures of one batch, by name; values of batches are averaged by their rows.
+
+        A subclass overrides it where a model has no single forward pass. Metrics are not measured then; `listen`
+        names one of the values, and lower is better unless a metric of that name says otherwise.
+
+        Args:
+            model: The model, in `eval()` mode, without gradients.
+            batch: A batch, on the model's device.
+        """
+        return {OBJECTIVE: self.compute_validation_objective(model, self.forward(model, batch))}
 
     def compute_validation_objective(self, model: TorchModel, passed: Passed) -> Tensor:  # noqa: ARG002
         """What a validation measures as `objective` of one batch; batches are averaged by their samples.
@@ -236,14 +335,14 @@ class TorchTrainer(TrainingStep, Component):
             raise ParameterError('select must be a query, such as db["name"].find()', field="select")
         if not callable(self.objective):
             raise ParameterError("objective must be a function that gives a scalar tensor", field="objective")
-        for field in ("transform", "collate_fn"):
+        for field in ("transform", "collate_fn", "valid_transform", "param_groups"):
             if getattr(self, field) is not None and not callable(getattr(self, field)):
                 raise ParameterError(f"{field} must be a function or None", field=field)
         for field in ("data_prefetch", "in_memory", "download"):
             if not isinstance(getattr(self, field), bool):
                 raise ParameterError(f"{field}={getattr(self, field)!r}: True or False", field=field)
         mappings = ("metric_values", "compute_kwargs", "loader_kwargs", "optimizer_kwargs", "optimizer_state")
-        for field in mappings:
+        for field in (*mappings, "scheduler_kwargs", "training_state"):
             if getattr(self, field) is not None and not isinstance(getattr(self, field), Mapping):
                 raise ParameterError(f"{field} must be a dict or None", field=field)
         if self.model is not None and not isinstance(self.model, TorchModel):
@@ -253,24 +352,87 @@ class TorchTrainer(TrainingStep, Component):
         for name, values in (self.metric_values or {}).items():
             if not isinstance(name, str) or not isinstance(values, list | tuple):
                 raise ParameterError("metric_values maps names to lists of numbers", field="metric_values")
-        for field in ("prefetch_size", "prefetch_factor", "max_iterations", "no_improve_then_stop"):
+        counts = ("prefetch_size", "prefetch_factor", "max_iterations", "no_improve_then_stop")
+        for field in (*counts, "gradient_accumulation_steps"):
             _check_positive(field, getattr(self, field))
+        if self.max_epochs is not None:
+            _check_positive("max_epochs", self.max_epochs)
+        for field in ("max_seconds", "gradient_clip_norm", "gradient_clip_value", "ema_decay"):
+            if getattr(self, field) is not None:
+                _check_above_zero(field, getattr(self, field))
+        if self.ema_decay is not None and self.ema_decay >= 1:
+            raise ParameterError(f"ema_decay={self.ema_decay!r}: it must be below 1, as 0.999", field="ema_decay")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ParameterError(f"seed={self.seed!r}: it must be a whole number", field="seed")
-        if self.log_interval is not None:
-            _check_positive("log_interval", self.log_interval)
+        self._check_end()
+
+    def _check_end(self) -> None:
         if self.validation_interval is not None:
-            _check_positive("validation_interval", self.validation_interval)
-        elif self.max_iterations >= UNLIMITED:
+            if self.validation_interval != "epoch":
+                _check_positive("validation_interval", self.validation_interval)
+        elif self.max_iterations >= UNLIMITED and self.max_epochs is None and self.max_seconds is None:
             raise ParameterError(
                 "validation_interval=None never stops early; give a finite max_iterations",
                 field="max_iterations",
             )
 
+    def _check_step(self) -> None:
+        """Refuse parameters of the step that do not go together, or do not exist."""
+        if self.precision not in PRECISIONS:
+            names = ", ".join(PRECISIONS)
+            raise ParameterError(f"precision={self.precision!r}: it must be one of {names}", field="precision")
+        check_compile(self.compile)
+        if self.callbacks != ():
+            check_callbacks(self.callbacks)
+        if self.gradient_accumulation_steps > 1 and type(self).take_step is not TorchTrainer.take_step:
+            raise ParameterError(
+                "gradient_accumulation_steps: take_step is overridden, and gets one batch; override backward or "
+                "update instead, or leave it at 1",
+                field="gradient_accumulation_steps",
+            )
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        if self.scheduler_interval not in (None, *INTERVALS):
+            raise ParameterError(
+                f"scheduler_interval={self.scheduler_interval!r}: it must be one of {', '.join(INTERVALS)}",
+                field="scheduler_interval",
+            )
+        if type(self).get_schedulers is not TorchTrainer.get_schedulers:
+            return
+        if self.scheduler_cls is None:
+            for field in ("scheduler_kwargs", "scheduler_interval"):
+                if getattr(self, field) is not None:
+                    raise ParameterError(f"{field} needs a scheduler_cls", field=field)
+            return
+        waits = is_plateau(self.scheduler_cls) or self.scheduler_interval == "validation"
+        if waits and self.validation_interval is None:
+            raise ParameterError(
+                "the scheduler makes its steps at validations, and validation_interval is None",
+                field="scheduler_interval",
+            )
+        options = self.scheduler_kwargs or {}
+        if (
+            named_numbers(options) - {"steps_per_epoch"}
+            and self.max_iterations >= UNLIMITED
+            and not self.max_epochs
+        ):
+            raise ParameterError(
+                "scheduler_kwargs names how long the run is; give max_iterations or max_epochs",
+                field="scheduler_kwargs",
+            )
+        has_groups = self.param_groups is not None or type(self).get_optimizers is not TorchTrainer.get_optimizers
+        check_scheduler(self.scheduler_cls, options, self.scheduler_interval, groups=has_groups)
+
 
 def _check_positive(field: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ParameterError(f"{field}={value!r}: it must be a whole number from 1 on", field=field)
+
+
+def _check_above_zero(field: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ParameterError(f"{field}={value!r}: it must be a number above 0", field=field)
 
 
 def trainer_and_model(component: Component) -> tuple[TorchTrainer, TorchModel]:
@@ -308,18 +470,22 @@ def warm_start(trainer: TorchTrainer, model: TorchModel, source: TorchModel) -> 
             Contained(getattr(trainer, name)).load_state_dict(Contained(getattr(before, name)).state_dict())
     if not isinstance(before, TorchTrainer) or before.optimizer_state is None:
         return trainer
-    if before.optimizer_cls != trainer.optimizer_cls:
+    names = {optimizer_name(optimizer_class(one.optimizer_cls)) for one in (before, trainer)}
+    if len(names) > 1:
         return trainer
-    return trainer.replace(uuid=trainer.uuid, optimizer_state=before.optimizer_state)
+    state = {"optimizer_state": before.optimizer_state, "training_state": before.training_state}
+    return trainer.replace(uuid=trainer.uuid, **state)
 
 
 def trainer_on_device(trainer: TorchTrainer, device: torch.device) -> TorchTrainer:
     """The trainer with what its objective, and the fields of its subclass, hold on a device; else the same."""
     moved = {name: on_device(getattr(trainer, name), device) for name in parameter_fields(trainer)}
-    return _changed(trainer, {name: value for name, value in moved.items() if value is not getattr(trainer, name)})
+    return changed_trainer(
+        trainer, {name: value for name, value in moved.items() if value is not getattr(trainer, name)}
+    )
 
 
-def _changed(trainer: TorchTrainer, fields: Mapping[str, Any]) -> TorchTrainer:
+def changed_trainer(trainer: TorchTrainer, fields: Mapping[str, Any]) -> TorchTrainer:
     """A copy of a trainer, its uuid and attributes included, with other fields; itself without any."""
     if not fields:
         return trainer
@@ -356,7 +522,7 @@ def trainer_of(model: TorchModel, trainer: TorchTrainer) -> TorchTrainer:
         if getattr(own, name) is not getattr(trainer, name):
             fields[name] = map_contained(getattr(trainer, name), copy.deepcopy, copy.deepcopy)
             Contained(fields[name]).load_state_dict(Contained(getattr(own, name)).state_dict())
-    return _changed(trainer, fields)
+    return changed_trainer(trainer, fields)
 
 
 @contextlib.contextmanager

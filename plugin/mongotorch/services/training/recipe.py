@@ -314,8 +314,11 @@ def training_spec(trainer: TorchTrainer, settings: Settings, query: Query | None
 
 
 def validation_spec(trainer: TorchTrainer, settings: Settings, query: Query) -> StreamSpec:
-    """How validation documents are streamed: all of them, in the order of the query."""
-    return _spec(trainer, settings, query, shuffle=False, drop_last=False)
+    """How validation documents are streamed: all of them, in the order of the query, by `valid_transform`."""
+    spec = _spec(trainer, settings, query, shuffle=False, drop_last=False)
+    if trainer.valid_transform is None:
+        return spec
+    return dataclasses.replace(spec, transform=trainer.valid_transform)
 
 
 def stream_spec(settings: Settings, query: Query, options: Mapping[str, Any], **fields: Any) -> StreamSpec:

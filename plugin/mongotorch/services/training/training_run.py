@@ -36,7 +36,8 @@ from mongotorch.store import Checkpoints, Jobs, MetricLog, plain
 from mongotorch.train import TorchModel, TorchTrainer, Trained, trainer_and_model
 
 _log = logging.getLogger("mongotorch.jobs")
-_LEFT_OUT: Final = ("optimizer_state", "metric_values")  # of the trainer, where they cannot be stored
+# Of the trainer, where they cannot be stored.
+_LEFT_OUT: Final = ("optimizer_state", "metric_values", "training_state")
 _FIRST_PAUSE_S: Final = 0.1  # before a publication is tried again; each pause is twice as long as the one before
 _LONGEST_PAUSE_S: Final = 5.0
 _SHOWN_MOST: Final = 10**9  # steps; a larger limit is no total that a bar could show
@@ -53,14 +54,12 @@ class TrainingResult:
         data: The provenance of its data.
         stored: `trainer` and `model`, with their fields as they were before the run.
         keep: Writes a checkpoint from which a later attempt can publish it.
-        is_stopped: Whether somebody ended the run before its last step.
     """
 
     trained: Trained
     data: DataProvenance
     stored: Mapping[str, StoredFields]
     keep: Callable[[], None]
-    is_stopped: bool = False
 
     def kept(self) -> contextlib.AbstractContextManager[None]:
         """A context that keeps what was trained, as a checkpoint, where something inside raises."""
@@ -153,7 +152,6 @@ class TrainingRun:
         """
         trainer, resumed = recipe.trainer, self._checkpoints.load(job["_id"])
         state = None if resumed is None else resumed.state
-        self._is_stopped(job, is_begun=resumed is not None)
         # Before the run: what is not replaced in it is published as it was stored, whatever it holds by then.
         stored = {
             "trainer": self.catalog.stored_fields(trainer, without=(recipe.model,)),
@@ -168,38 +166,23 @@ class TrainingRun:
             data = DataProvenance.resumed(resumed.run, resumed.blobs)
             origin = resumed.run.get("origin", {})
         record, blobs = data.kept()
-        recorder = MetricRecorder(
-            self._metric_log,
-            job=job,
-            interval=trainer.log_interval,
-            begun=0 if state is None else state["step"],
-            state=None if state is None else state.get("metrics"),
-        )
 
         def save(state: Mapping[str, Any], *, over: bool = False) -> None:
-            recorder.flush()  # what was measured before a checkpoint is not measured again after it
             run = {"origin": dict(origin), **record}
             self._checkpoints.save(job, state, run=run, blobs=blobs, over=over)
 
         with opened_fit(recipe, self._connection, self._settings, data=data, state=state) as fit:
-            limit = trainer.max_iterations if trainer.max_iterations <= _SHOWN_MOST else None
+            most = fit.most_steps
+            limit = None if most is None or most > _SHOWN_MOST else most
             # In this order: a lost lease ends the run before anything is written for it.
-            progress = JobProgress(lease, limit=limit)
             observers: list[Observer] = [
-                progress,
+                JobProgress(lease, limit=limit),
                 ProgressBar(trainer.identifier, limit=limit, show=self._settings.progress),
-                recorder,
-                CheckpointWriter(
-                    save,
-                    interval_s=self._settings.checkpoint_seconds,
-                    lease=lease,
-                    more=lambda: {"metrics": recorder.state_dict()},
-                ),
+                MetricRecorder(self._metric_log, job=job["_id"], component=job["component"]),
+                CheckpointWriter(save, interval_s=self._settings.checkpoint_seconds, lease=lease),
             ]
             if resumed is None:
                 fit.check()
-            if self._is_stopped(job, is_begun=resumed is not None):
-                progress.stop(fit)
             observe(fit, observers)
 
             def keep() -> None:
@@ -208,19 +191,7 @@ class TrainingRun:
             with _kept(keep):
                 trained = fit.trained()
                 lease.check()
-        return TrainingResult(
-            trained=trained, data=data, stored=stored, keep=keep, is_stopped=progress.has_stopped
-        )
-
-    def _is_stopped(self, job: Mapping[str, Any], *, is_begun: bool) -> bool:
-        """Whether a job was asked to end; before its first step that cancels it. Raises: JobCancelledError."""
-        is_stopped = self._jobs.is_asked_to_stop(job["_id"])
-        if is_stopped and not is_begun:
-            self._jobs.cancel(job["_id"])
-            raise JobCancelledError(
-                f"job {job['_id']} was stopped before its first step; there is nothing to publish"
-            )
-        return is_stopped
+        return TrainingResult(trained=trained, data=data, stored=stored, keep=keep)
 
     def _members_before(self, model: TorchModel) -> StoredMembers | None:
         """What the newest version of a model was trained on; None where that is not known, or not readable."""
@@ -287,7 +258,6 @@ class TrainingRun:
             "environment": environment(),
             "seed": plain(recipe.trainer.seed),  # a seed may be larger than BSON integers
             "metrics": result.trained.metrics,
-            **({"stopped": True} if result.is_stopped else {}),
             **record,
         }
         try:
@@ -359,6 +329,7 @@ def _trained_pair(
         uuid=_attempt_uuid(job, "trainer", number),
         optimizer_state=trained.optimizer_state,
         metric_values=trained.metric_values,
+        training_state=trained.training_state,
         model=model,
         **trained.fields,
     )

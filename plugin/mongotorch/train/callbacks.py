@@ -1,0 +1,132 @@
+"""Defines the events of a run, and calls the callbacks of a trainer at them.
+
+A callback is any object with some of the methods `on_start(fit)`, `on_step(fit, event)`,
+`on_validation(fit, event)`, `on_checkpoint(fit)` and `on_end(fit)`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, final
+
+from torch import Tensor
+
+from mongotorch.errors import ParameterError
+from mongotorch.tensors import copied_values
+
+METHODS: Final = ("on_start", "on_step", "on_validation", "on_checkpoint", "on_end")
+_log = logging.getLogger("mongotorch")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Stepped:
+    """An optimizer step is done.
+
+    Attributes:
+        step: Its number, from 1.
+        loss: The objective of the batch, a detached scalar on the model's device.
+        rows: Samples in the batch.
+        values: What `TorchTrainer.log` got in this step, by name; tensors are not read yet.
+        gradient_norm: The norm of all gradients before they were clipped; None where they are not.
+        learning_rates: Those of this step, of all groups of all optimizers.
+        waited_s: Seconds that the step waited for its batch.
+    """
+
+    step: int
+    loss: Tensor = field(repr=False)
+    rows: int
+    values: Mapping[str, float | Tensor] = field(default_factory=dict, repr=False)
+    gradient_norm: Tensor | None = field(default=None, repr=False)
+    learning_rates: tuple[float, ...] = ()
+    waited_s: float = 0.0
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Validated:
+    """A validation is done.
+
+    Attributes:
+        step: The optimizer step after which the model was measured.
+        values: What was measured, by name.
+        improved: Whether the value of `listen` is the best so far.
+    """
+
+    step: int
+    values: dict[str, float]
+    improved: bool
+
+
+def check_callbacks(callbacks: Any) -> None:
+    """Refuse what has none of the methods of a callback. Raises: ParameterError."""
+    if not isinstance(callbacks, list | tuple):
+        raise ParameterError("callbacks must be a list of objects", field="callbacks")
+    for callback in callbacks:
+        if isinstance(callback, type):
+            raise ParameterError(
+                f"callbacks: give an object, not the class {callback.__name__}", field="callbacks"
+            )
+        if not any(callable(getattr(callback, method, None)) for method in METHODS):
+            raise ParameterError(
+                f"callbacks: {type(callback).__name__} has none of the methods {', '.join(METHODS)}",
+                field="callbacks",
+            )
+
+
+@final
+class Callbacks:
+    """The callbacks of one run, called in their order.
+
+    An error in one ends the run, unless the callback has the attribute `may_fail = True`: then it is logged.
+
+    Args:
+        callbacks: The objects.
+    """
+
+    def __init__(self, callbacks: Sequence[Any]) -> None:
+        self._callbacks = tuple(callbacks)
+
+    def call(self, method: str, *args: Any) -> None:
+        """Call a method of all that have it. Raises: what one of them raises, with a note that names it."""
+        for callback in self._callbacks:
+            function = getattr(callback, method, None)
+            if not callable(function):
+                continue
+            try:
+                function(*args)
+            except Exception as error:
+                name = type(callback).__name__
+                if getattr(callback, "may_fail", False) is True:
+                    _log.warning("the callback %s failed in %s: %s", name, method, error)
+                    continue
+                error.add_note(f"in {method} of the callback {name}")
+                raise
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Copies of the states of those that have one, with the names of their classes."""
+        return [
+            {"cls": _name(one), "state": copied_values(one.state_dict()) if _has_state(one) else None}
+            for one in self._callbacks
+        ]
+
+    def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Give each callback the next state that one of its class had."""
+        left = list(states)
+        for callback in self._callbacks:
+            at = next((n for n, one in enumerate(left) if one["cls"] == _name(callback)), None)
+            if at is None:
+                continue
+            kept = left.pop(at)
+            if kept["state"] is not None and _has_state(callback):
+                callback.load_state_dict(copied_values(kept["state"]))
+
+
+def _has_state(callback: Any) -> bool:
+    return all(callable(getattr(callback, method, None)) for method in ("state_dict", "load_state_dict"))
+
+
+def _name(callback: Any) -> str:
+    return type(callback).__qualname__
