@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import platform
 import signal
+import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,13 +17,18 @@ from typing import Any
 
 import pymongo
 import pytest
-from pymongo.errors import PyMongoError
+from pymongo.errors import OperationFailure, PyMongoError
+from tests.helpers import fill, trainer
 
-from mongotorch.errors import EmbeddedServerError
+from mongotorch import Datalayer
+from mongotorch.errors import EmbeddedServerError, StoreError
+from mongotorch.mongo import embedded_process
 from mongotorch.mongo import embedded_server as binary
 from mongotorch.mongo.connection import open_address
+from mongotorch.mongo.embedded_secrets import EmbeddedSecrets
 from mongotorch.mongo.embedded_server import EmbeddedServer, wait_for
 from mongotorch.settings import read_settings
+from mongotorch.worker import Supervisor
 
 USER = """
 import sys
@@ -167,8 +175,7 @@ def test_a_forked_child_that_lets_go_does_not_stop_the_server_of_its_parent(fold
 
 def test_a_server_that_was_killed_is_started_again_over_its_data(folder: Path) -> None:
     user = User(folder, "a")
-    with pymongo.MongoClient[dict[str, Any]]("127.0.0.1", user.port, directConnection=True) as client:
-        os.kill(client.admin.command("serverStatus")["pid"], signal.SIGKILL)
+    os.kill(int((folder / "data" / "mongod.lock").read_text()), signal.SIGKILL)
     wait_for(folder / "keeper.lock")
 
     assert notes(folder) == {"a"}
@@ -182,6 +189,156 @@ def test_the_uri_has_the_database_and_opens_from_elsewhere(folder: Path) -> None
         assert elsewhere.name == "shop"
         assert elsewhere.notes.count_documents({}) == 1
         elsewhere.client.close()
+
+
+# Nobody else on the machine gets in.
+
+
+def secrets_of(folder: Path) -> list[str]:
+    return [(folder / "auth" / name).read_text() for name in ("keyfile", "password")]
+
+
+def mode(path: Path) -> str:
+    return oct(stat.S_IMODE(path.stat().st_mode))
+
+
+def test_without_the_password_nothing_is_allowed(folder: Path) -> None:
+    with (
+        EmbeddedServer.open(folder) as server,
+        pymongo.MongoClient[dict[str, Any]]("127.0.0.1", server.port, directConnection=True) as stranger,
+    ):
+        for act in (
+            lambda: stranger.mongotorch.notes.find_one({}),
+            lambda: stranger.mongotorch.notes.insert_one({}),
+            lambda: stranger.admin.command("createUser", "stranger", pwd="x", roles=["root"]),
+            lambda: stranger.admin.command("serverStatus"),
+        ):
+            with pytest.raises(OperationFailure) as caught:
+                act()
+            assert caught.value.code == 13
+
+
+def test_another_user_of_the_machine_can_read_none_of_its_files(folder: Path) -> None:
+    before = os.umask(0)
+    try:
+        with EmbeddedServer.open(folder):
+            private = {name: mode(folder / name) for name in ("auth", "data", "port", "mongod.log")}
+            secrets = {name: mode(folder / "auth" / name) for name in ("keyfile", "password")}
+    finally:
+        os.umask(before)
+
+    assert mode(folder) == "0o700"
+    assert private == {"auth": "0o700", "data": "0o700", "port": "0o600", "mongod.log": "0o600"}
+    assert secrets == {"keyfile": "0o600", "password": "0o600"}
+
+
+def test_a_folder_that_was_there_keeps_its_own_mode(folder: Path) -> None:
+    folder.mkdir(mode=0o755)
+    folder.chmod(0o755)
+    with EmbeddedServer.open(folder):
+        assert mode(folder) == "0o755"
+        assert mode(folder / "auth") == "0o700"
+
+
+def test_no_secret_is_shown_anywhere(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    with Datalayer.connect(f"embedded:{folder}", progress=False) as db:
+        database = db["points"].raw.database
+        with pytest.raises(StoreError) as caught:
+            db["points"].insert_many([{"_id": 1}, {"_id": 1}])
+        shown = [repr(db), db.uri, repr(db._connection.opener), str(caught.value), caplog.text]
+        shown += [repr(db._connection._server), repr(database.client)]
+        processes = [path for path in Path("/proc").iterdir() if path.name.isdigit()]
+        for process in processes:
+            with contextlib.suppress(OSError):
+                shown.append((process / "cmdline").read_text(errors="replace"))
+    shown.append((folder / "mongod.log").read_text())
+
+    for secret in secrets_of(folder):
+        assert not [text for text in shown if secret in text]
+
+
+def test_the_secrets_of_somebody_else_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "auth").mkdir(parents=True)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+
+    with pytest.raises(EmbeddedServerError, match="belongs to another user"):
+        EmbeddedServer.open(folder)
+
+
+def test_a_secret_that_was_lost_is_made_anew(folder: Path) -> None:
+    User(folder, "a").leave()
+    (folder / "auth" / "keyfile").unlink()
+    assert notes(folder) == {"a"}
+    (folder / "auth" / "password").write_text("")
+    assert notes(folder) == {"a"}
+
+
+def test_jobs_run_in_processes_that_share_it(folder: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"progress": False, "valid_fraction": 0.2, "cache_dir": tmp_path / "cache"}
+    with Datalayer.connect(f"embedded:{folder}", compute="queue", **given) as db:
+        loader = {"batch_size": 16, "num_workers": 1}
+        job = db.apply(trainer(fill(db), loader_kwargs=loader))
+        tally = Supervisor(db).run("until_idle")
+        assert (tally.done, tally.failed) == (1, 0), job.record.get("error")
+        assert db.load("model", "m").version == 1
+
+
+# A folder of an earlier release: its server knew no users.
+
+
+@contextlib.contextmanager
+def earlier_release(folder: Path) -> Iterator[int]:
+    """Serves a folder as release 0.1.0 did; its port."""
+    (folder / "data").mkdir(parents=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
+    (folder / "port").write_text(str(port))
+    (folder / "port").chmod(0o644)
+    where = ["--dbpath", str(folder / "data"), "--port", str(port), "--wiredTigerCacheSizeGB", "0.25"]
+    options = ["--bind_ip", "127.0.0.1", "--replSet", "mongotorch", "--nounixsocket", "--quiet"]
+    command = [sys.executable, embedded_process.__file__, str(folder), str(binary._find_mongod())]
+    users = os.open(folder / "users.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(users, fcntl.LOCK_SH)
+    try:
+        subprocess.run([*command, *where, *options], check=True)
+        member = {"_id": 0, "host": f"127.0.0.1:{port}"}
+        with pymongo.MongoClient[dict[str, Any]]("127.0.0.1", port, directConnection=True) as client:
+            client.admin.command("replSetInitiate", {"_id": "mongotorch", "members": [member]})
+        with pymongo.MongoClient[dict[str, Any]]("127.0.0.1", port, replicaSet="mongotorch") as client:
+            client.mongotorch.notes.insert_one({"_id": "old"})
+        yield port
+    finally:
+        os.close(users)
+    wait_for(folder / "keeper.lock")
+
+
+def test_a_folder_of_an_earlier_release_gets_a_password_when_it_starts(folder: Path) -> None:
+    with earlier_release(folder) as port:
+        pass
+
+    with EmbeddedServer.open(folder) as server:
+        assert server.port == port
+        assert mode(folder / "port") == "0o600"
+        with pymongo.MongoClient[dict[str, Any]](server.uri()) as client:
+            assert client.mongotorch.notes.find_one({}) == {"_id": "old"}
+        with (
+            pymongo.MongoClient[dict[str, Any]]("127.0.0.1", port, directConnection=True) as stranger,
+            pytest.raises(OperationFailure, match="requires authentication"),
+        ):
+            stranger.mongotorch.notes.find_one({})
+    assert notes(folder) == {"old"}
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["new", "opened before"])
+def test_a_server_of_an_earlier_release_that_runs_is_not_shared(folder: Path, known: bool) -> None:
+    with earlier_release(folder):
+        if known:  # and then the older release was used again
+            EmbeddedSecrets.of(folder)
+        with pytest.raises(EmbeddedServerError, match="earlier release, without a password"):
+            EmbeddedServer.open(folder)
+    assert notes(folder) == {"old"}
 
 
 # Errors name what is missing, and what to do instead.

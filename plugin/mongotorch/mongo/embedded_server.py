@@ -1,7 +1,8 @@
 """A private mongod over one folder, shared by all processes that open the folder.
 
 The first process that opens the folder starts `embedded_process.py`, which runs mongod until nobody uses the
-folder. The folder contains `data/` (mongod's own), `mongod.log`, `port`, and three lock files:
+folder. The folder contains `data/` (mongod's own), `mongod.log`, `port`, `auth/` (`embedded_secrets.py`), and
+three lock files:
 
 - `start.lock`: held by the process that opens or closes the server, one at a time;
 - `users.lock`: held shared by every process that uses the server;
@@ -11,7 +12,8 @@ All are `flock`s, which the kernel releases with their process, so that none can
 docs/decisions/0020-file-locks-and-retries.md.
 
 Guarantees: one server a folder, which runs while one user lives and is shut down cleanly after the last one,
-however it ended; a server that `open` returns is a writable primary; the data stays.
+however it ended; a server that `open` returns is a writable primary; the data stays. Only who can read the folder
+can use the server; a folder of an earlier release, whose server asked for no password, gets one when it starts.
 """
 
 from __future__ import annotations
@@ -35,8 +37,9 @@ from pymongo import MongoClient
 from pymongo.errors import OperationFailure, PyMongoError
 
 from mongotorch.errors import EmbeddedServerError
-from mongotorch.mongo import embedded_process
-from mongotorch.mongo.error_translation import NOT_YET_INITIALIZED, has_code
+from mongotorch.mongo import embedded_process, embedded_secrets
+from mongotorch.mongo.embedded_secrets import USER, EmbeddedSecrets, write_private
+from mongotorch.mongo.error_translation import NOT_AUTHENTICATED, NOT_YET_INITIALIZED, USER_EXISTS, has_code
 from mongotorch.resources import Owner
 
 HOST: Final = "127.0.0.1"
@@ -51,6 +54,8 @@ _ARGUMENTS: Final = (
     *("--networkMessageCompressors", "snappy,zstd"),
     *("--bind_ip", HOST, "--replSet", REPLICA_SET, "--nounixsocket", "--quiet"),
     *("--oplogSize", "512", "--setParameter", "diagnosticDataCollectionEnabled=false"),
+    # No first user without a password: on a machine with several people another one could be faster.
+    *("--auth", "--setParameter", "enableLocalhostAuthBypass=false"),
     # There is no other member to take over: nothing to wait for at shutdown.
     *("--setParameter", "shutdownTimeoutMillisForSignaledShutdown=0"),
 )
@@ -72,9 +77,10 @@ class EmbeddedServer(Owner):
         port: Where the server listens, on 127.0.0.1.
     """
 
-    def __init__(self, path: Path, port: int, users: int) -> None:
+    def __init__(self, path: Path, port: int, users: int, *, secrets: EmbeddedSecrets) -> None:
         self.path = path
         self.port = port
+        self._secrets = secrets
         self._release = weakref.finalize(self, _release, users, os.getpid())
         self._release.atexit = False  # the kernel releases the lock then
 
@@ -88,26 +94,26 @@ class EmbeddedServer(Owner):
 
         Raises:
             EmbeddedServerError: mongod is not installed or does not start (the message quotes its log), the folder
-                cannot be made, or a lock was not released in time.
+                cannot be made or belongs to another user, a lock was not released in time, or a process of an
+                earlier release serves the folder.
         """
         folder = Path(path).expanduser().absolute()
-        try:
-            (folder / "data").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise EmbeddedServerError(f"the folder of the embedded server cannot be made: {error}") from error
+        _make(folder)
         with _locked(folder / _START_LOCK):
             users = _open(folder / _USERS_LOCK)
             try:
                 _acquire(users, folder / _USERS_LOCK, fcntl.LOCK_SH)
-                port = _running_port(folder) or _start(folder, tuple(arguments))
+                secrets = _secrets_of(folder)
+                port = _running_port(folder, secrets) or _start(folder, secrets, tuple(arguments))
             except BaseException:
                 os.close(users)
                 raise
-        return cls(folder, port, users)
+        return cls(folder, port, users, secrets=secrets)
 
     def uri(self, database: str = "") -> str:
-        """The server's address; there is no password."""
-        return f"mongodb://{HOST}:{self.port}/{database}?replicaSet={REPLICA_SET}"
+        """The server's address, with the password."""
+        who = f"{USER}:{self._secrets.password}@"
+        return f"mongodb://{who}{HOST}:{self.port}/{database}?replicaSet={REPLICA_SET}&authSource=admin"
 
     def close(self) -> None:
         """Stop using the server; the last user returns when it has stopped. Does nothing the second time.
@@ -121,6 +127,23 @@ class EmbeddedServer(Owner):
             self._release()
             if not _is_used(self.path):
                 wait_for(self.path / _PROCESS_LOCK)
+
+
+def _make(folder: Path) -> None:
+    """Make the folder if it does not exist, and let nobody else into what is in it."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)  # one that exists may have other things in it, for others
+        (folder / "data").mkdir(exist_ok=True)
+        (folder / "data").chmod(0o700)
+    except OSError as error:
+        raise EmbeddedServerError(f"the folder of the embedded server cannot be made: {error}") from error
+
+
+def _secrets_of(folder: Path) -> EmbeddedSecrets:
+    if not embedded_secrets.exist_in(folder) and _process_lives(folder):
+        raise EmbeddedServerError(_earlier(folder), setting="uri")
+    return EmbeddedSecrets.of(folder)
 
 
 def _release(users: int, owner: int) -> None:
@@ -140,7 +163,7 @@ def _is_used(folder: Path) -> bool:
         return _try_lock(users, fcntl.LOCK_SH)
 
 
-def _running_port(folder: Path) -> int | None:
+def _running_port(folder: Path, secrets: EmbeddedSecrets) -> int | None:
     """The port of the folder's running server, once it is a writable primary; None if there is none."""
     if not _process_lives(folder):
         return None
@@ -148,7 +171,7 @@ def _running_port(folder: Path) -> int | None:
     if port is None:
         return None
     try:
-        _wait_for_primary(folder, port)
+        _wait_for_primary(folder, port, secrets)
     except EmbeddedServerError:
         if not _process_lives(folder):
             return None  # it was shutting down
@@ -168,18 +191,18 @@ def _last_port(folder: Path) -> int | None:
         return None
 
 
-def _start(folder: Path, arguments: tuple[str, ...]) -> int:
+def _start(folder: Path, secrets: EmbeddedSecrets, arguments: tuple[str, ...]) -> int:
     """Start the server and return its port: the one it had before, if that is free."""
     binary = _check_mongod()
     last = _last_port(folder)
     cache = () if "--wiredTigerCacheSizeGB" in arguments else _CACHE
     for attempt in range(_PORT_TRIES):
         port = last if attempt == 0 and last and _is_free(last) else _free_port()
-        (folder / "port").write_text(str(port))
-        where = ("--dbpath", str(folder / "data"), "--port", str(port))
+        write_private(folder / "port", str(port))
+        where = ("--dbpath", str(folder / "data"), "--port", str(port), "--keyFile", str(secrets.key_file))
         _launch(folder, [str(binary), *where, *_ARGUMENTS, *cache, *arguments])
         try:
-            _wait_for_primary(folder, port)
+            _wait_for_primary(folder, port, secrets)
         except EmbeddedServerError as error:
             if "already in use" in error.message and attempt + 1 < _PORT_TRIES:
                 continue  # somebody took the port between the check and the start
@@ -190,7 +213,7 @@ def _start(folder: Path, arguments: tuple[str, ...]) -> int:
 
 def _launch(folder: Path, command: list[str]) -> None:
     wait_for(folder / _PROCESS_LOCK)
-    (folder / "mongod.log").write_bytes(b"")
+    write_private(folder / "mongod.log", "")  # slow queries are in it, with what they ask for
     # -I -S: the script needs the standard library only, and starts in a few milliseconds.
     started = [sys.executable, "-I", "-S", str(Path(embedded_process.__file__)), str(folder), *command]
     try:
@@ -200,36 +223,69 @@ def _launch(folder: Path, command: list[str]) -> None:
         raise EmbeddedServerError(f"the embedded server of {folder} cannot be started: {why}") from error
 
 
-def _wait_for_primary(folder: Path, port: int) -> None:
-    """Wait until the server is a writable primary; initiate its replica set if it is new or its port changed."""
+def _wait_for_primary(folder: Path, port: int, secrets: EmbeddedSecrets) -> None:
+    """Wait until the server is a writable primary that knows the user.
+
+    Its replica set is initiated if it is new or its port changed; the user is made if the data has none.
+    """
     deadline = time.monotonic() + START_DEADLINE_S
-    # A direct client, closed at the end: one that saw the set before it was initiated keeps the wrong topology.
-    timeouts: dict[str, Any] = {
-        "serverSelectionTimeoutMS": 200,
-        "connectTimeoutMS": 2000,
-        "socketTimeoutMS": 20_000,
-    }
-    client: MongoClient[dict[str, Any]] = MongoClient(HOST, port, directConnection=True, **timeouts)
-    with contextlib.closing(client):
-        while not _is_primary(client, f"{HOST}:{port}"):
+    with contextlib.closing(_client(port, secrets.member())) as member:
+        while not _is_primary(member, f"{HOST}:{port}", folder):
             if not _process_lives(folder):
                 raise EmbeddedServerError(_failure(folder, "ended at once"), setting="uri")
             if time.monotonic() > deadline:
                 late = f"is no primary after {START_DEADLINE_S:.0f} s"
                 raise EmbeddedServerError(_failure(folder, late), setting="uri")
             time.sleep(_POLL_S)
+        try:
+            _ensure_user(member, port, secrets)
+        except PyMongoError as error:
+            raise EmbeddedServerError(_failure(folder, "does not let its user in"), setting="uri") from error
 
 
-def _is_primary(client: MongoClient[dict[str, Any]], host: str) -> bool:
+def _client(port: int, login: dict[str, Any]) -> MongoClient[dict[str, Any]]:
+    # A direct client, closed at the end: one that saw the set before it was initiated keeps the wrong topology.
+    timeouts: dict[str, Any] = {
+        "serverSelectionTimeoutMS": 200,
+        "connectTimeoutMS": 2000,
+        "socketTimeoutMS": 20_000,
+    }
+    return MongoClient(HOST, port, directConnection=True, **timeouts, **login)
+
+
+def _is_primary(member: MongoClient[dict[str, Any]], host: str, folder: Path) -> bool:
     try:
-        hello = client.admin.command("hello")
+        hello = member.admin.command("hello")
         if hello.get("isWritablePrimary"):
             return True
         if "setName" not in hello:
-            _configure_set(client, host)
+            _configure_set(member, host)
+    except OperationFailure as error:
+        if has_code(error, NOT_AUTHENTICATED):  # the server has another key, or none
+            raise EmbeddedServerError(_earlier(folder), setting="uri") from error
+        return False
     except PyMongoError:
         return False  # not listening yet, or between two states
     return False
+
+
+def _ensure_user(member: MongoClient[dict[str, Any]], port: int, secrets: EmbeddedSecrets) -> None:
+    """Make the user, or give it the password, unless it can log in."""
+    with contextlib.closing(_client(port, secrets.login())) as user:
+        try:
+            user.admin.command("ping")
+        except OperationFailure as error:
+            if not has_code(error, NOT_AUTHENTICATED):
+                raise
+        else:
+            return
+    given: dict[str, Any] = {"pwd": secrets.password, "roles": ["root"], "mechanisms": ["SCRAM-SHA-256"]}
+    try:
+        member.admin.command("createUser", USER, **given)
+    except OperationFailure as error:
+        if not has_code(error, USER_EXISTS):
+            raise
+        member.admin.command("updateUser", USER, **given)
 
 
 def _configure_set(client: MongoClient[dict[str, Any]], host: str) -> None:
@@ -244,6 +300,13 @@ def _configure_set(client: MongoClient[dict[str, Any]], host: str) -> None:
     if config["members"][0]["host"] != host:
         moved = {**config, "version": config["version"] + 1, "members": [{**config["members"][0], "host": host}]}
         client.admin.command("replSetReconfig", moved, force=True)
+
+
+def _earlier(folder: Path) -> str:
+    return (
+        f"the embedded server of {folder} was started by an earlier release, without a password, or with another "
+        "key; end the processes that use the folder, and open it again"
+    )
 
 
 def _failure(folder: Path, what: str) -> str:

@@ -30,6 +30,7 @@ from mongotorch.errors import CodecError, MongotorchError, ServerUnavailableErro
 UNAUTHORIZED: Final = 13
 MAX_TIME_MS_EXPIRED: Final = 50
 NOT_YET_INITIALIZED: Final = 94  # of a replica set
+USER_EXISTS: Final = 51003
 NOT_AUTHENTICATED: Final = {18: "AuthenticationFailed", 8000: "AtlasError"}
 """The user name or password is wrong; hosted clusters answer with the second."""
 TRANSIENT: Final = {
