@@ -18,11 +18,12 @@ from tests.helpers import COLLECTION, fill, points, trainer
 
 from mongotorch import Datalayer, NewDocuments, Schedule, Worker
 from mongotorch.component import Component
-from mongotorch.errors import MongotorchError, ServerUnavailableError, SettingError
+from mongotorch.errors import IntegrityError, MongotorchError, ServerUnavailableError, SettingError
 from mongotorch.mongo.connection import Connection, open_address
 from mongotorch.services.versions.catalog import Catalog
 from mongotorch.settings import read_settings
 from mongotorch.store import (
+    BlobStore,
     Checkpoints,
     GarbageCollector,
     Jobs,
@@ -32,6 +33,7 @@ from mongotorch.store import (
 from mongotorch.store.access_roles import ROLES, role_document
 
 PASSWORD = "s3cret-of-the-test"
+BLOBS = ("mt.artifacts.files", "mt.artifacts.chunks")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -262,9 +264,37 @@ def test_a_worker_runs_jobs_and_changes_no_data_and_no_published_version(secured
         assert house.jobs.succeed(job, claimed["attempt"], result=result)
         with pytest.raises(SettingError, match="does not allow it"):
             house.components.remove(uuid)
-        for raw in ("letters", "mt.components", "mt.aliases"):
+        for raw in ("letters", "mt.components", "mt.aliases", *BLOBS, "mt.artifacts.uses"):
             with pytest.raises(PyMongoError, match="not authorized"):
                 connection.database[raw].update_many({}, {"$set": {"x": 2}})
+        for raw in ("letters", "mt.components", "mt.aliases", *BLOBS, "mt.artifacts.uses", "mt.jobs"):
+            with pytest.raises(PyMongoError, match="not authorized"):
+                connection.database[raw].delete_many({})
+
+
+def test_a_worker_stores_what_is_stored_already_and_cannot_mend_what_is_damaged(secured: Secured) -> None:
+    with secured.open("trainer") as connection:
+        owner = House(connection)
+        owner.ensure_indexes()
+        name = owner.blobs.put(b"shared")
+        damaged = owner.blobs.put(b"damaged")
+        connection.database["mt.artifacts.files"].update_one({"filename": damaged}, {"$set": {"length": 1}})
+
+    with secured.open("worker") as connection:
+        blobs = House(connection).blobs
+        assert blobs.put_all([b"shared", b"new"])[0] == name
+        with pytest.raises(IntegrityError, match="verify --repair"):
+            blobs.put(b"damaged")
+        # Others who store the same at once: what the second has uploaded is left to the collector.
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(BlobStore, "touch", lambda self, names: list(names))
+            assert blobs.put(b"shared") == name
+        assert blobs.get(name) == b"shared"
+
+    with secured.open("trainer") as connection:
+        assert House(connection).blobs.put(b"damaged") == damaged
+        GarbageCollector(connection.database, grace_s=0).collect()
+        GarbageCollector(connection.database, grace_s=0).collect()
 
 
 def test_a_worker_trains_on_documents_that_it_may_only_read_and_nobody_gave_a_fold(secured: Secured) -> None:

@@ -66,7 +66,7 @@ def test_a_blob_whose_writer_died_is_not_there_and_can_be_written_again(
         raise PyMongoError("killed")
 
     with monkeypatch.context() as patched:
-        patched.setattr(blobs._files, "update_one", die)
+        patched.setattr(blobs._files, "insert_one", die)
         with pytest.raises(StoreError, match="killed"):
             blobs.put(b"abc")
 

@@ -2,8 +2,7 @@
 
 - `reader` loads and lists: it reads the whole database and watches it.
 - `worker` runs jobs and fires schedules: it adds versions, blobs and metrics, and promotes. It can neither change
-  nor remove a version or the bytes of a blob, nor write to the data it trains on. It updates the documents of
-  blobs, which protects them from garbage collection.
+  nor remove a version or a blob, nor write to the data it trains on.
 - `trainer` does everything within its database.
 """
 
@@ -12,7 +11,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from mongotorch.store.aliases import COLLECTION as ALIASES
-from mongotorch.store.blobs import BUCKET
+from mongotorch.store.blobs import BUCKET, USES
 from mongotorch.store.checkpoints import COLLECTION as CHECKPOINTS
 from mongotorch.store.components import COLLECTION as COMPONENTS
 from mongotorch.store.jobs import COLLECTION as JOBS
@@ -23,8 +22,9 @@ _READ: Final = ["find", "listCollections", "listIndexes", "collStats", "dbStats"
 _WORKER: Final = {
     ALIASES: ["insert"],
     COMPONENTS: ["insert"],
-    f"{BUCKET}.files": ["insert", "update"],
+    f"{BUCKET}.files": ["insert"],
     f"{BUCKET}.chunks": ["insert"],
+    USES: ["insert"],
     JOBS: ["insert", "update"],
     METRICS: ["insert", "update"],
     CHECKPOINTS: ["insert", "update", "remove"],

@@ -7,7 +7,11 @@ documents; each file says its chunk size, so that any GridFS client can read it.
 Guarantees: the hash is checked on every read; chunks are written before the file's document, so that a blob is
 whole or not there; what changes while it is stored is refused, so that a name never stands for other bytes; of two
 writers of the same bytes the second uses the blob of the first; a touched blob is safe from garbage collection for
-its grace period.
+its grace period. Nothing of this updates a stored blob, but for mending: a user who may only insert can store.
+
+Who is going to name a blob that is there inserts a document into `USES`, and then looks for the blob. The garbage
+collector marks a blob as `REMOVING`, then looks for uses of it, and then removes it, at most `REMOVAL_S` seconds
+after the mark. So one of the two sees the other: a writer that meets the mark waits for what becomes of the blob.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import hashlib
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, cast, final
 
@@ -29,17 +33,27 @@ from mongotorch.codecs import PART_BYTES, WRITTEN, NamedBlob, check_format
 from mongotorch.errors import IntegrityError, NotFoundError, StoreError
 from mongotorch.mongo.error_translation import UNAUTHORIZED, has_code
 from mongotorch.mongo.retry import repeated
-from mongotorch.mongo.server_features import Later, clock_of, ensure_index, is_mock, records
+from mongotorch.mongo.server_features import clock_of, ensure_index, is_mock, records
 
 _log = logging.getLogger("mongotorch.store")
 # The bucket's name is older than the word blob; databases have it.
 BUCKET: Final = "mt.artifacts"
+USES: Final = f"{BUCKET}.uses"
+"""Which blobs are going to be named by a record: `blobs`, their names, and `touched`, since when."""
+USES_KEPT_S: Final = 86_400.0
+"""After so many seconds the server removes a document of `USES`."""
+REMOVING: Final = "removing"
+"""In the document of a blob: since when a collection has been about to remove it."""
+REMOVAL_S: Final = 30.0
+"""How long after the mark a collection may remove a blob."""
 CHUNK_BYTES: Final = PART_BYTES  # so that the checksums of a blob are those of its chunks
 SEGMENT_BYTES: Final = 4 * CHUNK_BYTES
 """About how many bytes are sent or received in one message."""
 UPLOAD_DEADLINE_S: Final = 1800.0
 """A slower upload gives up: after twice that, the garbage collector may take it for an abandoned one."""
-_TOUCH_BATCH: Final = 1000  # names in one update
+_TOUCH_BATCH: Final = 1000  # names in one document
+_CLOCKS_APART_S: Final = 10.0  # between two primaries
+_LEAVING_POLL_S: Final = 0.02
 _READ_BATCH: Final = 500  # names in one request
 _SMALL_BYTES: Final = 2**17
 _THREADS: Final = 2  # one waits for the server while the other copies; more would only cost memory
@@ -56,33 +70,46 @@ class BlobStore:
     def __init__(self, database: Any) -> None:
         self._files = records(database, f"{BUCKET}.files")
         self._chunks = records(database, f"{BUCKET}.chunks")
+        self._uses = records(database, USES)
         self._clock = clock_of(database)
 
     @repeated("preparing the blobs")
     def ensure_indexes(self) -> None:
         """Create the indexes if they do not exist."""
+        ensure_index(self._uses, "touched", expireAfterSeconds=int(USES_KEPT_S))
         ensure_index(self._files, "filename", unique=True)
         ensure_index(self._chunks, [("files_id", 1), ("n", 1)], unique=True)
 
-    @repeated("storing a blob")
     def put(self, data: bytes | bytearray | memoryview | NamedBlob) -> str:
-        """Store a blob if it is not stored yet; one that is stored, and lacks chunks, gets them again.
+        """Store a blob; see `put_all`. Its name: the SHA-256 in hex."""
+        return self.put_all([data])[0]
+
+    def put_all(self, blobs: Iterable[bytes | bytearray | memoryview | NamedBlob]) -> list[str]:
+        """Store the blobs that are not stored yet; one that is stored, and lacks chunks, gets them again.
 
         Args:
-            data: The bytes, of any size; never copied as a whole. What was named already is not hashed again.
+            blobs: The bytes of each, of any size; never copied as a whole. What was named already is not hashed
+                again.
 
         Returns:
-            The blob's name: the SHA-256 in hex.
+            The names of the blobs, in their order: the SHA-256 of each in hex.
 
         Raises:
-            IntegrityError: The bytes changed while they were stored; nothing is stored.
-            StoreError: The upload took longer than `UPLOAD_DEADLINE_S`.
+            IntegrityError: The bytes changed while they were stored, and are not stored; or a stored blob is
+                damaged, and this user may not mend it.
+            StoreError: The upload of one took longer than `UPLOAD_DEADLINE_S`.
         """
-        blob = data if isinstance(data, NamedBlob) else NamedBlob.of(data)
-        name = blob.name
-        if not self.touch([name]):
-            self._mend_lengths(blob)
-            return name
+        named = [data if isinstance(data, NamedBlob) else NamedBlob.of(data) for data in blobs]
+        missing = set(self.touch(blob.name for blob in named))
+        for blob in {blob.name: blob for blob in named}.values():
+            if blob.name in missing:
+                self._upload(blob)
+            else:
+                self._mend_lengths(blob)
+        return [blob.name for blob in named]
+
+    @repeated("storing a blob")
+    def _upload(self, blob: NamedBlob) -> None:
         file_id, started = ObjectId(), time.monotonic()
         try:
             _write_chunks(self._chunks, file_id, blob)
@@ -92,16 +119,16 @@ class BlobStore:
         if time.monotonic() - started > UPLOAD_DEADLINE_S:
             self._abandon(file_id)
             raise StoreError(
-                f"blob {name} took longer than {UPLOAD_DEADLINE_S:.0f} s to upload; is the network up to it?"
+                f"blob {blob.name} took longer than {UPLOAD_DEADLINE_S:.0f} s to upload; is the network up to it?"
             )
-        file = {"filename": name, "length": blob.data.nbytes, "chunkSize": CHUNK_BYTES, "metadata": WRITTEN}
+        file = {"filename": blob.name, "length": blob.data.nbytes, "chunkSize": CHUNK_BYTES, "metadata": WRITTEN}
+        now = self._clock.now()
         try:
             with self._clock.alone():
-                times = {"uploadDate": Later(), "touched": Later()}
-                self._files.update_one({"_id": file_id}, self._clock.update({**file, **times}), upsert=True)
-        except DuplicateKeyError:  # another process stored the same bytes first
-            self._abandon(file_id)
-        return name
+                self._files.insert_one({"_id": file_id, **file, "uploadDate": now, "touched": now})
+        except DuplicateKeyError:  # another process stored the same bytes first, or an earlier try did
+            if self._files.find_one({"_id": file_id}, {"_id": 1}) is None:
+                self._abandon(file_id)
 
     def _abandon(self, file_id: Any) -> None:
         """Remove the chunks of an upload that nobody needs; a worker may not, and leaves them to the collector."""
@@ -125,13 +152,27 @@ class BlobStore:
         missing: list[str] = []
         for start in range(0, len(unique), _TOUCH_BATCH):
             batch = unique[start : start + _TOUCH_BATCH]
-            where = {"filename": {"$in": batch}} if len(batch) > 1 else {"filename": batch[0]}
+            use = {"_id": ObjectId(), **WRITTEN, "blobs": batch, "touched": self._clock.now()}
             with self._clock.alone():
-                matched = self._files.update_many(where, self._clock.update({"touched": Later()})).matched_count
-            if matched != len(batch):
-                stored = {file["filename"] for file in self._files.find(where, {"filename": 1})}
-                missing += [name for name in batch if name not in stored]
+                self._uses.insert_one(use)
+            stored = self._staying(batch)
+            missing += [name for name in batch if name not in stored]
         return missing
+
+    def _staying(self, names: Sequence[str]) -> set[str]:
+        """Those of some blobs that are stored, when no collection is about to remove one of them."""
+        while True:
+            files = list(self._files.find({"filename": {"$in": names}}, {"filename": 1, REMOVING: 1}))
+            leaving = [file["_id"] for file in files if REMOVING in file]
+            if not leaving or not self._are_leaving(leaving):
+                return {file["filename"] for file in files}
+            time.sleep(_LEAVING_POLL_S)
+
+    def _are_leaving(self, ids: Sequence[Any]) -> bool:
+        """Whether one of these blobs can still be removed by the collection that has marked it."""
+        late = self._clock.due(REMOVING, seconds=REMOVAL_S + _CLOCKS_APART_S)
+        where = {"_id": {"$in": ids}, REMOVING: {"$exists": True}, "$nor": [late]}
+        return self._files.find_one(where, {"_id": 1}) is not None
 
     @repeated("looking for a blob")
     def has(self, name: str) -> bool:
@@ -234,6 +275,7 @@ class BlobStore:
         found = self._chunks.find_one(where, {"data": 1})
         return found is not None and isinstance(found["data"], bytes) and memoryview(found["data"]) == part
 
+    @repeated("looking at a blob")
     def _mend_lengths(self, blob: NamedBlob) -> None:
         """Mend a blob that was found by its name, if its length or the number or length of its chunks is wrong."""
         file, view = self._files.find_one({"filename": blob.name}), blob.data
@@ -247,7 +289,15 @@ class BlobStore:
             if lengths == right:
                 return
             bad = [n for n in right if lengths.get(n) != right[n]]
-        self._mend(file, blob, bad=bad)
+        try:
+            self._mend(file, blob, bad=bad)
+        except OperationFailure as error:
+            if not has_code(error, UNAUTHORIZED):
+                raise
+            raise IntegrityError(
+                f"blob {blob.name} in {BUCKET} is not whole, and this user may not mend it; run "
+                "`mongotorch verify --repair FOLDER` as a user with the role trainer"
+            ) from error
         _log.warning("blob %s was not stored whole any more; it was mended", blob.name)
 
 

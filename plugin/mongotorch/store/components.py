@@ -210,7 +210,7 @@ class Components:
     def peek(self, uuid: str) -> dict[str, Any] | None:
         """The visible document of a uuid; None where there is none. Raises: TrustError, FormatError."""
         found = self._documents.find_one({"_id": uuid})
-        return self._checked(found) if found is not None and self._visible(found) else None
+        return self._checked(found) if found is not None and self._visible(found, skip=False) else None
 
     @repeated("reading a component")
     def get(self, uuid: str) -> dict[str, Any]:
@@ -389,9 +389,29 @@ class Components:
         found = self._documents.find({"type_id": type_id, "identifier": identifier, **more})
         return (document for document in found.sort("version", -1) if self._visible(document))
 
-    def _visible(self, document: Mapping[str, Any]) -> bool:
+    def _visible(self, document: Mapping[str, Any], *, skip: bool = True) -> bool:
+        """Whether a document has no anchor, or one that refers back and that an accepted key has signed.
+
+        What an earlier attempt at a publication left stays invisible: no anchor refers to it.
+
+        Raises:
+            TrustError: The anchor was changed, or no accepted key has signed it; with `skip` it counts as none,
+                and the log says so.
+        """
         anchor = document.get("anchor")
         if anchor is None:
             return True
-        # The anchor must refer back: what an earlier attempt at this publication left stays invisible.
-        return self._documents.find_one({"_id": anchor, "refs": document["_id"]}, {"_id": 1}) is not None
+        where = {"_id": anchor, "refs": document["_id"]}
+        if self._trust is None:
+            return self._documents.find_one(where, {"_id": 1}) is not None
+        found = self._documents.find_one(where)
+        try:
+            if found is not None:
+                self._trust.check(found, kind=KIND)
+        except TrustError as error:
+            if not skip:
+                raise
+            name = f"{document.get('type_id')} {document.get('identifier')!r} ({document['_id']})"
+            _log.warning("%s was skipped: what says that it was published cannot be trusted: %s", name, error)
+            return False
+        return found is not None

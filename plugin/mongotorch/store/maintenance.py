@@ -3,8 +3,8 @@
 Reachable is what a visible component names, what a component names whose publication is still under way, and what
 the checkpoints of unfinished jobs name. Anything else is removed once it was unreachable for the grace period:
 
-- a blob, when nobody has touched it for that long (a writer touches a blob before a record names it), under the
-  condition, in the delete itself, that nobody touches it meanwhile;
+- a blob, when nobody has touched it for that long (a writer touches a blob before a record names it): it is
+  marked, then looked for in uses and records again, and removed soon after the mark or not at all (`blobs.py`);
 - chunks without a file, and a component whose anchor never appeared, when an earlier collection recorded them in
   `mt.garbage` and the grace period has passed since;
 - the checkpoints of jobs that ended that long ago, but for those that hold a trained model that could not be
@@ -25,9 +25,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, final
+
+from bson import ObjectId
 
 from mongotorch.codecs import NEWER, WRITTEN, check_format
 from mongotorch.errors import MongotorchError, SettingError
@@ -36,8 +40,9 @@ from mongotorch.mongo.server_features import Later, Now, clock_of, records
 from mongotorch.store.aliases import COLLECTION as ALIASES
 from mongotorch.store.aliases import KIND as ALIAS
 from mongotorch.store.aliases import Move
-from mongotorch.store.blobs import BUCKET, BlobStore
+from mongotorch.store.blobs import BUCKET, REMOVAL_S, REMOVING, USES, BlobStore
 from mongotorch.store.checkpoints import COLLECTION as CHECKPOINTS
+from mongotorch.store.checkpoints import KIND as CHECKPOINT
 from mongotorch.store.checkpoints import OVER
 from mongotorch.store.components import COLLECTION as COMPONENTS
 from mongotorch.store.components import KIND
@@ -51,6 +56,10 @@ GRACE_S: Final = 3600.0
 PLANS_KEPT_S: Final = 30 * 24 * 3600.0
 """How long a plan that nobody uses is kept, in seconds."""
 _PLANS: Final = "mt.plans"  # `data` stores them
+_REMOVER: Final = "remover"  # in the document of a blob: which removal has marked it
+_AT_ONCE: Final = 500  # blobs that are marked and removed together
+_SHOWN: Final = 5  # records that a warning names
+_log = logging.getLogger("mongotorch.store")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,7 +106,7 @@ class GarbageCollector:
         self._components, self._checkpoints = records(database, COMPONENTS), records(database, CHECKPOINTS)
         self._jobs, self._unreachable = records(database, JOBS), records(database, COLLECTION)
         self._plans = records(database, _PLANS)
-        self._metrics = records(database, METRICS)
+        self._metrics, self._uses = records(database, METRICS), records(database, USES)
         self._grace_s, self._keep_jobs_s = grace_s, keep_jobs_s
         self._clock = clock_of(database, now)
 
@@ -204,24 +213,49 @@ class GarbageCollector:
         self, components: set[str], checkpoints: set[Any], dry_run: bool
     ) -> tuple[list[str], int, int]:
         """Remove blobs that only these records, or none, name; their names and bytes, and how many are young."""
-        # First what is old, then what is reachable: a blob that is named in between was touched in between.
+        # First what is old, then what is used or reachable: what is named in between was touched in between.
         due = self._clock.due("touched", seconds=self._grace_s)
-        old = list(self._files.find(due, {"filename": 1, "length": 1, "touched": 1}))
+        old = list(self._files.find(due, {"filename": 1, "length": 1}))
+        used = self._used({})
         reachable = self._reachable(components, checkpoints)
         unreachable = [file for file in old if file["filename"] not in reachable]
-        removed = unreachable if dry_run else [file for file in unreachable if self._remove_blob(file)]
+        unused = [file for file in unreachable if file["filename"] not in used]
+        removed = unused
+        if not dry_run:
+            parts = [unused[start : start + _AT_ONCE] for start in range(0, len(unused), _AT_ONCE)]
+            removed = [file for part in parts for file in self._remove_blobs(part)]
+            self._uses.delete_many(due)
         seen = {file["filename"] for file in old} | reachable
         young = sum(1 for file in self._files.find({}, {"filename": 1}) if file["filename"] not in seen)
+        young += len(unreachable) - len(unused)
         return [file["filename"] for file in removed], sum(file["length"] for file in removed), young
 
-    def _remove_blob(self, file: dict[str, Any]) -> bool:
-        # The condition is the protection: whoever uses the blob again has changed `touched`.
-        same = {"_id": file["_id"], "touched": file["touched"]}
+    def _used(self, where: dict[str, Any]) -> set[str]:
+        """The blobs that were touched within the grace period, of the uses that match."""
+        young = {"$nor": [self._clock.due("touched", seconds=self._grace_s)], **where}
+        return {name for use in self._uses.find(young, {"blobs": 1}) for name in use["blobs"]}
+
+    def _remove_blobs(self, files: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Mark some blobs, see once more that nobody needs them, and remove them; those that were removed."""
+        names, mine = [file["filename"] for file in files], {_REMOVER: ObjectId()}
+        ids, stop = {"_id": {"$in": [file["_id"] for file in files]}}, {"$unset": {REMOVING: "", _REMOVER: ""}}
+        # What earlier releases touch has the time in the blob's own document.
+        due = self._clock.due("touched", seconds=self._grace_s)
         with self._clock.alone():
-            removed = bool(self._files.delete_one(same).deleted_count)
-        if removed:
-            self._chunks.delete_many({"files_id": file["_id"]})
-        return removed
+            self._files.update_many({**ids, **due}, self._clock.update({REMOVING: Later(), **mine}))
+            # In this order: whoever uses one and did not see the mark has said so by now.
+            needed = self._used({"blobs": {"$in": names}})
+            for collection in (self._components, self._checkpoints):
+                for document in collection.find({"blobs": {"$in": names}}, {"blobs": 1}):
+                    needed |= set(document["blobs"])
+            self._files.update_many({**mine, "filename": {"$in": sorted(needed & set(names))}}, stop)
+            marked = {file["_id"] for file in self._files.find(mine, {"_id": 1})}
+            late = self._clock.due(REMOVING, seconds=REMOVAL_S)  # a writer does not wait for longer
+            self._files.delete_many({**mine, **due, "$nor": [late]})
+            kept = {file["_id"] for file in self._files.find(mine, {"_id": 1})}
+            self._files.update_many(mine, stop)
+        self._chunks.delete_many({"files_id": {"$in": sorted(marked - kept, key=str)}})
+        return [file for file in files if file["_id"] in marked - kept]
 
     def _reachable(self, components: set[str], checkpoints: set[Any]) -> set[str]:
         """The blobs that a record names, without these records."""
@@ -282,6 +316,32 @@ class Verified:
     repaired: tuple[str, ...] = ()
 
 
+class _Stranded:
+    """The records that are signed with keys which are not accepted."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._names: dict[str, list[str]] = {}
+
+    def add(self, document: Mapping[str, Any], kind: str) -> None:
+        key = str(document[FIELD].get("key"))[:40]
+        self._counts[key] += 1
+        names = self._names.setdefault(key, [])
+        if len(names) < _SHOWN:
+            number = f" version {document['version']}" if "version" in document else ""
+            name = document.get("identifier", document.get("job", document.get("_id")))
+            names.append(f"{document.get('type_id', kind)} {name!r}{number}")
+
+    def log(self) -> None:
+        for key, count in sorted(self._counts.items()):
+            more = ", …" * (count > _SHOWN)
+            _log.warning(
+                "%d record(s) are signed with the key %s, which is not accepted, and trust='signed' refuses them: "
+                "%s%s; put that key behind the first one, and sign again",
+                *(count, key, ", ".join(self._names[key]), more),
+            )
+
+
 @final
 class Verifier:
     """Checks everything that is stored in one database, and signs it again.
@@ -333,27 +393,30 @@ class Verifier:
     def resign(self) -> int:
         """Sign with the first key what another accepted key has signed; how many records that were.
 
-        What no accepted key has signed stays as it is.
+        What no accepted key has signed stays as it is; the log says which records those are, by key: with
+        `trust="signed"` they are refused until that key is accepted again.
 
         Raises:
             SettingError: No key can sign.
             TrustError: A record was changed since it was signed; those before it are signed again.
         """
-        trust = self._trust
-        if trust is None or trust.signing is None:
+        if self._trust is None or self._trust.signing is None:
             raise SettingError(
                 "signing again needs a key that signs: set MONGOTORCH_SIGNING_KEY", setting="signing_key"
             )
-        count = 0
-        for collection, kind in ((self._documents, KIND), (self._moves, ALIAS), (self._checkpoints, "checkpoint")):
-            for document in collection.find():
-                key = trust.check_signer(document, kind=kind) if FIELD in document else None
-                if key is None or key.key_id == trust.signing.key_id:
-                    continue
-                trust.check(document, kind=kind)
-                new = trust.sign(document, kind=kind)[FIELD]
-                same = {"_id": document["_id"], FIELD: document[FIELD]}
-                count += collection.update_one(same, {"$set": {FIELD: new}}).modified_count
+        trust, signing = dataclasses.replace(self._trust, required=False), self._trust.signing
+        count, stranded = 0, _Stranded()
+        for collection, kind in ((self._documents, KIND), (self._moves, ALIAS), (self._checkpoints, CHECKPOINT)):
+            for document in collection.find({FIELD: {"$exists": True}}):
+                key = trust.check_signer(document, kind=kind)
+                if key is None:
+                    stranded.add(document, kind)
+                elif key.key_id != signing.key_id:
+                    trust.check(document, kind=kind)
+                    new = trust.sign(document, kind=kind)[FIELD]
+                    same = {"_id": document["_id"], FIELD: document[FIELD]}
+                    count += collection.update_one(same, {"$set": {FIELD: new}}).modified_count
+        stranded.log()
         return count
 
     def _put_back(self, names: set[str], copies: Path) -> Iterator[str]:

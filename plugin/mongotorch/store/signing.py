@@ -162,7 +162,10 @@ class Trust:
         key_id = str(signature.get("key"))
         key = next((each for each in self.accepted if each.key_id == key_id), None)
         if key is None:
-            why = f"is signed with the key {key_id[:40]!r}, which is not among the accepted ones"
+            why = (
+                f"is signed with the key {key_id[:40]!r}, which is not among the accepted ones (if it is yours, "
+                "put it behind the first key, and run `mongotorch resign`)"
+            )
             self._refuse_if_required(document, kind, why)
         return key
 

@@ -51,15 +51,15 @@ def test_a_publication_that_found_the_blobs_of_what_is_removed_meanwhile_is_whol
     db: Datalayer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     db.apply(TorchModel("a", object=wide(1)))
-    put = BlobStore.put
+    put = BlobStore.put_all
 
-    def put_and_lose(self: BlobStore, data: Any) -> str:
-        name = put(self, data)
+    def put_and_lose(self: BlobStore, blobs: Any) -> list[str]:
+        names = put(self, blobs)
         if "a" in db.show("model"):
             db.remove("model", "a")  # another process, between the blobs and the document
-        return name
+        return names
 
-    monkeypatch.setattr(BlobStore, "put", put_and_lose)
+    monkeypatch.setattr(BlobStore, "put_all", put_and_lose)
     db.apply(TorchModel("b", object=wide(1)))
 
     assert db.show("model") == ["b"]

@@ -474,8 +474,7 @@ class Catalog:
         return component.uuid
 
     def _write(self, draft: _Draft, *, attempt: int | None = None) -> None:
-        for data in draft.blobs.values():
-            self.blobs.put(data)
+        self.blobs.put_all(draft.blobs.values())
         for document in draft.documents.values():
             # A document whose anchor is published after it cannot require the anchor to be there.
             needs = set(document["refs"]) - {document.get("anchor")}
