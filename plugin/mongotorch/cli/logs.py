@@ -9,10 +9,11 @@ import contextlib
 import enum
 import json
 import logging
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from typing import Final
+from typing import Any, Final
 
 from mongotorch.mongo.error_translation import redact
 
@@ -56,10 +57,19 @@ class JsonFormatter(logging.Formatter):
         moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         entry = {"time": moment, "level": record.levelname.lower(), "logger": record.name}
         entry["message"] = redact(record.getMessage())
-        entry |= {name: getattr(record, name) for name in FIELDS if hasattr(record, name)}
+        entry |= {name: _readable(getattr(record, name)) for name in FIELDS if hasattr(record, name)}
         if record.exc_info:
             entry["traceback"] = redact(self.formatException(record.exc_info))
         return json.dumps(entry, default=str)
+
+
+def _readable(value: Any) -> Any:
+    """A value of a field as JSON has it: a number that is none becomes text."""
+    if isinstance(value, Mapping):
+        return {str(name): _readable(part) for name, part in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return redact(value) if isinstance(value, str) else value
 
 
 def configure_logging(level: str, form: str) -> None:

@@ -1,6 +1,14 @@
 """Jobs: the handle, what handlers get, and the engines that run them."""
 
-from mongotorch.jobs.engine import Engine, LocalEngine, QueueEngine, engine_named, environment, worker_name
+from mongotorch.jobs.engine import (
+    Engine,
+    LocalEngine,
+    QueueEngine,
+    engine_named,
+    environment,
+    log_job,
+    worker_name,
+)
 from mongotorch.jobs.job import Handler, Job, JobRecords, Lease
 
 __all__ = [
@@ -13,5 +21,6 @@ __all__ = [
     "QueueEngine",
     "engine_named",
     "environment",
+    "log_job",
     "worker_name",
 ]

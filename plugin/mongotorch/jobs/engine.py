@@ -1,6 +1,11 @@
 """Engines: where the jobs of a datalayer run. An engine gets a job's id and a function that runs it, nothing else.
 
 The function finds everything in the database, so a worker in another process can make the same call.
+
+What becomes of a job is logged by `mongotorch.jobs`, one record an event. A record has `event`, `job`, `attempt`
+and `component`, and where the event has them `step`, `values`, `version` and `why`. The events: `claimed`,
+`validated`, `checkpoint`, `published`, `promoted`, `refused`, `succeeded`, `failed`, `cancelled`, `handed back`,
+`lease lost`.
 """
 
 from __future__ import annotations
@@ -8,16 +13,18 @@ from __future__ import annotations
 import abc
 import functools
 import importlib.metadata
+import logging
 import os
 import platform
 import socket
-from collections.abc import Callable
-from typing import ClassVar, final
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, final
 
 from mongotorch._version import __version__
 from mongotorch.errors import SettingError
 
 GROUP = "mongotorch.engines"
+_log = logging.getLogger("mongotorch.jobs")
 
 
 class Engine(abc.ABC):
@@ -99,3 +106,24 @@ def environment() -> dict[str, str]:
         "mongotorch": __version__,
         **packages,
     }
+
+
+def log_job(
+    job: Mapping[str, Any], event: str, detail: str = "", *, level: int = logging.INFO, **fields: Any
+) -> None:
+    """Log an event of a job.
+
+    Args:
+        job: The claimed job document.
+        event: What happened.
+        detail: The rest of the sentence; without passwords.
+        level: The level of the record.
+        fields: What the record has besides: `step`, `values`, `version`, `why`.
+    """
+    if not _log.isEnabledFor(level):
+        return
+    name = f"job {job['_id']} of {job['type_id']} {job['identifier']!r}"
+    more = f"{event}: {detail}" if detail else f"{event} (attempt {job['attempt']})"
+    component = f"{job['type_id']} {job['identifier']}"
+    given = {"job": job["_id"], "attempt": job["attempt"], "component": component, "event": event}
+    _log.log(level, "%s %s", name, more, extra={**given, **fields})

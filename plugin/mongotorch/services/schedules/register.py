@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import uuid as uuids
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -33,9 +34,28 @@ from mongotorch.store import Jobs, Schedules
 from mongotorch.train import trainer_and_model
 
 _COUNTED: Final = frozenset({"inserted", "changed"})
+_log = logging.getLogger("mongotorch.schedules")
 _WAIT_S: Final = 1.0
 """Seconds until a schedule is looked at again whose newest firing still waits for a worker."""
 Document = dict[str, Any]
+
+
+def log_schedule(
+    schedule: str, event: str, why: str, *, level: int = logging.INFO, job: str | None = None
+) -> None:
+    """Log an event of a schedule, with `event`, `schedule`, `why` and `job` in the record.
+
+    Args:
+        schedule: Its name.
+        event: `fired`, or `problem`.
+        why: Why; without passwords.
+        level: The level of the record.
+        job: The job that came of it.
+    """
+    about = {"schedule": schedule, "event": event, "why": why} | ({} if job is None else {"job": job})
+    _log.log(
+        level, "schedule %r %s: %s", schedule, event if job is None else f"{event} job {job}", why, extra=about
+    )
 
 
 def failure(job: Mapping[str, Any], why: str) -> dict[str, Any]:
@@ -249,7 +269,7 @@ class Register:
     def _enqueue(self, document: Document) -> Document | None:
         """Create the job of a firing that was written, unless it is there."""
         pending = document["pending"]
-        job, _ = self._jobs.add(
+        job, is_new = self._jobs.add(
             component=pending["component"],
             type_id=Schedule.type_id,
             identifier=document["_id"],
@@ -257,6 +277,8 @@ class Register:
             key=f"{document['life']}/{pending['firing']}",
             parameters={"firing": pending["firing"], "reason": pending["reason"], "fired": pending["at"]},
         )
+        if is_new:
+            log_schedule(document["_id"], "fired", pending["reason"], job=job)
         return self._schedules.write(document, {"pending": None, "last": {**pending, "job": job}})
 
     def _trigger(self, component: str) -> Trigger:

@@ -29,7 +29,7 @@ from mongotorch.errors import (
     MongotorchError,
     ServerUnavailableError,
 )
-from mongotorch.jobs import Lease
+from mongotorch.jobs import Lease, log_job
 from mongotorch.mongo.connection import Connection
 from mongotorch.mongo.error_translation import redact
 from mongotorch.query import Query
@@ -122,6 +122,9 @@ class Retraining:
         refusal = self._promote(published, job=job["_id"], who=f"schedule {name}")
         why = refusal or published["verdict"]["why"]
         self._record_outcome(name, {"outcome": _outcome(job, published, promoted=refusal is None, why=why)})
+        event, version = "promoted" if refusal is None else "refused", published["version"]
+        detail = f"version {version} of model {published['identifier']!r}: {why}"
+        log_job(job, event, detail, version=version, why=why, step=published["best_step"])
         self._training.drop_checkpoints(job)
         return str(published["_id"])
 

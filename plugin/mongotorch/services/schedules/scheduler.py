@@ -36,7 +36,14 @@ from mongotorch.mongo.error_translation import redact
 from mongotorch.query import Query
 from mongotorch.resources import Owner
 from mongotorch.schedule import State
-from mongotorch.services.schedules.register import Counts, defect_of, is_behind, recounted, tally
+from mongotorch.services.schedules.register import (
+    Counts,
+    defect_of,
+    is_behind,
+    log_schedule,
+    recounted,
+    tally,
+)
 from mongotorch.store import Schedules
 
 _POLL_S: Final = 0.2
@@ -356,7 +363,7 @@ class Scheduler:
         """Keep the problem of a schedule, and log it once."""
         problem = redact(problem)
         if document.get("problem") != problem:
-            _log.warning("schedule %r: %s", document["_id"], problem)
+            log_schedule(document["_id"], "problem", problem, level=logging.WARNING)
             document |= {"problem": problem, "problem_of": of}
             self._schedules.note(document["_id"], problem, of=of)
 

@@ -78,7 +78,7 @@ class RunCheckpoints:
         run: Mapping[str, Any],
         blobs: Mapping[str, bytes],
         over: bool = False,
-    ) -> None:
+    ) -> bool:
         """Store a checkpoint: first its blobs, then the document that makes it visible.
 
         Args:
@@ -87,13 +87,16 @@ class RunCheckpoints:
             run: The record that holds for the whole run; plain BSON.
             blobs: The blobs that `run` names, by name.
             over: The run has made its last step, and only its publication is missing.
+
+        Returns:
+            False: the job no longer runs under this attempt, and there is no checkpoint.
         """
-        record: dict[str, Any] = {"said": dict(run), "blobs": [self._blobs.put(data) for data in blobs.values()]}
+        record: dict[str, Any] = {"said": dict(run), "blobs": self._blobs.put_all(blobs.values())}
         if over:
             record[OVER] = True
         body, new = self._encoded(dict(state))
-        names = [*record["blobs"], *(self._blobs.put(blob) for blob in new.blobs.values())]
-        self._checkpoints.put(
+        names = [*record["blobs"], *self._blobs.put_all(new.blobs.values())]
+        return self._checkpoints.put(
             job=job["_id"], attempt=job["attempt"], step=state["step"], body=body, blobs=names, run=record
         )
 

@@ -33,6 +33,7 @@ class Heartbeat:
         stop: Set when the process has to stop.
         reached: The furthest step of the attempts before.
         max_runtime_s: The longest time of this attempt, in seconds; None: no limit.
+        component: What the job runs, for the log: its kind and name.
 
     Attributes:
         progress: What the next beat writes into the job's document.
@@ -48,8 +49,9 @@ class Heartbeat:
         stop: threading.Event | None = None,
         reached: float = 0,
         max_runtime_s: float | None = None,
+        component: str = "",
     ) -> None:
-        self._jobs, self._job_id, self._attempt = jobs, job_id, attempt
+        self._jobs, self._job_id, self._attempt, self._component = jobs, job_id, attempt, component
         self._lease_s, self._reached, self._max_runtime_s = lease_s, reached, max_runtime_s
         self._begun_s = time.monotonic()
         self._lost = threading.Event()
@@ -103,11 +105,11 @@ class Heartbeat:
             self._reached = max(step, self._reached)
         if not alive and not self._lost.is_set():
             self._lost.set()
+            about = {"job": self._job_id, "attempt": self._attempt, "component": self._component, "step": step}
             _log.warning(
-                "job %s: attempt %s was cancelled, or has lost its lease",
-                self._job_id,
-                self._attempt,
-                extra={"job": self._job_id, "attempt": self._attempt, "event": "lease lost"},
+                "job %s: attempt %s was cancelled, or has lost its lease, at step %s",
+                *(self._job_id, self._attempt, step),
+                extra={**about, "event": "lease lost"},
             )
 
     def _run(self) -> None:

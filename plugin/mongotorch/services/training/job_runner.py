@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, final
 
 from mongotorch.errors import JobCancelledError, JobReleasedError, MongotorchError, ServerUnavailableError
-from mongotorch.jobs import Handler, environment, worker_name
+from mongotorch.jobs import Handler, environment, log_job, worker_name
 from mongotorch.mongo.error_translation import is_transient, redact
 from mongotorch.services.training.heartbeat import Heartbeat
 from mongotorch.settings import Settings
@@ -97,9 +97,9 @@ class JobRunner:
             error: What became of the process.
             retry: Whether the job is tried again, unless it has failed too often.
         """
-        _log.error(
-            "job %s failed: %s", job_id, error, extra={"job": job_id, "attempt": attempt, "event": "failed"}
-        )
+        why = f"{type(error).__name__}: {error.message}"
+        found = self._jobs.get(job_id)
+        log_job(found, "failed", why, level=logging.ERROR, why=why, step=int(number(found, "reached")))
         described = _described(error) | {"traceback": None}
         _recorded(lambda: self._jobs.fail(job_id, attempt, error=described, retry=retry))
 
@@ -112,7 +112,7 @@ class JobRunner:
         """Run a claimed job; without `stop` in the process of the caller, who tries nothing again."""
         job_id, attempt = job["_id"], job["attempt"]
         handler = self._handlers.get(job["type_id"], self._train)
-        _say("claimed", job)
+        log_job(job, "claimed", step=int(number(job, "reached")))
         heartbeat = Heartbeat(
             self._jobs,
             job_id,
@@ -121,17 +121,18 @@ class JobRunner:
             stop=stop,
             reached=number(job, "reached"),
             max_runtime_s=number(job, "max_runtime_s") or self._max_runtime_s,
+            component=f"{job['type_id']} {job['identifier']}",
         )
         try:
             with heartbeat:
                 result = handler(job, heartbeat)
-        except JobReleasedError as error:
+        except JobReleasedError:
             _beat(heartbeat)
             _recorded(lambda: self._jobs.release(job_id, attempt))
-            _say("handed back", job, detail=str(error))
+            log_job(job, "handed back", f"after step {_step(job, heartbeat)}", step=_step(job, heartbeat))
             raise
         except JobCancelledError:
-            _say("cancelled", job)
+            log_job(job, "cancelled", step=_step(job, heartbeat))
             raise
         except KeyboardInterrupt as error:
             if stop is None:  # Ctrl-C in the caller's own process: the person wants it to end
@@ -152,28 +153,23 @@ class JobRunner:
             raise JobCancelledError(
                 f"job {job_id}: attempt {attempt} lost its lease before it could record its end"
             )
-        _say("succeeded", job)
+        log_job(job, "succeeded", step=_step(job, heartbeat))
 
     def _fail(self, job: Mapping[str, Any], error: BaseException, heartbeat: Heartbeat, *, retry: bool) -> None:
         """Record why a job failed; what the database failed is tried more often than what the machine did."""
         described = _described(error)
         most = MAX_FAILURES if isinstance(error, ServerUnavailableError) or is_transient(error) else None
-        _log.error("%s", _failure(job, described), extra=_extra(job, "failed"))
+        why = f"{described['type']}: {' '.join(str(described['message']).split())}"
+        log_job(job, "failed", why, level=logging.ERROR, why=why, step=_step(job, heartbeat))
         _beat(heartbeat)
         retry = retry and described["transient"]
         job_id, attempt = job["_id"], job["attempt"]
         _recorded(lambda: self._jobs.fail(job_id, attempt, error=described, retry=retry, most=most))
 
 
-def _extra(job: Mapping[str, Any], event: str) -> dict[str, Any]:
-    names = {"job": job["_id"], "attempt": job["attempt"]}
-    return {**names, "component": f"{job['type_id']} {job['identifier']}", "event": event}
-
-
-def _say(event: str, job: Mapping[str, Any], detail: str = "") -> None:
-    more = f": {detail}" if detail else f" (attempt {job['attempt']})"
-    name = f"job {job['_id']} of {job['type_id']} {job['identifier']!r}"
-    _log.info("%s %s%s", name, event, more, extra=_extra(job, event))
+def _step(job: Mapping[str, Any], heartbeat: Heartbeat) -> int:
+    """How many steps the run of a job has made."""
+    return int(heartbeat.progress.get("step", number(job, "reached")))
 
 
 def _beat(heartbeat: Heartbeat) -> None:
@@ -190,12 +186,6 @@ def _recorded(record: Callable[[], bool]) -> bool:
         except Exception:  # noqa: BLE001 - the last try raises it
             time.sleep(wait_s)
     return record()
-
-
-def _failure(job: Mapping[str, Any], error: Mapping[str, Any]) -> str:
-    """One line about a job that failed."""
-    message = " ".join(str(error["message"]).split())
-    return f"job {job['_id']} of {job['type_id']} {job['identifier']!r} failed: {error['type']}: {message}"
 
 
 def _may_pass(error: BaseException) -> bool:

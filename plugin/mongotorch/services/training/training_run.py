@@ -24,7 +24,7 @@ from mongotorch.errors import (
     MongotorchError,
     ServerUnavailableError,
 )
-from mongotorch.jobs import Lease, environment
+from mongotorch.jobs import Lease, environment, log_job
 from mongotorch.mongo.connection import Connection
 from mongotorch.mongo.error_translation import redact
 from mongotorch.services.training.checkpoints import CheckpointWriter, RunCheckpoints
@@ -33,7 +33,7 @@ from mongotorch.services.training.recipe import DataProvenance, TrainingRecipe, 
 from mongotorch.services.versions.catalog import Catalog, StoredFields
 from mongotorch.settings import Settings
 from mongotorch.store import Checkpoints, Jobs, MetricLog, plain
-from mongotorch.train import TorchModel, TorchTrainer, Trained, trainer_and_model
+from mongotorch.train import TorchModel, TorchTrainer, Trained, Validated, trainer_and_model
 
 _log = logging.getLogger("mongotorch.jobs")
 # Of the trainer, where they cannot be stored.
@@ -169,7 +169,8 @@ class TrainingRun:
 
         def save(state: Mapping[str, Any], *, over: bool = False) -> None:
             run = {"origin": dict(origin), **record}
-            self._checkpoints.save(job, state, run=run, blobs=blobs, over=over)
+            if self._checkpoints.save(job, state, run=run, blobs=blobs, over=over):
+                log_job(job, "checkpoint", f"at step {state['step']}", step=state["step"])
 
         with opened_fit(recipe, self._connection, self._settings, data=data, state=state) as fit:
             most = fit.most_steps
@@ -179,6 +180,7 @@ class TrainingRun:
                 JobProgress(lease, limit=limit),
                 ProgressBar(trainer.identifier, limit=limit, show=self._settings.progress),
                 MetricRecorder(self._metric_log, job=job["_id"], component=job["component"]),
+                _ValidationLog(job),
                 CheckpointWriter(save, interval_s=self._settings.checkpoint_seconds, lease=lease),
             ]
             if resumed is None:
@@ -268,7 +270,10 @@ class TrainingRun:
             if first is None:
                 raise
             return first
-        return self.catalog.components.get(model.uuid)
+        published = self.catalog.components.get(model.uuid)
+        given = {"step": result.trained.best_step, "version": published["version"]}
+        log_job(job, "published", f"version {published['version']} of model {model.identifier!r}", **given)
+        return published
 
     def _publish(
         self,
@@ -316,6 +321,18 @@ class TrainingRun:
             "steps": trained.steps,
             "best_step": trained.best_step,
         }
+
+
+class _ValidationLog(Observer):
+    """Logs the validations of a job's run."""
+
+    def __init__(self, job: Mapping[str, Any]) -> None:
+        self._job = job
+
+    def on_validation(self, event: Validated) -> None:
+        shown = ", ".join(f"{name} {value:.6g}" for name, value in event.values.items())
+        detail = f"at step {event.step}: {shown}"
+        log_job(self._job, "validated", detail, step=event.step, values=dict(event.values))
 
 
 def _trained_pair(
