@@ -18,7 +18,7 @@ ARGS ?=
 JOBS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test soak long bench lint format docs clean
+.PHONY: help install demo test soak long mutation bench lint format docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -36,6 +36,9 @@ long: $(VENV)/.stamp-dev ## the slow tests that `make test` leaves out and CI ru
 
 soak: $(VENV)/.stamp-dev ## the long runs that `make test` leaves out
 	@$(BIN)/python -m pytest -n 2 $(ARGS) -m soak
+
+mutation: $(VENV)/.stamp-dev ## change the code at random places and see whether tests notice (ARGS='--count 200')
+	@nice -n 10 $(BIN)/python -m tests.mutation $(ARGS)
 
 bench: $(VENV)/.stamp-bench ## the stream against its rivals: a table, docs/benchmarks.json and .png (ARGS='--docs 1000000')
 	@$(VENV)/bench/bin/python -W ignore -m tests.benchmarks.bench_stream $(ARGS)

@@ -1,0 +1,176 @@
+"""Changes the code at random places, one change at a time, and says which changes no test notices.
+
+    python -m tests.mutation [--count 60] [--seed 1] [--only store] [--out FILE]
+
+The changes are those of cosmic-ray: another comparison, a condition negated, a number one larger, a loop that is
+left out. They are drawn evenly over the lines of store, data, train, the services, the triggers and the worker,
+and tried in a copy of the tree. For each, the tests of the same name run first, then those of the same folder,
+then those of the services, until one fails; a change that none notices has survived. `make mutation` runs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import dataclasses
+import difflib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cosmic_ray import plugins
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = Path("plugin/mongotorch")
+PARTS = ("store", "data", "train", "services", "schedule", "worker")
+STAGE_S = 600
+# What they change has no meaning when the program runs, or is what the type checker is for.
+LEFT_OUT = ("core/NoOp", "core/RemoveDecorator", "core/ReplaceBinaryOperator_BitOr")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mutation:
+    """One change: the `occurrence`th place of an operator in a file."""
+
+    path: Path
+    operator: str
+    occurrence: int
+    line: int
+
+
+def _runs(source: str) -> set[int]:
+    """The lines of a file whose code runs: neither annotations of their own, nor docstrings, nor imports."""
+    lines: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+            for statement in body:
+                lines |= set(range(statement.lineno, (statement.end_lineno or statement.lineno) + 1))
+    return lines
+
+
+def _places(path: Path) -> Iterator[Mutation]:
+    source = (ROOT / path).read_text(encoding="utf-8")
+    runs, tree = _runs(source), get_ast(source)
+    for name in plugins.operator_names():
+        kind = plugins.get_operator(name)
+        if name.startswith(LEFT_OUT) or kind.arguments():
+            continue
+        operator = kind()
+        positions = (place for node in ast_nodes(tree) for place in operator.mutation_positions(node))
+        for occurrence, (start, _) in enumerate(positions):
+            if start[0] in runs:
+                yield Mutation(path=path, operator=name, occurrence=occurrence, line=start[0])
+
+
+def drawn(count: int, seed: int, only: str) -> list[Mutation]:
+    """So many changes, at most one a line: a line with many possible changes comes no more often."""
+    by_line: dict[tuple[Path, int], list[Mutation]] = {}
+    for part in PARTS:
+        for path in sorted((ROOT / PACKAGE / part).rglob("*.py")):
+            relative = path.relative_to(ROOT)
+            if only in str(relative):
+                for place in _places(relative):
+                    by_line.setdefault((relative, place.line), []).append(place)
+    choose = random.Random(seed)
+    lines = choose.sample(sorted(by_line), min(count, len(by_line)))
+    return [choose.choice(by_line[line]) for line in lines]
+
+
+def _stages(path: Path) -> list[list[str]]:
+    """The tests to run, nearest first."""
+    folder = Path("tests") / path.relative_to(PACKAGE).parent
+    while not (ROOT / folder).is_dir():
+        folder = folder.parent
+    own = sorted(str(each.relative_to(ROOT)) for each in (ROOT / folder).glob(f"test_{path.stem}*.py"))
+    stages = [own, [str(folder)], ["tests/services", "tests/test_files_entered.py"]]
+    return [stage for number, stage in enumerate(stages) if stage and stage not in stages[:number]]
+
+
+def _notices(tree: Path, stage: list[str]) -> bool:
+    environment = {**os.environ, "PYTHONPATH": str(tree / "plugin"), "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not soak and not long"]
+    process = subprocess.Popen(  # a group of its own: a change can leave processes behind
+        [*command, "--timeout", "120", *stage],
+        cwd=tree,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        return process.wait(STAGE_S) not in (0, 5)  # 5: there is no such test
+    except subprocess.TimeoutExpired:
+        return True
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, 9)
+        process.wait()
+
+
+def tried(tree: Path, mutation: Mutation) -> dict[str, Any]:
+    """Apply a change, run tests until one fails, and take it back."""
+    file, begun = tree / mutation.path, time.monotonic()
+    before = file.read_text(encoding="utf-8")
+    after = mutate_code(before, plugins.get_operator(mutation.operator)(), mutation.occurrence)
+    assert after is not None
+    changed = [
+        line
+        for line in difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=0)
+        if line[0] in "+-" and line[:3] not in ("+++", "---")
+    ]
+    by = None
+    file.write_text(after, encoding="utf-8")
+    try:
+        for stage in _stages(mutation.path):
+            if _notices(tree, stage):
+                by = stage
+                break
+    finally:
+        file.write_text(before, encoding="utf-8")
+    where = {"file": str(mutation.path), "line": mutation.line, "operator": mutation.operator}
+    return {**where, "diff": changed, "noticed_by": by, "s": round(time.monotonic() - begun, 1)}
+
+
+def main() -> None:
+    """Draw, try, print a line for each change, and the share that was noticed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", default="", help="a part of the path of the files that are changed")
+    parser.add_argument("--out", type=Path, help="a file for one JSON object a change")
+    given = parser.parse_args()
+    found = []
+    with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
+        tree = Path(folder) / "tree"
+        kept_out = shutil.ignore_patterns(".git", ".venv", ".mongotorch", "*_cache", "__pycache__", ".hypothesis")
+        shutil.copytree(ROOT, tree, ignore=kept_out)
+        for mutation in drawn(given.count, given.seed, given.only):
+            result = tried(tree, mutation)
+            found.append(result)
+            fate = "noticed " if result["noticed_by"] else "SURVIVED"
+            print(
+                f"{fate} {result['file']}:{result['line']} {result['s']} s {' | '.join(result['diff'])}",
+                flush=True,
+            )
+            if given.out is not None:
+                with given.out.open("a", encoding="utf-8") as out:
+                    out.write(json.dumps(result) + "\n")
+    noticed = sum(result["noticed_by"] is not None for result in found)
+    print(f"{noticed} of {len(found)} changes were noticed")
+
+
+if __name__ == "__main__":
+    main()
