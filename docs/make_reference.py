@@ -39,7 +39,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
         "model": ("TorchModel",),
         "metrics": ("Metric", "Validation", "Dataset"),
         "component": ("Component",),
-        "jobs": ("Job", "Worker"),
+        "jobs": ("Job", "jobs:RunMetrics", "jobs:MetricRow", "Worker"),
         "versions": (
             "Live",
             "Move",
@@ -72,13 +72,14 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
         "codecs": ("codecs:Codec", "codecs:Codecs", "codecs:Pickled"),
         "triggers": ("Trigger", "State", "Decision"),
         "gates": ("Gate", "Scores", "Verdict"),
+        "mirrors": ("mirrors:Mirror", "mirrors:MetricMirror", "mirrors:MirroredRun"),
         "engines": ("jobs:Engine", "jobs:LocalEngine", "jobs:QueueEngine"),
         "testing": ("testing:*",),
     },
 }
 # Users get these from a datalayer: how they are built is not theirs.
 HANDED_OUT = {"Collection", "Datalayer", "Job", "Live", "Stream"}
-NOT_FOR_USERS = {"Datalayer.runner", "Datalayer.scheduler"}  # for the worker
+NOT_FOR_USERS = {"Datalayer.runner", "Datalayer.scheduler", "Datalayer.run_log"}  # for workers and mirrors
 SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises", "Source")
 LISTS = ("Args", "Attributes", "Raises")
 ENTRY = re.compile(r"    (\*{0,2}\w[\w., *]*?): (.*)")

@@ -31,6 +31,7 @@ LONG = frozenset(
         "test_elections.py",
         "test_every_optimizer.py",
         "test_killed_at_writes.py",
+        "test_killed_mirrors.py",
         "test_killed_publication.py",
         "test_killed_retraining.py",
         "test_killed_runs.py",

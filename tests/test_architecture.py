@@ -39,7 +39,7 @@ SHORT_FILES = {
     "store/access_roles.py": "the roles that an administrator creates; nothing else needs them",
 }
 
-OPTIONAL_HEAVY = {"fiftyone", "ray", "sklearn", "torch", "torchmetrics"}
+OPTIONAL_HEAVY = {"fiftyone", "matplotlib", "pandas", "ray", "sklearn", "torch", "torchmetrics"}
 # Own modules that import an optional heavy one at their top.
 NEEDS_AN_EXTRA = {"mongotorch.demo.digits"}
 

@@ -12,24 +12,25 @@ from pathlib import Path
 from types import EllipsisType
 from typing import Any, ClassVar, Self, final
 
-from mongotorch.component import Component, arguments_checked, is_trained
+from mongotorch.component import Component, arguments_checked
 from mongotorch.data import DataCheck, Explanation, Stream, check_documents, explain
 from mongotorch.data.collection import Collection, read_documents
 from mongotorch.errors import ParameterError
-from mongotorch.jobs import Job
+from mongotorch.jobs import Job, RunMetrics
 from mongotorch.mongo.connection import Connection, open_address
 from mongotorch.query import Query, collection_name
 from mongotorch.resources import Owner
 from mongotorch.schedule import Firing, Schedule
 from mongotorch.services.composition import Services
 from mongotorch.services.lineage import Diff, Reproduction, TrainedOn, diff, reproduce, trained_on
+from mongotorch.services.run_log import RunLog
 from mongotorch.services.schedules.scheduler import Scheduler
 from mongotorch.services.training.job_runner import JobRunner
 from mongotorch.services.training.recipe import check_trainer, stream_spec, training_spec
 from mongotorch.services.versions.live import Live, OnPromote
 from mongotorch.settings import Settings, read_settings
 from mongotorch.split import Fold, Split
-from mongotorch.store import LIVE, Collected, GarbageCollector, Move, Verified
+from mongotorch.store import LIVE, Collected, Move, Verified
 from mongotorch.train import TorchTrainer
 
 
@@ -229,10 +230,28 @@ class Datalayer(Owner):
         found = self._services.jobs.find(status=status, identifier=identifier, limit=limit)
         return [self._services.applier.job(record["_id"]) for record in found]
 
+    @arguments_checked
+    def metrics(self, what: Job[Any] | Component | str | tuple[Any, ...]) -> RunMetrics:
+        """What a run has measured by now: rows of (step, kind, values, time), of training and of validations.
+
+        Args:
+            what: A job; the uuid of a job or of a version; a published component; or a version as
+                `("model", identifier, version)`, without a number the one that `load` gives.
+
+        Raises:
+            NotFoundError: There is none, or no run has published it.
+        """
+        return self._services.applier.metrics(what)
+
     @property
     def runner(self) -> JobRunner:
         """Runs queued jobs here; a `Worker` uses it."""
         return self._services.runner
+
+    @property
+    def run_log(self) -> RunLog:
+        """What happens to runs and aliases; a mirror passes it on."""
+        return self._services.run_log
 
     # Versions
 
@@ -293,16 +312,7 @@ class Datalayer(Owner):
             NotFoundError: There is no such version.
             TrustError: It is not signed by a trusted key.
         """
-        components = self._services.catalog.components
-        if uuid is not None:
-            return _shown(components.get(uuid))
-        if type_id is None:
-            return components.kinds()
-        if identifier is None:
-            return components.identifiers(type_id)
-        if version is None:
-            return components.versions(type_id, identifier)
-        return _shown(components.find(type_id, identifier, version))
+        return self._services.catalog.show(type_id, identifier, version, uuid=uuid)
 
     @arguments_checked
     def remove(self, type_id: str, identifier: str, version: int | None = None, force: bool = False) -> int:
@@ -548,10 +558,7 @@ class Datalayer(Owner):
             dry_run: Only report what would be removed.
             grace_s: Seconds for which it must have been unreferenced; 0 only while no other process writes.
         """
-        days = self.settings.keep_jobs_days
-        keep_jobs_s = None if days is None else days * 86_400.0
-        collector = GarbageCollector(self._connection.database, grace_s=grace_s, keep_jobs_s=keep_jobs_s)
-        return collector.collect(dry_run=dry_run)
+        return self._services.collect(dry_run=dry_run, grace_s=grace_s)
 
     def verify(self, *, repair: str | Path | None = None) -> Verified:
         """Read and hash every blob, check every component and alias; problems are reported, not raised.
@@ -573,7 +580,3 @@ class Datalayer(Owner):
             TrustError: A record was changed since it was signed.
         """
         return self._services.verifier.resign()
-
-
-def _shown(document: dict[str, Any]) -> dict[str, Any]:
-    return {**document, "trained": is_trained(document)}

@@ -43,6 +43,7 @@ class Settings(BaseSettings):
         signing_key: Keys for signatures, `[hmac:]SECRET` or `ed25519:…`; the first signs, all verify.
         signing_key_file: A file of such keys, one a line.
         trust: `signed` refuses components that no accepted key has signed; `any` takes them.
+        webhook_secret: The key by which `mongotorch mirror --to webhook:URL` signs its requests.
         progress: Show progress bars; None shows them on a terminal only.
     """
 
@@ -66,6 +67,7 @@ class Settings(BaseSettings):
     signing_key: SecretStr | None = None
     signing_key_file: Path | None = None
     trust: Literal["any", "signed"] = "any"
+    webhook_secret: SecretStr | None = None
     progress: bool | None = None
 
 

@@ -395,3 +395,17 @@ def _same_bits(first: Tensor, second: Tensor) -> bool:
         return False
     one, other = (part.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for part in (first, second))
     return torch.equal(one, other)
+
+
+def to_floats(scalars: Sequence[Tensor | float]) -> list[float]:
+    """Numbers, and tensors of one element, as floats: one transfer for all where they are on one device."""
+    tensors = [one.detach().reshape(()) for one in scalars if isinstance(one, Tensor)]
+    if len(tensors) == len(scalars) > 1 and len({one.device for one in tensors}) == 1:
+        values: list[float] = torch.stack(tensors).double().tolist()
+        return values
+    return [float(one) for one in scalars]
+
+
+def device_memory_bytes(device: torch.device) -> int | None:
+    """The most memory that tensors of this process had on an accelerator so far; None on the CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

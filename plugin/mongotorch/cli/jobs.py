@@ -1,4 +1,4 @@
-"""The commands of jobs: `jobs`, `job`, `cancel`, and `worker`, which runs them."""
+"""The commands of jobs: `jobs`, `job`, `cancel`, `stop`, and `worker`, which runs them."""
 
 from __future__ import annotations
 
@@ -58,6 +58,22 @@ def cancel(uuid: str, uri: Uri = None, as_json: AsJson = False) -> None:
         print_json({"uuid": uuid, "cancelled": done, "status": status})
     else:
         typer.echo(f"job {uuid} is cancelled" if done else f"job {uuid} had ended already: it {_ENDED[status]}")
+    raise typer.Exit(0 if done else 1)
+
+
+def stop(uuid: str, uri: Uri = None, as_json: AsJson = False) -> None:
+    """Make a job end after its next step and publish the best so far; exit code 1 if it had ended already."""
+    with opened(uri) as db:
+        run = db.job(uuid)
+        done, status = run.stop(), run.status
+    if as_json:
+        print_json({"uuid": uuid, "stopped": done, "status": status})
+    elif not done:
+        typer.echo(f"job {uuid} had ended already: it {_ENDED.get(status, 'has published')}")
+    elif status == "cancelled":
+        typer.echo(f"job {uuid} is cancelled: it had not begun")
+    else:
+        typer.echo(f"job {uuid} ends after its next step, and publishes the best so far")
     raise typer.Exit(0 if done else 1)
 
 

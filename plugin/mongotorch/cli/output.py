@@ -106,6 +106,6 @@ def print_value(value: Any, *, as_json: bool) -> None:
     print_pairs(type(value).__name__.lower(), rows)
 
 
-def print_json(value: Any) -> None:
-    """Print plain values and BSON types as JSON."""
-    typer.echo(json.dumps(json.loads(json_util.dumps(value, json_options=_JSON)), indent=2))
+def print_json(value: Any, *, indent: int | None = 2) -> None:
+    """Print plain values and BSON types as JSON; without an indent on one line."""
+    typer.echo(json.dumps(json.loads(json_util.dumps(value, json_options=_JSON)), indent=indent))

@@ -1,4 +1,4 @@
-"""Jobs: the handle, what handlers get, and the engines that run them."""
+"""Jobs: the handle, what handlers get, what a run measured, and the engines that run them."""
 
 from mongotorch.jobs.engine import (
     Engine,
@@ -10,6 +10,7 @@ from mongotorch.jobs.engine import (
     worker_name,
 )
 from mongotorch.jobs.job import Handler, Job, JobRecords, Lease
+from mongotorch.jobs.run_metrics import MetricRow, RunMetrics
 
 __all__ = [
     "Engine",
@@ -18,7 +19,9 @@ __all__ = [
     "JobRecords",
     "Lease",
     "LocalEngine",
+    "MetricRow",
     "QueueEngine",
+    "RunMetrics",
     "engine_named",
     "environment",
     "log_job",

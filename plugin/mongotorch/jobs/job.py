@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Generic, Protocol, TypeVar, final
 
 from mongotorch.errors import JobCancelledError, JobFailedError, JobTimeoutError
+from mongotorch.jobs.run_metrics import RunMetrics
 
 _RESUME_INTERVAL_S = 2.0
 """How often a waiting caller checks whether the run has to be resumed."""
@@ -30,6 +31,10 @@ class Lease(Protocol):
     @property
     def is_stopping(self) -> bool:
         """Whether the process has to stop."""
+
+    @property
+    def is_asked_to_end(self) -> bool:
+        """Whether the run has to end after its step, and to publish the best so far."""
 
     def check(self) -> None:
         """Raises: JobCancelledError when the job was cancelled, or another worker has taken it over."""
@@ -54,6 +59,9 @@ class JobRecords(Protocol):
     def cancel(self, job_id: str) -> bool:
         """Mark a job that has not ended as cancelled; False if it had ended."""
 
+    def stop(self, job_id: str) -> bool:
+        """Ask a job that has not ended to publish the best so far; False if it had ended."""
+
 
 @final
 class Job(Generic[T]):
@@ -68,6 +76,7 @@ class Job(Generic[T]):
         result: What `result()` returns, if it is known already.
         resume: Runs the job again if no process holds it any more; called while the caller waits. None leaves
             that to workers.
+        metrics: What the run of a uuid has measured by now; None for a job that had nothing to run.
     """
 
     def __init__(
@@ -80,8 +89,9 @@ class Job(Generic[T]):
         error: BaseException | None = None,
         result: T | None = None,
         resume: Callable[[], BaseException | None] | None = None,
+        metrics: Callable[[str], RunMetrics] | None = None,
     ) -> None:
-        self._resume = resume
+        self._resume, self._metrics = resume, metrics
         self.uuid = uuid
         self._component = component
         self._known: T | None = None
@@ -111,8 +121,13 @@ class Job(Generic[T]):
 
     @property
     def progress(self) -> dict[str, Any]:
-        """How far the run is: `step`, `samples`, `samples_per_s`, and what it last measured."""
+        """How far the run is, a second ago at most: `step`, `samples`, `samples_per_s`, what it last measured."""
         return {} if self._records is None else dict(self._records.get(self.uuid).get("progress") or {})
+
+    @property
+    def metrics(self) -> RunMetrics:
+        """What the run has measured by now, as `db.metrics` gives it."""
+        return RunMetrics(job=self.uuid, rows=()) if self._metrics is None else self._metrics(self.uuid)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -140,6 +155,17 @@ class Job(Generic[T]):
             False if it had already ended.
         """
         return self._records is not None and self._records.cancel(self.uuid)
+
+    def stop(self) -> bool:
+        """Ask the run to end after its step, from any process, and to publish the best so far.
+
+        It validates once more, and publishes the best weights of all validations; those of the last step where it
+        never validates. A job of which no step was made has nothing to publish: it is cancelled.
+
+        Returns:
+            False if it had ended, or published, already.
+        """
+        return self._records is not None and self._records.stop(self.uuid)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """What the run raised, None if it succeeded; waits for its end.

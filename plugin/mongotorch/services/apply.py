@@ -7,16 +7,16 @@ neither stored nor trained again, unless that is forced. A job that is running i
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, final
 
 from mongotorch.codecs import codec_of, describe
 from mongotorch.component import Component
-from mongotorch.errors import NotFoundError
-from mongotorch.jobs import Engine, Job
+from mongotorch.errors import NotFoundError, ParameterError
+from mongotorch.jobs import Engine, Job, MetricRow, RunMetrics
 from mongotorch.schedule import Schedule
 from mongotorch.services.versions.catalog import Catalog
-from mongotorch.store import Checkpoints, Jobs
+from mongotorch.store import Checkpoints, Jobs, MetricLog
 from mongotorch.train import TorchTrainer, trainer_and_model
 
 METHOD = "fit"
@@ -30,6 +30,7 @@ class Applier:
         catalog: Stores and loads components.
         jobs: The job documents.
         checkpoints: The checkpoint documents.
+        metric_log: What runs measured.
         engine: Runs jobs.
         run: Runs the job of an id in this process.
         apply_schedule: Stores a schedule and starts it; returns the uuid it is stored under.
@@ -41,13 +42,14 @@ class Applier:
         catalog: Catalog,
         jobs: Jobs,
         checkpoints: Checkpoints,
+        metric_log: MetricLog,
         *,
         engine: Engine,
         run: Callable[[str], None],
         apply_schedule: Callable[[Schedule], str],
         max_runtime_s: float | None = None,
     ) -> None:
-        self._catalog, self._jobs, self._checkpoints = catalog, jobs, checkpoints
+        self._catalog, self._jobs, self._checkpoints, self._metric_log = catalog, jobs, checkpoints, metric_log
         self._engine, self._run, self._apply_schedule = engine, run, apply_schedule
         self._max_runtime_s = max_runtime_s
 
@@ -82,6 +84,43 @@ class Applier:
     def job(self, job_id: str) -> Job[Any]:
         """A job from any process. Raises: NotFoundError."""
         return self._job(job_id, self._jobs.get(job_id)["component"])
+
+    def metrics(self, what: Job[Any] | Component | str | tuple[Any, ...]) -> RunMetrics:
+        """What a run measured; see `Datalayer.metrics`."""
+        job = self._job_of(what)
+        entries = self._metric_log.of(job)
+
+        def follow(known: set[tuple[int, str]]) -> Iterator[MetricRow]:
+            return map(_row, self._metric_log.follow(job, known, lambda: self._has_ended(job)))
+
+        interval = max((entry.get("steps", 0) for entry in entries), default=0)
+        return RunMetrics(job=job, rows=tuple(map(_row, entries)), interval=interval, further=follow)
+
+    def _job_of(self, what: Job[Any] | Component | str | tuple[Any, ...]) -> str:
+        """The job of a run: of a job, its uuid, or a version that it published."""
+        if isinstance(what, tuple):
+            if not 2 <= len(what) <= 3:
+                raise ParameterError("give a version as (type_id, identifier) or with its number", field="what")
+            document = self._catalog.find(*what)
+        elif isinstance(what, Job | Component | str):
+            uuid = what if isinstance(what, str) else what.uuid
+            with contextlib.suppress(NotFoundError):
+                return str(self._jobs.get(uuid)["_id"])
+            document = self._catalog.components.get(uuid)
+        else:
+            kind = type(what).__name__
+            raise ParameterError(f"metrics are of a job, a uuid or a version, not of a {kind}", field="what")
+        if "job" not in document:
+            name = f"{document['type_id']} {document['identifier']!r} version {document['version']}"
+            raise NotFoundError(f"no run has published {name}, so nothing was measured for it")
+        return str(document["job"])
+
+    def _has_ended(self, job_id: str) -> bool:
+        """Whether a job has ended, or is gone."""
+        try:
+            return self._jobs.has_ended(job_id)
+        except NotFoundError:
+            return True
 
     def _start(self, stored: Mapping[str, Any], *, force: bool, priority: int) -> Job[Any]:
         uuid = stored["_id"]
@@ -142,12 +181,17 @@ class Applier:
             records=self._jobs,
             error=error,
             resume=resume,
+            metrics=self.metrics,
         )
 
     def _done(self, uuid: str) -> Job[Any]:
         component = self._catalog.load_uuid(uuid)
         result = component.model if isinstance(component, TorchTrainer) else component
         return Job(uuid, component=lambda: component, load=self._catalog.load_model, result=result)
+
+
+def _row(entry: Mapping[str, Any]) -> MetricRow:
+    return MetricRow(step=entry["step"], kind=entry["kind"], values=entry["values"], time=entry["at"])
 
 
 def _parameters(fields: Mapping[str, Any]) -> dict[str, Any]:

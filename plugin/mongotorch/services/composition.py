@@ -11,6 +11,7 @@ from mongotorch.jobs import engine_named, worker_name
 from mongotorch.mongo.connection import Connection
 from mongotorch.schedule import Schedule
 from mongotorch.services.apply import Applier
+from mongotorch.services.run_log import RunLog
 from mongotorch.services.schedules.register import Register
 from mongotorch.services.schedules.retraining import LiveMetrics, Retraining
 from mongotorch.services.schedules.scheduler import Scheduler
@@ -18,7 +19,17 @@ from mongotorch.services.training.job_runner import JobRunner
 from mongotorch.services.training.training_run import TrainingRun
 from mongotorch.services.versions.catalog import Catalog
 from mongotorch.settings import Settings
-from mongotorch.store import Checkpoints, Jobs, MetricLog, Schedules, Verifier, trust_of
+from mongotorch.store import (
+    Checkpoints,
+    Collected,
+    GarbageCollector,
+    Jobs,
+    MetricLog,
+    MirrorPositions,
+    Schedules,
+    Verifier,
+    trust_of,
+)
 
 
 @final
@@ -35,6 +46,7 @@ class Services:
         jobs: The job documents.
         runner: Runs jobs.
         applier: Applies components.
+        run_log: What happens to runs and aliases.
         register: The schedules.
         scheduler: Fires schedules.
     """
@@ -48,6 +60,13 @@ class Services:
         checkpoints = Checkpoints(database, trust)
         for store in (self.catalog, self.jobs, metric_log, checkpoints, schedules):
             store.ensure_indexes()
+        self.run_log = RunLog(
+            jobs=self.jobs,
+            metric_log=metric_log,
+            aliases=self.catalog.aliases,
+            components=self.catalog.components,
+            positions=MirrorPositions(database),
+        )
         self.verifier = Verifier(database, trust)
         training = TrainingRun(
             connection, settings, self.catalog, jobs=self.jobs, metric_log=metric_log, checkpoints=checkpoints
@@ -77,8 +96,16 @@ class Services:
             self.catalog,
             self.jobs,
             checkpoints,
+            metric_log,
             engine=engine_named(settings.compute),
             run=self.runner.run,
             apply_schedule=self.register.apply,
             max_runtime_s=settings.max_runtime_s,
         )
+        self._database, self._keep_jobs_days = database, settings.keep_jobs_days
+
+    def collect(self, *, dry_run: bool, grace_s: float) -> Collected:
+        """Remove what nothing refers to; see `Datalayer.gc`."""
+        days = self._keep_jobs_days
+        keep_jobs_s = None if days is None else days * 86_400.0
+        return GarbageCollector(self._database, grace_s=grace_s, keep_jobs_s=keep_jobs_s).collect(dry_run=dry_run)

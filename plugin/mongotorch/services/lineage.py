@@ -308,8 +308,9 @@ def reproduce(
         return Reproduction(same=False, trained=False, changed=changed)
     stored = catalog.load_model(uuid)
     with opened_fit(recipe, connection, settings, data=now) as fit:
-        for _ in fit.run():
-            pass
+        for event in fit.run():
+            if document.get("stopped") and event.step >= document["steps"]:
+                fit.stop()
     fit.trained()  # puts the best weights into the model
     weights = list(differences(stored.object, recipe.model.object))
     changed += [f"weight {name!r} came out otherwise" for name in weights]

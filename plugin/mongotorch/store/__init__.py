@@ -10,7 +10,8 @@ from mongotorch.store.checkpoints import OVER, Checkpoints
 from mongotorch.store.components import Components
 from mongotorch.store.jobs import Jobs, plain
 from mongotorch.store.maintenance import Collected, GarbageCollector, Verified, Verifier
-from mongotorch.store.metrics import MetricLog
+from mongotorch.store.metrics import MetricEntry, MetricLog
+from mongotorch.store.mirrors import MirrorPositions
 from mongotorch.store.schedules import Schedules
 from mongotorch.store.signing import Trust, trust_of
 
@@ -24,7 +25,9 @@ __all__ = [
     "Components",
     "GarbageCollector",
     "Jobs",
+    "MetricEntry",
     "MetricLog",
+    "MirrorPositions",
     "Move",
     "Schedules",
     "Trust",

@@ -16,6 +16,7 @@ from mongotorch.store.checkpoints import COLLECTION as CHECKPOINTS
 from mongotorch.store.components import COLLECTION as COMPONENTS
 from mongotorch.store.jobs import COLLECTION as JOBS
 from mongotorch.store.metrics import COLLECTION as METRICS
+from mongotorch.store.mirrors import COLLECTION as MIRRORS
 from mongotorch.store.schedules import COLLECTION as SCHEDULES
 
 _READ: Final = ["find", "listCollections", "listIndexes", "collStats", "dbStats", "changeStream"]
@@ -26,7 +27,8 @@ _WORKER: Final = {
     f"{BUCKET}.chunks": ["insert"],
     USES: ["insert"],
     JOBS: ["insert", "update"],
-    METRICS: ["insert", "update"],
+    METRICS: ["insert", "update", "remove"],  # a long run keeps every second entry, then every fourth, and so on
+    MIRRORS: ["insert", "update"],
     CHECKPOINTS: ["insert", "update", "remove"],
     SCHEDULES: ["insert", "update", "remove"],  # the leader's lease is removed
 }

@@ -133,6 +133,12 @@ class Aliases:
         where = {**_named(type_id, identifier, alias), **({} if until is None else _until(until))}
         return [self._checked(document) for document in self._documents.find(where).sort("n", 1)]
 
+    @repeated("reading the history of aliases")
+    def moves(self, since: datetime) -> list[Move]:
+        """The moves of all aliases since a time (naive UTC), oldest first. Raises: TrustError, FormatError."""
+        found = self._documents.find({"when": {"$gte": since}}).sort([("when", 1), ("_id", 1)])
+        return [self._checked(document) for document in found]
+
     @repeated("looking for aliases")
     def names(self, uuids: Iterable[str]) -> list[Move]:
         """The newest moves of the aliases that now name one of these uuids. Raises: TrustError, FormatError."""

@@ -161,10 +161,23 @@ class Jobs:
         component: str | None = None,
         limit: int = 100,
     ) -> list[dict[str, Any]]:
-        """The documents of the newest jobs that match, newest first, at most `limit`. Raises: FormatError."""
+        """The documents of the newest jobs that match, newest first, at most `limit` (0 is all of them).
+
+        Raises:
+            FormatError: A newer release has written one of them.
+        """
         asked = {"status": status, "identifier": identifier, "component": component}
         where = {name: value for name, value in asked.items() if value is not None}
         found = list(self._documents.find(where).sort([("created", -1), ("_id", -1)]).limit(limit))
+        for job in found:
+            check_format(job, KIND)
+        return found
+
+    @repeated("reading jobs")
+    def ended(self, since: datetime) -> list[dict[str, Any]]:
+        """The documents of the jobs that have ended since a time, in that order. Raises: FormatError."""
+        where = {"status": {"$in": sorted(FINAL_STATUSES)}, "finished": {"$gte": since}}
+        found = list(self._documents.find(where).sort([("finished", 1), ("_id", 1)]))
         for job in found:
             check_format(job, KIND)
         return found
@@ -220,6 +233,35 @@ class Jobs:
             self.get(job_id)  # raises if there is none
         return done
 
+    @repeated("stopping a job")
+    def stop(self, job_id: str) -> bool:
+        """Ask a job to end and to publish the best so far; one that nobody has begun is cancelled.
+
+        Returns:
+            False if it had ended, or published, already.
+
+        Raises:
+            NotFoundError: There is no such job.
+        """
+        unpublished = {"_id": job_id, "published": None}
+        never_begun = {**unpublished, "status": "queued", "attempt": 0}
+        cancelled = {"status": "cancelled", "finished": Later(), "lease_until": None}
+        # A job that is claimed between the two is stopped by the second.
+        for where, values in (
+            (never_begun, cancelled),
+            ({**unpublished, "status": {"$in": ["queued", "running"]}}, {"stop": Later()}),
+        ):
+            with self._clock.alone():
+                if self._documents.update_one(where, self._clock.update(values)).matched_count:
+                    return True
+        self.get(job_id)  # raises if there is none
+        return False
+
+    @repeated("looking at a job")
+    def is_asked_to_stop(self, job_id: str) -> bool:
+        """Whether a job was asked to end and to publish the best so far."""
+        return self._found({"_id": job_id, "stop": {"$ne": None}})
+
     @repeated("queueing a job again")
     def requeue(self, job_id: str) -> bool:
         """Queue a failed or cancelled job again, without its failures; False for any other job."""
@@ -228,7 +270,7 @@ class Jobs:
             job = self._documents.find_one(ended, {"attempt": 1})
             if job is None:
                 return False
-            fresh = {"failures": 0, "losses": 0, "seen": job["attempt"], "published": None}
+            fresh = {"failures": 0, "losses": 0, "seen": job["attempt"], "published": None, "stop": None}
             values = {**_QUEUED, **fresh, "ready_at": Later(), "finished": None}
             same = {**ended, "attempt": job["attempt"]}
             return bool(self._documents.update_one(same, self._clock.update(values)).matched_count)

@@ -1,19 +1,49 @@
 """Stores what runs measure: one document for each job, step and kind, so that no document grows with the run.
 
-Guarantees: writing the same job, step and kind again, as a resumed run does, replaces the entry.
+Guarantees: writing the same job, step and kind again, as a resumed run does, replaces the entry. An attempt that
+has lost its job writes none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Any, Final, final
 
+from pymongo import UpdateOne
+from pymongo.errors import PyMongoError
+
 from mongotorch.codecs import WRITTEN, check_format
+from mongotorch.mongo.change_stream import open_stream, poller
 from mongotorch.mongo.retry import repeated
-from mongotorch.mongo.server_features import Later, clock_of, ensure_index, records
-from mongotorch.store.jobs import plain_key
+from mongotorch.mongo.server_features import Later, clock_of, ensure_index, is_mock, records
+from mongotorch.store.jobs import COLLECTION as JOBS
+from mongotorch.store.jobs import plain_key, running
 
 COLLECTION: Final = "mt.metrics"
+_POLL_S: Final = 0.5
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MetricEntry:
+    """What one entry says.
+
+    Attributes:
+        step: The number of optimizer steps taken.
+        kind: What was measured: `train` or `valid`.
+        values: The measured values by name.
+        steps: Of `train`: the number of steps whose means the values are; 0 where there is none.
+        age_s: Seconds since it was measured.
+    """
+
+    step: int
+    kind: str
+    values: Mapping[str, float]
+    steps: int = 0
+    age_s: float = 0.0
 
 
 @final
@@ -26,6 +56,7 @@ class MetricLog:
 
     def __init__(self, database: Any) -> None:
         self._documents = records(database, COLLECTION)
+        self._jobs = records(database, JOBS)
         self._clock = clock_of(database)
 
     @repeated("preparing the metrics")
@@ -34,39 +65,112 @@ class MetricLog:
         ensure_index(self._documents, [("job", 1), ("step", 1), ("kind", 1)], unique=True)
         ensure_index(self._documents, [("component", 1), ("step", 1)])
 
-    @repeated("writing a metric")
     def add(self, *, job: str, component: str, step: int, kind: str, values: Mapping[str, float]) -> None:
-        """Write an entry, over the one of the same job, step and kind.
+        """Write one entry, over the one of the same job, step and kind; see `write`."""
+        self.write([MetricEntry(step=step, kind=kind, values=values)], job=job, component=component)
+
+    @repeated("writing metrics")
+    def write(
+        self, measured: Sequence[MetricEntry], *, job: str, component: str, attempt: int | None = None
+    ) -> bool:
+        """Write entries in one request, each over the one of the same job, step and kind.
 
         Args:
+            measured: What was measured.
             job: The job's id.
             component: The uuid of what is trained.
-            step: The number of optimizer steps taken.
-            kind: What was measured: `train` or `valid`.
-            values: The measured values by name.
+            attempt: Write only while the job runs under this attempt; None checks nothing.
+
+        Returns:
+            False: the job no longer runs under the attempt, and nothing was written.
         """
+        if attempt is not None and self._jobs.find_one(running(job, attempt), {"_id": 1}) is None:
+            return False
+        with self._clock.alone():
+            updates = [self._update(one, job, component) for one in measured]
+            if is_mock(self._documents):  # it does not understand the bulk writes of newer drivers
+                for key, update in updates:
+                    self._documents.update_one(key, update, upsert=True)
+            elif updates:
+                requests = [UpdateOne(key, update, upsert=True) for key, update in updates]
+                self._documents.bulk_write(requests, ordered=False)
+        return True
+
+    def _update(self, measured: MetricEntry, job: str, component: str) -> tuple[dict[str, Any], Any]:
         entry = {
             "job": job,
-            "step": int(step),
-            "kind": kind,
+            "step": int(measured.step),
+            "kind": measured.kind,
             **WRITTEN,
             "component": component,
-            "values": {plain_key(name): float(value) for name, value in values.items()},
-            "at": Later(),
+            "values": {plain_key(name): float(value) for name, value in measured.values.items()},
+            "at": Later(-measured.age_s),
         }
-        with self._clock.alone():
-            # The _id follows from the entry, so that two writers at once meet in one document.
-            self._documents.update_one({"_id": f"{job}:{step}:{kind}"}, self._clock.update(entry), upsert=True)
+        if measured.steps:
+            entry["steps"] = measured.steps
+        # The _id follows from the entry, so that two writers at once meet in one document.
+        return {"_id": f"{job}:{measured.step}:{measured.kind}"}, self._clock.update(entry)
 
     @repeated("reading metrics")
-    def of(self, job: str) -> list[dict[str, Any]]:
-        """The entries of a job, by step and kind. Raises: FormatError."""
-        found = list(self._documents.find({"job": job}).sort([("step", 1), ("kind", 1)]))
+    def of(self, job: str, *, since: datetime | None = None) -> list[dict[str, Any]]:
+        """The entries of a job, by step and kind; only those measured since a time. Raises: FormatError."""
+        where = {"job": job} if since is None else {"job": job, "at": {"$gte": since}}
+        found = list(self._documents.find(where).sort([("step", 1), ("kind", 1)]))
         for entry in found:
             check_format(entry, "metric")
         return found
 
+    def follow(
+        self, job: str, known: set[tuple[int, str]], has_ended: Callable[[], bool]
+    ) -> Iterator[dict[str, Any]]:
+        """The entries of a job as they come, by a change stream or by looking again, until the job has ended.
+
+        Args:
+            job: The job's id.
+            known: Step and kind of the entries that are left out; what is given is added.
+            has_ended: Whether the job has ended.
+
+        Raises:
+            ServerUnavailableError: The server cannot be reached.
+        """
+        of_job = {"operationType": "insert", "fullDocument.job": job}
+        stream = open_stream(self._documents, of_job, doing="following metrics")
+        with stream if stream is not None else contextlib.nullcontext():
+            poll, ended = poller(), False
+            while True:
+                for entry in self.of(job):
+                    if (entry["step"], entry["kind"]) not in known:
+                        known.add((entry["step"], entry["kind"]))
+                        yield entry
+                if ended:
+                    return
+                # In this order: what is written before the end is seen by one more look.
+                ended = has_ended()
+                if not ended:
+                    _await(stream, known, poll)
+
     @repeated("removing metrics")
-    def remove(self, job: str) -> int:
-        """Remove the entries of a job, and return how many."""
-        return int(self._documents.delete_many({"job": job}).deleted_count)
+    def remove(self, job: str, *, after: int = -1) -> int:
+        """Remove the entries of a job, those after a step alone if one is given, and return how many."""
+        where = {"job": job} if after < 0 else {"job": job, "step": {"$gt": after}}
+        return int(self._documents.delete_many(where).deleted_count)
+
+    @repeated("thinning metrics")
+    def thin(self, job: str, interval: int) -> int:
+        """Remove the `train` entries of a job whose step is no multiple of a number, and return how many."""
+        where = {"job": job, "kind": "train", "$nor": [{"step": {"$mod": [interval, 0]}}]}
+        return int(self._documents.delete_many(where).deleted_count)
+
+
+def _await(stream: Any, known: set[tuple[int, str]], poll: Callable[[float], None]) -> None:
+    """Wait until there may be a further entry, for a second at most."""
+    if stream is None or not stream.alive:
+        poll(_POLL_S)
+        return
+    try:
+        while (change := stream.try_next()) is not None:
+            entry = change["fullDocument"]
+            if (entry["step"], entry["kind"]) not in known:
+                return
+    except PyMongoError:
+        stream.close()  # it cannot be resumed: looking again does as well

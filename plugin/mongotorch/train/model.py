@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from mongotorch.component import ADDED, Component
 from mongotorch.errors import ParameterError
-from mongotorch.tensors import copied_values, stack_inputs, to_device, unstack
+from mongotorch.tensors import copied_values, leaves, stack_inputs, to_device, unstack
 from mongotorch.train.metrics import Validation
 
 CALL = "__call__"
@@ -247,3 +249,129 @@ def _structure(model: TorchModel) -> dict[str, tuple[Any, ...]]:
         name: (tuple(getattr(part, "shape", ())), str(getattr(part, "dtype", type(part))))
         for name, part in state.items()
     }
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerSummary:
+    """One layer of a model: a part without parts, or with parameters of its own.
+
+    Attributes:
+        name: Its name in the module; empty for the module itself.
+        kind: The name of its class.
+        output: The shape of what it gave for a batch; None where that is not known.
+        parameters: How many numbers its own parameters have; 0 as long as a lazy one has no shape.
+        trainable: How many of them are trained.
+        shapes: The shapes of its own parameters, by name.
+    """
+
+    name: str
+    kind: str
+    output: tuple[int, ...] | None
+    parameters: int
+    trainable: int
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether it has parameters, and none of them is trained."""
+        return bool(self.parameters) and not self.trainable
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class ModelSummary:
+    """The layers of a model; its `repr` is a table.
+
+    Attributes:
+        identifier: The name of the model.
+        layers: The layers, in the order of the module.
+        parameters: How many numbers all parameters have, shared ones once.
+        trainable: How many of them are trained.
+        bytes: What parameters and buffers take in memory.
+    """
+
+    identifier: str
+    layers: tuple[LayerSummary, ...]
+    parameters: int
+    trainable: int
+    bytes: int
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The lines of the table as text: layer, class, weights, output, parameters, and whether it is frozen."""
+        return [
+            (
+                layer.name or "(itself)",
+                layer.kind,
+                ", ".join(f"{name} {_shape(shape)}" for name, shape in layer.shapes.items()),
+                "" if layer.output is None else _shape(layer.output),
+                f"{layer.parameters:,}" if layer.parameters else "",
+                "frozen" if layer.is_frozen else "",
+            )
+            for layer in self.layers
+        ]
+
+    def __repr__(self) -> str:
+        lines = [("layer", "class", "weights", "output", "parameters", ""), *self.rows()]
+        widths = [max(len(line[n]) for line in lines) for n in range(len(lines[0]))]
+        table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+        return "\n".join([self._title(), *(line.rstrip() for line in table)])
+
+    def _title(self) -> str:
+        frozen = self.parameters - self.trainable
+        return (
+            f"model {self.identifier!r}: {self.parameters:,} parameters, {frozen:,} of them frozen, "
+            f"{self.bytes / 2**20:,.1f} MiB"
+        )
+
+
+def summarize(model: TorchModel, run: Callable[[], Any] | None = None) -> ModelSummary:
+    """The layers of a model.
+
+    Args:
+        model: The model.
+        run: Passes a batch through it, by which the shapes of outputs are known; None leaves them out.
+    """
+    module, outputs = model.object, dict[str, tuple[int, ...]]()
+    if run is not None:
+        with contextlib.ExitStack() as hooks:
+            for name, part in module.named_modules():
+                handle = part.register_forward_hook(functools.partial(_keep_shape, outputs, name))
+                hooks.callback(handle.remove)
+            run()
+    layers = [
+        _layer(name, part, outputs.get(name))
+        for name, part in module.named_modules()
+        if not any(True for _ in part.children()) or any(True for _ in part.parameters(recurse=False))
+    ]
+    parameters = [part for part in module.parameters() if not is_lazy(part)]
+    buffers = [part for part in module.buffers() if not is_lazy(part)]
+    return ModelSummary(
+        identifier=model.identifier,
+        layers=tuple(layers),
+        parameters=sum(part.numel() for part in parameters),
+        trainable=sum(part.numel() for part in parameters if part.requires_grad),
+        bytes=sum(part.nbytes for part in [*parameters, *buffers]),
+    )
+
+
+def _keep_shape(outputs: dict[str, tuple[int, ...]], name: str, _: nn.Module, __: Any, output: Any) -> None:
+    first = next((part for part in leaves(output) if isinstance(part, Tensor)), None)
+    if first is not None:
+        outputs.setdefault(name, tuple(first.shape))
+
+
+def _layer(name: str, part: nn.Module, output: tuple[int, ...] | None) -> LayerSummary:
+    own = {one: value for one, value in part.named_parameters(recurse=False) if not is_lazy(value)}
+    return LayerSummary(
+        name=name,
+        kind=type(part).__name__,
+        output=output,
+        parameters=sum(value.numel() for value in own.values()),
+        trainable=sum(value.numel() for value in own.values() if value.requires_grad),
+        shapes={one: tuple(value.shape) for one, value in own.items()},
+    )
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "()"

@@ -104,6 +104,7 @@ class TorchTrainer(TrainingStep, Component):
         split: Which documents are for training and which for validation: `ByHash`, `ByTime`, `ByGroup`, `KFold`,
             or the share for validation, such as 0.1. None is by `_fold`, and by the hash of `_id` (5 % are for
             validation) for documents without.
+        log_interval: Steps between two rows of `train` in what `db.metrics` gives; None keeps validations alone.
         scheduler_cls: What changes the learning rates: a name in `torch.optim.lr_scheduler`,
             `package.module:Name`, or a class, or a function that makes one of an optimizer.
         scheduler_kwargs: Its options. A value may name a number of the run, `"max_iterations"`, `"max_epochs"` or
@@ -163,6 +164,7 @@ class TorchTrainer(TrainingStep, Component):
     defaults: Mapping[str, Any] | None = dataclasses.field(default=None, metadata={ADDED: "0.2.0"})
     dtypes: Mapping[str, str] | None = dataclasses.field(default=None, metadata={ADDED: "0.2.0"})
     split: Split | float | None = dataclasses.field(default=None, metadata={ADDED: "0.2.0"})
+    log_interval: int | None = dataclasses.field(default=50, metadata={ADDED: "0.2.0"})
     scheduler_cls: str | Callable[..., Any] | None = dataclasses.field(default=None, metadata={ADDED: "0.2.0"})
     scheduler_kwargs: Mapping[str, Any] | None = dataclasses.field(default=None, metadata={ADDED: "0.2.0"})
     scheduler_interval: str | None = dataclasses.field(default=None, metadata={ADDED: "0.2.0"})
@@ -364,6 +366,8 @@ class TorchTrainer(TrainingStep, Component):
             raise ParameterError(f"ema_decay={self.ema_decay!r}: it must be below 1, as 0.999", field="ema_decay")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ParameterError(f"seed={self.seed!r}: it must be a whole number", field="seed")
+        if self.log_interval is not None:
+            _check_positive("log_interval", self.log_interval)
         self._check_end()
 
     def _check_end(self) -> None:

@@ -74,7 +74,7 @@ def test_the_job_says_how_the_run_went(db: Datalayer, other: Datalayer) -> None:
     found = other.job(job.uuid).result()
     assert isinstance(found, TorchModel)
     assert same(state(found), state(trained))
-    points = list(db["mt.metrics"].raw.find({"job": job.uuid}).sort("step", 1))
+    points = list(db["mt.metrics"].raw.find({"job": job.uuid, "kind": "valid"}).sort("step", 1))
     assert [point["step"] for point in points] == [4, 8]
     assert [p["values"]["objective"] for p in points] == trained.trainer.metric_values["objective"]
 

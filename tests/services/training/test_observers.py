@@ -45,7 +45,7 @@ class FakeLease:
 
     def __init__(self) -> None:
         self.progress: dict[str, Any] = {}
-        self.is_stopping, self.is_lost = False, False
+        self.is_stopping, self.is_lost, self.is_asked_to_end = False, False, False
 
     def check(self) -> None:
         if self.is_lost:

@@ -68,7 +68,7 @@ def test_each_metric_is_exact_on_the_fold_and_on_each_dataset(db: Datalayer) -> 
         for name, value in expected(trained, documents).items():
             assert values[prefix + name][best] == pytest.approx(value, abs=1e-6), prefix + name
     assert len(values) == 6
-    point = db["mt.metrics"].raw.find_one({"step": 2})
+    point = db["mt.metrics"].raw.find_one({"step": 2, "kind": "valid"})
     assert set(point["values"]) == set(values)
     assert db.load("dataset", "hard").select == db["hard"].find({"n": {"$gte": 45}})
 

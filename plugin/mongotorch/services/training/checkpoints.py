@@ -125,6 +125,7 @@ class CheckpointWriter:
         save: Stores a state.
         interval_s: Write a checkpoint when so many seconds have passed since the last one.
         lease: The attempt's hold on its job; None never stops.
+        more: What is kept besides the state of the run, when that is captured.
         clock: A monotonic clock, in seconds.
     """
 
@@ -134,9 +135,11 @@ class CheckpointWriter:
         *,
         interval_s: float,
         lease: Lease | None = None,
+        more: Callable[[], Mapping[str, Any]] = dict,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._save, self._interval_s, self._lease, self._clock = save, interval_s, lease, clock
+        self._more = more
         self._last = clock()
         self._fit: Fit | None = None
         self._waiting: Mapping[str, Any] | None = None
@@ -192,11 +195,14 @@ class CheckpointWriter:
         if self._fit is None:
             return
         if self._lease is not None and self._lease.is_stopping:
-            self.write(self._fit.capture())
+            self.write(self._captured(self._fit))
             self.flush()
             raise JobReleasedError(f"the job is handed back after step {event.step}")
         if is_due and not self._fit.is_over:
-            self.write(self._fit.capture())
+            self.write(self._captured(self._fit))
+
+    def _captured(self, fit: Fit) -> dict[str, Any]:
+        return {**fit.capture(), **self._more()}
 
     def _raise(self) -> None:
         if self._error is not None:

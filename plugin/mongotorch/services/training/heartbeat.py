@@ -56,6 +56,7 @@ class Heartbeat:
         self._begun_s = time.monotonic()
         self._lost = threading.Event()
         self._ended, self._stopping = threading.Event(), stop or threading.Event()
+        self._is_asked_to_end = False
         self._one = threading.Lock()
         self._written: dict[str, Any] | None = None
         self._thread = threading.Thread(target=self._run, name="mongotorch-heartbeat", daemon=True)
@@ -75,6 +76,15 @@ class Heartbeat:
     def is_stopping(self) -> bool:
         """Whether the process has to stop: the run writes a checkpoint and hands the job back."""
         return self._stopping.is_set()
+
+    @property
+    def is_asked_to_end(self) -> bool:
+        """Whether somebody has asked the run to end, and to publish the best so far."""
+        return self._is_asked_to_end
+
+    def look(self) -> None:
+        """See whether somebody has asked the run to end."""
+        self._is_asked_to_end = self._is_asked_to_end or self._jobs.is_asked_to_stop(self._job_id)
 
     def check(self) -> None:
         """Return if the run may go on.
@@ -116,13 +126,13 @@ class Heartbeat:
         renewal_s = self._lease_s / 3
         renewed_s = time.monotonic()
         while not self._lost.is_set() and not self._ended.wait(min(renewal_s, PROGRESS_S)):
-            if self.progress is self._written and time.monotonic() - renewed_s < renewal_s:
-                continue  # nothing is new, and the lease has time
             # Whatever a beat raises, mostly that the database is away: a thread that ends would lose the lease of
             # a run that goes on. The lease decides, and publishing checks it again.
             with contextlib.suppress(Exception):
-                self.beat()
-                renewed_s = time.monotonic()
+                if self.progress is not self._written or time.monotonic() - renewed_s >= renewal_s:
+                    self.beat()
+                    renewed_s = time.monotonic()
+                self.look()
 
 
 def too_long(job_id: str, max_runtime_s: float) -> JobRuntimeError:

@@ -6,16 +6,28 @@ To watch runs in a further way, write an `Observer` and add it to the list in `T
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
+import logging
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Protocol, Self, final
+from typing import Any, Final, Protocol, Self, final
 
 from tqdm import tqdm
 
 from mongotorch.jobs import Lease
-from mongotorch.store import MetricLog
+from mongotorch.mongo.error_translation import redact
+from mongotorch.store import MetricEntry, MetricLog
+from mongotorch.tensors import device_memory_bytes, to_floats
 from mongotorch.train import Fit, Stepped, Validated
+
+_log = logging.getLogger("mongotorch.jobs")
+MOST_ENTRIES: Final = 2048
+"""How many `train` entries a run may keep; the steps between them grow by powers of two."""
+_MOST_PENDING: Final = 64  # steps whose values stay where they are, before they are added up
+_WRITE_S: Final = 1.0
 
 
 class Observer(Protocol):
@@ -78,7 +90,7 @@ def observe(fit: Fit, observers: Sequence[Observer]) -> None:
 
 @final
 class JobProgress(Observer):
-    """Ends the run when its lease is lost, and hands the heartbeat what the job's document says as `progress`.
+    """Ends the run when its lease is lost or it is asked to end, and hands the heartbeat its `progress`.
 
     The rate and the remaining time are in it from the second step of this attempt on.
 
@@ -89,21 +101,27 @@ class JobProgress(Observer):
 
     Attributes:
         progress: Plain BSON.
+        has_stopped: Whether the run was ended before its last step.
     """
 
     def __init__(self, lease: Lease, *, limit: int | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._lease, self._clock, self._limit = lease, clock, limit
         self._begun: float | None = None
         self._first_step = 0
+        self._fit: Fit | None = None
+        self.has_stopped = False
         self.progress: dict[str, Any] = {"step": 0, "samples": 0, "max_steps": limit}
 
     def on_start(self, fit: Fit) -> None:
         """Say that the run has begun."""
+        self._fit = fit
         self._lease.progress = self.progress
 
     def on_step(self, event: Stepped) -> None:
         """Count the step and its samples. Raises: JobCancelledError when the lease is lost."""
         self._lease.check()
+        if self._lease.is_asked_to_end and self._fit is not None:
+            self.stop(self._fit)
         now = self._clock()
         if self._begun is None:
             self._begun, self._first_step = now, event.step
@@ -121,6 +139,12 @@ class JobProgress(Observer):
         self._lease.check()
         self.progress = {**self.progress, "values": event.values, "validated_step": event.step}
         self._lease.progress = self.progress
+
+    def stop(self, fit: Fit) -> None:
+        """End the run after the step that was made, unless that is the last one anyway."""
+        if not fit.is_over:
+            fit.stop()
+            self.has_stopped = True
 
 
 @final
@@ -155,19 +179,209 @@ class ProgressBar(Observer):
 
 @final
 class MetricRecorder(Observer):
-    """Writes what each validation measured into `mt.metrics`.
+    """Writes what a run measures into `mt.metrics`: each validation, and a `train` entry every so many steps.
+
+    The values of a `train` entry are means over the rows since the entry before: `objective`, `gradient_norm` and
+    what the trainer logged. Besides, it has `learning_rate` (`learning_rate/0`, `learning_rate/1`, … where there
+    are several), `samples_per_s`, `waited_share` (of the time, for data), and `device_memory_bytes` on a GPU.
+
+    A thread of its own writes, at most once a second. What it cannot write is logged and tried again, and never
+    ends the run. However long a run is, it keeps few entries: when there are `MOST_ENTRIES`, every second one is
+    removed, and the interval is twice as long from then on.
 
     Args:
         metric_log: The metrics of the database.
-        job: The job's id.
-        component: The uuid of what is trained.
+        job: The claimed job document.
+        interval: Steps between two `train` entries, at first; None writes none.
+        begun: The step that the run goes on from, 0 for a new one: later entries are those of a killed attempt.
+        state: What `state_dict` gave when that step was captured.
+        clock: A monotonic clock, in seconds.
     """
 
-    def __init__(self, metric_log: MetricLog, *, job: str, component: str) -> None:
-        self._metric_log, self._job, self._component = metric_log, job, component
+    def __init__(
+        self,
+        metric_log: MetricLog,
+        *,
+        job: Mapping[str, Any],
+        interval: int | None,
+        begun: int = 0,
+        state: Mapping[str, Any] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._metric_log, self._job, self._begun, self._clock = metric_log, job, begun, clock
+        self._interval = interval or 0
+        while self._interval and begun > MOST_ENTRIES * self._interval:
+            self._interval *= 2
+        self._due = self._next(begun)
+        self._means = _Means(state or {})
+        self._elapsed_s, self._waited_s = 0.0, 0.0
+        self._last_s: float | None = None  # when the last step or validation ended
+        self._step = begun
+        self._rates: tuple[float, ...] = ()
+        self._device: Any = None
+        self._waiting: list[tuple[float, MetricEntry]] = []
+        self._thin_to: int | None = None
+        self._one, self._writing = threading.Lock(), threading.Lock()
+        self._wake, self._is_closed, self._is_lost, self._has_failed = threading.Event(), False, False, False
+        self._thread = threading.Thread(target=self._run, name="mongotorch-metrics", daemon=True)
+
+    def __enter__(self) -> Self:
+        if self._begun or self._job["attempt"] > 1:
+            self._try(lambda: self._metric_log.remove(self._job["_id"], after=self._begun))
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._is_closed = True
+        self._wake.set()
+        self._thread.join()
+
+    def on_start(self, fit: Fit) -> None:
+        """Begin to measure the time."""
+        self._device = fit.device
+        self._last_s = self._clock()
+
+    def on_step(self, event: Stepped) -> None:
+        """Add the step to the means, and have them written if the interval is over."""
+        if not self._interval:
+            return
+        now = self._clock()
+        self._elapsed_s += now - (self._last_s or now)
+        self._last_s = now
+        self._waited_s += event.waited_s
+        self._step, self._rates = event.step, event.learning_rates
+        self._means.add(event)
+        if event.step >= self._due:
+            self._measure(now)
 
     def on_validation(self, event: Validated) -> None:
-        """Write the values."""
-        self._metric_log.add(
-            job=self._job, component=self._component, step=event.step, kind="valid", values=event.values
-        )
+        """Have the values written."""
+        self._last_s = self._clock()  # the time of a validation is not that of a step
+        self._put(self._last_s, MetricEntry(step=event.step, kind="valid", values=event.values))
+        self._wake.set()
+
+    def on_end(self) -> None:
+        """Have the means of the last steps written."""
+        if self._means.steps:
+            self._measure(self._clock())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The means of the steps since the last entry, for a run that goes on here; plain values."""
+        return self._means.state_dict()
+
+    def flush(self) -> None:
+        """Write what waits, in the calling thread."""
+        with self._writing:
+            with self._one:
+                batch, self._waiting = self._waiting, []
+                thin_to, self._thin_to = self._thin_to, None
+            now = self._clock()
+            measured = [dataclasses.replace(one, age_s=now - made) for made, one in batch]
+            names = {"job": self._job["_id"], "component": self._job["component"]}
+            attempt = self._job["attempt"]
+            write = functools.partial(self._metric_log.write, measured, attempt=attempt, **names)
+            if measured and not self._is_lost and not self._try(write):
+                with self._one:
+                    self._waiting = [*batch, *self._waiting][-MOST_ENTRIES:]
+            if thin_to is not None and not self._is_lost:
+                self._try(lambda: self._metric_log.thin(self._job["_id"], thin_to))
+
+    def _measure(self, now: float) -> None:
+        means, rows, steps = self._means.take()
+        rates = self._rates
+        names = ("learning_rate",) if len(rates) == 1 else [f"learning_rate/{n}" for n in range(len(rates))]
+        values = {**means, **dict(zip(names, rates, strict=True))}
+        if self._elapsed_s > 0:
+            values["samples_per_s"] = rows / self._elapsed_s
+            values["waited_share"] = min(self._waited_s / self._elapsed_s, 1.0)
+        memory = None if self._device is None else device_memory_bytes(self._device)
+        if memory is not None:
+            values["device_memory_bytes"] = memory
+        self._elapsed_s, self._waited_s = 0.0, 0.0
+        self._put(now, MetricEntry(step=self._step, kind="train", values=values, steps=steps))
+        if self._step >= MOST_ENTRIES * self._interval:
+            self._interval *= 2
+            self._thin_to = self._interval
+        self._due = self._next(self._step)
+
+    def _next(self, step: int) -> int:
+        return (step // self._interval + 1) * self._interval if self._interval else 0
+
+    def _put(self, now: float, measured: MetricEntry) -> None:
+        with self._one:
+            self._waiting.append((now, measured))
+
+    def _run(self) -> None:
+        while not self._is_closed:
+            self._wake.wait(_WRITE_S)
+            self._wake.clear()
+            self.flush()
+        self.flush()
+
+    def _try(self, write: Callable[[], object]) -> bool:
+        """Write; False where the database did not take it. A job that is another attempt's gets nothing more."""
+        try:
+            self._is_lost = self._is_lost or write() is False
+        except Exception as error:  # noqa: BLE001 - the run is worth more than its history
+            if not self._has_failed:
+                _log.warning("job %s: metrics could not be written: %s", self._job["_id"], redact(str(error)))
+            self._has_failed = True
+            return False
+        return True
+
+
+class _Means:
+    """Means over rows of what steps gave; the sums are made of many steps at a time, since that is cheaper.
+
+    Args:
+        state: What `state_dict` gave.
+
+    Attributes:
+        steps: How many steps they are of.
+    """
+
+    def __init__(self, state: Mapping[str, Any]) -> None:
+        self._rows = int(state.get("rows", 0))
+        self.steps = int(state.get("steps", 0))
+        self._sums: dict[str, list[float]] = {name: list(pair) for name, pair in state.get("sums", {}).items()}
+        self._pending: list[Stepped] = []
+
+    def add(self, event: Stepped) -> None:
+        """Add a step."""
+        self._pending.append(event)
+        self.steps += 1
+        if len(self._pending) >= _MOST_PENDING:
+            self._sum_up()
+
+    def take(self) -> tuple[dict[str, float], int, int]:
+        """The means by name, the rows and the steps that they are of; all begins anew."""
+        self._sum_up()
+        means = {name: total / weight for name, (total, weight) in self._sums.items() if weight}
+        rows, steps = self._rows, self.steps
+        self._sums, self._rows, self.steps = {}, 0, 0
+        return means, rows, steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, as plain values."""
+        self._sum_up()
+        sums = {name: list(pair) for name, pair in self._sums.items()}
+        return {"rows": self._rows, "steps": self.steps, "sums": sums}
+
+    def _sum_up(self) -> None:
+        given: dict[str, list[tuple[Any, int]]] = {}
+        for event in self._pending:
+            self._rows += event.rows
+            given.setdefault("objective", []).append((event.loss, event.rows))
+            if event.gradient_norm is not None:
+                given.setdefault("gradient_norm", []).append((event.gradient_norm, event.rows))
+            for name, value in event.values.items():
+                given.setdefault(name, []).append((value, event.rows))
+        self._pending = []
+        for name, pairs in given.items():
+            pair = self._sums.setdefault(name, [0.0, 0.0])
+            for value, (_, rows) in zip(to_floats([value for value, _ in pairs]), pairs, strict=True):
+                # One after the other: the sum does not depend on when it is made.
+                pair[0] += value * rows
+                pair[1] += rows

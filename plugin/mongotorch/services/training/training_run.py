@@ -54,12 +54,14 @@ class TrainingResult:
         data: The provenance of its data.
         stored: `trainer` and `model`, with their fields as they were before the run.
         keep: Writes a checkpoint from which a later attempt can publish it.
+        is_stopped: Whether somebody ended the run before its last step.
     """
 
     trained: Trained
     data: DataProvenance
     stored: Mapping[str, StoredFields]
     keep: Callable[[], None]
+    is_stopped: bool = False
 
     def kept(self) -> contextlib.AbstractContextManager[None]:
         """A context that keeps what was trained, as a checkpoint, where something inside raises."""
@@ -152,6 +154,7 @@ class TrainingRun:
         """
         trainer, resumed = recipe.trainer, self._checkpoints.load(job["_id"])
         state = None if resumed is None else resumed.state
+        self._is_stopped(job, is_begun=resumed is not None)
         # Before the run: what is not replaced in it is published as it was stored, whatever it holds by then.
         stored = {
             "trainer": self.catalog.stored_fields(trainer, without=(recipe.model,)),
@@ -166,8 +169,16 @@ class TrainingRun:
             data = DataProvenance.resumed(resumed.run, resumed.blobs)
             origin = resumed.run.get("origin", {})
         record, blobs = data.kept()
+        recorder = MetricRecorder(
+            self._metric_log,
+            job=job,
+            interval=trainer.log_interval,
+            begun=0 if state is None else state["step"],
+            state=None if state is None else state.get("metrics"),
+        )
 
         def save(state: Mapping[str, Any], *, over: bool = False) -> None:
+            recorder.flush()  # what was measured before a checkpoint is not measured again after it
             run = {"origin": dict(origin), **record}
             if self._checkpoints.save(job, state, run=run, blobs=blobs, over=over):
                 log_job(job, "checkpoint", f"at step {state['step']}", step=state["step"])
@@ -176,15 +187,23 @@ class TrainingRun:
             most = fit.most_steps
             limit = None if most is None or most > _SHOWN_MOST else most
             # In this order: a lost lease ends the run before anything is written for it.
+            progress = JobProgress(lease, limit=limit)
             observers: list[Observer] = [
-                JobProgress(lease, limit=limit),
+                progress,
                 ProgressBar(trainer.identifier, limit=limit, show=self._settings.progress),
-                MetricRecorder(self._metric_log, job=job["_id"], component=job["component"]),
+                recorder,
                 _ValidationLog(job),
-                CheckpointWriter(save, interval_s=self._settings.checkpoint_seconds, lease=lease),
+                CheckpointWriter(
+                    save,
+                    interval_s=self._settings.checkpoint_seconds,
+                    lease=lease,
+                    more=lambda: {"metrics": recorder.state_dict()},
+                ),
             ]
             if resumed is None:
                 fit.check()
+            if self._is_stopped(job, is_begun=resumed is not None):
+                progress.stop(fit)
             observe(fit, observers)
 
             def keep() -> None:
@@ -193,7 +212,19 @@ class TrainingRun:
             with _kept(keep):
                 trained = fit.trained()
                 lease.check()
-        return TrainingResult(trained=trained, data=data, stored=stored, keep=keep)
+        return TrainingResult(
+            trained=trained, data=data, stored=stored, keep=keep, is_stopped=progress.has_stopped
+        )
+
+    def _is_stopped(self, job: Mapping[str, Any], *, is_begun: bool) -> bool:
+        """Whether a job was asked to end; before its first step that cancels it. Raises: JobCancelledError."""
+        is_stopped = self._jobs.is_asked_to_stop(job["_id"])
+        if is_stopped and not is_begun:
+            self._jobs.cancel(job["_id"])
+            raise JobCancelledError(
+                f"job {job['_id']} was stopped before its first step; there is nothing to publish"
+            )
+        return is_stopped
 
     def _members_before(self, model: TorchModel) -> StoredMembers | None:
         """What the newest version of a model was trained on; None where that is not known, or not readable."""
@@ -260,6 +291,7 @@ class TrainingRun:
             "environment": environment(),
             "seed": plain(recipe.trainer.seed),  # a seed may be larger than BSON integers
             "metrics": result.trained.metrics,
+            **({"stopped": True} if result.is_stopped else {}),
             **record,
         }
         try:

@@ -131,6 +131,19 @@ class Catalog:
 
     # Documents of versions
 
+    def show(
+        self, type_id: str | None, identifier: str | None, version: int | None, *, uuid: str | None = None
+    ) -> Any:
+        """What is stored; see `Datalayer.show`. Raises: NotFoundError, TrustError."""
+        if uuid is None and type_id is None:
+            return self.components.kinds()
+        if uuid is None and identifier is None:
+            return self.components.identifiers(str(type_id))
+        if uuid is None and version is None:
+            return self.components.versions(str(type_id), str(identifier))
+        found = self.find(type_id, identifier, version, uuid=uuid)
+        return {**found, "trained": is_trained(found)}
+
     def find(
         self,
         type_id: str | None = None,

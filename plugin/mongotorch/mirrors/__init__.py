@@ -1,0 +1,6 @@
+"""Mirrors: processes that pass on what runs measure to TensorBoard, MLflow, Weights & Biases or a webhook."""
+
+from mongotorch.mirrors.base import MetricMirror, Mirror, MirroredRun, open_mirror
+from mongotorch.mirrors.loop import Mirroring
+
+__all__ = ["MetricMirror", "Mirror", "MirroredRun", "Mirroring", "open_mirror"]
