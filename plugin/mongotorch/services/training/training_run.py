@@ -27,7 +27,7 @@ from mongotorch.errors import (
 from mongotorch.jobs import Lease, environment, log_job
 from mongotorch.mongo.connection import Connection
 from mongotorch.mongo.error_translation import redact
-from mongotorch.services.training.checkpoints import CheckpointWriter, RunCheckpoints
+from mongotorch.services.training.checkpoints import CheckpointWriter, Resumed, RunCheckpoints
 from mongotorch.services.training.observers import JobProgress, MetricRecorder, Observer, ProgressBar, observe
 from mongotorch.services.training.recipe import DataProvenance, TrainingRecipe, data_provenance, opened_fit
 from mongotorch.services.versions.catalog import Catalog, StoredFields
@@ -161,13 +161,7 @@ class TrainingRun:
             "model": self.catalog.stored_fields(recipe.model, without=(trainer,)),
         }
         recipe.check(self._connection.database)
-        if resumed is None:
-            before = self._members_before(recipe.model)
-            data = data_provenance(recipe, self._connection, self._settings, before=before)
-            origin = recipe.origin
-        else:
-            data = DataProvenance.resumed(resumed.run, resumed.blobs)
-            origin = resumed.run.get("origin", {})
+        data, origin = self._data(recipe, resumed)
         record, blobs = data.kept()
         recorder = MetricRecorder(
             self._metric_log,
@@ -184,8 +178,7 @@ class TrainingRun:
                 log_job(job, "checkpoint", f"at step {state['step']}", step=state["step"])
 
         with opened_fit(recipe, self._connection, self._settings, data=data, state=state) as fit:
-            most = fit.most_steps
-            limit = None if most is None or most > _SHOWN_MOST else most
+            limit = _shown_limit(fit.most_steps)
             # In this order: a lost lease ends the run before anything is written for it.
             progress = JobProgress(lease, limit=limit)
             observers: list[Observer] = [
@@ -215,6 +208,13 @@ class TrainingRun:
         return TrainingResult(
             trained=trained, data=data, stored=stored, keep=keep, is_stopped=progress.has_stopped
         )
+
+    def _data(self, recipe: TrainingRecipe, resumed: Resumed | None) -> tuple[DataProvenance, Mapping[str, Any]]:
+        """The provenance of a run's data, and what its recipe was made of."""
+        if resumed is not None:
+            return DataProvenance.resumed(resumed.run, resumed.blobs), resumed.run.get("origin", {})
+        before = self._members_before(recipe.model)
+        return data_provenance(recipe, self._connection, self._settings, before=before), recipe.origin
 
     def _is_stopped(self, job: Mapping[str, Any], *, is_begun: bool) -> bool:
         """Whether a job was asked to end; before its first step that cancels it. Raises: JobCancelledError."""
@@ -365,6 +365,10 @@ class _ValidationLog(Observer):
         shown = ", ".join(f"{name} {value:.6g}" for name, value in event.values.items())
         detail = f"at step {event.step}: {shown}"
         log_job(self._job, "validated", detail, step=event.step, values=dict(event.values))
+
+
+def _shown_limit(steps: int | None) -> int | None:
+    return None if steps is None or steps > _SHOWN_MOST else steps
 
 
 def _trained_pair(
