@@ -51,7 +51,7 @@ class Datalayer(Owner):
 
         Args:
             uri: `mongodb://…`, `mongodb+srv://…`, `mongomock://NAME` or `embedded:PATH`; None is the setting
-                `uri` (`MONGOTORCH_URI`), else the embedded server over `embedded_path`.
+                `uri` (`MONGOTORCH_URI`) or `uri_file`, else the embedded server over `embedded_path`.
             settings: See `Settings`; they override the environment.
 
         Raises:
@@ -60,8 +60,7 @@ class Datalayer(Owner):
             EmbeddedServerError: The embedded server is missing here, or does not start.
         """
         chosen = read_settings(**settings, **({} if uri is None else {"uri": uri}))
-        address = chosen.uri or f"embedded:{chosen.embedded_path}"
-        connection = open_address(address, chosen)
+        connection = open_address(chosen.address(), chosen)
         try:
             return cls(connection, chosen)
         except BaseException:

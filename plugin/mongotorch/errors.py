@@ -5,6 +5,7 @@
     │   └── UnsupportedError        the store or platform lacks what was asked
     ├── ServerUnavailableError      the database cannot be reached
     │   └── EmbeddedServerError     the private mongod does not start or is missing
+    │       └── ServerVersionError  its data are of a newer MongoDB, or of one too old
     ├── ParameterError              an argument of a component, refused at construction
     │   ├── IdentifierError
     │   ├── OptimizerError
@@ -129,6 +130,10 @@ class ServerUnavailableError(MongotorchError):
 
 class EmbeddedServerError(ServerUnavailableError):
     """The private mongod is missing or does not start."""
+
+
+class ServerVersionError(EmbeddedServerError):
+    """The folder's data are of a newer MongoDB than the mongod that is to open them, or of one too old for it."""
 
 
 class ParameterError(MongotorchError):

@@ -20,8 +20,11 @@ class Settings(BaseSettings):
     """The settings of one datalayer.
 
     Attributes:
-        uri: The address of the database; None is the embedded server.
+        uri: The address of the database; None is that in `uri_file`, else the embedded server.
+        uri_file: A file whose first line is the address: a secret of Docker, Kubernetes or systemd.
         embedded_path: Folder of the embedded server, which is used when there is no URI.
+        mongod: The program that the embedded server runs; None is that of the extra `server`, else the `mongod` on
+            `PATH`.
         cache_dir: Folder for the memory-mapped columns of `download=True`.
         compute: The compute engine: `local` runs in the calling process, `queue` leaves it to workers.
         prefetch_bytes: Most bytes that a stream may read ahead.
@@ -50,7 +53,9 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="MONGOTORCH_", frozen=True, extra="forbid")
 
     uri: str | None = Field(default=None, min_length=1, repr=False)
+    uri_file: Path | None = None
     embedded_path: Path = Path(".mongotorch/db")
+    mongod: Path | None = None
     cache_dir: Path = Path(".mongotorch/cache")
     compute: str = "local"
     prefetch_bytes: int = Field(default=256 * 2**20, gt=0)
@@ -69,6 +74,27 @@ class Settings(BaseSettings):
     trust: Literal["any", "signed"] = "any"
     webhook_secret: SecretStr | None = None
     progress: bool | None = None
+
+    def address(self) -> str:
+        """The address to open: `uri`, else what `uri_file` holds, else that of the embedded server.
+
+        Raises:
+            SettingError: The file cannot be read, or holds no address.
+        """
+        if self.uri is not None:
+            return self.uri
+        if self.uri_file is None:
+            return f"embedded:{self.embedded_path}"
+        try:
+            first = self.uri_file.read_text(encoding="utf-8").strip().partition("\n")[0].strip()
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or "it is not text"
+            raise SettingError(
+                f"uri_file {str(self.uri_file)!r} cannot be read: {why}", setting="uri_file"
+            ) from None
+        if not first:
+            raise SettingError(f"uri_file {str(self.uri_file)!r} is empty", setting="uri_file")
+        return first
 
 
 def read_settings(**given: Any) -> Settings:

@@ -23,7 +23,7 @@ from tests.helpers import fill, trainer
 from mongotorch import Datalayer
 from mongotorch.errors import EmbeddedServerError, StoreError
 from mongotorch.mongo import embedded_process
-from mongotorch.mongo import embedded_server as binary
+from mongotorch.mongo import server_binary as binary
 from mongotorch.mongo.connection import open_address
 from mongotorch.mongo.embedded_secrets import EmbeddedSecrets
 from mongotorch.mongo.embedded_server import EmbeddedServer, wait_for
@@ -298,7 +298,7 @@ def earlier_release(folder: Path) -> Iterator[int]:
     (folder / "port").chmod(0o644)
     where = ["--dbpath", str(folder / "data"), "--port", str(port), "--wiredTigerCacheSizeGB", "0.25"]
     options = ["--bind_ip", "127.0.0.1", "--replSet", "mongotorch", "--nounixsocket", "--quiet"]
-    command = [sys.executable, embedded_process.__file__, str(folder), str(binary._find_mongod())]
+    command = [sys.executable, embedded_process.__file__, str(folder), str(binary.find_mongod().path)]
     users = os.open(folder / "users.lock", os.O_RDWR | os.O_CREAT, 0o600)
     fcntl.flock(users, fcntl.LOCK_SH)
     try:
@@ -353,24 +353,26 @@ def refused(folder: Path) -> str:
     return caught.value.message
 
 
-@pytest.mark.parametrize(("system", "machine"), [("darwin", "arm64"), ("linux", "aarch64"), ("win32", "AMD64")])
+@pytest.mark.parametrize(("system", "machine"), [("linux", "riscv64"), ("win32", "AMD64")])
 def test_another_platform_is_given_the_alternatives(
     folder: Path, monkeypatch: pytest.MonkeyPatch, system: str, machine: str
 ) -> None:
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setenv("PATH", "")
 
     assert f"{system} on {machine}" in refused(folder)
 
 
 def test_without_the_extra_it_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(binary, "_WHEEL", "no-such-wheel")
+    monkeypatch.setattr(binary, "_WHEELS", {(sys.platform, platform.machine()): "no-such-wheel"})
+    monkeypatch.setenv("PATH", "")
 
     assert "pip install 'mongotorch[server]'" in refused(folder)
 
 
 def test_a_wheel_without_its_binary_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(binary, "_BINARY", "fiftyone/db/bin/not-there")
+    monkeypatch.setattr(binary, "_IN_WHEEL", "fiftyone/db/bin/not-there")
 
     assert "came without its binary" in refused(folder)
 
@@ -380,7 +382,7 @@ def test_a_binary_that_lacks_a_library_says_which_to_install(
 ) -> None:
     script = tmp_path / "mongod"
     script.write_text("#!/bin/sh\necho 'error while loading shared libraries: libcurl.so.4' >&2\nexit 127\n")
-    monkeypatch.setattr(binary, "_BINARY", str(script))
+    monkeypatch.setattr(binary, "_IN_WHEEL", str(script))
 
     assert "is not executable" in refused(folder)
     script.chmod(0o755)
@@ -390,6 +392,18 @@ def test_a_binary_that_lacks_a_library_says_which_to_install(
 def test_a_mongod_that_ends_at_once_is_quoted(folder: Path) -> None:
     with pytest.raises(EmbeddedServerError, match=r"ended at once.*no-such-option"):
         EmbeddedServer.open(folder, arguments=("--no-such-option",))
+
+
+def test_a_mongod_that_nobody_watches_any_more_gives_the_folder_back(folder: Path) -> None:
+    server = EmbeddedServer.open(folder)
+    command = Path(f"/proc/{(folder / 'data' / 'mongod.lock').read_text().strip()}/cmdline").read_bytes()
+    server.close()
+    orphan = subprocess.Popen(command.decode().rstrip("\0").split("\0"), stdout=subprocess.DEVNULL)
+    while not answers(server.port):
+        assert orphan.poll() is None
+
+    with EmbeddedServer.open(folder):
+        assert orphan.wait(10) == 0
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:

@@ -47,7 +47,8 @@ def _open_anything(uri: str | None) -> Iterator[Datalayer]:
     try:
         db = Datalayer.connect(uri)
     except EmbeddedServerError as error:
-        if uri or read_settings().uri:
+        settings = read_settings()
+        if uri or settings.uri or settings.uri_file:
             raise
         Console().print(f"[yellow]{error.message}[/]", highlight=False)
         db = Datalayer.connect("mongomock://demo")

