@@ -1,4 +1,4 @@
-"""docker/: no engine runs in the tests, so the files are linted, validated and read."""
+"""docker/: no engine runs here. The files are linted, validated and read, and what containers run is run."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import pytest
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parents[1]
-COMPOSE = ROOT / "docker" / "compose.yaml"
-DOCKERFILE = ROOT / "docker" / "Dockerfile"
+DOCKER = ROOT / "docker"
+COMPOSE = DOCKER / "compose.yaml"
+DOCKERFILE = DOCKER / "Dockerfile"
+OURS = ("initialise", "worker", "mongotorch")
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +27,9 @@ def _run(tool: str, *arguments: str) -> None:
     program = str(Path(sys.executable).with_name(tool))
     ran = subprocess.run([program, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+# What is written in the files.
 
 
 def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
@@ -42,7 +47,7 @@ def test_mongod_is_a_replica_set_with_authentication(compose: Any) -> None:
     keyfile = command[command.index("--keyFile") + 1]
     assert any(volume == f"mongo-key:{Path(keyfile).parent}:ro" for volume in mongo["volumes"])
     assert mongo["depends_on"]["keyfile"]["condition"] == "service_completed_successfully"
-    assert {"MONGO_INITDB_ROOT_USERNAME", "MONGO_INITDB_ROOT_PASSWORD"} <= set(mongo["environment"])
+    assert {"MONGO_INITDB_ROOT_USERNAME", "MONGO_INITDB_ROOT_PASSWORD_FILE"} <= set(mongo["environment"])
 
 
 def test_data_is_in_a_named_volume(compose: Any) -> None:
@@ -50,44 +55,79 @@ def test_data_is_in_a_named_volume(compose: Any) -> None:
     assert "mongo-data:/data/db" in compose["services"]["mongo"]["volumes"]
 
 
-def test_healthy_means_initiated_and_primary(compose: Any) -> None:
-    mongo = compose["services"]["mongo"]
-    script = next(part for part in mongo["healthcheck"]["test"] if part.endswith(".js"))
-    assert f"./{Path(script).name}:{script}:ro" in mongo["volumes"]
-    source = (COMPOSE.parent / Path(script).name).read_text(encoding="utf-8")
-    assert "rs.initiate(" in source
-    assert '_id: "rs0"' in source
-    assert "quit(db.hello().isWritablePrimary ? 0 : 1)" in source
+def test_the_member_is_reached_by_the_name_of_its_service(compose: Any) -> None:
+    assert compose["services"]["initialise"]["environment"]["MONGO_MEMBER"] == "mongo:27017"
+    assert not any("network_mode" in compose["services"][name] for name in ("mongo", *OURS))
 
 
-def test_command_waits_for_a_healthy_server(compose: Any) -> None:
-    assert compose["services"]["mongotorch"]["depends_on"]["mongo"]["condition"] == "service_healthy"
+def test_each_service_waits_for_what_it_needs(compose: Any) -> None:
+    services = compose["services"]
+    assert services["initialise"]["depends_on"]["mongo"]["condition"] == "service_healthy"
+    for name in ("worker", "mongotorch"):
+        assert services[name]["depends_on"]["initialise"]["condition"] == "service_completed_successfully"
 
 
-def test_no_password_is_written_down_and_none_is_assumed() -> None:
-    text = COMPOSE.read_text(encoding="utf-8")
-    uses = re.findall(r"\$\{MONGO_PASSWORD[^}]*\}", text)
-    assert len(uses) == 2
-    assert all(use.startswith("${MONGO_PASSWORD:?") for use in uses)
-    for line in text.splitlines():
-        if re.search(r"PASSWORD:\s|://", line) and not line.lstrip().startswith("#"):
-            assert "${MONGO_PASSWORD:?" in line
+def test_secrets_are_files_and_nobody_gets_more_than_it_needs(compose: Any) -> None:
+    services, secrets = compose["services"], compose["secrets"]
+    for service in services.values():
+        assert set(service.get("secrets", [])) <= set(secrets)
+        for name, value in service.get("environment", {}).items():
+            assert "PASSWORD" not in name or name.endswith("_FILE")
+            assert "://" not in str(value)
+    assert services["worker"]["secrets"] == ["worker_uri"]
+    assert services["mongotorch"]["secrets"] == ["trainer_uri"]
+    assert "docker/secrets/" in (ROOT / ".gitignore").read_text("utf-8").splitlines()
+    assert "docker/secrets" not in (ROOT / ".dockerignore").read_text("utf-8")  # only what is named gets in
+    assert (ROOT / ".dockerignore").read_text("utf-8").startswith("*\n")
 
 
 def test_server_is_published_on_this_machine_only(compose: Any) -> None:
-    assert compose["services"]["mongo"]["ports"] == ["127.0.0.1:27017:27017"]
+    assert [port.partition(":")[0] for port in compose["services"]["mongo"]["ports"]] == ["127.0.0.1"]
+    assert not any("ports" in compose["services"][name] for name in OURS)
 
 
-def test_images_are_pinned(compose: Any) -> None:
+def test_memory_is_bounded_everywhere_and_above_the_cache(compose: Any) -> None:
+    services = compose["services"]
+    assert all("mem_limit" in services[name] for name in ("mongo", *OURS))
+    assert services["mongo"]["command"][-2:] == ["--wiredTigerCacheSizeGB", "${MONGO_CACHE_GB:-1}"]
+    assert services["mongo"]["mem_limit"] == "${MONGO_MEMORY:-3g}"
+
+
+def test_our_containers_have_no_rights_and_time_to_stop(compose: Any) -> None:
+    for name in OURS:
+        service = compose["services"][name]
+        assert service["read_only"]
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert service["init"]
+    assert compose["services"]["worker"]["stop_grace_period"] == "60s"
+
+
+def test_images_are_pinned_and_the_server_has_no_known_hole(compose: Any) -> None:
     images = {compose["services"][name]["image"] for name in ("mongo", "keyfile")}
     assert len(images) == 1
-    assert re.fullmatch(r"mongo:\d+\.\d+(\.\d+)?", images.pop())
-    base = re.search(r"^FROM (\S+)$", DOCKERFILE.read_text(encoding="utf-8"), re.MULTILINE)
-    assert base is not None
-    assert re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", base[1])
+    found = re.fullmatch(r"mongo:(\d+)\.(\d+)\.(\d+)", images.pop())
+    assert found is not None
+    assert tuple(map(int, found.groups())) >= (7, 0, 28)
+    bases = re.findall(r"^FROM (\S+)", DOCKERFILE.read_text("utf-8"), re.MULTILINE)
+    assert len(bases) == 2
+    assert len(set(bases)) == 1
+    assert re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", bases[0])
 
 
-def test_image_runs_without_rights() -> None:
-    users = re.findall(r"^USER (\S+)$", DOCKERFILE.read_text(encoding="utf-8"), re.MULTILINE)
-    assert users
-    assert users[-1] not in {"0", "root"}
+def test_image_runs_without_rights_with_the_cpu_build_of_torch() -> None:
+    text = DOCKERFILE.read_text("utf-8")
+    assert re.findall(r"^USER (\S+)$", text, re.MULTILINE)[-1] not in {"0", "root"}
+    assert 'ARG TORCH_INDEX_URL="https://download.pytorch.org/whl/cpu"' in text
+    labels = set(re.findall(r"org\.opencontainers\.image\.(\w+)=", text))
+    assert {"title", "description", "source", "licenses", "version", "revision"} <= labels
+
+
+def test_what_the_dockerfile_copies_is_there_and_let_in() -> None:
+    let_in = {
+        line[1:] for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines() if line.startswith("!")
+    }
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", DOCKERFILE.read_text("utf-8"), re.MULTILINE)
+    for name in " ".join(copied).split():
+        assert (ROOT / name).exists()
+        assert name in let_in
