@@ -7,6 +7,7 @@ import platform
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pymongo
 import pytest
@@ -149,12 +150,12 @@ def test_a_release_that_skips_one_is_refused(folder: Path, tmp_path: Path) -> No
 
 
 def test_an_upgrade_takes_the_data_along(folder: Path) -> None:
-    with EmbeddedServer.open(folder) as server, pymongo.MongoClient(server.uri()) as client:
+    with EmbeddedServer.open(folder) as server, pymongo.MongoClient[Any](server.uri()) as client:
         client.shop.notes.insert_one({"_id": 1})
         client.admin.command("setFeatureCompatibilityVersion", "5.0")
     (folder / "version").write_text("5.0.32\n")
 
-    with EmbeddedServer.open(folder) as server, pymongo.MongoClient(server.uri()) as client:
+    with EmbeddedServer.open(folder) as server, pymongo.MongoClient[Any](server.uri()) as client:
         assert client.shop.notes.count_documents({}) == 1
         found = client.admin.command({"getParameter": 1, "featureCompatibilityVersion": 1})
     assert found["featureCompatibilityVersion"] == {"version": "6.0"}
