@@ -36,7 +36,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
         "collection": ("Collection", "Query"),
         "split": ("Split", "ByHash", "ByStoredFold", "ByTime", "ByGroup", "KFold"),
         "trainer": ("TorchTrainer", "Passed"),
-        "model": ("TorchModel",),
+        "model": ("TorchModel", "train:ModelSummary", "train:LayerSummary"),
         "metrics": ("Metric", "Validation", "Dataset"),
         "component": ("Component",),
         "jobs": ("Job", "jobs:RunMetrics", "jobs:MetricRow", "Worker"),

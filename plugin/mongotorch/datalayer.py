@@ -13,7 +13,7 @@ from types import EllipsisType
 from typing import Any, ClassVar, Self, final
 
 from mongotorch.component import Component, arguments_checked
-from mongotorch.data import DataCheck, Explanation, Stream, check_documents, explain
+from mongotorch.data import DataCheck, Explanation, Stream, check_documents
 from mongotorch.data.collection import Collection, read_documents
 from mongotorch.errors import ParameterError
 from mongotorch.jobs import Job, RunMetrics
@@ -26,12 +26,13 @@ from mongotorch.services.lineage import Diff, Reproduction, TrainedOn, diff, rep
 from mongotorch.services.run_log import RunLog
 from mongotorch.services.schedules.scheduler import Scheduler
 from mongotorch.services.training.job_runner import JobRunner
-from mongotorch.services.training.recipe import check_trainer, stream_spec, training_spec
+from mongotorch.services.training.profile import explained, summary_of
+from mongotorch.services.training.recipe import check_trainer, stream_spec
 from mongotorch.services.versions.live import Live, OnPromote
 from mongotorch.settings import Settings, read_settings
 from mongotorch.split import Fold, Split
 from mongotorch.store import LIVE, Collected, Move, Verified
-from mongotorch.train import TorchTrainer
+from mongotorch.train import ModelSummary, TorchModel, TorchTrainer
 
 
 @final
@@ -154,21 +155,35 @@ class Datalayer(Owner):
         return Stream(self._connection.opener, spec, database=self._connection.database)
 
     @arguments_checked
-    def explain(self, trainer: TorchTrainer, *, step_seconds: float | None = None) -> Explanation:
+    def explain(
+        self, trainer: TorchTrainer, *, step_seconds: float | None = None, measure: bool = False, steps: int = 50
+    ) -> Explanation:
         """What reading a trainer's documents costs, measured on a few ranges before training.
 
         Args:
-            trainer: The trainer.
+            trainer: The trainer; with `measure`, one with a model.
             step_seconds: The duration of one training step, if known.
+            measure: Also train a copy of the model for some steps, and say where the time of a step goes.
+            steps: How many steps that are; fewer where they take more than 20 seconds together.
 
         Raises:
             EmptySelectError, FieldMissingError, QueryError, ServerUnavailableError: As training would.
+            ParameterError: It is no trainer, or is to be measured and has no model.
         """
-        if not isinstance(trainer, TorchTrainer):
-            raise ParameterError(f"trainer must be a trainer, not a {type(trainer).__name__}", field="trainer")
-        spec = training_spec(trainer, self.settings)
-        connection = self._connection
-        return explain(connection.database, spec, connection.opener, step_seconds=step_seconds)
+        return explained(
+            trainer, self._connection, self.settings, step_seconds=step_seconds, measure=measure, steps=steps
+        )
+
+    def summary(self, what: TorchModel | TorchTrainer) -> ModelSummary:
+        """The layers of a model as a table: classes, shapes, parameters, and what is frozen.
+
+        Args:
+            what: A model; or a trainer, whose first batch tells the shapes of the outputs. Nothing is changed.
+
+        Raises:
+            MongotorchError: What the first batch of a run would end in.
+        """
+        return summary_of(what, self._connection, self.settings)
 
     def check(self, what: Query | TorchTrainer) -> DataCheck:
         """What documents hold: types, gaps and shapes of each field, from a sample; nothing is written.

@@ -409,3 +409,11 @@ def to_floats(scalars: Sequence[Tensor | float]) -> list[float]:
 def device_memory_bytes(device: torch.device) -> int | None:
     """The most memory that tensors of this process had on an accelerator so far; None on the CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def synchronize(device: torch.device | None) -> None:
+    """Wait until an accelerator has done what it was given; the CPU has."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device is not None and device.type == "mps":
+        torch.mps.synchronize()

@@ -29,6 +29,7 @@ def size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
+@pytest.mark.timeout(900)
 def test_an_mlflow_mirror_killed_during_a_run_writes_each_value_once(
     server_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

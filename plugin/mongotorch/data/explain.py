@@ -155,6 +155,8 @@ class Explanation:
         buffer_bytes: Most memory for documents on their way to a batch, or for all of them in `memory`.
         bottleneck: The slowest part, in words.
         hints: What would help, most helpful first.
+        step: Seconds of a training step by part, where they were measured: `data`, `transfer`, `forward`,
+            `backward` and `optimizer`.
     """
 
     documents: int
@@ -167,6 +169,7 @@ class Explanation:
     buffer_bytes: int
     bottleneck: str
     hints: tuple[str, ...] = ()
+    step: Mapping[str, float] | None = None
 
     @property
     def served(self) -> bool | None:
@@ -187,6 +190,7 @@ class Explanation:
             ("documents per second", f"{self.documents_per_second:,.0f}"),
             ("first batch after", f"{self.first_batch_s:.2f} s"),
             ("memory for documents", f"{self.buffer_bytes / 2**20:,.1f} MiB at most"),
+            *((f"a step: {part}", f"{1000 * seconds:,.3f} ms") for part, seconds in (self.step or {}).items()),
             ("bottleneck", self.bottleneck),
             *(("hint", hint) for hint in self.hints),
         ]

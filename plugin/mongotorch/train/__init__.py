@@ -4,7 +4,7 @@ from mongotorch.train.callbacks import Stepped, Validated
 from mongotorch.train.evaluation import Scored, evaluate, score
 from mongotorch.train.loop import Batches, Event, Fit, Trained
 from mongotorch.train.metrics import Dataset, Metric, Validation
-from mongotorch.train.model import TorchModel, same_structure
+from mongotorch.train.model import LayerSummary, ModelSummary, TorchModel, same_structure, summarize
 from mongotorch.train.tensor_codec import fill_module
 from mongotorch.train.trainer import TorchTrainer, trainer_and_model, warm_start
 
@@ -13,7 +13,9 @@ __all__ = [
     "Dataset",
     "Event",
     "Fit",
+    "LayerSummary",
     "Metric",
+    "ModelSummary",
     "Scored",
     "Stepped",
     "TorchModel",
@@ -25,6 +27,7 @@ __all__ = [
     "fill_module",
     "same_structure",
     "score",
+    "summarize",
     "trainer_and_model",
     "warm_start",
 ]
