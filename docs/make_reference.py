@@ -79,7 +79,9 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 # Users get these from a datalayer: how they are built is not theirs.
 HANDED_OUT = {"Collection", "Datalayer", "Job", "Live", "Stream"}
-NOT_FOR_USERS = {"Datalayer.runner", "Datalayer.scheduler", "Datalayer.run_log"}  # for workers and mirrors
+NOT_FOR_USERS = {  # for the dashboard, workers and mirrors
+    *("Datalayer.overview", "Datalayer.runner", "Datalayer.scheduler", "Datalayer.run_log"),
+}
 SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises", "Source")
 LISTS = ("Args", "Attributes", "Raises")
 ENTRY = re.compile(r"    (\*{0,2}\w[\w., *]*?): (.*)")

@@ -33,6 +33,7 @@ MOST_ARROWS = {"mongotorch.data": 40, "mongotorch.services": 20}  # imports in a
 SHORT_FILES = {
     "__main__.py": "Python asks for this name: `python -m mongotorch`",
     "_version.py": "the build reads the version from it without importing the package",
+    "cli/dashboard.py": "one command, one file, as the other commands",
     "cli/demo.py": "one command, one file, as the other commands",
     "resources.py": "below every package that opens something",
     "worker/preload.py": "what the process that others are forked from loads; it must not load anything else",
@@ -41,7 +42,7 @@ SHORT_FILES = {
 
 OPTIONAL_HEAVY = {"fiftyone", "matplotlib", "pandas", "ray", "sklearn", "torch", "torchmetrics"}
 # Own modules that import an optional heavy one at their top.
-NEEDS_AN_EXTRA = {"mongotorch.demo.digits"}
+NEEDS_AN_EXTRA = {"mongotorch.demo.digits", "mongotorch.web.server"}
 
 # Words for which the field has a standard one, as parts of names (`_` and capitals part them).
 PRIVATE_WORDS = re.compile(

@@ -23,6 +23,7 @@ from mongotorch.resources import Owner
 from mongotorch.schedule import Firing, Schedule
 from mongotorch.services.composition import Services
 from mongotorch.services.lineage import Diff, Reproduction, TrainedOn, diff, reproduce, trained_on
+from mongotorch.services.overview import Overview
 from mongotorch.services.run_log import RunLog
 from mongotorch.services.schedules.scheduler import Scheduler
 from mongotorch.services.training.job_runner import JobRunner
@@ -563,6 +564,11 @@ class Datalayer(Owner):
         return self._services.scheduler
 
     # Maintenance
+
+    @property
+    def overview(self) -> Overview:
+        """What the dashboard shows."""
+        return self._services.overview
 
     @arguments_checked
     def gc(self, dry_run: bool = False, *, grace_s: float = 3600.0) -> Collected:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from mongotorch._version import __version__
-from mongotorch.cli import demo, jobs, lineage, metrics, schedules, versions
+from mongotorch.cli import dashboard, demo, jobs, lineage, metrics, schedules, versions
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -27,7 +27,7 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 # In the order in which the help lists them.
 for _command in (
     *(demo.demo, versions.show, jobs.jobs, jobs.job, jobs.cancel, jobs.stop, jobs.worker),
-    *(metrics.metrics, metrics.mirror),
+    *(metrics.metrics, metrics.mirror, dashboard.dashboard),
     *(versions.promote, versions.rollback, versions.history, versions.diff, lineage.lineage),
     *(versions.gc, versions.verify, versions.resign),
 ):

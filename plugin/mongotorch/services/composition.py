@@ -11,6 +11,7 @@ from mongotorch.jobs import engine_named, worker_name
 from mongotorch.mongo.connection import Connection
 from mongotorch.schedule import Schedule
 from mongotorch.services.apply import Applier
+from mongotorch.services.overview import Overview
 from mongotorch.services.run_log import RunLog
 from mongotorch.services.schedules.register import Register
 from mongotorch.services.schedules.retraining import LiveMetrics, Retraining
@@ -24,6 +25,7 @@ from mongotorch.store import (
     Collected,
     GarbageCollector,
     Jobs,
+    Listing,
     MetricLog,
     MirrorPositions,
     Schedules,
@@ -43,6 +45,7 @@ class Services:
     Attributes:
         catalog: The versions.
         verifier: Checks what is stored.
+        overview: What the dashboard shows.
         jobs: The job documents.
         runner: Runs jobs.
         applier: Applies components.
@@ -68,6 +71,7 @@ class Services:
             positions=MirrorPositions(database),
         )
         self.verifier = Verifier(database, trust)
+        self.overview = Overview(Listing(database))
         training = TrainingRun(
             connection, settings, self.catalog, jobs=self.jobs, metric_log=metric_log, checkpoints=checkpoints
         )

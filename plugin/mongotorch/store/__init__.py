@@ -9,6 +9,7 @@ from mongotorch.store.blobs import BlobStore
 from mongotorch.store.checkpoints import OVER, Checkpoints
 from mongotorch.store.components import Components
 from mongotorch.store.jobs import Jobs, plain
+from mongotorch.store.listing import Listing
 from mongotorch.store.maintenance import Collected, GarbageCollector, Verified, Verifier
 from mongotorch.store.metrics import MetricEntry, MetricLog
 from mongotorch.store.mirrors import MirrorPositions
@@ -25,6 +26,7 @@ __all__ = [
     "Components",
     "GarbageCollector",
     "Jobs",
+    "Listing",
     "MetricEntry",
     "MetricLog",
     "MirrorPositions",

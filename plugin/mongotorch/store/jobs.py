@@ -74,6 +74,7 @@ class Jobs:
         # In the order of a claim, to its last field: the server takes the first that is ready, and sorts nothing.
         ensure_index(self._documents, [("status", 1), ("priority", -1), ("created", 1), ("_id", 1)])
         ensure_index(self._documents, [("identifier", 1), ("created", -1)])
+        ensure_index(self._documents, [("created", -1), ("_id", -1)])
 
     # Anybody: add, look, wait, cancel, queue again.
 
