@@ -29,6 +29,7 @@ LONG = frozenset(
     {
         "test_api_values.py",
         "test_elections.py",
+        "test_embedded_workers.py",
         "test_every_optimizer.py",
         "test_killed_at_writes.py",
         "test_killed_mirrors.py",
@@ -37,6 +38,7 @@ LONG = frozenset(
         "test_killed_runs.py",
         "test_killed_schedulers.py",
         "test_other_loops.py",
+        "test_outage.py",
         "test_poison.py",
         "test_stopped_workers.py",
         "test_wild_modules.py",

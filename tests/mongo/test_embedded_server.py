@@ -18,7 +18,6 @@ from typing import Any
 import pymongo
 import pytest
 from pymongo.errors import OperationFailure, PyMongoError
-from tests.helpers import fill, trainer
 
 from mongotorch import Datalayer
 from mongotorch.errors import EmbeddedServerError, StoreError
@@ -28,7 +27,6 @@ from mongotorch.mongo.connection import open_address
 from mongotorch.mongo.embedded_secrets import EmbeddedSecrets
 from mongotorch.mongo.embedded_server import EmbeddedServer, wait_for
 from mongotorch.settings import read_settings
-from mongotorch.worker import Supervisor
 
 USER = """
 import sys
@@ -272,16 +270,6 @@ def test_a_secret_that_was_lost_is_made_anew(folder: Path) -> None:
     assert notes(folder) == {"a"}
     (folder / "auth" / "password").write_text("")
     assert notes(folder) == {"a"}
-
-
-def test_jobs_run_in_processes_that_share_it(folder: Path, tmp_path: Path) -> None:
-    given: dict[str, Any] = {"progress": False, "valid_fraction": 0.2, "cache_dir": tmp_path / "cache"}
-    with Datalayer.connect(f"embedded:{folder}", compute="queue", **given) as db:
-        loader = {"batch_size": 16, "num_workers": 1}
-        job = db.apply(trainer(fill(db), loader_kwargs=loader))
-        tally = Supervisor(db).run("until_idle")
-        assert (tally.done, tally.failed) == (1, 0), job.record.get("error")
-        assert db.load("model", "m").version == 1
 
 
 # A folder of an earlier release: its server knew no users.

@@ -93,6 +93,7 @@ def worker(uri: str) -> Iterator[tuple[subprocess.Popen[str], list[dict[str, Any
 @pytest.mark.parametrize("how", ["killed", "stopped"])
 def test_an_idle_worker_survives_an_outage_and_runs_what_comes_afterwards(server: Server, how: str) -> None:
     given: dict[str, Any] = {"compute": "queue", "progress": False, "valid_fraction": 0.2, "lineage": False}
+    given["server_timeout_s"] = 60
     with Datalayer.connect(server.uri, **given) as db:
         select = fill(db)
         db.apply(Schedule("s", trainer=trainer(select), trigger=NewDocuments(10), gate=Always()))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -29,6 +30,8 @@ Keys = str | Sequence[tuple[str, int]]
 """The keys of an index: one field, or fields with directions."""
 MAJORITY_DEADLINE_S: Final = 60.0
 """How long a write of a record waits for a majority of the replica set, before it fails for now."""
+_ANSWER_S: Final = 10.0
+"""How long an answer of the server's clock is used, by a machine whose own clock may be wrong by less."""
 # One lock for all of mongomock: it serves tests and demos of one process.
 _mock_lock = threading.RLock()
 
@@ -54,6 +57,7 @@ class ServerClock:
 
     def __init__(self, database: Any) -> None:
         self._database = database
+        self._answer = (0.0, datetime.min)
 
     def due(self, field: str, *, seconds: float = 0.0) -> dict[str, Any]:
         """The filter for documents whose field is at least so many seconds past."""
@@ -77,8 +81,17 @@ class ServerClock:
 
     def now(self) -> datetime:
         """The time, naive UTC in whole milliseconds, where it has to be known before a write; one round trip."""
-        time: datetime = self._database.command("hello")["localTime"]
-        return time
+        found: datetime = self._database.command("hello")["localTime"]
+        return found
+
+    def recent(self) -> datetime:
+        """About the time: an answer of `now` that is not old, and what has passed since on this machine."""
+        asked, answer = self._answer
+        passed = time.time() - asked
+        if not 0 <= passed < _ANSWER_S:
+            asked, answer = self._answer = time.time(), self.now()
+            passed = 0.0
+        return answer + timedelta(milliseconds=round(passed * 1000))
 
 
 class LocalClock:
@@ -110,6 +123,10 @@ class LocalClock:
 
     def now(self) -> datetime:
         """See `ServerClock.now`."""
+        return self._now()
+
+    def recent(self) -> datetime:
+        """See `ServerClock.recent`."""
         return self._now()
 
 
@@ -168,8 +185,7 @@ def in_transaction(database: Any, write: Callable[[Any], None]) -> None:
         write: Writes with the session it is given: None on a standalone server and on mongomock. May be called
             several times.
     """
-    hello = {} if is_mock(database) else database.command("hello")
-    if "setName" not in hello and hello.get("msg") != "isdbgrid":
+    if is_mock(database) or not _has_transactions(database):
         write(None)
         return
     with database.client.start_session() as session:
@@ -179,6 +195,15 @@ def in_transaction(database: Any, write: Callable[[Any], None]) -> None:
             write_concern=WriteConcern("majority", wtimeout=round(MAJORITY_DEADLINE_S * 1000)),
             read_preference=ReadPreference.PRIMARY,
         )
+
+
+def _has_transactions(database: Any) -> bool:
+    # What the client knows already costs no round trip.
+    servers = database.client.topology_description.server_descriptions().values()
+    if {server.server_type_name for server in servers} & {"RSPrimary", "Mongos"}:
+        return True
+    hello = database.command("hello")
+    return "setName" in hello or hello.get("msg") == "isdbgrid"
 
 
 def ensure_index(collection: Any, keys: Keys, **options: Any) -> None:

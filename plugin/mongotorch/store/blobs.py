@@ -92,21 +92,22 @@ class BlobStore:
                 again.
 
         Returns:
-            The names of the blobs, in their order: the SHA-256 of each in hex.
+            The names of the blobs, each once, in their order: the SHA-256 of each in hex.
 
         Raises:
             IntegrityError: The bytes changed while they were stored, and are not stored; or a stored blob is
                 damaged, and this user may not mend it.
             StoreError: The upload of one took longer than `UPLOAD_DEADLINE_S`.
         """
-        named = [data if isinstance(data, NamedBlob) else NamedBlob.of(data) for data in blobs]
-        missing = set(self.touch(blob.name for blob in named))
-        for blob in {blob.name: blob for blob in named}.values():
-            if blob.name in missing:
+        named = {blob.name: blob for blob in map(_named, blobs)}
+        files = self._touched(sorted(named))
+        damaged = self._damaged([files[name] for name in named if name in files], named)
+        for name, blob in named.items():
+            if name not in files:
                 self._upload(blob)
-            else:
-                self._mend_lengths(blob)
-        return [blob.name for blob in named]
+            elif name in damaged:
+                self._mend_lengths(files[name], blob, bad=damaged[name])
+        return [*named]
 
     @repeated("storing a blob")
     def _upload(self, blob: NamedBlob) -> None:
@@ -122,7 +123,7 @@ class BlobStore:
                 f"blob {blob.name} took longer than {UPLOAD_DEADLINE_S:.0f} s to upload; is the network up to it?"
             )
         file = {"filename": blob.name, "length": blob.data.nbytes, "chunkSize": CHUNK_BYTES, "metadata": WRITTEN}
-        now = self._clock.now()
+        now = self._clock.recent()
         try:
             with self._clock.alone():
                 self._files.insert_one({"_id": file_id, **file, "uploadDate": now, "touched": now})
@@ -138,7 +139,6 @@ class BlobStore:
             if not has_code(error, UNAUTHORIZED):
                 raise
 
-    @repeated("touching blobs")
     def touch(self, names: Iterable[str]) -> list[str]:
         """Protect blobs that a record is going to name from garbage collection, for its grace period.
 
@@ -149,23 +149,28 @@ class BlobStore:
             The names of those that are not stored.
         """
         unique = sorted(set(names))
-        missing: list[str] = []
-        for start in range(0, len(unique), _TOUCH_BATCH):
-            batch = unique[start : start + _TOUCH_BATCH]
-            use = {"_id": ObjectId(), **WRITTEN, "blobs": batch, "touched": self._clock.now()}
+        stored = self._touched(unique)
+        return [name for name in unique if name not in stored]
+
+    @repeated("touching blobs")
+    def _touched(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Touch blobs; the documents of those that are stored, by name."""
+        found: dict[str, dict[str, Any]] = {}
+        for start in range(0, len(names), _TOUCH_BATCH):
+            batch = names[start : start + _TOUCH_BATCH]
+            use = {"_id": ObjectId(), **WRITTEN, "blobs": batch, "touched": self._clock.recent()}
             with self._clock.alone():
                 self._uses.insert_one(use)
-            stored = self._staying(batch)
-            missing += [name for name in batch if name not in stored]
-        return missing
+            found |= {file["filename"]: file for file in self._staying(batch)}
+        return found
 
-    def _staying(self, names: Sequence[str]) -> set[str]:
-        """Those of some blobs that are stored, when no collection is about to remove one of them."""
+    def _staying(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """The documents of those blobs that are stored, when no collection is about to remove one of them."""
         while True:
-            files = list(self._files.find({"filename": {"$in": names}}, {"filename": 1, REMOVING: 1}))
+            files = list(self._files.find({"filename": {"$in": names}}))
             leaving = [file["_id"] for file in files if REMOVING in file]
             if not leaving or not self._are_leaving(leaving):
-                return {file["filename"] for file in files}
+                return files
             time.sleep(_LEAVING_POLL_S)
 
     def _are_leaving(self, ids: Sequence[Any]) -> bool:
@@ -275,20 +280,26 @@ class BlobStore:
         found = self._chunks.find_one(where, {"data": 1})
         return found is not None and isinstance(found["data"], bytes) and memoryview(found["data"]) == part
 
-    @repeated("looking at a blob")
-    def _mend_lengths(self, blob: NamedBlob) -> None:
-        """Mend a blob that was found by its name, if its length or the number or length of its chunks is wrong."""
-        file, view = self._files.find_one({"filename": blob.name}), blob.data
-        if file is None:
-            return
-        size, count = CHUNK_BYTES, -(-view.nbytes // CHUNK_BYTES)
-        bad: Iterable[int] | None = None  # a file of another chunk size is compared byte by byte
-        if file.get("length") == view.nbytes and file.get("chunkSize") == size:
-            lengths = _chunk_lengths(self._chunks, file["_id"])
-            right = {n: min(size, view.nbytes - n * size) for n in range(count)}
-            if lengths == right:
-                return
-            bad = [n for n in right if lengths.get(n) != right[n]]
+    @repeated("looking at blobs")
+    def _damaged(
+        self, files: Sequence[Mapping[str, Any]], blobs: Mapping[str, NamedBlob]
+    ) -> dict[str, list[int] | None]:
+        """Those blobs whose length, or number or length of chunks, is wrong; their wrong chunks, None for all."""
+        found: dict[str, list[int] | None] = {}
+        lengths = _chunk_lengths(self._chunks, [file["_id"] for file in files]) if files else {}
+        for file in files:
+            name, size = file["filename"], blobs[file["filename"]].data.nbytes
+            if file.get("length") != size or file.get("chunkSize") != CHUNK_BYTES:
+                found[name] = None  # a file of another chunk size is compared byte by byte
+                continue
+            right = {n: min(CHUNK_BYTES, size - n * CHUNK_BYTES) for n in range(-(-size // CHUNK_BYTES))}
+            stored = lengths.get(file["_id"], {})
+            if stored != right:
+                found[name] = [n for n in right if stored.get(n) != right[n]]
+        return found
+
+    @repeated("mending a blob")
+    def _mend_lengths(self, file: Mapping[str, Any], blob: NamedBlob, *, bad: list[int] | None) -> None:
         try:
             self._mend(file, blob, bad=bad)
         except OperationFailure as error:
@@ -299,6 +310,10 @@ class BlobStore:
                 "`mongotorch verify --repair FOLDER` as a user with the role trainer"
             ) from error
         _log.warning("blob %s was not stored whole any more; it was mended", blob.name)
+
+
+def _named(data: bytes | bytearray | memoryview | NamedBlob) -> NamedBlob:
+    return data if isinstance(data, NamedBlob) else NamedBlob.of(data)
 
 
 def _chunk(blob: NamedBlob, file_id: Any, n: int) -> dict[str, Any]:
@@ -360,15 +375,21 @@ def _read_chunks(chunks: Any, file: Mapping[str, Any]) -> tuple[bytearray, str]:
     return data, digest.hexdigest()
 
 
-def _chunk_lengths(chunks: Any, file_id: Any) -> dict[int, int]:
-    """The number of bytes of each chunk of a file, by its number; -1 where it holds no bytes."""
+def _chunk_lengths(chunks: Any, file_ids: Sequence[Any]) -> dict[Any, dict[int, int]]:
+    """The number of bytes of each chunk of some files, by file and number; -1 where it holds no bytes."""
     if is_mock(chunks):
-        found = chunks.find({"files_id": file_id}, {"n": 1, "data": 1})
-        return {each["n"]: len(each["data"]) if isinstance(each["data"], bytes) else -1 for each in found}
-    is_bytes = {"$eq": [{"$type": "$data"}, "binData"]}
-    length = {"$cond": [is_bytes, {"$binarySize": {"$cond": [is_bytes, "$data", ""]}}, -1]}
-    stages = [{"$match": {"files_id": file_id}}, {"$project": {"_id": 0, "n": 1, "length": length}}]
-    return {each["n"]: each["length"] for each in chunks.aggregate(stages)}
+        found = chunks.find({"files_id": {"$in": file_ids}})
+        each = [(c["files_id"], c["n"], len(c["data"]) if isinstance(c["data"], bytes) else -1) for c in found]
+    else:
+        is_bytes = {"$eq": [{"$type": "$data"}, "binData"]}
+        length = {"$cond": [is_bytes, {"$binarySize": {"$cond": [is_bytes, "$data", ""]}}, -1]}
+        shown = {"_id": 0, "files_id": 1, "n": 1, "length": length}
+        found = chunks.aggregate([{"$match": {"files_id": {"$in": file_ids}}}, {"$project": shown}])
+        each = [(c["files_id"], c["n"], c["length"]) for c in found]
+    lengths: dict[Any, dict[int, int]] = {}
+    for file_id, n, nbytes in each:
+        lengths.setdefault(file_id, {})[n] = nbytes
+    return lengths
 
 
 def _uninitialized(length: int) -> bytearray:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Final, final
 
 from pymongo.errors import DuplicateKeyError
@@ -81,6 +81,7 @@ class Components:
         needs: Iterable[str] = (),
         only_as: int | None = None,
         attempt: int | None = None,
+        touched: Collection[str] = (),
     ) -> int:
         """Insert a document under the next free version number.
 
@@ -90,6 +91,7 @@ class Components:
             only_as: Insert it only under this number, which `next_version` gave; None takes the next free one.
             attempt: Insert it only while its job runs under this attempt: on a replica set in one transaction, so
                 that a job was either cancelled or has published. None checks nothing.
+            touched: Blobs that the caller has stored or touched less than `SLOW_S` ago.
 
         Returns:
             The version number, from 0.
@@ -103,7 +105,7 @@ class Components:
         """
         needed = tuple(needs)
         started = time.monotonic()
-        self._require(document, needed)
+        self._require(document, needed, touched)
         version = self._insert(document, only_as, attempt)
         if time.monotonic() - started > SLOW_S:
             self._require_still(document, needed)
@@ -138,9 +140,8 @@ class Components:
 
     def _next(self, type_id: str, identifier: str) -> int:
         # In this order: a removal records the number before the version is gone.
-        newest = self._documents.find_one(
-            {"type_id": type_id, "identifier": identifier}, {"version": 1}, sort=[("version", -1)]
-        )
+        named = {"type_id": type_id, "identifier": identifier}
+        newest = self._documents.find_one(named, {"version": 1}, sort=[("version", -1)])
         removed = self._removed.find_one({"_id": f"{type_id}:{identifier}"})
         numbers = [found["version"] for found in (newest, removed) if found is not None]
         return max(numbers, default=-1) + 1
@@ -189,10 +190,13 @@ class Components:
         if job is not None and self._documents.find_one(same, {"_id": 1}) is not None:
             raise ConflictError(f"job {job} has published already; this attempt publishes nothing") from error
 
-    def _require(self, document: Mapping[str, Any], needed: tuple[str, ...]) -> None:
+    def _require(
+        self, document: Mapping[str, Any], needed: tuple[str, ...], touched: Collection[str] = ()
+    ) -> None:
         """Check that what the document refers to exists, and protect its blobs from garbage collection."""
         name = f"{document['type_id']} {document['identifier']!r} ({document['_id']})"
-        missing = self._blobs.touch(document.get("blobs", ()))
+        blobs = {*document.get("blobs", ())}.difference(touched)
+        missing = self._blobs.touch(blobs) if blobs else []
         if missing:
             raise IntegrityError(f"{name} names blobs that are not there: {missing}; apply it again")
         found = self._documents.count_documents({"_id": {"$in": list(needed)}}) if needed else 0

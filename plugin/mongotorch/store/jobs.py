@@ -373,12 +373,15 @@ class Jobs:
             made |= {"reached": reached, "seen": attempt}
         return self._update(job_id, attempt, {"lease_until": Later(lease_s), **made})
 
-    def succeed(self, job_id: str, attempt: int, *, result: str) -> bool:
+    def succeed(
+        self, job_id: str, attempt: int, *, result: str, progress: Mapping[str, Any] | None = None
+    ) -> bool:
         """End a job that published `result`, a component's uuid. False: fenced out, nothing was changed.
 
-        It may be repeated: an end that this attempt has recorded already is one.
+        It may be repeated: an end that this attempt has recorded already is one. `progress` as in `heartbeat`.
         """
-        if self._end(job_id, attempt, "succeeded", {"result": result, "error": None}):
+        made = {} if progress is None else {"progress": plain(progress)}
+        if self._end(job_id, attempt, "succeeded", {"result": result, "error": None, **made}):
             return True
         same = {"_id": job_id, "attempt": attempt, "status": "succeeded", "result": result}
         return self._found(same)

@@ -61,7 +61,10 @@ class RunGenerators:
         """Give the process's generators this state."""
         if self._state is None:
             # numpy takes 32 bits only; torch takes 64.
-            torch.manual_seed(self._seed % 2**63)
+            if torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available():
+                torch.manual_seed(self._seed % 2**63)
+            else:  # the same for the CPU, without three stack traces for devices that are not there
+                torch.default_generator.manual_seed(self._seed % 2**63)
             np.random.seed(self._seed % 2**32)
             random.seed(self._seed)
         else:

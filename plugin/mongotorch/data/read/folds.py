@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
@@ -248,9 +249,16 @@ def _in_no_fold(query: Query, split: Split, document_id: Any) -> FoldMissingErro
     )
 
 
+# The clients whose servers can hash; asked once.
+_hashing: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
 def query_for(database: Any, query: Query) -> Query:
     """The query as the server of a database can run it: a server that cannot hash reads stored folds only."""
     if query.fold_name is None or query.split is not None or is_mock(database):
+        return query
+    client = database.client
+    if client in _hashing:
         return query
     nothing = {"_id": bson.MinKey(), "$expr": {"$eq": [{"$toHashedIndexKey": "$_id"}, 0]}}
     try:
@@ -260,6 +268,8 @@ def query_for(database: Any, query: Query) -> Query:
             return replace(query, split=ByStoredFold(hashes=False))
     except PyMongoError:  # what follows meets it as well, and says what it was doing
         pass
+    else:
+        _hashing.add(client)
     return query
 
 

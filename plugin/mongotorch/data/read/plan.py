@@ -365,10 +365,13 @@ def _store(database: Any, plan: Plan, query: Query) -> Plan:
         "exact": plan.exact,
     }
     try:
+        stored = load_plan(database, plan.digest, query)  # most plans are there: those of every run but the first
+        if stored is not None:
+            return plan if plan.exact else stored  # the digest of an exact one is that of its ranges
         records(database, COLLECTION).insert_one(document)
     except DuplicateKeyError:
         stored = load_plan(database, plan.digest, query)
-        return plan if stored is None or plan.exact else stored  # the digest of an exact one is that of its ranges
+        return plan if stored is None or plan.exact else stored
     except PyMongoError:  # a read-only user can stream, only not resume after changes
         return plan
     _touch(database, document)

@@ -144,8 +144,8 @@ class JobRunner:
             self._fail(job, error, heartbeat, retry=stop is not None)
             raise
         try:
-            _beat(heartbeat)
-            succeeded = _recorded(lambda: self._jobs.succeed(job_id, attempt, result=result))
+            progress = heartbeat.progress or None
+            succeeded = _recorded(lambda: self._jobs.succeed(job_id, attempt, result=result, progress=progress))
         except Exception as error:
             _log.error("job %s published %s, and cannot record it: %s", job_id, result, redact(str(error)))
             raise

@@ -113,7 +113,7 @@ class TrainingRun:
             JobCancelledError: The job was cancelled, or another worker has it; nothing was published.
             MongotorchError: The run failed; nothing was published.
         """
-        published = self.published(job)
+        published = None if _is_first(job) else self.published(job)
         if published is None:
             trainer, model = trainer_and_model(self.catalog.load_uuid(job["component"]))
             recipe = TrainingRecipe(trainer=trainer, model=model)
@@ -152,7 +152,7 @@ class TrainingRun:
             JobCancelledError: The job was cancelled, or another worker has it.
             MongotorchError: The run failed.
         """
-        trainer, resumed = recipe.trainer, self._checkpoints.load(job["_id"])
+        trainer, resumed = recipe.trainer, None if _is_first(job) else self._checkpoints.load(job["_id"])
         state = None if resumed is None else resumed.state
         self._is_stopped(job, is_begun=resumed is not None)
         # Before the run: what is not replaced in it is published as it was stored, whatever it holds by then.
@@ -283,8 +283,8 @@ class TrainingRun:
             raise JobCancelledError(f"job {job['_id']} is no longer this attempt's; it publishes nothing")
         model, trainer = _trained_pair(job, recipe, result.trained, number)
         records = {
-            new.uuid: self._record(job, old.uuid, result.trained)
-            for new, old in ((model, recipe.model), (trainer, recipe.trainer))
+            new.uuid: _record(job, old.uuid, result.stored[name].digest, result.trained)
+            for name, new, old in (("model", model, recipe.model), ("trainer", trainer, recipe.trainer))
         }
         records[model.uuid] |= {
             "data": dict(result.data.record),
@@ -344,15 +344,21 @@ class TrainingRun:
             else:
                 return
 
-    def _record(self, job: Mapping[str, Any], parent: str, trained: Trained) -> dict[str, Any]:
-        """The fields that the documents of both the model and the trainer have."""
-        return {
-            "source_digest": self.catalog.components.get(parent)["digest"],
-            "job": job["_id"],
-            "parent": parent,
-            "steps": trained.steps,
-            "best_step": trained.best_step,
-        }
+
+def _record(job: Mapping[str, Any], parent: str, digest: str, trained: Trained) -> dict[str, Any]:
+    """The fields that the documents of both the model and the trainer have."""
+    return {
+        "source_digest": digest,
+        "job": job["_id"],
+        "parent": parent,
+        "steps": trained.steps,
+        "best_step": trained.best_step,
+    }
+
+
+def _is_first(job: Mapping[str, Any]) -> bool:
+    """Whether no attempt was before: then nothing is published, and there is no checkpoint."""
+    return bool(job["attempt"] == 1)
 
 
 class _ValidationLog(Observer):
