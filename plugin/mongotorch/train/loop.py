@@ -123,6 +123,7 @@ class Fit:
         self.step, self._validated = 0, 0
         self._idle = 0  # epochs begun since the last step
         self.epoch, self._epoch_ended = 0, 0
+        self._is_epoch_over = False  # whether the epoch of a resumed run had ended, and nobody has counted it
         self._is_stopped = False
         self._spent_s = 0.0
         self._begun: float | None = None  # on the monotonic clock
@@ -243,6 +244,7 @@ class Fit:
             "values": {name: list(values) for name, values in self._values.items()},
             "stopped": self._is_stopped,
             "epoch": [self.epoch, self._epoch_ended],
+            "is_epoch_over": self._is_epoch_over or bool(getattr(self._batches, "is_epoch_over", False)),
             "spent_s": self._elapsed_s(),
             "numbers": dict(self._known),
             "measured": self._measured,
@@ -265,6 +267,7 @@ class Fit:
         self.step, self._validated = state["step"], state["validated"]
         self._is_stopped = self._is_stopped or state.get("stopped", False)
         self.epoch, self._epoch_ended = state.get("epoch", (0, self.step))
+        self._is_epoch_over = state.get("is_epoch_over", False)
         self._spent_s = state.get("spent_s", 0.0)
         self._model.object.load_state_dict(copied_values(state["model"]))
         load_state(self._optimizers, state["optimizer"])
@@ -334,9 +337,15 @@ class Fit:
     def _steps(self) -> Iterator[Event]:
         if self._is_validation_due():  # the run that was captured ended between a step and its validation
             yield self._validate()
+        is_rest = self._state is not None and not self._is_epoch_over
+        is_over, self._is_epoch_over = self._is_epoch_over, False
+        if is_over and not self.is_over and self._end_epoch():
+            yield self._validate()
         while not self.is_over:
             self._begin_epoch()
-            for group in grouped(self._batches, self._trainer.gradient_accumulation_steps):
+            batches = self._batches.rest() if is_rest and hasattr(self._batches, "rest") else iter(self._batches)
+            is_rest = False
+            for group in grouped(self._batches, batches, self._trainer.gradient_accumulation_steps):
                 yield self._step_on(group)
                 if self._is_validation_due():
                     yield self._validate()
@@ -427,7 +436,7 @@ class Fit:
 
     def _make_parts(self) -> None:
         """Take a step, which is undone by what is restored next: it makes what a trainer makes in its first."""
-        for group in grouped(self._batches, 1):
+        for group in grouped(self._batches, iter(self._batches), 1):
             self._take_step(group)
             break
         self._last = None

@@ -63,9 +63,14 @@ class Group:
     waited_s: float
 
 
-def grouped(batches: Iterable[Any], count: int) -> Iterator[Group]:
-    """The batches in groups of so many; the last one may have fewer."""
-    running = iter(batches)
+def grouped(batches: Iterable[Any], running: Iterator[Any], count: int) -> Iterator[Group]:
+    """The batches of an epoch in groups of so many; the last one may have fewer.
+
+    Args:
+        batches: What gives the batches; it may know how many documents the last one was of.
+        running: An iteration over them.
+        count: Batches of a group.
+    """
     while True:
         begun, found, rows = time.perf_counter(), [], []
         for batch in itertools.islice(running, count):

@@ -76,6 +76,7 @@ class Stream(Owner, IterableDataset[Any]):
 
     Attributes:
         batch_rows: How many documents the batch is of that was yielded last; None before the first.
+        is_epoch_over: Whether it is known that this batch was the last of its epoch; a loaded state says nothing.
 
     Raises:
         EmptySelectError: On iteration: the select matches no document.
@@ -106,6 +107,7 @@ class Stream(Owner, IterableDataset[Any]):
         self._taken = False  # whether a batch was asked for in this iteration
         self._found = False  # whether this iteration has found a batch, be it that of another worker
         self.batch_rows: int | None = None
+        self.is_epoch_over = False
 
     def __getstate__(self) -> dict[str, Any]:
         fresh: dict[str, Any] = {
@@ -129,6 +131,15 @@ class Stream(Owner, IterableDataset[Any]):
         if info is not None:
             self._begin_in_worker(info.seed - info.id, Turn(worker=info.id, workers=info.num_workers))
         self._running, self._taken = self._epoch(), False
+        return self._running
+
+    def rest(self) -> Iterator[Any]:
+        """The batches that are left of the epoch whose state was loaded: none where that epoch has ended.
+
+        The iteration after it is the next epoch. Not for the workers of a `DataLoader`.
+        """
+        self._stop()
+        self._running, self._taken = self._epoch(is_rest=True), False
         return self._running
 
     def __len__(self) -> int:
@@ -257,6 +268,7 @@ class Stream(Owner, IterableDataset[Any]):
         self._resume = state["source"]
         self._seed = state["seed"]
         self._position, self._pending = Position.from_state(state), True
+        self.is_epoch_over = False
 
     def _begin(self) -> None:
         """Go to where the next iteration starts."""
@@ -287,7 +299,7 @@ class Stream(Owner, IterableDataset[Any]):
     def _digest(self) -> str | None:
         return self._reader.digest or self._resume
 
-    def _epoch(self) -> Iterator[Any]:
+    def _epoch(self, *, is_rest: bool = False) -> Iterator[Any]:
         """The batches; `_position` is moved before each is yielded, and to the next epoch at the end."""
         if self._ended:
             self._ended = False
@@ -299,7 +311,7 @@ class Stream(Owner, IterableDataset[Any]):
         fresh = self._turn is None or not self._turn.number
         self._found = False
         yield from self._served(start)
-        if not self._found and fresh:
+        if not self._found and fresh and not is_rest:
             if start == Position(epoch=start.epoch):
                 raise self._no_batch()
             # Nothing was left of the epoch that a state was loaded for.
@@ -311,12 +323,14 @@ class Stream(Owner, IterableDataset[Any]):
             for batch, position, rows in batches:
                 self.batch_rows = rows
                 self._position, self._pending = position, position.epoch != start.epoch
+                self.is_epoch_over = self._pending
                 if self._turn is not None:
                     self._turn = replace(self._turn, number=self._turn.own + 1)
                 yield batch
         finally:
             close_iterator(batches)
         self._position, self._pending = Position(epoch=start.epoch + 1), True
+        self.is_epoch_over = True
 
     def _no_batch(self) -> DataError:
         rows = f"batch_size={self.spec.batch_size}, shard={self.spec.shard}, drop_last={self.spec.drop_last}"
