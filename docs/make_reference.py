@@ -1,4 +1,6 @@
-"""Writes docs/reference/ from the docstrings of what users and extensions meet, so that the two never differ.
+"""Writes the pages of docs/reference: which public names there are, and on which page each is.
+
+What a name does is in its docstring, which mkdocstrings puts into the page when the site is built.
 
     python docs/make_reference.py            writes the pages
     python docs/make_reference.py --check    exit code 1 if a page is not what would be written
@@ -15,7 +17,7 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ MODULES = (
 )
 # Group -> page -> what is on it: a name in `mongotorch`, or `module:name`; `module:*` is all that it offers.
 GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
-    "For users": {
+    "For everybody": {
         "datalayer": ("Datalayer",),
         "collection": ("Collection", "Query"),
         "split": ("Split", "ByHash", "ByStoredFold", "ByTime", "ByGroup", "KFold"),
@@ -77,16 +79,26 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
         "testing": ("testing:*",),
     },
 }
+TITLES = {
+    "collection": "Collection and query",
+    "split": "Splits",
+    "metrics": "Metrics, validations, datasets",
+    "jobs": "Jobs and workers",
+    "versions": "Versions and lineage",
+    "schedules": "Schedules, triggers and gates",
+    "stream": "Streams and checks of data",
+    "maintenance": "Maintenance reports",
+    "triggers": "Triggers of one's own",
+    "gates": "Gates of one's own",
+    "testing": "Suites to inherit",
+}
 # Users get these from a datalayer: how they are built is not theirs.
 HANDED_OUT = {"Collection", "Datalayer", "Job", "Live", "Stream"}
 NOT_FOR_USERS = {  # for the dashboard, workers and mirrors
     *("Datalayer.overview", "Datalayer.runner", "Datalayer.scheduler", "Datalayer.run_log"),
 }
-SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises", "Source")
-LISTS = ("Args", "Attributes", "Raises")
 ENTRY = re.compile(r"    (\*{0,2}\w[\w., *]*?): (.*)")
 NOTE = "<!-- Written by docs/make_reference.py; change the docstrings instead. -->\n"
-
 
 INTRODUCTIONS = {"errors": inspect.cleandoc(importlib.import_module("mongotorch.errors").__doc__ or "") + "\n\n"}
 
@@ -129,72 +141,6 @@ def public() -> dict[str, Any]:
     return dict(sorted(found.items()))
 
 
-def show_default(value: Any) -> str:
-    """A default as one would write it."""
-    if isinstance(value, int) and value > 2**63 and str(value) == "1" + "0" * (len(str(value)) - 1):
-        return f"10**{len(str(value)) - 1}"
-    if isinstance(value, Path):
-        return repr(str(value))
-    if callable(value):
-        return str(getattr(value, "__qualname__", type(value).__name__))
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
-
-
-def show_annotation(value: Any) -> str:
-    """An annotation as it stands in the source, without the names of modules."""
-    text = value if isinstance(value, str) else inspect.formatannotation(value)
-    return re.sub(r"\b(?:[a-z_]+\.)+(?=[A-Z])", "", text)
-
-
-def parameters(value: Callable[..., Any]) -> Iterator[str]:
-    """The parameters of a callable as one would write them, `self` left out."""
-    before = inspect.Parameter.POSITIONAL_ONLY
-    for name, parameter in inspect.signature(value).parameters.items():
-        if parameter.kind is parameter.KEYWORD_ONLY and before not in (
-            parameter.KEYWORD_ONLY,
-            parameter.VAR_POSITIONAL,
-        ):
-            yield "*"
-        before = parameter.kind
-        if name == "self":
-            continue
-        star = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
-        typed = "" if parameter.annotation is parameter.empty else f": {show_annotation(parameter.annotation)}"
-        default = "" if parameter.default is parameter.empty else f" = {show_default(parameter.default)}"
-        yield f"{star}{name}{typed}{default}"
-
-
-def signature(name: str, value: Callable[..., Any]) -> str:
-    """A signature in a fenced block, one parameter a line where it gets long."""
-    parts = list(parameters(value))
-    given = inspect.signature(value).return_annotation
-    back = "" if given is inspect.Signature.empty or inspect.isclass(value) else f" -> {show_annotation(given)}"
-    line = f"{name}({', '.join(parts)}){back}"
-    if len(line) > 96:
-        line = f"{name}(\n" + "".join(f"    {part},\n" for part in parts) + f"){back}"
-    return f"```text\n{line}\n```\n"
-
-
-def prose(text: str) -> str:
-    """A Google-style docstring as Markdown: sections in bold, entries as a list."""
-    out: list[str] = []
-    section = ""
-    for line in inspect.cleandoc(text).splitlines():
-        heading = re.fullmatch(rf"({'|'.join(SECTIONS)}):\s*(.*)", line)
-        if heading:
-            section = heading[1]
-            out += [f"**{section}**", "", *([heading[2]] if heading[2] else [])]
-        elif section in LISTS and (entry := ENTRY.fullmatch(line)):
-            names = ", ".join(f"`{name.strip()}`" for name in entry[1].split(","))
-            out.append(f"- {names}: {entry[2]}")
-        elif section in LISTS and line.startswith("        "):
-            out.append("  " + line.strip())
-        else:
-            section = section if not line or line.startswith(" ") else ""
-            out.append(line.strip() if section else line)
-    return "\n".join(out).strip() + "\n"
-
-
 def shown_bases(cls: type) -> list[type]:
     """The base classes that have an entry of their own."""
     entries = [value for names in shown().values() for value in names.values()]
@@ -221,61 +167,51 @@ def has_constructor(cls: type) -> bool:
     return dataclasses.is_dataclass(cls) or "__init__" in vars(cls)
 
 
-def describe_member(owner: str, name: str, member: Any) -> str:
-    """One method or property."""
-    function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
-    head = f"### `{owner}.{name}`\n\n"
-    if isinstance(member, property):
-        return head + prose(inspect.getdoc(function) or "")
-    bound = getattr(importlib.import_module(function.__module__), owner, None)
-    shown = getattr(bound, name) if isinstance(member, classmethod) and bound else function
-    return head + signature(name, shown) + "\n" + prose(inspect.getdoc(function) or "")
+def describe(name: str, where: str, value: Any) -> str:
+    """The directive by which mkdocstrings shows one public name."""
+    options = {"merge_init_into_class": str(name not in HANDED_OUT).lower()}
+    if inspect.isclass(value):
+        found = [member for member, _ in members(value) if f"{name}.{member}" not in NOT_FOR_USERS]
+        options |= {"inherited_members": "true", "members": f"[{', '.join(found)}]"}
+        if issubclass(value, BaseException):
+            options["members"] = "[]"
+    lines = "".join(f"      {key}: {option}\n" for key, option in options.items())
+    return f"::: {where}\n    options:\n{lines}"
 
 
-def fields(settings: Any) -> str:
-    """The fields of a settings class, in a fenced block."""
-    lines = [
-        f"{name}: {show_annotation(field.annotation)} = {show_default(field.default)}"
-        for name, field in settings.model_fields.items()
-    ]
-    return "```text\n" + "\n".join(lines) + "\n```\n"
+def summary(value: Any) -> str:
+    """The first sentence of a docstring."""
+    text = (vars(value).get("__doc__") if inspect.isclass(value) else value.__doc__) or ""
+    return " ".join(inspect.cleandoc(text).partition("\n\n")[0].split())
 
 
-def describe(name: str, value: Any) -> str:
-    """One public name."""
-    parts = [f"## `{name}`\n"]
-    own = (vars(value).get("__doc__") if inspect.isclass(value) else inspect.getdoc(value)) or ""
-    if inspect.isclass(value) and shown_bases(value):
-        parts.append(f"Is a `{shown_bases(value)[0].__name__}`.\n")
-    if name in HANDED_OUT:
-        own = re.sub(r"(?ms)^    Args:\n.*?(?=^    \w+:\n|\Z)", "", own)
-    elif hasattr(value, "model_fields"):
-        parts.append(fields(value))
-    elif not inspect.isclass(value) or has_constructor(value):
-        parts.append(signature(name, value))
-    parts.append(prose(own))
-    if inspect.isclass(value) and not issubclass(value, BaseException):
-        found = [(member, at) for member, at in members(value) if f"{name}.{member}" not in NOT_FOR_USERS]
-        parts += [describe_member(name, *member) for member in found]
-    return "\n".join(parts)
+def path_of(where: str, name: str) -> str:
+    """The dotted path under which users import what an entry of `GROUPS` stands for."""
+    module_name, _, _ = where.rpartition(":")
+    return f"mongotorch.{module_name}.{name}" if module_name else f"mongotorch.{name}"
 
 
 def pages() -> dict[str, str]:
     """File name -> what it holds."""
-    written = {
-        f"{page}.md": f"{NOTE}\n# Reference: {page}\n\n{INTRODUCTIONS.get(page, '')}"
-        + "\n".join(describe(name, value) for name, value in names.items())
-        for page, names in shown().items()
-    }
-    listing = "".join(
-        f"\n## {group}\n\n"
-        + "".join(
-            f"- [{page}]({page}.md): {', '.join(f'`{name}`' for name in shown()[page])}\n" for page in entries
-        )
-        for group, entries in GROUPS.items()
+    written: dict[str, str] = {}
+    listing: list[str] = []
+    for group, entries in GROUPS.items():
+        listing += [f"\n## {group}\n"]
+        for page, wheres in entries.items():
+            names = [(name, where, value) for where in wheres for name, value in entry(where).items()]
+            text = f"{NOTE}\n# {TITLES.get(page, page.capitalize())}\n\n{INTRODUCTIONS.get(page, '')}"
+            text += "\n".join(describe(name, path_of(where, name), value) for name, where, value in names)
+            written[f"{page}.md"] = text
+            listing += [f"\n### [{TITLES.get(page, page.capitalize())}]({page}.md)\n", "| | |", "|---|---|"]
+            listing += [
+                f"| [`{name}`]({page}.md#{path_of(where, name)}) | {summary(value).replace('|', chr(92) + '|')} |"
+                for name, where, value in names
+            ]
+    head = (
+        "# Reference\n\nAll public names. The commands are in [Work from the command line]"
+        "(../how-to/command-line.md).\n"
     )
-    head = "# Reference\n\nThe commands are in [Work from the command line](../how-to/command-line.md).\n"
-    return {"index.md": f"{NOTE}\n{head}{listing}"} | written
+    return {"index.md": f"{NOTE}\n{head}" + "\n".join(listing) + "\n"} | written
 
 
 def main() -> int:

@@ -28,6 +28,7 @@ settings.load_profile("mongotorch")
 LONG = frozenset(
     {
         "test_api_values.py",
+        "test_docker_run.py",
         "test_elections.py",
         "test_embedded_workers.py",
         "test_every_optimizer.py",
@@ -39,7 +40,9 @@ LONG = frozenset(
         "test_killed_schedulers.py",
         "test_other_loops.py",
         "test_outage.py",
+        "test_pages_in_order.py",
         "test_poison.py",
+        "test_site.py",
         "test_stopped_workers.py",
         "test_wild_modules.py",
     }

@@ -1,18 +1,11 @@
-"""Every Python block of README.md and docs/ runs, page by page, as the script that a reader would make of it.
+"""Every Python block of README.md and docs/ runs, page by page, each over a fresh database; links lead somewhere.
 
-The blocks of a page share one `__main__`, one empty working folder and one fresh database, which
-`MONGOTORCH_URI` names. Three comments change that, all invisible to the reader:
-
-    <!-- test: mongod -->                 the page needs the real server
-    <!-- test: prelude ... -->            Python that runs before the first block
-    <!-- test: raises NAME -->            the next block ends in this error
+`pages.py` says how a page is run.
 """
 
 from __future__ import annotations
 
 import re
-import sys
-import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,40 +13,20 @@ from uuid import uuid4
 
 import pymongo
 import pytest
+from tests.docs.pages import PAGES, ROOT, has_blocks, in_order, name_of, needs_server, run_page, text_of
 
-from mongotorch import errors
-
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BLOCK = re.compile(
-    r"(?:<!-- test: raises (?P<error>\w+) -->\n+)?```python\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE
-)
-PRELUDE = re.compile(r"<!-- test: prelude\n(?P<code>.*?)-->", re.DOTALL)
 LINK = re.compile(r"\]\((?!https?://|mailto:|#)(?P<target>[^)#\s]+)(?:#[^)]*)?\)")
 ANCHOR = re.compile(r"\]\((?!https?://)(?P<target>[^)#\s]*)#(?P<anchor>[^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 FENCED = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
-
-
-def _name(path: Path) -> str:
-    return str(path.relative_to(ROOT))
-
-
-def _has_blocks(path: Path) -> bool:
-    return BLOCK.search(path.read_text(encoding="utf-8")) is not None
-
-
-def _run(match: re.Match[str], page: Path, namespace: dict[str, object]) -> None:
-    # Empty lines before the code, so that a traceback names the line of the page.
-    above = match.string.count("\n", 0, match.start("code"))
-    exec(compile("\n" * above + match["code"], str(page), "exec"), namespace)
+GENERATED = "reference"  # its anchors are those of mkdocstrings; the build of the site checks them
 
 
 @pytest.fixture
 def address(page: Path, request: pytest.FixtureRequest) -> Iterator[str]:
     """The fresh database of a page: in memory, or on the real server where the page asks for it; dropped after."""
     name = f"docs_{uuid4().hex}"
-    if "<!-- test: mongod -->" not in page.read_text(encoding="utf-8"):
+    if not needs_server(page):
         yield f"mongomock://{name}"
         return
     yield (uri := f"mongodb://{request.getfixturevalue('mongod')}/{name}?replicaSet=rs0")
@@ -61,42 +34,34 @@ def address(page: Path, request: pytest.FixtureRequest) -> Iterator[str]:
         client.drop_database(name)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if _has_blocks(page)], ids=_name)
+@pytest.mark.parametrize("page", [page for page in PAGES if has_blocks(page)], ids=name_of)
 def test_python_blocks_of_a_page_run_in_order(
     page: Path, address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    text = page.read_text(encoding="utf-8")
-    monkeypatch.setenv("MONGOTORCH_URI", address)
-    monkeypatch.setenv("MONGOTORCH_PROGRESS", "false")
-    monkeypatch.chdir(tmp_path)
-    main = types.ModuleType("__main__")
-    monkeypatch.setitem(sys.modules, "__main__", main)
-    for prelude in PRELUDE.finditer(text):
-        _run(prelude, page, vars(main))
-    for block in BLOCK.finditer(text):
-        if block["error"] is None:
-            _run(block, page, vars(main))
-            continue
-        with pytest.raises(getattr(errors, block["error"])):
-            _run(block, page, vars(main))
+    run_page(page, monkeypatch, tmp_path, address)
+
+
+def test_every_page_with_blocks_is_in_the_navigation() -> None:
+    assert sorted(in_order()) == sorted(page for page in PAGES if has_blocks(page))
 
 
 def test_links_lead_somewhere() -> None:
-    links = [(page, link["target"]) for page in PAGES for link in LINK.finditer(page.read_text(encoding="utf-8"))]
-    assert [f"{_name(page)}: {to}" for page, to in links if not (page.parent / to).exists()] == []
+    links = [(page, link["target"]) for page in PAGES for link in LINK.finditer(text_of(page))]
+    assert [f"{name_of(page)}: {to}" for page, to in links if not (page.parent / to).exists()] == []
 
 
 def _anchors(page: Path) -> set[str]:
     """The anchors of a page's headings, as GitHub makes them."""
-    headings = HEADING.findall(FENCED.sub("", page.read_text(encoding="utf-8")))
+    headings = HEADING.findall(FENCED.sub("", text_of(page)))
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_anchors_lead_to_headings() -> None:
     lost = [
-        f"{_name(page)}: {link['target']}#{link['anchor']}"
+        f"{name_of(page)}: {link['target']}#{link['anchor']}"
         for page in PAGES
-        for link in ANCHOR.finditer(page.read_text(encoding="utf-8"))
+        for link in ANCHOR.finditer(text_of(page))
+        if GENERATED not in link["target"].split("/") and page.parent.name != GENERATED
         if link["anchor"] not in _anchors(page.parent / link["target"] if link["target"] else page)
     ]
     assert lost == []
@@ -118,7 +83,7 @@ def test_every_page_can_be_reached_from_the_index() -> None:
         if page in reached:
             continue
         reached.add(page)
-        links = LINK.finditer(page.read_text(encoding="utf-8"))
+        links = LINK.finditer(text_of(page))
         ahead += [p for p in ((page.parent / link["target"]).resolve() for link in links) if p.suffix == ".md"]
     assert {page for page in PAGES if page.is_relative_to(index.parent)} <= reached
 
