@@ -398,12 +398,12 @@ def _same_bits(first: Tensor, second: Tensor) -> bool:
 
 
 def to_floats(scalars: Sequence[Tensor | float]) -> list[float]:
-    """Numbers, and tensors of one element, as floats: one transfer for all where they are on one device."""
-    tensors = [one.detach().reshape(()) for one in scalars if isinstance(one, Tensor)]
-    if len(tensors) == len(scalars) > 1 and len({one.device for one in tensors}) == 1:
-        values: list[float] = torch.stack(tensors).double().tolist()
-        return values
-    return [float(one) for one in scalars]
+    """Numbers, and tensors of one element, as floats: one transfer for all where they are alike."""
+    try:
+        values: list[float] = torch.stack(scalars).detach().double().flatten().tolist()  # type: ignore[arg-type]
+    except (TypeError, RuntimeError):  # none, other numbers among them, other shapes, or several devices
+        return [float(one) for one in scalars]
+    return values
 
 
 def device_memory_bytes(device: torch.device) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.helpers import fill, trainer
@@ -103,3 +104,35 @@ def test_a_folder_that_cannot_be_written_is_refused(db: Datalayer, tmp_path: Pat
     (tmp_path / "file").touch()
     with pytest.raises(SettingError, match="no folder to write to"):
         open_mirror(f"tensorboard:{tmp_path / 'file'}", db)
+
+
+def test_a_job_that_is_removed_or_broken_does_not_end_the_mirror(
+    db: Datalayer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken, gone, good = Written(db, "broken"), Written(db, "gone"), Written(db, "good")
+    good.measure(1)
+    db["mt.jobs"].raw.update_one({"_id": broken.uuid}, {"$unset": {"type_id": ""}})
+    with open_mirror(f"tensorboard:{tmp_path}", db) as target:
+        listed = db.run_log.changed_jobs(None)
+        db["mt.jobs"].raw.delete_one({"_id": gone.uuid})
+        monkeypatch.setattr(type(db.run_log), "changed_jobs", lambda *_: listed)
+        assert target.update(db) == 1
+
+
+def test_a_target_that_fails_is_asked_again_what_it_has(db: Datalayer, tmp_path: Path) -> None:
+    run = Written(db)
+    run.measure(1)
+    with open_mirror(f"tensorboard:{tmp_path}", db) as target:
+        target.update(db)
+        with pytest.MonkeyPatch.context() as patch:
+
+            def half(self: Any, moment: Any, rows: Any) -> None:
+                write(self, moment, rows[:2])
+                raise OSError("no space left")
+
+            write = type(target).write  # type: ignore[attr-defined]
+            patch.setattr(type(target), "write", half)
+            run.measure(2, 3, 4)
+            assert target.update(db) == 0
+        assert target.update(db) == 1
+    assert in_tensorboard(tmp_path, run) == run.expected()

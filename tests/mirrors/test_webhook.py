@@ -173,6 +173,14 @@ def test_what_is_refused_is_not_sent_again(
     assert "t0ken" not in caplog.text + repr(hook)
 
 
+def test_a_job_without_a_name_is_told_as_well(db: Datalayer, signed: Datalayer, receiver: Receiver) -> None:
+    hook = open_hook(signed, receiver)
+    run = Written(db)
+    db["mt.jobs"].raw.update_one({"_id": run.uuid}, {"$unset": {"type_id": ""}})
+    run.fail()
+    assert hook.update(signed) == 1
+
+
 def test_a_receiver_that_is_not_there_slows_nothing(db: Datalayer, signed: Datalayer) -> None:
     hook = open_mirror("webhook:http://127.0.0.1:1/", signed)
     hook.update(signed)

@@ -19,7 +19,7 @@ from datetime import datetime, timedelta
 from typing import Any, ClassVar, Final, Self, final
 
 from mongotorch.datalayer import Datalayer
-from mongotorch.errors import MongotorchError, SettingError
+from mongotorch.errors import MongotorchError, NotFoundError, SettingError
 from mongotorch.jobs import MetricRow
 from mongotorch.mongo.error_translation import redact
 from mongotorch.resources import Owner
@@ -98,8 +98,8 @@ class MirroredRun:
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Self:
         """The run of a job document."""
-        names = ("attempt", "type_id", "identifier", "status", "created", "finished")
-        plain = {name: record[name] for name in names}
+        names = ("attempt", "type_id", "identifier", "status", "created")
+        plain = {name: record[name] for name in names} | {"finished": record.get("finished")}
         return cls(job=record["_id"], parameters=dict(record.get("parameters") or {}), **plain)
 
     @property
@@ -145,19 +145,21 @@ class MetricMirror(Mirror):
         begun, count = db.run_log.positions.now(), 0
         all_done = True
         for record in db.run_log.changed_jobs(self._since):
-            run = MirroredRun.of(record)
+            job = record["_id"]
             try:
-                count += self._update(run, db)
+                count += self._update(MirroredRun.of(record), db)
+            except NotFoundError:
+                self._written.pop(job, None)  # it was removed meanwhile
             except MongotorchError:
                 raise
             except Exception as error:  # noqa: BLE001 - whatever a target's library raises
-                self._written.pop(run.job, None)  # what it has is asked again
+                self._written.pop(job, None)  # what it has is asked again
                 all_done = False
-                if run.job not in self._failing:
-                    _log.warning("%s: job %s could not be mirrored: %s", self.name, run.job, redact(str(error)))
-                self._failing.add(run.job)
+                if job not in self._failing:
+                    _log.warning("%s: job %s could not be mirrored: %s", self.name, job, redact(str(error)))
+                self._failing.add(job)
             else:
-                self._failing.discard(run.job)
+                self._failing.discard(job)
         self._since = begun - _BEFORE if all_done else self._since
         return count
 

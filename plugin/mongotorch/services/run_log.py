@@ -65,7 +65,7 @@ class RunLog:
         return sorted(found, key=lambda event: (event.time, event.id))
 
     def _of_job(self, job: Mapping[str, Any]) -> Iterator[RunEvent]:
-        about = {"job": job["_id"], "type_id": job["type_id"], "identifier": job["identifier"]}
+        about = {"job": job["_id"], "type_id": job.get("type_id"), "identifier": job.get("identifier")}
         named = f"{job['_id']}:{job['attempt']}"
         if job["status"] == "failed":
             error = {name: (job.get("error") or {}).get(name) for name in ("type", "message")}

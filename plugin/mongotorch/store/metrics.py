@@ -84,9 +84,9 @@ class MetricLog:
         Returns:
             False: the job no longer runs under the attempt, and nothing was written.
         """
-        if attempt is not None and self._jobs.find_one(running(job, attempt), {"_id": 1}) is None:
-            return False
         with self._clock.alone():
+            if attempt is not None and self._jobs.find_one(running(job, attempt), {"_id": 1}) is None:
+                return False
             updates = [self._update(one, job, component) for one in measured]
             if is_mock(self._documents):  # it does not understand the bulk writes of newer drivers
                 for key, update in updates:

@@ -190,7 +190,7 @@ class TrainingStep:
         if not isinstance(name, str) or not name:
             raise ParameterError(f"log: the name {name!r} must be text", field="log")
         if isinstance(value, Tensor) and value.numel() == 1:
-            value = value.detach()
+            value = value.detach().clone()  # it is read later, and may be a weight
         elif isinstance(value, bool) or not isinstance(value, int | float):
             raise ParameterError(f"log: {name!r} got a {type(value).__name__}, not a single number", field="log")
         run = _running.get()

@@ -80,6 +80,15 @@ class Telling(TorchTrainer):
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class WeightLogger(TorchTrainer):
+    """Logs a weight itself."""
+
+    def take_step(self, model: Any, batch: Any, optimizers: Any) -> Tensor:
+        self.log("weight", model.object[0].weight[0, 0])
+        return super().take_step(model, batch, optimizers)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Slow(TorchTrainer):
     """Takes its time."""
 
@@ -138,7 +147,9 @@ def test_a_run_of_ten_million_steps_keeps_some_thousand_rows(monkeypatch: pytest
     assert {step % 2**13 for step in log.of("train")} == {0}
 
 
-def test_what_goes_on_from_a_checkpoint_gives_the_same_rows() -> None:
+@pytest.mark.parametrize("most", [2048, 8, 4, 3])
+def test_what_goes_on_from_a_checkpoint_gives_the_same_rows(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    monkeypatch.setattr(observers, "MOST_ENTRIES", most)
     given = [float(value) for value in torch.rand(500, generator=torch.Generator().manual_seed(3))]
     whole, resumed = Logged(), Logged()
     first = recorder(whole)
@@ -148,7 +159,7 @@ def test_what_goes_on_from_a_checkpoint_gives_the_same_rows() -> None:
 
     begun = 0
     state: Any = None
-    for begun_next in (130, 131, 200, 333, 500):
+    for begun_next in (130, 131, 150, 200, 333, 400, 500):
         part = recorder(resumed, begun=begun, state=state)
         for step in range(begun + 1, min(begun_next + 40, 500) + 1):  # 40 steps after the checkpoint it is killed
             part.on_step(stepped(step, given[step - 1], rows=step % 7 + 1))
@@ -159,7 +170,8 @@ def test_what_goes_on_from_a_checkpoint_gives_the_same_rows() -> None:
         begun = begun_next
     values = [{step: one.values["objective"] for step, one in log.of("train").items()} for log in (whole, resumed)]
     assert values[0] == values[1]
-    assert list(values[0]) == list(range(50, 501, 50))
+    interval = {2048: 50, 8: 100, 4: 200, 3: 200}[most]
+    assert list(values[0]) == list(range(interval, 501, interval))
 
 
 def test_rows_after_the_checkpoint_of_a_killed_attempt_are_removed(db: Datalayer) -> None:
@@ -196,6 +208,13 @@ def test_many_rows_are_one_request() -> None:
         made.on_end()
     assert len(log.of("train")) == 2000
     assert log.requests <= 4
+
+
+def test_a_logged_weight_is_that_of_its_step(db: Datalayer) -> None:
+    job = db.apply(trainer(fill(db), WeightLogger, log_interval=1, max_iterations=3, validation_interval=None))
+    steps, values = job.metrics.curve("weight")
+    assert steps == [1, 2, 3]
+    assert len(set(values)) == 3, "and not what it is when it is read"
 
 
 def test_an_attempt_that_lost_its_job_writes_nothing(db: Datalayer) -> None:

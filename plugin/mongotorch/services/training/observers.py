@@ -26,8 +26,10 @@ from mongotorch.train import Fit, Stepped, Validated
 _log = logging.getLogger("mongotorch.jobs")
 MOST_ENTRIES: Final = 2048
 """How many `train` entries a run may keep; the steps between them grow by powers of two."""
+_NORM: Final = "gradient_norm"
 _MOST_PENDING: Final = 64  # steps whose values stay where they are, before they are added up
-_WRITE_S: Final = 1.0
+_WRITE_S: Final = 1.0  # between two writes of what is measured
+_PAUSE_S: Final = 0.1  # between two writes at the least, however often a run validates
 
 
 class Observer(Protocol):
@@ -185,9 +187,9 @@ class MetricRecorder(Observer):
     what the trainer logged. Besides, it has `learning_rate` (`learning_rate/0`, `learning_rate/1`, … where there
     are several), `samples_per_s`, `waited_share` (of the time, for data), and `device_memory_bytes` on a GPU.
 
-    A thread of its own writes, at most once a second. What it cannot write is logged and tried again, and never
-    ends the run. However long a run is, it keeps few entries: when there are `MOST_ENTRIES`, every second one is
-    removed, and the interval is twice as long from then on.
+    A thread of its own writes once a second, and after validations. What it cannot write is logged and tried
+    again, and never ends the run. However long a run is, it keeps few entries: when there are `MOST_ENTRIES`,
+    every second one is removed, and the interval is twice as long from then on.
 
     Args:
         metric_log: The metrics of the database.
@@ -210,7 +212,7 @@ class MetricRecorder(Observer):
     ) -> None:
         self._metric_log, self._job, self._begun, self._clock = metric_log, job, begun, clock
         self._interval = interval or 0
-        while self._interval and begun > MOST_ENTRIES * self._interval:
+        while self._interval and begun >= MOST_ENTRIES * self._interval:
             self._interval *= 2
         self._due = self._next(begun)
         self._means = _Means(state or {})
@@ -222,7 +224,8 @@ class MetricRecorder(Observer):
         self._waiting: list[tuple[float, MetricEntry]] = []
         self._thin_to: int | None = None
         self._one, self._writing = threading.Lock(), threading.Lock()
-        self._wake, self._is_closed, self._is_lost, self._has_failed = threading.Event(), False, False, False
+        self._wake, self._closed = threading.Event(), threading.Event()
+        self._is_lost, self._has_failed = False, False
         self._thread = threading.Thread(target=self._run, name="mongotorch-metrics", daemon=True)
 
     def __enter__(self) -> Self:
@@ -234,7 +237,7 @@ class MetricRecorder(Observer):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._is_closed = True
+        self._closed.set()
         self._wake.set()
         self._thread.join()
 
@@ -292,7 +295,8 @@ class MetricRecorder(Observer):
         means, rows, steps = self._means.take()
         rates = self._rates
         names = ("learning_rate",) if len(rates) == 1 else [f"learning_rate/{n}" for n in range(len(rates))]
-        values = {**means, **dict(zip(names, rates, strict=True))}
+        # An optimizer without a learning rate has NaN.
+        values = {**means, **{name: rate for name, rate in zip(names, rates, strict=True) if rate == rate}}
         if self._elapsed_s > 0:
             values["samples_per_s"] = rows / self._elapsed_s
             values["waited_share"] = min(self._waited_s / self._elapsed_s, 1.0)
@@ -314,10 +318,11 @@ class MetricRecorder(Observer):
             self._waiting.append((now, measured))
 
     def _run(self) -> None:
-        while not self._is_closed:
+        while not self._closed.is_set():
             self._wake.wait(_WRITE_S)
             self._wake.clear()
             self.flush()
+            self._closed.wait(_PAUSE_S)
         self.flush()
 
     def _try(self, write: Callable[[], object]) -> bool:
@@ -370,18 +375,28 @@ class _Means:
         return {"rows": self._rows, "steps": self.steps, "sums": sums}
 
     def _sum_up(self) -> None:
-        given: dict[str, list[tuple[Any, int]]] = {}
-        for event in self._pending:
-            self._rows += event.rows
-            given.setdefault("objective", []).append((event.loss, event.rows))
-            if event.gradient_norm is not None:
-                given.setdefault("gradient_norm", []).append((event.gradient_norm, event.rows))
-            for name, value in event.values.items():
-                given.setdefault(name, []).append((value, event.rows))
-        self._pending = []
-        for name, pairs in given.items():
-            pair = self._sums.setdefault(name, [0.0, 0.0])
-            for value, (_, rows) in zip(to_floats([value for value, _ in pairs]), pairs, strict=True):
-                # One after the other: the sum does not depend on when it is made.
-                pair[0] += value * rows
-                pair[1] += rows
+        pending, self._pending = self._pending, []
+        if not pending:
+            return
+        rows = [event.rows for event in pending]
+        self._rows += sum(rows)
+        self._add("objective", [event.loss for event in pending], rows)
+        given: dict[str, tuple[list[Any], list[int]]] = {}
+        for event in pending:
+            further = (
+                {**event.values} if event.gradient_norm is None else {**event.values, _NORM: event.gradient_norm}
+            )
+            for name, value in further.items():
+                values, weights = given.setdefault(name, ([], []))
+                values.append(value)
+                weights.append(event.rows)
+        for name, (values, weights) in given.items():
+            self._add(name, values, weights)
+
+    def _add(self, name: str, values: Sequence[Any], weights: Sequence[int]) -> None:
+        total, weight = self._sums.get(name, (0.0, 0.0))
+        for value, rows in zip(to_floats(values), weights, strict=True):
+            # One after the other: the sum does not depend on when it is made.
+            total += value * rows
+            weight += rows
+        self._sums[name] = [total, weight]
