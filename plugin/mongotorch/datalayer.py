@@ -228,7 +228,7 @@ class Datalayer(Owner):
 
     @arguments_checked
     def job(self, uuid: str) -> Job[Any]:
-        """A job by its uuid, from any process. Raises: NotFoundError."""
+        """A job by its uuid, or the first characters of it, from any process. Raises: NotFoundError."""
         return self._services.applier.job(uuid)
 
     @arguments_checked

@@ -107,7 +107,9 @@ def test_show_goes_from_kinds_to_one_version(call: Call, db: Datalayer) -> None:
 
     assert call("show").stdout.split() == ["model", "trainer"]
     assert call("show", "model").stdout.split() == ["points"]
-    assert call("show", "model", "points").stdout.split() == ["0", "1"]
+    heading, given, trained = call("show", "model", "points").stdout.splitlines()
+    assert heading.split()[:4] == ["version", "created", "trained", "live"]
+    assert (given.split()[0], trained.split()[0]) == ("0", "1")
     document = json.loads(call("show", "model", "points", "1").stdout)
     assert (document["_id"], document["version"]) == (db.load("model", "points").uuid, 1)
 
@@ -116,7 +118,9 @@ def test_what_show_prints_as_json_is_json(call: Call, db: Datalayer) -> None:
     apply(db).result()
 
     assert json.loads(call("show", "--json").stdout) == ["model", "trainer"]
-    assert json.loads(call("show", "model", "points", "--json").stdout) == [0, 1]
+    rows = json.loads(call("show", "model", "points", "--json").stdout)
+    assert [(row["version"], row["trained"], row["steps"]) for row in rows] == [(0, False, None), (1, True, 3)]
+    assert rows[1]["nbytes"] == 4 * 6  # the weights of Linear(2, 2) in float32
     trainer = json.loads(call("show", "trainer", "points-trainer", "0", "--json").stdout)
     assert trainer["fields"]["max_iterations"] == 3
 
@@ -257,8 +261,9 @@ def test_the_command_runs_as_a_program(mongod: str) -> None:
         )
 
     assert run("--version").stdout.strip() == __version__
-    listed = run("jobs", "--json", MONGOTORCH_URI=f"mongodb://{mongod}/cli_nothing?replicaSet=rs0")
-    assert (listed.returncode, json.loads(listed.stdout), listed.stderr) == (0, [], "")
+    nothing = run("jobs", "--json", MONGOTORCH_URI=f"mongodb://{mongod}/cli_nothing?replicaSet=rs0")
+    assert (nothing.returncode, nothing.stdout) == (1, "")
+    assert "nothing of mongotorch is in the database 'cli_nothing'" in nothing.stderr
     failed = run("show", MONGOTORCH_URI=NOWHERE)
     assert (failed.returncode, failed.stdout) == (1, "")
     assert failed.stderr.startswith("ServerUnavailableError: ")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from bson import ObjectId, json_util
+from tests.cli.printed import columns_of
 from tests.helpers import COLLECTION, fill, points, trainer
 from typer.testing import CliRunner
 
@@ -53,14 +54,6 @@ def insert(db: Datalayer, count: int) -> None:
     db[COLLECTION].raw.insert_many({**row, "_id": ObjectId()} for row in points(count))
 
 
-def table(said: str) -> dict[str, list[str]]:
-    """The cells of a table by their heading."""
-    lines = [
-        [cell.strip() for cell in line[1:-1].split(line[0])] for line in said.splitlines() if line[:1] in "┃│"
-    ]
-    return {heading: list(cells) for heading, *cells in zip(*lines, strict=True)}
-
-
 def test_list_says_what_each_schedule_counts_and_what_came_of_it(call: Call, db: Datalayer) -> None:
     fill(db)
     db.apply(schedule(db, NewDocuments(10), "busy", gate=Always()))
@@ -73,7 +66,7 @@ def test_list_says_what_each_schedule_counts_and_what_came_of_it(call: Call, db:
     done = call("list")
 
     assert done.exit_code == 0, done.output
-    cells = table(done.stdout)
+    cells = columns_of(done.stdout)
     assert cells["schedule"] == ["busy", "shadow"]
     assert cells["state"] == ["on", "paused"]
     assert cells["trigger"] == ["NewDocuments(n=10)"] * 2
@@ -107,7 +100,7 @@ def test_list_shows_why_a_version_is_not_live_and_what_is_wrong(call: Call, db: 
     Worker(db).run(until_idle=True)
     db["mt.schedules"].raw.update_one({"_id": "s"}, {"$set": {"problem": "[red]nothing[/] works"}})
 
-    cells = table(call("list").stdout)
+    cells = columns_of(call("list").stdout)
 
     assert cells["outcome"] == ["m version 1 not promoted: no trained model goes live by itself; promote it"]
     assert cells["last"][0].endswith(": to see it")
@@ -150,7 +143,7 @@ def test_a_trigger_is_shown_as_one_writes_it(
     fill(db)
     db.apply(schedule(db, trigger, **given))
 
-    assert table(call("list").stdout)["trigger"] == [said]
+    assert columns_of(call("list").stdout)["trigger"] == [said]
 
 
 def test_what_was_measured_is_shown_beside_what_was_counted(call: Call, db: Datalayer) -> None:
@@ -160,7 +153,7 @@ def test_what_was_measured_is_shown_beside_what_was_counted(call: Call, db: Data
         {"_id": "s"}, {"$set": {"state.changed": 1234, "state.scores": {"objective": 0.25}}}
     )
 
-    assert table(call("list").stdout)["counted"] == ["1,234 changed, objective 0.25"]
+    assert columns_of(call("list").stdout)["counted"] == ["1,234 changed, objective 0.25"]
 
 
 def test_a_schedule_is_paused_and_goes_on(call: Call, db: Datalayer) -> None:
@@ -170,11 +163,11 @@ def test_a_schedule_is_paused_and_goes_on(call: Call, db: Datalayer) -> None:
     paused = call("pause", "s")
     (document,) = db.schedules()
     assert document["paused"]
-    assert table(call("list").stdout)["next"] == [""]
+    assert columns_of(call("list").stdout)["next"] == [""]
     resumed = call("resume", "s")
     (document,) = db.schedules()
     assert not document["paused"]
-    assert datetime.fromisoformat(table(call("list").stdout)["next"][0]).tzinfo == UTC
+    assert datetime.fromisoformat(columns_of(call("list").stdout)["next"][0]).tzinfo == UTC
 
     assert (paused.stdout, resumed.stdout) == ("schedule s is paused\n", "schedule s goes on\n")
     told = [json.loads(call(verb, "s", "--json").stdout) for verb in ("pause", "resume")]
@@ -208,7 +201,7 @@ def test_preview_says_when_it_would_have_fired(call: Call, db: Datalayer) -> Non
     said = call("preview", "s", "--since", "2026-05-03T06:00", "--until", "2026-05-04T05:00+02:00")
 
     assert said.exit_code == 0, said.output
-    cells = table(said.stdout)
+    cells = columns_of(said.stdout)
     assert cells["at"] == ["2026-05-03T13:00:00Z", "2026-05-04T03:00:00Z"]
     assert cells["reason"][0] == "2 new documents, at least 2"
     firings = json_util.loads(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from bson import json_util
+from tests.cli.printed import lines_of, pairs_of
 from tests.helpers import COLLECTION, fill, model, trainer
 from typer.testing import CliRunner
 
@@ -41,11 +42,6 @@ def retrained(db: Datalayer, times: int = 1) -> list[TorchModel]:
         runs.append(db.fire("s", why=f"the {n}th time"))
         Worker(db).run(until_idle=True)
     return [run.result(timeout=5) for run in runs]
-
-
-def cells(said: str) -> list[list[str]]:
-    """The lines of a table."""
-    return [[cell.strip() for cell in line[1:-1].split(line[0])] for line in said.splitlines() if line[:1] in "┃│"]
 
 
 def test_promote_moves_the_alias_and_says_from_where(call: Call, db: Datalayer) -> None:
@@ -107,7 +103,7 @@ def test_history_is_every_move_and_what_was_live_at_a_time(call: Call, db: Datal
     said = call("history", "model", "m")
     moves = json_util.loads(call("history", "model", "m", "--json").stdout)
 
-    heading, *rows = cells(said.stdout)
+    heading, *rows = lines_of(said.stdout)
     assert heading == ["n", "when", "from", "to", "who", "why"]
     shown = [[n, *rest] for n, _, *rest in rows]
     assert shown[:2] == [["1", "nothing", "0", "ann", "[bold]first[/]"], ["2", "0", "2", "bob", ""]]
@@ -148,9 +144,9 @@ def test_lineage_says_what_a_version_was_made_of(call: Call, db: Datalayer) -> N
     said = call("lineage", "model", "m", "1")
 
     assert said.exit_code == 0, said.output
-    title, *lines = said.stdout.splitlines()
+    title = said.stdout.splitlines()[0]
     assert title.strip() == f"model m version 1 {trained.uuid}"
-    rows = dict(cells("\n".join(lines)))
+    rows = pairs_of(said.stdout)
     data = document["data"]
     assert rows["live"] == "yes"
     assert rows["parent"] == f"model m version 0 {document['parent']}"
@@ -170,7 +166,7 @@ def test_lineage_says_what_a_version_was_made_of(call: Call, db: Datalayer) -> N
 def test_lineage_says_from_which_version_a_scheduled_run_started(call: Call, db: Datalayer) -> None:
     first, second = retrained(db, times=2)
 
-    rows = dict(cells("\n".join(call("lineage", second.uuid).stdout.splitlines()[1:])))
+    rows = pairs_of(call("lineage", second.uuid).stdout)
 
     assert rows["started from"].startswith(f"{first.uuid}, with the optimizer of ")
 

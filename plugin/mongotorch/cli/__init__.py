@@ -1,7 +1,7 @@
 """The command `mongotorch`: training, what is stored, jobs, schedules, and versions.
 
 Every command is one call of the `Datalayer`. It prints tables for people and, with `--json`, JSON for programs; an
-error of mongotorch is one line and exit code 1.
+error of mongotorch is one line and exit code 1. torch is imported by the commands that open a database.
 """
 
 from __future__ import annotations
@@ -11,14 +11,20 @@ from typing import Annotated
 import typer
 
 from mongotorch._version import __version__
-from mongotorch.cli import dashboard, demo, jobs, lineage, metrics, schedules, versions
+from mongotorch.cli import dashboard, demo, doctor, jobs, lineage, metrics, schedules, versions
+from mongotorch.cli.output import Uri
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 @app.callback(invoke_without_command=True)
-def main(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def main(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    uri: Uri = None,
+) -> None:
     """Train PyTorch models where the data lives."""
+    context.obj = uri
     if version:
         typer.echo(__version__)
         raise typer.Exit
@@ -26,10 +32,10 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 # In the order in which the help lists them.
 for _command in (
-    *(demo.demo, versions.show, jobs.jobs, jobs.job, jobs.cancel, jobs.stop, jobs.worker),
+    *(demo.demo, jobs.train, jobs.jobs, jobs.job, jobs.watch, jobs.stop, jobs.cancel, jobs.worker),
     *(metrics.metrics, metrics.mirror, dashboard.dashboard),
-    *(versions.promote, versions.rollback, versions.history, versions.diff, lineage.lineage),
-    *(versions.gc, versions.verify, versions.resign),
+    *(versions.show, versions.compare, versions.predict, versions.promote, versions.rollback, versions.history),
+    *(versions.diff, lineage.lineage, versions.gc, versions.verify, versions.resign, doctor.doctor),
 ):
     app.command()(_command)
 app.add_typer(schedules.app, name="schedule")

@@ -1,42 +1,145 @@
-"""The commands of jobs: `jobs`, `job`, `cancel`, `stop`, and `worker`, which runs them."""
+"""The commands of jobs: `train`, `jobs`, `job`, `watch`, `stop`, `cancel`, and `worker`, which runs them."""
 
 from __future__ import annotations
 
+import enum
 import functools
-from typing import Annotated
+import importlib.util
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mongotorch.cli.logs import LogFormat, LogLevel, configure_logging, logging_to_stderr
-from mongotorch.cli.output import AsJson, Uri, described, opened, print_json, print_pairs, print_table
-from mongotorch.worker import Supervisor, Tally, Worker
+from mongotorch.cli.output import (
+    AsJson,
+    Uri,
+    described,
+    duration,
+    numbers,
+    opened,
+    print_json,
+    print_pairs,
+    print_table,
+    short,
+    when,
+)
+
+if TYPE_CHECKING:
+    from mongotorch.component import Component
 
 _ENDED = {"succeeded": "succeeded", "failed": "failed", "cancelled": "was cancelled"}
+_LOOK_S = 0.5
+
+
+class Status(enum.StrEnum):
+    """The states of a job."""
+
+    queued = "queued"
+    running = "running"
+    succeeded = "succeeded"
+    failed = "failed"
+    cancelled = "cancelled"
+
+
+def train(
+    source: Annotated[str, typer.Argument(metavar="FILE.py[:NAME]", help="A script, and its trainer's variable.")],
+    force: Annotated[bool, typer.Option(help="Train although nothing changed.")] = False,
+    uri: Uri = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a script that defines a trainer, apply the trainer, and wait for its run.
+
+    A function of that name is called with the open datalayer, and returns the trainer.
+    """
+    with opened(uri, writes=True) as db:
+        component = _component_of(source, db)
+        job = db.apply(component, force=force)
+        if not as_json:
+            typer.echo(f"job {job.uuid} on {described(db)}", err=True)
+        model = job.result()
+        found = {"job": job.uuid, "identifier": model.identifier, "version": model.version, "uuid": model.uuid}
+        found |= {"metrics": db.show(uuid=model.uuid).get("metrics") or {}}
+    if as_json:
+        print_json(found)
+    else:
+        typer.echo(f"model {model.identifier} version {model.version} ({numbers(found['metrics'])})")
+
+
+def _component_of(source: str, db: Any) -> Component:
+    """The component that a script defines. Raises: BadParameter where it does not."""
+    from mongotorch.component import Component
+
+    text, _, name = source.partition(":")
+    path = Path(text)
+    if not path.is_file():
+        raise typer.BadParameter(f"there is no file {text!r}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise typer.BadParameter(f"{text!r} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # so that what is stored of its functions names the module
+    sys.path.insert(0, str(path.parent.absolute()))
+    spec.loader.exec_module(module)
+    runs = {
+        key: value
+        for key, value in vars(module).items()
+        if isinstance(value, Component) and hasattr(value, "select")
+    }
+    if not name and len(runs) != 1:
+        there = f"has the trainers {', '.join(runs)}" if runs else "has no trainer"
+        raise typer.BadParameter(f"{text} {there}; say which: {text}:NAME")
+    found = getattr(module, name, None) if name else next(iter(runs.values()))
+    if callable(found) and not isinstance(found, Component):
+        found = found(db)
+    if not isinstance(found, Component):
+        raise typer.BadParameter(f"{name!r} of {text} is a {type(found).__name__}, not a trainer")
+    return found
 
 
 def jobs(
-    status: Annotated[str | None, typer.Option(help="queued, running, succeeded, failed or cancelled")] = None,
-    limit: Annotated[int, typer.Option(help="At most so many.")] = 20,
+    status: Annotated[Status | None, typer.Option(help="Only jobs of this status.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
     uri: Uri = None,
     as_json: AsJson = False,
 ) -> None:
     """The jobs, newest first."""
     with opened(uri) as db:
-        records = [job.record for job in db.jobs(status=status, limit=limit)]
+        records = [job.record for job in db.jobs(status=status.value if status else None, limit=limit)]
+        where = described(db)
     if as_json:
         print_json(records)
-        return
-    rows = []
-    for record in records:
-        progress, error = record.get("progress") or {}, record.get("error") or {}
-        left = f"{progress['left_s']:.0f} s" if "left_s" in progress and record["status"] == "running" else ""
-        cells = (progress.get("step", ""), progress.get("samples_per_s", ""), left, error.get("type", ""))
-        rows.append((record["_id"], f"{record['type_id']} {record['identifier']}", record["status"], *cells))
-    columns = ("job", "component", "status", "step", "samples/s", "left", "error")
-    print_table(columns, rows, whole=["job"])
+    elif not records:
+        typer.echo(f"no {f'{status.value} ' if status else ''}job in {where}")
+    else:
+        columns = ("job", "component", "status", "step", "rate", "left", "values", "created", "error")
+        print_table(columns, map(_row, records), whole=["job", "status"])
 
 
-def job(uuid: str, uri: Uri = None, as_json: AsJson = False) -> None:
+def _row(record: Mapping[str, Any]) -> tuple[str, ...]:
+    progress, error = record.get("progress") or {}, record.get("error") or {}
+    left = duration(progress["left_s"]) if "left_s" in progress and record["status"] == "running" else ""
+    rate = f"{progress['samples_per_s']:,.0f}/s" if "samples_per_s" in progress else ""
+    return (
+        short(record["_id"]),
+        f"{record['type_id']} {record['identifier']}",
+        record["status"],
+        str(progress.get("step", "")),
+        rate,
+        left,
+        numbers(progress.get("values")),
+        when(record.get("created")),
+        error.get("type", ""),
+    )
+
+
+JobName = Annotated[str, typer.Argument(metavar="JOB", help="Its uuid, or the first characters of it.")]
+
+
+def job(uuid: JobName, uri: Uri = None, as_json: AsJson = False) -> None:
     """One job: parameters, environment, progress, and the error with its traceback."""
     with opened(uri) as db:
         record = db.job(uuid).record
@@ -44,16 +147,53 @@ def job(uuid: str, uri: Uri = None, as_json: AsJson = False) -> None:
         print_json(record)
         return
     error = record.pop("error", None) or {}
-    print_pairs(f"job {uuid}", [(key, value) for key, value in record.items() if value is not None])
+    print_pairs(f"job {record['_id']}", [(key, value) for key, value in record.items() if value is not None])
     if error:
         typer.echo(error.get("traceback") or f"{error.get('type')}: {error.get('message')}")
 
 
-def cancel(uuid: str, uri: Uri = None, as_json: AsJson = False) -> None:
+def watch(
+    uuid: JobName,
+    timeout_s: Annotated[float | None, typer.Option(min=0, help="Give up after so many seconds.")] = None,
+    uri: Uri = None,
+) -> None:
+    """Print how a job goes on until it has ended; exit code 1 unless it succeeded."""
+    with opened(uri) as db:
+        run, before, begun = db.job(uuid), "", time.monotonic()
+        while True:
+            record = run.record
+            line = _progress_line(record)
+            if line != before:
+                typer.echo(line)
+                before = line
+            if record["status"] in _ENDED:
+                break
+            if timeout_s is not None and time.monotonic() - begun > timeout_s:
+                typer.echo(f"job {run.uuid} has not ended after {timeout_s:g} s", err=True)
+                raise typer.Exit(1)
+            time.sleep(_LOOK_S)
+    raise typer.Exit(0 if record["status"] == "succeeded" else 1)
+
+
+def _progress_line(record: Mapping[str, Any]) -> str:
+    progress, error = record.get("progress") or {}, record.get("error") or {}
+    most = f" of {progress['max_steps']}" if progress.get("max_steps") else ""
+    parts = [record["status"]]
+    parts += [f"step {progress['step']}{most}"] if "step" in progress else []
+    parts += [f"{progress['samples_per_s']:,.0f} samples/s"] if "samples_per_s" in progress else []
+    parts += (
+        [f"{duration(progress['left_s'])} left"] if record["status"] == "running" and "left_s" in progress else []
+    )
+    parts += [numbers(progress["values"])] if progress.get("values") else []
+    parts += [f"{error.get('type')}: {' '.join(str(error.get('message')).split())}"] if error else []
+    return "  ".join(parts)
+
+
+def cancel(uuid: JobName, uri: Uri = None, as_json: AsJson = False) -> None:
     """Make a job stop at its next step and publish nothing; exit code 1 if it had ended already."""
     with opened(uri) as db:
         run = db.job(uuid)
-        done, status = run.cancel(), run.status
+        uuid, done, status = run.uuid, run.cancel(), run.status
     if as_json:
         print_json({"uuid": uuid, "cancelled": done, "status": status})
     else:
@@ -93,9 +233,11 @@ def worker(
     At SIGTERM the current run writes a checkpoint and is handed back, to be resumed by another worker.
     With --once and --until-idle the exit code is 1 if an attempt failed.
     """
+    from mongotorch.worker import Supervisor, Tally, Worker
+
     configure = functools.partial(configure_logging, log_level.value, log_format.value)
     mode = "once" if once else "until_idle" if until_idle else "forever"
-    with logging_to_stderr(log_level.value, log_format.value), opened(uri) as db:
+    with logging_to_stderr(log_level.value, log_format.value), opened(uri, writes=True) as db:
         typer.echo(f"working on {described(db)}")
         if db.uri.startswith("mongomock:"):  # its data is in this process
             alone = Worker(db)

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from bson import Timestamp
-from rich.console import Console
-from rich.tree import Tree
 
 from mongotorch.cli.output import AsJson, Uri, iso, opened, print_json, print_pairs
-from mongotorch.datalayer import Datalayer
 from mongotorch.errors import NotFoundError
-from mongotorch.query import Query
-from mongotorch.store import LIVE, Move
+
+if TYPE_CHECKING:
+    from mongotorch.datalayer import Datalayer
+    from mongotorch.store import Move
 
 _IDENTITY = ("type_id", "identifier", "version", "created")
 _RUN = (
@@ -47,6 +45,9 @@ def lineage(
     if as_json:
         print_json({**record, "ancestors": ancestors})
         return
+    from rich.console import Console
+    from rich.tree import Tree
+
     print_pairs(f"{_name(record)} {record['uuid']}", list(_rows(record, ancestors)))
     tree = Tree(_label(record))
     for ancestor in ancestors:
@@ -107,7 +108,7 @@ class _Line:
     def _live(self, type_id: str, identifier: str) -> Move | None:
         name = (type_id, identifier)
         if name not in self._moves:
-            moves = self._db.history(*name, alias=LIVE)
+            moves = self._db.history(*name, alias="live")
             self._moves[name] = moves[-1] if moves else None
         return self._moves[name]
 
@@ -152,13 +153,15 @@ def _data_rows(data: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         query = _query(data["query"])
         yield "query", query if len(query) <= _LONGEST else query[:_LONGEST] + " …"
     if watermark := data.get("watermark"):
-        yield "watermark", iso(watermark.as_datetime() if isinstance(watermark, Timestamp) else watermark)
+        yield "watermark", iso(watermark.as_datetime() if hasattr(watermark, "as_datetime") else watermark)
     for fold in ("train", "valid"):
         if members := data.get(fold):
             yield f"{fold} documents", f"{members['count']:,}, digest {members['digest']}"
 
 
 def _query(document: Mapping[str, Any]) -> str:
+    from mongotorch.query import Query
+
     folded = Query.from_document(document)
     query = dataclasses.replace(folded, fold_name=None)
     split = "" if folded.split is None else f", split={folded.split!r}"

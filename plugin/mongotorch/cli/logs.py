@@ -15,10 +15,15 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from mongotorch.mongo.error_translation import redact
-
 FIELDS: Final = ("event", "job", "attempt", "component", "step", "values", "version", "why", "schedule")
 """What records of mongotorch say besides their message."""
+
+
+def redact(text: str) -> str:
+    """A text without the passwords of addresses."""
+    from mongotorch.mongo.error_translation import redact as redacted  # imports the driver
+
+    return redacted(text)
 
 
 class LogLevel(enum.StrEnum):

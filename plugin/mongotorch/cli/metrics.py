@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterable, Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mongotorch.cli.logs import LogFormat, LogLevel, logging_to_stderr
 from mongotorch.cli.output import AsJson, Uri, described, iso, opened, print_json, print_table
-from mongotorch.jobs import MetricRow, RunMetrics
-from mongotorch.mirrors import Mirroring, open_mirror
+
+if TYPE_CHECKING:
+    from mongotorch.jobs import MetricRow, RunMetrics
 
 
 def metrics(
@@ -36,7 +37,7 @@ def metrics(
         elif not plot:
             _print_rows(found)
     if plot and not as_json:
-        typer.echo(_curves(found, value))
+        typer.echo(curves(found, value))
 
 
 def _print_rows(found: RunMetrics) -> None:
@@ -59,7 +60,7 @@ def _print_lines(rows: Iterable[MetricRow], *, as_json: bool) -> None:
             typer.echo(f"{iso(row.time)}  step {row.step}  {row.kind}  {values}")
 
 
-def _curves(found: RunMetrics, value: str) -> str:
+def curves(found: RunMetrics, value: str, *, height: int = 20) -> str:
     """The curves of a value, as wide as the terminal: training as a line of dots, validations as `o`."""
     curves = {kind: found.curve(value, kind) for kind in ("train", "valid")}
     pairs = [pair for steps, values in curves.values() for pair in zip(steps, values, strict=True)]
@@ -67,7 +68,7 @@ def _curves(found: RunMetrics, value: str) -> str:
     if not pairs:
         return f"no {value} of job {found.job}; there are {', '.join(found.names) or 'no rows'}"
     size = shutil.get_terminal_size()
-    canvas = _Canvas(pairs, width=max(min(size.columns, 120) - 12, 10), height=max(min(size.lines - 5, 20), 4))
+    canvas = _Canvas(pairs, width=max(min(size.columns, 120) - 12, 10), height=max(min(size.lines - 5, height), 4))
     canvas.draw_dots(*curves["train"])
     canvas.draw_letters(*curves["valid"], letter="o")
     title = f"{value} of job {found.job}: train \N{BRAILLE PATTERN DOTS-1}, valid o"
@@ -140,6 +141,8 @@ def mirror(
 
     Runs and workers need nothing for it, and no failure of the other program can slow or end them.
     """
+    from mongotorch.mirrors import Mirroring, open_mirror
+
     with (
         logging_to_stderr(log_level.value, log_format.value),
         opened(uri) as db,

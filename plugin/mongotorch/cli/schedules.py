@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mongotorch.cli.output import AsJson, Uri, iso, opened, print_json, print_table, time_of
-from mongotorch.codecs import codec_of
-from mongotorch.datalayer import Datalayer
+from mongotorch.cli.output import AsJson, Uri, described, iso, opened, print_json, print_table, time_of, when
 from mongotorch.errors import NotFoundError
+
+if TYPE_CHECKING:
+    from mongotorch.datalayer import Datalayer
 
 app = typer.Typer(no_args_is_help=True, help="Schedules: what runs again, when, and with which outcome.")
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The schedule.")]
@@ -31,8 +32,12 @@ def list_(uri: Uri = None, as_json: AsJson = False) -> None:
     with opened(uri) as db:
         documents = db.schedules()
         triggers = [] if as_json else [_trigger(db, document["component"]) for document in documents]
+        where = described(db)
     if as_json:
         print_json(documents)
+        return
+    if not documents:
+        typer.echo(f"no schedule in {where}")
         return
     rows = [_row(document, trigger) for document, trigger in zip(documents, triggers, strict=True)]
     print_table(_COLUMNS, rows, whole=["schedule"])
@@ -111,8 +116,8 @@ def _row(document: Mapping[str, Any], trigger: str) -> tuple[Any, ...]:
         trigger,
         _counted(document),
         document["firings"],
-        "" if document["paused"] else iso(document["next_at"]),
-        f"{iso(last['at'])}: {last['reason']}" if last else "",
+        "" if document["paused"] else when(document["next_at"]),
+        f"{when(last['at'])}: {last['reason']}" if last else "",
         shown + outcome.get("why", ""),
         document["problem"] or "",
     )
@@ -138,6 +143,8 @@ def _trigger(db: Datalayer, component: str) -> str:
 
 def _written(record: Any) -> str:
     """A stored value as Python code, without the arguments that are None."""
+    from mongotorch.codecs import codec_of
+
     if not isinstance(record, Mapping):
         return repr(record)
     if codec_of(record) != "value":

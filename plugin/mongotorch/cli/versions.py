@@ -1,19 +1,40 @@
 """The commands of what is stored and which version is live.
 
-`show`, `promote`, `rollback`, `history`, `diff`, `gc`, `verify`. None of them unpickles anything.
+`show`, `compare`, `predict`, `promote`, `rollback`, `history`, `diff`, `gc`, `verify`, `resign`. Only `predict`
+unpickles anything.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mongotorch.cli.output import AsJson, Uri, iso, opened, print_json, print_table, print_value, time_of
-from mongotorch.store import LIVE, Move
+from mongotorch.cli.output import (
+    AsJson,
+    Uri,
+    iso,
+    numbers,
+    one_of,
+    opened,
+    print_json,
+    print_table,
+    print_value,
+    short,
+    time_of,
+    when,
+)
 
+if TYPE_CHECKING:
+    from mongotorch.datalayer import Datalayer
+    from mongotorch.store import Move
+
+LIVE = "live"
+_KINDS = ("dataset", "metric", "model", "schedule", "trainer", "validation")
 Kind = Annotated[str, typer.Argument(metavar="TYPE", help="The kind: model.")]
 Identifier = Annotated[str, typer.Argument(help="The name.")]
 Alias = Annotated[str, typer.Option(help="The alias.")]
@@ -29,14 +50,163 @@ def show(
     uri: Uri = None,
     as_json: AsJson = False,
 ) -> None:
-    """What is stored: kinds, identifiers, versions, or one version's whole document."""
+    """What is stored: kinds, identifiers, the versions of a name, or one version's whole document."""
     with opened(uri) as db:
-        found = db.show(type_id, identifier, version)
-    if as_json or isinstance(found, dict):
-        print_json(found)
-    else:
-        for name in found:
-            typer.echo(name)
+        if type_id is None:
+            _print_names(db.show(), as_json=as_json)
+            return
+        one_of("kind", type_id, {*_KINDS, *db.show()})
+        if identifier is None:
+            _print_names(db.show(type_id), as_json=as_json)
+            return
+        one_of(type_id, identifier, db.show(type_id))
+        if version is not None:
+            print_json(db.show(type_id, identifier, version))
+            return
+        rows = list(_versions(db, type_id, identifier))
+    if as_json:
+        print_json(rows)
+        return
+    columns = ("version", "created", "trained", "live", "steps", "size", "metrics", "uuid")
+    print_table(columns, map(_version_row, rows), whole=["version", "uuid"])
+
+
+def _print_names(names: list[str], *, as_json: bool) -> None:
+    if as_json:
+        print_json(names)
+        return
+    for name in names:
+        typer.echo(name)
+
+
+def _versions(db: Datalayer, type_id: str, identifier: str) -> Iterator[dict[str, Any]]:
+    """What a person looks for in each version of a name, oldest first."""
+    moves = db.history(type_id, identifier)
+    live = moves[-1].to_uuid if moves else None
+    for version in db.show(type_id, identifier):
+        document = db.show(type_id, identifier, version)
+        yield {
+            "version": version,
+            "created": document["created"],
+            "trained": document["trained"],
+            "live": document["_id"] == live,
+            "steps": document.get("steps"),
+            "nbytes": _nbytes(document["fields"]),
+            "metrics": document.get("metrics") or {},
+            "uuid": document["_id"],
+        }
+
+
+def _nbytes(record: Any) -> int:
+    """The bytes of the tensors that a record names."""
+    if isinstance(record, Mapping):
+        storages = record.get("storages")
+        own = sum(one.get("nbytes", 0) for one in storages) if isinstance(storages, list) else 0
+        return own + sum(map(_nbytes, record.values()))
+    return sum(map(_nbytes, record)) if isinstance(record, list) and record and isinstance(record[0], dict) else 0
+
+
+def _version_row(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        str(row["version"]),
+        when(row["created"]),
+        "yes" if row["trained"] else "no",
+        LIVE if row["live"] else "",
+        "" if row["steps"] is None else str(row["steps"]),
+        _size(row["nbytes"]) if row["nbytes"] else "",
+        numbers(row["metrics"]),
+        short(row["uuid"]),
+    )
+
+
+def _size(nbytes: float) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} GB"
+
+
+def compare(
+    type_id: Kind,
+    identifier: Identifier,
+    by: Annotated[str | None, typer.Option(help="The metric to sort by, lowest first; else by version.")] = None,
+    uri: Uri = None,
+    as_json: AsJson = False,
+) -> None:
+    """The trained versions of a name side by side: a column for each metric."""
+    with opened(uri) as db:
+        one_of("kind", type_id, {*_KINDS, *db.show()})
+        one_of(type_id, identifier, db.show(type_id))
+        rows = [row for row in _versions(db, type_id, identifier) if row["trained"]]
+        names = sorted({name for row in rows for name in row["metrics"]})
+        if by is not None:
+            one_of("metric", by, names)
+            rows.sort(key=lambda row: row["metrics"].get(by, float("inf")))
+    if as_json:
+        print_json(rows)
+        return
+    if not rows:
+        typer.echo(f"no version of {type_id} {identifier!r} is trained")
+        return
+    cells = (
+        (
+            *(row["version"], when(row["created"]), LIVE if row["live"] else "", row["steps"]),
+            *(f"{row['metrics'][name]:.4g}" if name in row["metrics"] else "" for name in names),
+        )
+        for row in rows
+    )
+    print_table(("version", "created", "live", "steps", *names), cells, whole=["version"])
+
+
+def predict(
+    type_id: Kind,
+    identifier: Identifier,
+    data: Annotated[str, typer.Argument(help="The input as JSON, such as '[[0.1, 0.2]]'; - reads it from stdin.")],
+    version: Annotated[int | None, typer.Option(help="The version; without it, the live one.")] = None,
+    batch: Annotated[bool, typer.Option(help="The JSON is a list of inputs, predicted together.")] = False,
+    uri: Uri = None,
+) -> None:
+    """Predict with a stored model, and print the output as JSON. Lists of numbers become float32 tensors."""
+    text = typer.get_text_stream("stdin").read() if data == "-" else data
+    try:
+        given = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise typer.BadParameter(f"the input is no JSON: {error}") from error
+    with opened(uri) as db:
+        one_of("kind", type_id, {*_KINDS, *db.show()})
+        one_of(type_id, identifier, db.show(type_id))
+        model = db.load(type_id, identifier, version)
+        if not hasattr(model, "predict"):
+            raise typer.BadParameter(f"a {type_id} does not predict")
+        if batch and not isinstance(given, list):
+            raise typer.BadParameter("with --batch the input is a JSON list of inputs")
+        found = model.predict_batches([_input(one) for one in given]) if batch else model.predict(_input(given))
+    typer.echo(json.dumps(_plain(found)))
+
+
+def _input(value: Any) -> Any:
+    """A JSON value as a model takes it."""
+    import torch
+
+    if isinstance(value, dict):
+        return {name: _input(part) for name, part in value.items()}
+    if isinstance(value, list):
+        try:
+            return torch.tensor(value, dtype=torch.float32)
+        except (TypeError, ValueError):  # text, or lists of unequal length
+            return [_input(part) for part in value]
+    return value
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {str(name): _plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return value if isinstance(value, str | int | float | bool) or value is None else str(value)
 
 
 def promote(
@@ -110,7 +280,9 @@ def diff(
 
 def gc(
     dry_run: Annotated[bool, typer.Option(help="Only say what would be removed.")] = False,
-    grace_s: Annotated[float, typer.Option(help="Seconds for which it must have been unreferenced.")] = 3600.0,
+    grace_s: Annotated[
+        float, typer.Option(min=0, help="Seconds for which it must have been unreferenced.")
+    ] = 3600.0,
     uri: Uri = None,
     as_json: AsJson = False,
 ) -> None:

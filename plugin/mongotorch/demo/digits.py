@@ -23,6 +23,7 @@ from mongotorch.errors import MongotorchError
 from mongotorch.train import Metric, TorchModel, TorchTrainer, Validation
 
 COLLECTION = "demo_digits"
+HELD_OUT = 0.25  # enough documents that the accuracy tells something
 MODEL = "demo-digits"
 STEPS = 600
 
@@ -40,6 +41,8 @@ class Outcome:
         version: Its version.
         uuid: Its uuid.
         second_process: What the other process measured: accuracy by identifier and by uuid; None on mongomock.
+        examples: Some images that were held out, with the predicted and the true digit.
+        database: The name of the database.
     """
 
     documents: int
@@ -50,6 +53,8 @@ class Outcome:
     version: int
     uuid: str
     second_process: dict[str, Any] | None
+    examples: tuple[tuple[Any, int, int], ...]
+    database: str
 
 
 class DigitsNet(nn.Module):
@@ -101,6 +106,7 @@ def digits_trainer(db: Datalayer, *, steps: int = STEPS) -> TorchTrainer:
         optimizer_kwargs={"lr": 2e-3},
         max_iterations=steps,
         validation_interval=100,
+        split=HELD_OUT,
         model=TorchModel(MODEL, object=DigitsNet(), validation=validation),
     )
 
@@ -132,12 +138,25 @@ def run_demo(db: Datalayer, *, steps: int = STEPS) -> Outcome:
         version=model.version,
         uuid=model.uuid,
         second_process=None if db.uri.startswith("mongomock:") else _run_second_process(db, model.uuid),
+        examples=_examples(db, model),
+        database=db.uri.partition("?")[0].rpartition("/")[2] if "//" in db.uri else "the embedded server",
     )
+
+
+def held_out(db: Datalayer) -> list[dict[str, Any]]:
+    """The documents that the model was not trained on."""
+    return list(db.execute(db[COLLECTION].find().fold("valid", split=HELD_OUT)))
+
+
+def _examples(db: Datalayer, model: TorchModel) -> tuple[tuple[Any, int, int], ...]:
+    rows = held_out(db)[:4]
+    predicted = [int(output.argmax()) for output in model.predict_batches([row["x"] for row in rows])]
+    return tuple((row["x"], one, row["y"]) for row, one in zip(rows, predicted, strict=True))
 
 
 def _measure(db: Datalayer, uuid: str) -> dict[str, Any]:
     """Load the model by identifier and by uuid, predict the fold `valid`, and measure the accuracy."""
-    rows = list(db.execute(db[COLLECTION].find().fold("valid")))
+    rows = held_out(db)
     found: dict[str, Any] = {"pid": os.getpid(), "documents": len(rows)}
     for how, model in (("identifier", db.load("model", MODEL)), ("uuid", db.load(uuid=uuid))):
         predicted = [int(output.argmax()) for output in model.predict_batches([row["x"] for row in rows])]

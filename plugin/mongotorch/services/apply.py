@@ -7,8 +7,13 @@ neither stored nor trained again, unless that is forced. A job that is running i
 from __future__ import annotations
 
 import contextlib
+<<<<<<< HEAD
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, final
+=======
+from collections.abc import Callable, Mapping
+from typing import Any, Final, final
+>>>>>>> 5d2664b (Let reading commands make no database, and print tables that fit)
 
 from mongotorch.codecs import codec_of, describe
 from mongotorch.component import Component
@@ -20,6 +25,8 @@ from mongotorch.store import Checkpoints, Jobs, MetricLog
 from mongotorch.train import TorchTrainer, trainer_and_model
 
 METHOD = "fit"
+
+_WHOLE: Final = 32  # characters of a uuid
 
 
 @final
@@ -82,7 +89,9 @@ class Applier:
         return self._start(stored, force=force, priority=priority)
 
     def job(self, job_id: str) -> Job[Any]:
-        """A job from any process. Raises: NotFoundError."""
+        """A job from any process, by its uuid or the first characters of it. Raises: NotFoundError."""
+        if len(job_id) < _WHOLE:
+            job_id = self._jobs.complete(job_id)
         return self._job(job_id, self._jobs.get(job_id)["component"])
 
     def metrics(self, what: Job[Any] | Component | str | tuple[Any, ...]) -> RunMetrics:

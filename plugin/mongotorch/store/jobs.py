@@ -12,6 +12,7 @@ plain BSON.
 
 from __future__ import annotations
 
+import re
 import uuid as uuids
 from collections.abc import Mapping
 from datetime import datetime
@@ -143,6 +144,21 @@ class Jobs:
                 raise
             return str(found["_id"]), found["_id"] == job_id  # its own, where the first answer was lost
         return job_id, True
+
+    @repeated("reading a job")
+    def complete(self, prefix: str) -> str:
+        """The id of the one job whose id begins so; a whole id that is known is itself.
+
+        Raises:
+            NotFoundError: None does, or several do; the message says which.
+        """
+        begins = {"_id": {"$regex": f"^{re.escape(prefix)}"}}
+        found = [job["_id"] for job in self._documents.find(begins, {"_id": 1}).sort("_id", 1).limit(4)]
+        if prefix in found or len(found) == 1:
+            return prefix if prefix in found else str(found[0])
+        if not found:
+            raise NotFoundError(f"no job {prefix}")
+        raise NotFoundError(f"several jobs begin with {prefix!r}: {', '.join(found)}; give more of it")
 
     @repeated("reading a job")
     def get(self, job_id: str) -> dict[str, Any]:
