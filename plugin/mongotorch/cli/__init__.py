@@ -12,19 +12,18 @@ import typer
 
 from mongotorch._version import __version__
 from mongotorch.cli import dashboard, demo, doctor, jobs, lineage, metrics, schedules, versions
-from mongotorch.cli.output import Uri
+from mongotorch.cli.output import Uri, remember_uri
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 @app.callback(invoke_without_command=True)
 def main(
-    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     uri: Uri = None,
 ) -> None:
     """Train PyTorch models where the data lives."""
-    context.obj = uri
+    remember_uri(uri)
     if version:
         typer.echo(__version__)
         raise typer.Exit

@@ -201,11 +201,11 @@ def cancel(uuid: JobName, uri: Uri = None, as_json: AsJson = False) -> None:
     raise typer.Exit(0 if done else 1)
 
 
-def stop(uuid: str, uri: Uri = None, as_json: AsJson = False) -> None:
+def stop(uuid: JobName, uri: Uri = None, as_json: AsJson = False) -> None:
     """Make a job end after its next step and publish the best so far; exit code 1 if it had ended already."""
     with opened(uri) as db:
         run = db.job(uuid)
-        done, status = run.stop(), run.status
+        uuid, done, status = run.uuid, run.stop(), run.status
     if as_json:
         print_json({"uuid": uuid, "stopped": done, "status": status})
     elif not done:

@@ -11,6 +11,7 @@ database.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 import difflib
 import json
@@ -33,6 +34,8 @@ Uri = Annotated[str | None, typer.Option(help="The database; else MONGOTORCH_URI
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 SHORT: Final = 8
 """Characters of a uuid that a terminal shows."""
+# Typer hands what was given before the command only to commands that take its context.
+_before_command: contextvars.ContextVar[str | None] = contextvars.ContextVar("uri", default=None)
 _STYLES: Final = {"failed": "red", "running": "cyan", "succeeded": "green", "queued": "yellow", "cancelled": "dim"}
 _UNITS: Final = ((86_400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 
@@ -69,11 +72,12 @@ def opened(uri: str | None, *, writes: bool = False) -> Iterator[Datalayer]:
 
 def given_before_command() -> str | None:
     """The `--uri` written before the command; None without."""
-    import click
+    return _before_command.get()
 
-    context = click.get_current_context(silent=True)
-    root = context.find_root() if context is not None else None
-    return root.obj if root is not None and isinstance(root.obj, str) else None
+
+def remember_uri(uri: str | None) -> None:
+    """Keep the `--uri` written before the command, or that there was none, for this invocation."""
+    _before_command.set(uri)
 
 
 def _require_folder(address: str) -> None:

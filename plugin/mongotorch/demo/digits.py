@@ -23,7 +23,7 @@ from mongotorch.errors import MongotorchError
 from mongotorch.train import Metric, TorchModel, TorchTrainer, Validation
 
 COLLECTION = "demo_digits"
-HELD_OUT = 0.25  # enough documents that the accuracy tells something
+VALID_SHARE = 0.25  # enough documents that the accuracy tells something
 MODEL = "demo-digits"
 STEPS = 600
 
@@ -41,7 +41,7 @@ class Outcome:
         version: Its version.
         uuid: Its uuid.
         second_process: What the other process measured: accuracy by identifier and by uuid; None on mongomock.
-        examples: Some images that were held out, with the predicted and the true digit.
+        examples: Some images that it was not trained on, with the predicted and the true digit.
         database: The name of the database.
     """
 
@@ -106,7 +106,7 @@ def digits_trainer(db: Datalayer, *, steps: int = STEPS) -> TorchTrainer:
         optimizer_kwargs={"lr": 2e-3},
         max_iterations=steps,
         validation_interval=100,
-        split=HELD_OUT,
+        split=VALID_SHARE,
         model=TorchModel(MODEL, object=DigitsNet(), validation=validation),
     )
 
@@ -143,20 +143,20 @@ def run_demo(db: Datalayer, *, steps: int = STEPS) -> Outcome:
     )
 
 
-def held_out(db: Datalayer) -> list[dict[str, Any]]:
+def validation_rows(db: Datalayer) -> list[dict[str, Any]]:
     """The documents that the model was not trained on."""
-    return list(db.execute(db[COLLECTION].find().fold("valid", split=HELD_OUT)))
+    return list(db.execute(db[COLLECTION].find().fold("valid", split=VALID_SHARE)))
 
 
 def _examples(db: Datalayer, model: TorchModel) -> tuple[tuple[Any, int, int], ...]:
-    rows = held_out(db)[:4]
+    rows = validation_rows(db)[:4]
     predicted = [int(output.argmax()) for output in model.predict_batches([row["x"] for row in rows])]
     return tuple((row["x"], one, row["y"]) for row, one in zip(rows, predicted, strict=True))
 
 
 def _measure(db: Datalayer, uuid: str) -> dict[str, Any]:
     """Load the model by identifier and by uuid, predict the fold `valid`, and measure the accuracy."""
-    rows = held_out(db)
+    rows = validation_rows(db)
     found: dict[str, Any] = {"pid": os.getpid(), "documents": len(rows)}
     for how, model in (("identifier", db.load("model", MODEL)), ("uuid", db.load(uuid=uuid))):
         predicted = [int(output.argmax()) for output in model.predict_batches([row["x"] for row in rows])]

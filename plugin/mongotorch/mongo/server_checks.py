@@ -149,6 +149,8 @@ def _clock(connection: Connection) -> Check:
 def _disk(connection: Connection) -> Check:
     stats = connection.database.command("dbStats")
     used, free = stats["storageSize"] + stats["indexSize"], stats["fsTotalSize"] - stats["fsUsedSize"]
+    if not stats["fsTotalSize"]:
+        return Check(name="disk", state="ok", text="not told for a database without collections")
     text = f"{used / 2**20:,.0f} MB used by this database, {free / 2**30:,.1f} GB free"
     return Check(name="disk", state="ok" if free > _LEAST_FREE_BYTES else "problem", text=text)
 

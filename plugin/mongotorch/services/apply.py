@@ -7,13 +7,8 @@ neither stored nor trained again, unless that is forced. A job that is running i
 from __future__ import annotations
 
 import contextlib
-<<<<<<< HEAD
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, final
-=======
-from collections.abc import Callable, Mapping
 from typing import Any, Final, final
->>>>>>> 5d2664b (Let reading commands make no database, and print tables that fit)
 
 from mongotorch.codecs import codec_of, describe
 from mongotorch.component import Component

@@ -38,6 +38,8 @@ MAX_LOSSES: Final = 20
 """How many workers in a row may vanish without a further step; the next claim fails the job instead."""
 MAX_LOSSES_IN_ALL: Final = 100
 """How many workers may vanish in all, with progress or without."""
+LEAST_PREFIX: Final = 4
+"""Characters of a job's uuid that name it, at the least."""
 MAX_FAILURES: Final = 20
 """How often a run is tried without a further step where the database could not be reached."""
 _INT64: Final = range(-(2**63), 2**63)
@@ -152,6 +154,8 @@ class Jobs:
         Raises:
             NotFoundError: None does, or several do; the message says which.
         """
+        if len(prefix) < LEAST_PREFIX:
+            raise NotFoundError(f"no job {prefix!r}; give its uuid, or at least {LEAST_PREFIX} characters of it")
         begins = {"_id": {"$regex": f"^{re.escape(prefix)}"}}
         found = [job["_id"] for job in self._documents.find(begins, {"_id": 1}).sort("_id", 1).limit(4)]
         if prefix in found or len(found) == 1:
