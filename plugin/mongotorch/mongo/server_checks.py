@@ -16,10 +16,9 @@ from pymongo.errors import PyMongoError
 
 from mongotorch.mongo.connection import OLDEST_SERVER, OLDEST_WIRE_VERSION, Connection
 from mongotorch.mongo.error_translation import redact
+from mongotorch.mongo.server_binary import advisories
 
 State = Literal["ok", "warning", "problem", "unknown"]
-FIXED: Final = {(6, 0): 27, (7, 0): 28, (8, 0): 17, (8, 2): 3}
-"""The first release of each series without CVE-2025-14847, by which anybody reads the server's memory."""
 _MOST_SKEW_S: Final = 2.0
 _LEAST_FREE_BYTES: Final = 2 * 2**30
 _NEEDED: Final = ("find", "insert", "update", "createIndex", "changeStream")
@@ -73,23 +72,10 @@ def _version(connection: Connection) -> Check:
         text = f"MongoDB {version} has no snapshot reads; use {OLDEST_SERVER} or newer"
         return Check(name="version", state="problem", text=text)
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
-    if has_memory_leak(numbers) and _speaks_zlib(connection):
-        patch = FIXED.get(numbers[:2])  # type: ignore[arg-type]
-        newer = f"{numbers[0]}.{numbers[1]}.{patch}" if patch else "a newer series"
-        text = (
-            f"MongoDB {version} lets anybody who reaches it read its memory (CVE-2025-14847); use {newer}, or "
-            "start it with --networkMessageCompressors snappy,zstd"
-        )
-        return Check(name="version", state="warning", text=text)
+    known = advisories(numbers) if _speaks_zlib(connection) else ()
+    if known:
+        return Check(name="version", state="warning", text=" ".join(known))
     return Check(name="version", state="ok", text=f"MongoDB {version}")
-
-
-def has_memory_leak(version: tuple[int, ...]) -> bool:
-    """Whether a server of this version has CVE-2025-14847."""
-    series = version[:2]
-    if series in FIXED:
-        return version[2] < FIXED[series]
-    return series < (8, 0)
 
 
 def _speaks_zlib(connection: Connection) -> bool:
