@@ -33,12 +33,8 @@ MOST_ARROWS = {"mongotorch.data": 40, "mongotorch.services": 20}  # imports in a
 SHORT_FILES = {
     "__main__.py": "Python asks for this name: `python -m mongotorch`",
     "_version.py": "the build reads the version from it without importing the package",
-<<<<<<< HEAD
     "cli/dashboard.py": "one command, one file, as the other commands",
-    "cli/demo.py": "one command, one file, as the other commands",
-=======
     "cli/doctor.py": "one command, over checks that live with the driver",
->>>>>>> a21fc75 (Add the commands of every day, and refuse wrong input with a sentence)
     "resources.py": "below every package that opens something",
     "worker/preload.py": "what the process that others are forked from loads; it must not load anything else",
     "store/access_roles.py": "the roles that an administrator creates; nothing else needs them",

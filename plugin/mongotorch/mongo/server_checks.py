@@ -71,8 +71,8 @@ def _version(connection: Connection) -> Check:
     if wire < OLDEST_WIRE_VERSION:
         text = f"MongoDB {version} has no snapshot reads; use {OLDEST_SERVER} or newer"
         return Check(name="version", state="problem", text=text)
-    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
-    known = advisories(numbers) if _speaks_zlib(connection) else ()
+    major, minor, patch = (int(part) for part in re.findall(r"\d+", version)[:3])
+    known = advisories((major, minor, patch)) if _speaks_zlib(connection) else ()
     if known:
         return Check(name="version", state="warning", text=" ".join(known))
     return Check(name="version", state="ok", text=f"MongoDB {version}")
