@@ -399,11 +399,7 @@ class Datalayer(Owner):
         """Point an alias back at what it named before its newest move; a second rollback undoes the first.
 
         Args:
-            type_id: The kind.
-            identifier: The name.
-            alias: The alias.
-            why: The reason, for the history.
-            who: The author; None is user@host of this process.
+            type_id, identifier, alias, why, who: As in `promote`.
 
         Raises:
             NotFoundError: It named nothing before, or that version was removed.
@@ -450,11 +446,8 @@ class Datalayer(Owner):
             for as long as this datalayer is open.
 
         Raises:
-            NotFoundError: There is no such version, or no such alias.
             ParameterError: It is no model.
-            PythonVersionError: It holds bytecode of another Python minor version; nothing was unpickled.
-            IntegrityError: A blob is not what was stored.
-            TrustError: A signature does not hold.
+            NotFoundError, PythonVersionError, IntegrityError, TrustError: As `load`.
         """
         name = (type_id, identifier, alias)
         return Live(self._connection, self._services.catalog, name, on_promote=on_promote)

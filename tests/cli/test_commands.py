@@ -79,7 +79,7 @@ def test_the_demo_takes_the_embedded_server_where_no_database_is_named(
 
 
 def test_the_demo_takes_the_memory_where_there_is_no_server_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(path: Path) -> None:
+    def missing(path: Path, **_: Any) -> None:
         raise EmbeddedServerError("no embedded mongod: the extra is not installed")
 
     monkeypatch.delenv("MONGOTORCH_URI", raising=False)

@@ -27,7 +27,7 @@ from typing import Any, Final, final
 
 from mongotorch.datalayer import Datalayer
 from mongotorch.errors import JobProcessError, MongotorchError, ServerUnavailableError
-from mongotorch.services.training.heartbeat import too_long
+from mongotorch.services.training.job_runner import too_long
 from mongotorch.worker.loop import Worker, on_signal, scheduling
 
 _log = logging.getLogger("mongotorch.worker")
