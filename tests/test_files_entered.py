@@ -53,7 +53,7 @@ def test_apply_and_result_enter_few_files(db: Datalayer) -> None:
     applied = trainer(fill(db))
     with Entered() as entered:
         db.apply(applied).result()
-    expect(entered, 58)
+    expect(entered, 57)
 
 
 def test_load_enters_few_files(db: Datalayer) -> None:
@@ -71,7 +71,7 @@ def test_from_a_change_to_a_live_version_few_files_are_entered(db: Datalayer) ->
         Worker(db).run(until_idle=True)
         live = db.load("model", "m")
     assert live.version == 1
-    expect(entered, 70)
+    expect(entered, 69)
 
 
 def test_a_streamed_epoch_with_a_thread_enters_few_files(db: Datalayer) -> None:
