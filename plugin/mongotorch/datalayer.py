@@ -399,7 +399,11 @@ class Datalayer(Owner):
         """Point an alias back at what it named before its newest move; a second rollback undoes the first.
 
         Args:
-            type_id, identifier, alias, why, who: As in `promote`.
+            type_id: The kind.
+            identifier: The name.
+            alias: The alias.
+            why: The reason, for the history.
+            who: The author; None is user@host of this process.
 
         Raises:
             NotFoundError: It named nothing before, or that version was removed.

@@ -24,7 +24,7 @@ def doctor(uri: Uri = None, as_json: AsJson = False) -> None:
     with errors():
         given = uri or given_before_command()
         settings = read_settings(**({} if given is None else {"uri": given}))
-        address = settings.uri or f"embedded:{settings.embedded_path}"
+        address = settings.address()
         with open_address(address, settings) as connection:
             where, checks = redact(connection.uri), check_server(connection)
     installed = {name: importlib.metadata.version(name) for name in _PACKAGES}

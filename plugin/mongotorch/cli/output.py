@@ -63,7 +63,7 @@ def opened(uri: str | None, *, writes: bool = False) -> Iterator[Datalayer]:
     with errors():
         given = uri or given_before_command()
         settings = read_settings(**({} if given is None else {"uri": given}))
-        address = settings.uri or f"embedded:{settings.embedded_path}"
+        address = settings.address()
         if not writes:
             _require_folder(address)
         with _connected(address, settings, writes=writes) as db:
