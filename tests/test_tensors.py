@@ -100,14 +100,14 @@ def test_a_sample_goes_into_the_transform_by_its_signature(key: Any, signature: 
     def transform(x: int, y: int) -> dict[str, int]:
         return {"difference": x - y}
 
-    batch = SampleBuilder(key=Key.parse(key), transform=transform, signature=signature)(rows)
+    batch = SampleBuilder(key=Key.parse(key), transform=transform, signature=signature)(rows).batch
     assert batch["difference"].tolist() == [-1]
 
 
 def test_singleton_hands_the_sample_over_as_one() -> None:
     rows = decode(bson.encode({"_id": 1, "x": 3, "y": 4}), ["x", "y"])
     builder = SampleBuilder(key=Key.parse(("x", "y")), transform=sum, signature="singleton")
-    assert builder(rows).tolist() == [7]
+    assert builder(rows).batch.tolist() == [7]
 
 
 def test_samples_are_stacked_in_their_own_structure() -> None:

@@ -85,6 +85,21 @@ class Key:
         values = [value(path) for path in self.positional]
         return tuple(values) if self.form == "tuple" else (values, named)
 
+    def samples(self, values: Mapping[str, Sequence[Any]]) -> list[Any]:
+        """Samples, of the values of each path in as many documents."""
+        positional = [values[path] for path in self.positional]
+        if self.form == "single":
+            return list(positional[0])
+        if self.form == "tuple":
+            return list(zip(*positional, strict=True))
+        arguments = [argument for _, argument in self.named]
+        named = zip(*(values[path] for path, _ in self.named), strict=True)
+        dicts = [dict(zip(arguments, row, strict=True)) for row in named]
+        if self.form == "dict":
+            return dicts
+        rows = zip(*positional, strict=True) if positional else ((),) * len(dicts)
+        return [(list(row), last) for row, last in zip(rows, dicts, strict=True)]
+
     def names(self) -> tuple[str, ...]:
         """What values are called where they go by name: the argument, else the last part of the path."""
         return (*(p.rpartition(".")[2] for p in self.positional), *(argument for _, argument in self.named))
@@ -129,6 +144,15 @@ def check_dtypes(dtypes: Any, paths: Sequence[str]) -> None:
             raise ParameterError(
                 f"dtypes[{path!r}]={dtype!r}: one of {', '.join(sorted(_DTYPES))}", field="dtypes"
             )
+
+
+def check_on_bad_document(value: Any) -> None:
+    """Refuse what cannot be done with a document that does not fit. Raises: ParameterError."""
+    if value not in ("raise", "skip"):
+        raise ParameterError(
+            f"on_bad_document={value!r}: 'raise' ends with an error that names the document, 'skip' leaves it out",
+            field="on_bad_document",
+        )
 
 
 def check_signature(signature: Any) -> None:

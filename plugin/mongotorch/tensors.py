@@ -10,12 +10,13 @@ tensors keep theirs.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,14 @@ from torch import Tensor, nn
 
 from mongotorch.codecs.arrays import BFloat16
 from mongotorch.errors import DataError, ShapeError
+
+
+class Indexed(Protocol):
+    """What has a value for each row, made when it is asked for."""
+
+    def __getitem__(self, row: int, /) -> Any:
+        """The value of a row."""
+        ...
 
 
 def map_tensors(
@@ -200,7 +209,7 @@ def one_tensor(value: Any, field: str = "value", document_id: Any = None) -> Ten
     return tensor.view(torch.bfloat16) if isinstance(value, BFloat16) else tensor
 
 
-def stack(values: Sequence[Any], *, field: str, ids: Sequence[Any] | None = None) -> Tensor:
+def stack(values: Sequence[Any], *, field: str, ids: Indexed | None = None) -> Tensor:
     """One tensor of single values, shape (n, ...); dtypes that differ are promoted as torch promotes.
 
     Args:
@@ -212,7 +221,13 @@ def stack(values: Sequence[Any], *, field: str, ids: Sequence[Any] | None = None
         DataError: A value has no tensor.
         ShapeError: Shapes differ.
     """
-    tensors = [one_tensor(value, field, None if ids is None else ids[n]) for n, value in enumerate(values)]
+    if len(set(map(type, values))) == 1 and type(values[0]) in (bool, int, float):
+        with contextlib.suppress(RuntimeError, OverflowError):  # an integer that no tensor holds
+            return torch.tensor(values)
+    tensors = [
+        value if isinstance(value, Tensor) else one_tensor(value, field, None if ids is None else ids[n])
+        for n, value in enumerate(values)
+    ]
     dtype = tensors[0].dtype
     for n, tensor in enumerate(tensors):
         if tensor.shape != tensors[0].shape:
@@ -242,7 +257,7 @@ def concat(parts: Sequence[Tensor], *, field: str) -> Tensor:
     return torch.cat(list(parts))
 
 
-def collate(samples: Sequence[Any], ids: Sequence[Any] | None = None, field: str = "sample") -> Any:
+def collate(samples: Sequence[Any], ids: Indexed | None = None, field: str = "sample") -> Any:
     """The batch of training samples: their structure, with what is inside stacked by `stack`.
 
     Args:
@@ -343,7 +358,7 @@ def differences(first: Any, second: Any, where: str = "") -> Iterator[str]:
 
 
 def _transpose(
-    samples: Sequence[Any], batch: Callable[[list[Any], str], Any], ids: Sequence[Any] | None, field: str
+    samples: Sequence[Any], batch: Callable[[list[Any], str], Any], ids: Indexed | None, field: str
 ) -> Any:
     """One container like each of the samples, of `batch(parts, field)` for the parts at each place."""
     first = samples[0]

@@ -33,6 +33,7 @@ class Stepped:
         gradient_norm: The norm of all gradients before they were clipped; None where they are not.
         learning_rates: Those of this step, of all groups of all optimizers.
         waited_s: Seconds that the step waited for its batch.
+        skipped: Training documents that were left out in an epoch, the most of any so far; see `on_bad_document`.
     """
 
     step: int
@@ -42,6 +43,7 @@ class Stepped:
     gradient_norm: Tensor | None = field(default=None, repr=False)
     learning_rates: tuple[float, ...] = ()
     waited_s: float = 0.0
+    skipped: int = 0
 
 
 @final

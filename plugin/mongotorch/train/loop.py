@@ -52,6 +52,7 @@ class Trained:
         metrics: The values measured of those weights, by name; empty where they were not measured.
         fields: The fields of the trainer that were trained too, such as `objective`, as they are now.
         training_state: What another run goes on from besides the optimizer state; None where there is nothing.
+        skipped: Training documents that were left out in an epoch, the most of any.
     """
 
     steps: int
@@ -62,6 +63,7 @@ class Trained:
     metrics: dict[str, float]
     fields: dict[str, Any] = field(default_factory=dict)
     training_state: dict[str, Any] | None = None
+    skipped: int = 0
 
 
 _log = logging.getLogger("mongotorch")
@@ -130,6 +132,7 @@ class Fit:
         self._known: dict[str, int] = {}  # numbers of this run
         self._callbacks = Callbacks(trainer.callbacks) if trainer.callbacks else None
         self._trainer = trainer_on_device(trainer, self.device)
+        self._skipped = 0
 
     def check(self, *, training: bool = False) -> None:
         """Measure the first batch of each validation set, to know before the first step what cannot be measured.
@@ -225,6 +228,7 @@ class Fit:
             metrics=dict(metrics),
             fields=self._kept.published_fields(self._given),
             training_state=_on_cpu(training_state) or None,
+            skipped=self._skipped,
         )
 
     def capture(self) -> dict[str, Any]:
@@ -252,6 +256,7 @@ class Fit:
             "kept": self._kept.state_dict(),
             "recipe": self._step_run.state_dict(),
             "callbacks": [] if self._callbacks is None else self._callbacks.state_dict(),
+            **({"skipped": self._skipped} if self._skipped else {}),
         }
         if not self._is_checked and self._last is not None:
             self._is_checked = True
@@ -275,6 +280,7 @@ class Fit:
         self._batches.load_state_dict(state["batches"])
         self._values = {name: list(values) for name, values in state["values"].items()}
         self._measured = dict(state.get("measured", {}))
+        self._skipped = state.get("skipped", 0)
         self._best.load_state_dict(state["best"])
         if self._callbacks is not None:
             self._callbacks.load_state_dict(state.get("callbacks", []))
@@ -373,6 +379,7 @@ class Fit:
         if limit_s is not None and self._elapsed_s() >= limit_s:
             self._is_stopped = True
         run = self._step_run
+        self._skipped = max(self._skipped, getattr(getattr(self._batches, "report", None), "skipped", 0))
         event = Stepped(
             step=self.step,
             loss=loss,
@@ -381,6 +388,7 @@ class Fit:
             gradient_norm=run.gradient_norm,
             learning_rates=run.learning_rates,
             waited_s=group.waited_s,
+            skipped=self._skipped,
         )
         self._call("on_step", self, event)
         return event

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +26,14 @@ from mongotorch.component import ADDED, Component
 from mongotorch.errors import OptimizerError, ParameterError
 from mongotorch.loader_options import check_trainer_loader
 from mongotorch.query import Query
-from mongotorch.signature import OBJECTIVE, Key, check_defaults, check_dtypes, check_signature
+from mongotorch.signature import (
+    OBJECTIVE,
+    Key,
+    check_defaults,
+    check_dtypes,
+    check_on_bad_document,
+    check_signature,
+)
 from mongotorch.split import Fold, Split, as_split
 from mongotorch.train.callbacks import check_callbacks
 from mongotorch.train.contained import Contained, map_contained, on_device
@@ -130,6 +137,9 @@ class TorchTrainer(TrainingStep, Component):
         valid_transform: In place of `transform` in validations, where training augments.
         training_state: What an earlier run ended with besides `optimizer_state`: counters of schedulers, the
             scale of fp16, states of callbacks. A run stores it; None starts anew.
+        on_bad_document: What is done with a document that lacks a field, has a value of another dtype or shape
+            than the others, or for which `transform` fails: `raise` ends the run with an error that names it,
+            `skip` leaves it out and counts it.
 
     Raises:
         IdentifierError, SignatureError, OptimizerError, LoaderOptionError: The argument of that name.
@@ -182,12 +192,14 @@ class TorchTrainer(TrainingStep, Component):
     callbacks: Sequence[Any] = dataclasses.field(default=(), metadata={ADDED: "0.2.0"})
     valid_transform: Callable[..., Any] | None = dataclasses.field(default=None, metadata={ADDED: "0.2.0"})
     training_state: Mapping[str, Any] | None = dataclasses.field(default=None, metadata={ADDED: "0.2.0"})
+    on_bad_document: Literal["raise", "skip"] = dataclasses.field(default="raise", metadata={ADDED: "0.2.0"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         key = Key.parse(self.key)
         check_signature(self.signature)
         check_dtypes(self.dtypes, key.paths)
+        check_on_bad_document(self.on_bad_document)
         if self.split is not None:
             as_split(self.split)
         check_defaults(self.defaults, key.paths)

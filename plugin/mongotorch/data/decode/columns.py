@@ -40,6 +40,7 @@ PLAIN: dict[str, tuple[str, np.dtype[Any]]] = {  # by the type as stored: dtype 
 }
 FLOAT: Final = "float"
 """Of a field with floats: integers in it become floats too, and batches have torch's default dtype."""
+_NAMES = {"?": "bool", **{char: name for char, (name, _) in PLAIN.items()}}  # `dtype.name` is slow
 _PLAIN_NAMES = (FLOAT, "int64", "bool")
 _MIXED = bytes([DOUBLE, INT32, INT64])
 _EPOCH = datetime(1970, 1, 1)  # BSON dates decode to naive UTC
@@ -182,7 +183,7 @@ def numbers(data: Array, whole: NDArray[np.bool_] | None = None) -> Column:
         whole = None
     elif whole is not None and whole.all():
         data, whole = data.astype(np.int64), None
-    return Column(kind="number", data=data, dtype=data.dtype.name, whole=whole)
+    return Column(kind="number", data=data, dtype=_NAMES[data.dtype.char], whole=whole)
 
 
 def number_column(kinds: int | Array, values: Array) -> Column | None:
@@ -199,17 +200,19 @@ def number_column(kinds: int | Array, values: Array) -> Column | None:
         return plain_numbers(_first(values, dtype))
     if kinds.tobytes().translate(None, _MIXED):
         return None
-    double, long = kinds == DOUBLE, kinds == INT64
-    if not np.count_nonzero(double):
+    whole, long = kinds != DOUBLE, kinds == INT64
+    if np.count_nonzero(whole) == len(whole):
         return numbers(np.where(long, _first(values, NUMBERS[INT64]), _first(values, NUMBERS[INT32])))
     data = _first(values, NUMBERS[DOUBLE]).astype(np.float64)
-    np.copyto(data, _first(values, NUMBERS[INT32]), where=kinds == INT32)
+    at = np.flatnonzero(whole)
+    data[at] = _first(values, NUMBERS[INT32])[at]
     if np.count_nonzero(long):
-        integers = _first(values, NUMBERS[INT64])
-        if not exact(integers[long]):
+        at = np.flatnonzero(long)
+        integers = _first(values, NUMBERS[INT64])[at]
+        if not exact(integers):
             return None
-        np.copyto(data, integers, where=long)
-    return Column(kind="number", data=data, dtype="float64", whole=~double)
+        data[at] = integers
+    return Column(kind="number", data=data, dtype="float64", whole=whole)
 
 
 def _first(values: Array, dtype: np.dtype[Any]) -> Array:
@@ -415,11 +418,15 @@ class Columns:
         paths: The dotted paths, in the order asked for.
         ids: The `_id`s (None for documents without one).
         fields: The column of each path.
+        skipped: How many documents were left out beside these because they do not fit.
+        why: What is wrong with the first of them.
     """
 
     paths: tuple[str, ...]
     ids: Column
     fields: Mapping[str, Column]
+    skipped: int = 0
+    why: str = ""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -477,7 +484,7 @@ class Columns:
     def owned(self) -> Columns:
         """The same rows in memory of their own, none of them a view of the documents."""
         fields = {path: column.owned() for path, column in self.fields.items()}
-        return Columns(paths=self.paths, ids=self.ids.owned(), fields=fields)
+        return replace(self, ids=self.ids.owned(), fields=fields)
 
     @classmethod
     def concat(cls, parts: Sequence[Columns]) -> Columns:

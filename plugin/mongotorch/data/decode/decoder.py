@@ -33,6 +33,8 @@ from mongotorch.data.decode.raw_bson import (
     EXTRA_SIZES,
     FIXED_SIZES,
     SMALLEST_SIZES,
+    Array,
+    Bytes,
     Field,
     Mask,
     Octets,
@@ -41,10 +43,11 @@ from mongotorch.data.decode.raw_bson import (
     Rows,
     header,
     kept,
+    other_names,
     sizes,
     starts_of,
 )
-from mongotorch.data.decode.values import DOCUMENT, NULL, Part, read_field
+from mongotorch.data.decode.values import DOCUMENT, NULL, NUMBER_SIZES, Part, matching, number_columns, read_field
 from mongotorch.errors import DataError, FieldMissingError
 
 ID = "_id"
@@ -52,6 +55,9 @@ _INT32 = struct.Struct("<i")
 _REFERENCE = b"$ref"  # `bson` makes a DBRef of such a document
 _WALKS = 6  # orders that are tried before the rest goes through `bson`
 _FEW = 4  # documents, below which a walk costs more than `bson`
+_RUN = 4  # fields that are numbers, from how many on they are read at once
+_ATTEMPTS = 2  # at that in one walk, before it is given up
+_TOGETHER = 2**13  # numbers, for which no memory has to be asked of the system
 _SEEN = 16  # documents whose fields are put into one order
 _MISSING = object()
 
@@ -87,6 +93,18 @@ def decode(
     return decoder.done()
 
 
+def without_missing(
+    raw: Sequence[Reply], paths: Sequence[str], *, defaults: Mapping[str, Any]
+) -> tuple[list[Reply], int]:
+    """The documents that have all of the paths, as `decode` takes them, and how many have not."""
+    content = raw[0] if len(raw) == 1 else b"".join(raw)
+    decoder = _Decoder(content, tuple(dict.fromkeys(paths)), defaults)
+    decoder.run(_FEW)
+    starts = [*starts_of(content), len(content)]
+    kept = [content[starts[row] : starts[row + 1]] for row in range(len(starts) - 1) if row not in decoder.lacking]
+    return [b"".join(kept)], len(starts) - 1 - len(kept)
+
+
 class _Decoder:
     """Collects the parts of the columns of one `decode`, each with the positions of its rows."""
 
@@ -98,6 +116,7 @@ class _Decoder:
         self._parts: dict[str, list[Part]] = {path: [] for path in (*paths, ID)}
         self._starts, self._lengths = _found(content)
         self._missing: tuple[int, str, Any] | None = None
+        self.lacking: set[int] = set()  # the documents that lack a field
 
     def run(self, few: int) -> None:
         """Decode all documents."""
@@ -162,8 +181,7 @@ class _Decoder:
             if len(lacking) and path in self._defaults:
                 parts.append((lacking, build([self._defaults[path]] * len(lacking))))
             elif len(lacking):
-                first = int(lacking[0])
-                self._miss(first if rows is None else int(rows[first]), path)
+                self._miss(lacking if rows is None else rows[lacking], path)
             for found, column in parts:
                 self._parts[path].append(
                     (found if rows is None else rows if found is None else rows[found], column)
@@ -183,15 +201,16 @@ class _Decoder:
                 default = self._defaults[path]
                 values = [default if value is _MISSING or value is None else value for value in values]
             if _MISSING in values:
-                self._miss(int(rows[values.index(_MISSING)]), path)
+                self._miss(rows[[value is _MISSING for value in values]], path)
                 continue
             parts.append(
                 (rows, build(values if identity else [restore(value) for value in values], identity=identity))
             )
 
-    def _miss(self, row: int, path: str) -> None:
-        """Remember the first document that lacks a field, the same one whatever way it was decoded."""
-        order = list(self._parts)
+    def _miss(self, rows: Rows, path: str) -> None:
+        """Remember the first document that lacks a field, the same one whatever way it was decoded, and all."""
+        self.lacking.update(rows.tolist())
+        row, order = int(rows[0]), list(self._parts)
         known = self._missing
         if known is None or (row, order.index(path)) < (known[0], order.index(known[1])):
             start = int(self._starts.values()[row])
@@ -359,6 +378,42 @@ def _name(content: bytes | memoryview, at: int) -> bytes:
     return found.split(b"\0", 1)[0]
 
 
+def _pin(
+    content: bytes | memoryview, at: int, tree: PathTree, pinned: Bytes, found: list[tuple[str, int, int]]
+) -> None:
+    """Mark which bytes of a document say how it is laid out, and find what is to be read in it.
+
+    Args:
+        content: The document, or the one around it.
+        at: Where it starts.
+        tree: What to read.
+        pinned: Set to 255 for those bytes.
+        found: Gets path, type and start of each value.
+
+    Raises:
+        struct.error, IndexError, ValueError, KeyError: It cannot be walked, or `bson` reads it in its own way.
+    """
+    end = at + _INT32.unpack_from(content, at)[0] - 1
+    pinned[at : at + 4] = pinned[end] = 255
+    at += 4
+    seen: set[bytes] = set()
+    for name, kind, value in _fields(content, at - 4):
+        if name == _REFERENCE or name in seen:
+            raise ValueError(name)
+        seen.add(name)
+        fixed = FIXED_SIZES.get(kind)
+        pinned[at : value if fixed is not None else value + 4] = 255
+        at = value + (_size(content, kind, value) if fixed is None else fixed)
+        if (node := tree.below.get(name)) is None:
+            continue
+        if node.path is not None:
+            found.append((node.path, kind, value))
+        if node.below and kind == DOCUMENT:
+            _pin(content, value, node, pinned, found)
+    if at != end or content[end]:
+        raise ValueError("a document that does not end where it says")
+
+
 @final
 class Walk:
     """Finds the fields of documents.
@@ -381,30 +436,109 @@ class Walk:
         self._unfit: Mask = np.zeros(at.total, np.bool_)
         self.fields: list[tuple[str, Field]] = []
         self.numbers: list[tuple[str, Rows | None, Column]] = []
-        self._document(at.moved(4), ends, None, tree, order)
+        self._attempts = _ATTEMPTS
+        if at.base is not None or not self._alike(at, tree):
+            self._document(at.moved(4), ends, None, tree, order)
         self.fit: Mask | None = ~self._unfit if self._unfit.any() else None
 
+    def _alike(self, at: Positions, tree: PathTree) -> bool:
+        """Find the fields of documents that are all laid out as the first one is; whether they are."""
+        size, content = at.stride, self._octets.content[at.start : at.start + at.stride]
+        pinned = np.zeros(size, np.uint8)
+        found: list[tuple[str, int, int]] = []
+        try:
+            _pin(content, 0, tree, pinned, found)
+        except (struct.error, IndexError, ValueError, KeyError):
+            return False
+        if 4 * np.count_nonzero(pinned) < size:  # fewer comparisons than bytes lie in between
+            return False
+        if matching(self._octets.rows(at, size), np.frombuffer(content, np.uint8), pinned) is not None:
+            return False
+        for path, kind, offset in found:
+            values = at.moved(offset)
+            self._add(path, Field(None, kind, values, self._octets.rows(values, 8)))
+        return True
+
     def _document(self, at: Positions, ends: Positions, rows: Rows | None, tree: PathTree, order: Order) -> None:
-        for name, below in order.items():
-            if name == _REFERENCE:
-                continue
-            head = header(name)
-            matrix = self._octets.rows(at, head.width)
-            kinds = head.kinds(matrix)
-            if isinstance(kinds, int) and not kinds:
-                continue
-            values = matrix[:, head.size : head.size + 8]
-            size, wrong = sizes(kinds, values)
-            self._exclude(rows, wrong)
-            step = size + head.size
-            field = Field(rows, kinds, at.moved(head.size), values)
-            if not isinstance(kinds, int) and np.count_nonzero(kinds) < len(kinds):
-                step = np.where(kinds, step, 0)
-                field = _where(field, kinds != 0)
-            if (node := tree.below.get(name)) is not None:
-                self._found(node, field, below)
-            at = at.moved(step)
+        names = [name for name in order if name != _REFERENCE]
+        number = 0
+        while number < len(names):
+            passed, at = self._numbers(at, rows, tree, names[number:])
+            number += passed
+            if number < len(names):
+                at = self._field(at, rows, tree, names[number], order[names[number]])
+                number += 1
         self._finished(at, ends, rows)
+
+    def _field(self, at: Positions, rows: Rows | None, tree: PathTree, name: bytes, below: Order) -> Positions:
+        """Find the field of a name, where it is the next one; where the one behind it is."""
+        head = header(name)
+        matrix = self._octets.rows(at, head.width)
+        kinds = head.kinds(matrix)
+        if isinstance(kinds, int) and not kinds:
+            return at
+        values = matrix[:, head.size : head.size + 8]
+        size, wrong = sizes(kinds, values)
+        self._exclude(rows, wrong)
+        step = size + head.size
+        field = Field(rows, kinds, at.moved(head.size), values)
+        if not isinstance(kinds, int) and np.count_nonzero(kinds) < len(kinds):
+            step = np.where(kinds, step, 0)
+            field = _where(field, kinds != 0)
+        if (node := tree.below.get(name)) is not None:
+            self._found(node, field, below)
+        return at.moved(step)
+
+    def _numbers(
+        self, at: Positions, rows: Rows | None, tree: PathTree, names: list[bytes]
+    ) -> tuple[int, Positions]:
+        """Read several fields at once where the next ones are numbers; how many, and where the one behind is."""
+        if not self._attempts or at.base is None or len(names) < _RUN:
+            return 0, at
+        if not NUMBER_SIZES[self._octets.array.take(self._octets.first(at), mode="clip")]:
+            return 0, at
+        found = [at.values()]
+        for name in names:
+            step = NUMBER_SIZES.take(self._octets.array.take(found[-1], mode="clip"))
+            if not np.minimum.reduce(step):
+                break
+            found.append(found[-1] + (step + (len(name) + 2)))
+        read = names[: len(found) - 1]
+        columns = self._same_names(read, found, rows) if len(read) >= _RUN else None
+        if columns is None:
+            self._attempts -= 1
+            return 0, at
+        for name, column in columns:
+            if (node := tree.below.get(name)) is not None and node.path is not None:
+                self.numbers.append((node.path, rows, column))
+        return len(read), Positions(at.total, 0, base=found[-1])
+
+    def _same_names(
+        self, names: list[bytes], at: list[Array], rows: Rows | None
+    ) -> list[tuple[bytes, Column]] | None:
+        """The columns of numbers; None where many documents have other names, or not all are columns."""
+        most = max(_TOGETHER // len(at[0]), 1)
+        lengths: dict[tuple[int, int], list[int]] = {}
+        for number, name in enumerate(names):
+            lengths.setdefault((len(name), number // most), []).append(number)
+        unfit = np.zeros(len(at[0]), np.bool_)
+        columns: list[tuple[bytes, Column]] = []
+        for numbers in lengths.values():
+            heads = [header(names[number]) for number in numbers]
+            base = np.concatenate([at[number] for number in numbers])
+            matrix = self._octets.rows(Positions(len(base), 0, base=base), heads[0].width)
+            wrong = other_names(heads, matrix)
+            if wrong is not None:
+                unfit |= wrong
+                if np.count_nonzero(unfit) * _RUN > len(unfit):
+                    return None
+            found = number_columns(matrix[:, 0], matrix[:, heads[0].size : heads[0].size + 8], len(heads))
+            if found is None:
+                return None
+            columns += zip((names[number] for number in numbers), found, strict=True)
+        if unfit.any():
+            self._exclude(rows, unfit)
+        return columns
 
     def _finished(self, at: Positions, ends: Positions, rows: Rows | None) -> None:
         same = at.same(ends)
@@ -416,13 +550,16 @@ class Walk:
         if wrong is not None:
             self._unfit[wrong if rows is None else rows[wrong]] = True
 
+    def _add(self, path: str, found: Field) -> None:
+        column = number_column(found.kinds, found.head)
+        if column is None:
+            self.fields.append((path, found))
+        else:
+            self.numbers.append((path, found.rows, column))
+
     def _found(self, node: PathTree, found: Field, below: Order) -> None:
         if node.path is not None:
-            column = number_column(found.kinds, found.head)
-            if column is None:
-                self.fields.append((node.path, found))
-            else:
-                self.numbers.append((node.path, found.rows, column))
+            self._add(node.path, found)
         if not node.below:
             return
         if not isinstance(found.kinds, int):

@@ -13,7 +13,7 @@ documents say of their lengths.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -149,12 +149,18 @@ def _alike(array: memoryview) -> Reply | None:
 
 
 def _each(array: memoryview) -> Iterator[memoryview]:
-    at, end, number = 4, len(array) - 1, 0
+    length_at = _INT32.unpack_from
+    at, end, number, digits = 4, len(array) - 1, 0, 1
     while at < end:
-        start = at + 2 + len(str(number))  # after the type and the key, which is the number
-        at = start + int(_INT32.unpack_from(array, start)[0])
-        number += 1
-        yield array[start:at]
+        head = 2 + digits  # the type and the key, which is the number
+        for _ in range(10**digits - number):
+            start = at + head
+            (length,) = length_at(array, start)
+            at = start + length
+            yield array[start:at]
+            if at >= end:
+                return
+        number, digits = 10**digits, digits + 1
 
 
 def _element(view: memoryview, at: int, field: bytes) -> tuple[int, int, int]:
@@ -236,10 +242,17 @@ def _item(size: int) -> np.dtype[Any]:
 
 @final
 class Octets:
-    """The bytes of documents, read at many positions at once."""
+    """The bytes of documents, read at many positions at once.
+
+    Attributes:
+        content: The bytes.
+        array: The same, uint8 of shape (size,).
+        size: How many they are.
+    """
 
     def __init__(self, content: bytes | memoryview) -> None:
         self.content, self.size = content, len(content)
+        self.array: Bytes = np.frombuffer(content, np.uint8)
 
     def rows(self, at: Positions, size: int) -> Bytes:
         """`size` bytes from each position on, (total, size): a view where positions have a stride.
@@ -258,14 +271,15 @@ class Octets:
         return self._padded(at.values(), size)
 
     def _padded(self, at: Array, size: int) -> Bytes:
-        whole = at <= self.size - size
-        matrix = np.zeros((len(at), size), np.uint8)
-        inside = at[whole]
-        if len(inside):
-            matrix[whole] = self.rows(Positions(len(inside), 0, base=inside), size)
-        for row in np.flatnonzero(~whole).tolist():
+        last = self.size - size
+        if last < 0:
+            matrix = np.zeros((len(at), size), np.uint8)
+        else:
+            matrix = self.rows(Positions(len(at), 0, base=np.minimum(at, last)), size)
+        for row in np.flatnonzero(at > last).tolist():
             rest = self.content[at[row] : at[row] + size]
             matrix[row, : len(rest)] = np.frombuffer(rest, np.uint8)
+            matrix[row, len(rest) :] = 0
         return matrix
 
     def first(self, at: Positions) -> int:
@@ -282,6 +296,7 @@ class Header:
     Attributes:
         size: Bytes of it.
         width: Bytes to read for the header and the first eight of the value.
+        words: It as numbers of eight bytes, the type 0, and the bits of them that count.
     """
 
     def __init__(self, name: bytes) -> None:
@@ -290,14 +305,14 @@ class Header:
         self.width = max(8 * words, self.size + 8)
         padded = b"\0" + name + bytes(8 * words - self.size + 1)
         masks = b"\xff" * self.size + bytes(8 * words - self.size)
-        self._words = tuple(zip(np.frombuffer(padded, "<u8"), np.frombuffer(masks, "<u8"), strict=True))
+        self.words = tuple(zip(np.frombuffer(padded, "<u8"), np.frombuffer(masks, "<u8"), strict=True))
 
     def kinds(self, matrix: Bytes) -> int | Bytes:
         """The type in each row of an (n, width) matrix: one number where all are alike, else an array.
 
         It is 0 where the name is another.
         """
-        (want, mask), *more = self._words
+        (want, mask), *more = self.words
         found = word(matrix, 0) & mask
         first = int(found[0])
         kinds: int | Bytes = first ^ int(want)
@@ -313,6 +328,22 @@ class Header:
             if np.count_nonzero(other):
                 kinds = np.where(other, np.uint8(0), np.uint8(kinds) if isinstance(kinds, int) else kinds)
         return kinds
+
+
+def other_names(heads: Sequence[Header], matrix: Bytes) -> Mask | None:
+    """Which of n documents have another name than expected in any of several fields; None: none of them.
+
+    Args:
+        heads: Of the fields, whose names have one length.
+        matrix: What is there, (fields x n, width), the fields one after the other.
+    """
+    wrong = np.zeros((len(heads), len(matrix) // len(heads)), np.bool_)
+    for number, words in enumerate(zip(*(head.words for head in heads), strict=True)):
+        want, mask = (np.array(part, np.uint64)[:, None] for part in zip(*words, strict=True))
+        if not number:
+            mask &= ~np.uint64(0xFF)  # the type
+        wrong |= ((word(matrix, 8 * number).reshape(wrong.shape) ^ want) & mask) != 0
+    return np.logical_or.reduce(wrong, axis=0) if np.count_nonzero(wrong) else None
 
 
 def word(matrix: Bytes, offset: int, dtype: str = "<u8", size: int = 8) -> Array:

@@ -31,19 +31,27 @@ from mongotorch.data.decode.columns import (
     ends_of,
     merge,
     number_column,
+    numbers,
     ragged,
     shaped,
 )
-from mongotorch.data.decode.raw_bson import Array, Bytes, Field, Mask, Octets, Positions, Rows, header, sizes, word
+from mongotorch.data.decode.raw_bson import Array, Bytes, Field, Mask, Octets, Positions, Rows, sizes, word
 
 DOCUMENT = 0x03
 LIST = 0x04
-_SIMPLE, _LISTS = np.zeros(256, np.bool_), np.zeros(256, np.bool_)  # what is read as an element of a list
-_SIMPLE[[DOUBLE, INT32, INT64]] = _LISTS[LIST] = True
-_FEW = 8  # lists, below which a walk costs more than `bson`
+_ELEMENT = 11  # bytes of an element of a list of numbers, about
+_SHORTEST = 7  # and at least
+_LARGEST = 15 * 100_000  # bytes of a list whose elements have numbers of at most five digits
+_EMPTY = 5  # bytes of an empty list
+_WORTH = 700  # bytes of elements of one number, below which a walk costs more than `bson`
 _DEEPEST = 32  # dimensions
 _COMPARED = 2**18  # bytes at a time, so that they stay in the cache
+_TOGETHER = 2**13  # elements at a time, for which no memory has to be asked of the system
 _LONGEST = 100_000  # elements whose number has at most five digits
+NUMBER_SIZES = np.zeros(256, np.int64)
+"""Bytes of a number that may be among others, by its type; 0 for other types."""
+NUMBER_SIZES[[DOUBLE, INT32, INT64]] = [8, 4, 8]
+_STEPS = {width: np.where(NUMBER_SIZES, NUMBER_SIZES + width, 0) for width in range(3, 8)}
 _TEXT, _BINARY, _OBJECT_ID, _DATE, NULL = 0x02, 0x05, 0x07, 0x09, 0x0A
 _INT32 = struct.Struct("<i")
 _DATE_RANGE = (-62_135_596_800_000, 253_402_300_799_999)  # years 1 to 9999: what Python can say
@@ -94,6 +102,31 @@ def _one_type(octets: Octets, field: Field, kind: int, *, identity: bool) -> Col
     if len(rest):
         parts.append((rest, _each(octets, field.part(rest, rest), kind, identity=identity)))
     return merge(parts, identity=identity)
+
+
+def number_columns(kinds: Array, values: Array, count: int) -> list[Column] | None:
+    """The columns of several fields of numbers that may be integers or doubles, of as many documents each.
+
+    Args:
+        kinds: Their BSON types, the fields one after the other.
+        values: The eight bytes from each number on, (n, 8).
+        count: How many fields these are.
+    """
+    each = len(kinds) // count
+    together = number_column(_one_or_all(kinds), values)
+    if together is None:  # large integers of one field, beside doubles of another
+        parts = [slice(first, first + each) for first in range(0, len(kinds), each)]
+        columns = [number_column(_one_or_all(kinds[part]), values[part]) for part in parts]
+        return [column for column in columns if column is not None] if None not in columns else None
+    data = np.asarray(together.data).reshape(count, each)
+    if together.whole is None:
+        return [Column(kind="number", data=one, dtype=together.dtype) for one in data]
+    return [numbers(one, whole) for one, whole in zip(data, together.whole.reshape(count, each), strict=True)]
+
+
+def _one_or_all(kinds: Array) -> int | Array:
+    first = int(kinds[0])
+    return first if np.count_nonzero(kinds == first) == len(kinds) else np.ascontiguousarray(kinds)
 
 
 def _each(octets: Octets, field: Field, kind: int, *, identity: bool) -> Column:
@@ -267,10 +300,11 @@ def read_lists(octets: Octets, at: Positions, lengths: Array, depth: int = 1) ->
         parts, rest = [(np.flatnonzero(fit), column)], np.flatnonzero(~fit)
     if rest is not None:
         at, lengths = at.select(rest), lengths[rest]
-    walked = _Elements(octets, at, lengths, depth)
-    rows = np.arange(at.total) if rest is None else rest
-    parts += [(rows if done is None else rows[done], column) for done, column in walked.parts]
-    return parts, rows[walked.others]
+    walked, others = _walked(octets, at.values(), lengths, depth)
+    if rest is None:
+        return walked, others
+    parts += [(rest if done is None else rest[done], column) for done, column in walked]
+    return parts, rest[others]
 
 
 def _rectangular(lists: Bytes) -> tuple[Column, Mask | None] | None:
@@ -279,7 +313,7 @@ def _rectangular(lists: Bytes) -> tuple[Column, Mask | None] | None:
     if kind not in NUMBERS or (known := _looks(kind, lists.shape[1])) is None:
         return None
     content, mask, runs = known
-    fit = _matching(lists, content, mask)
+    fit = matching(lists, content, mask)
     if fit is not None:
         if not fit.any():
             return None
@@ -293,7 +327,7 @@ def _rectangular(lists: Bytes) -> tuple[Column, Mask | None] | None:
     return Column(kind="number", data=data, dtype=PLAIN[dtype.char][0]), fit
 
 
-def _matching(lists: Bytes, content: Bytes, mask: Bytes) -> Mask | None:
+def matching(lists: Bytes, content: Bytes, mask: Bytes) -> Mask | None:
     """Which rows have these bytes where the mask is set; None: all of them."""
     step = max(_COMPARED // lists.shape[1], 1)
     fit = None
@@ -381,113 +415,156 @@ def _elements(kind: int, count: int) -> tuple[Array, Array, Array]:
     """
     heads = np.array([len(str(number)) + 2 for number in range(count)], np.int64)
     headers = [int.from_bytes(bytes([kind]) + b"%d\0" % number, "little") for number in range(count)]
-    return ends_of(heads + NUMBERS[kind].itemsize), np.array(headers, np.uint64), (8 * heads).astype(np.uint64)
+    return (
+        ends_of(heads + (NUMBERS[kind].itemsize if kind in NUMBERS else 0)),
+        np.array(headers, np.uint64),
+        (8 * heads).astype(np.uint64),
+    )
 
 
-class _Elements:
-    """Walks lists an element at a time, all lists at once.
+def _walked(octets: Octets, starts: Array, lengths: Array, depth: int) -> tuple[list[Part], Rows]:
+    """The column of lists of numbers, or of lists, that are walked an element at a time, all lists at once.
 
-    Attributes:
-        parts: The columns of numbers, with their rows (None: all).
-        others: The rows that have to be read in another way.
+    Returns:
+        Its part, if any, and the rows that have to be read in another way.
     """
+    nested = _are_nested(octets, starts)
+    ends = starts + lengths - 1
+    fit = np.zeros(len(starts), np.bool_)
+    found: list[tuple[Rows, Array, Mask]] = []
+    # Lists of about one length together: a long one would be walked with all others waiting.
+    scale = np.frexp(lengths / lengths.max())[1] - 1 if lengths.mean() * 4 < lengths.max() else lengths * 0
+    scale -= scale.min()
+    for size in np.flatnonzero(np.bincount(scale)).tolist() if depth < _DEEPEST else ():
+        rows = np.flatnonzero(scale == size)
+        element = _first_element(octets, int(starts[rows[0]])) if nested else _ELEMENT
+        longest = int(lengths[rows].max())
+        if int(lengths[rows].sum()) * element < _WORTH * longest or (longest > _LARGEST and not nested):
+            continue
+        at = _positions(octets, starts[rows] + 4, min(longest // _SHORTEST, _LONGEST), nested=nested)
+        fit[rows] = (at[-1] == ends[rows]) & (octets.array.take(ends[rows], mode="clip") == 0)
+        found.append((rows, at[:-1], at[1:] != at[:-1]))
+    if len(found) and fit.any():
+        column = _elements_column(octets, found, fit, depth, nested=nested)
+        if column is not None:
+            chosen = np.flatnonzero(fit)
+            return [(None if len(chosen) == len(fit) else chosen, column)], np.flatnonzero(~fit)
+    return [], np.arange(len(starts))
 
-    def __init__(self, octets: Octets, at: Positions, lengths: Array, depth: int) -> None:
-        self._octets, self._depth = octets, depth
-        self.parts: list[Part] = []
-        self._starts, self._lengths = at.values(), lengths
-        self._fit = np.ones(at.total, np.bool_)
-        self._found: list[tuple[Rows, int | Bytes, Array, Array]] = []
-        self._nested = False  # whether most are lists of lists
-        if at.total >= _FEW and depth < _DEEPEST:
-            self._walk()
-            self._read()
+
+def _are_nested(octets: Octets, starts: Array) -> bool:
+    """Whether most lists begin with a list."""
+    kinds = octets.array.take(starts + 4, mode="clip")
+    return bool(np.count_nonzero(kinds == LIST) * 2 > len(kinds))
+
+
+def _first_element(octets: Octets, start: int) -> int:
+    """The bytes of the first element of a list of lists."""
+    head = bytes(octets.content[start + 7 : start + 11])
+    return _INT32.unpack(head)[0] + 3 if len(head) == 4 else 0
+
+
+def _positions(octets: Octets, at: Array, most: int, *, nested: bool) -> Array:
+    """Where the elements of each list begin, (elements + 1, n); where no further one is, it stays."""
+    found = [at]
+    for number in range(most):
+        width = 2 + len(str(number))
+        kinds = octets.array.take(at, mode="clip")
+        if nested:
+            inner = word(octets.rows(Positions(len(at), width, base=at), 4), 0, "<i4", 4)
+            step = np.where((kinds == LIST) & (inner >= _EMPTY), inner + width, 0)
         else:
-            self._fit[:] = False
-        self.others = np.flatnonzero(~self._fit)
+            step = _STEPS[width].take(kinds)
+        if not np.count_nonzero(step):
+            break
+        at = at + step
+        found.append(at)
+    return np.stack(found)
 
-    def _walk(self) -> None:
-        ends = self._starts + self._lengths - 1
-        self._fit &= self._octets.rows(Positions(len(ends), 0, base=ends), 1)[:, 0] == 0
-        rows = np.flatnonzero(self._fit)
-        at, ends = self._starts[rows] + 4, ends[rows]
-        for number in range(_LONGEST):
-            reading = at < ends
-            if np.count_nonzero(reading) < len(rows):
-                self._fit[rows[at > ends]] = False
-                rows, at, ends = rows[reading], at[reading], ends[reading]
-            if len(rows) < _FEW:
-                break
-            head = header(b"%d" % number)
-            matrix = self._octets.rows(Positions(len(at), 0, base=at), head.width)
-            kinds = head.kinds(matrix)
-            values = matrix[:, head.size : head.size + 8]
-            if not number:
-                self._nested = bool(np.count_nonzero(np.broadcast_to(kinds, len(rows)) == LIST) * 2 > len(rows))
-            size, wrong = sizes(kinds, values)
-            inner = at + head.size if self._nested else at
-            self._found.append((rows, kinds, inner, word(values, 0).copy()))  # while they are in the cache
-            at = at + (size + head.size)
-            if not self._allowed(kinds) or wrong is not None:
-                good = np.broadcast_to((_LISTS if self._nested else _SIMPLE)[kinds], len(rows))
-                good = good if wrong is None else good & ~wrong
-                self._fit[rows[~good]] = False
-                rows, at, ends = rows[good], at[good], ends[good]
-        self._fit[rows] = False
 
-    def _allowed(self, kinds: int | Bytes) -> bool:
-        """Whether all these are what most lists begin with: numbers, or lists."""
-        allowed = bytes([LIST]) if self._nested else bytes([DOUBLE, INT32, INT64])
-        return kinds in allowed if isinstance(kinds, int) else not kinds.tobytes().translate(None, allowed)
+def _elements_column(
+    octets: Octets, found: list[tuple[Rows, Array, Mask]], fit: Mask, depth: int, *, nested: bool
+) -> Column | None:
+    """The column of the lists that are fit; those of which an element has a wrong name are not, from now on."""
+    counts = np.zeros(len(fit), np.int64)
+    for rows, _, there in found:
+        counts[rows] = np.count_nonzero(there, axis=0)
+    counts[~fit] = 0
+    ends = ends_of(counts)
+    at = _by_list(found, fit, ends)
+    if not len(at):
+        return None
+    most = int(counts.max())
+    alike = most if len(at) == most * len(fit) else None
+    number = None if alike else np.arange(ends[-1]) - np.repeat(ends[:-1], counts)
+    kinds, words, wrong = _read_elements(octets, at, most, number)
+    if len(wrong):
+        fit[np.searchsorted(ends, wrong, side="right") - 1] = False
+        return _elements_column(octets, found, fit, depth, nested=nested) if fit.any() else None
+    if nested:
+        heads = _elements(0, 1 << most.bit_length())[2] // np.uint64(8)
+        width = np.tile(heads[:most], len(fit)) if number is None else heads.take(number)
+        return _inner(octets, at + width.astype(np.int64), ends_of(counts[fit]), depth)
+    flat = number_column(_one_or_all(kinds), words.view(np.uint8).reshape(-1, 8))
+    return None if flat is None else ragged(flat, ends_of(counts[fit]))
 
-    def _read(self) -> None:
-        chosen = np.flatnonzero(self._fit)
-        counts = np.zeros(len(self._fit), np.int64)
-        for rows, *_ in self._found:
-            counts[rows] += 1
-        ends = ends_of(counts[chosen])
-        column = self._column(chosen, ends) if ends[-1] else None
-        if column is None:
-            self._fit[:] = False
+
+def _read_elements(octets: Octets, at: Array, most: int, number: Array | None) -> tuple[Bytes, Array, Rows]:
+    """Types and first eight bytes of elements, and which of them have another name than their number.
+
+    Args:
+        octets: The bytes.
+        at: Where each element is.
+        most: Elements of a list, at most.
+        number: The number of each; None: each list has `most`, one after the other.
+    """
+    kinds, words = np.empty(len(at), np.uint8), np.empty(len(at), np.uint64)
+    _, headers, bits = _elements(0, 1 << most.bit_length())
+    names = (np.uint64(1) << bits) - np.uint64(256)  # all of a header but the type
+    wrong = [np.empty(0, np.intp)]
+    step = _TOGETHER if number is not None else max(_TOGETHER // most, 1) * most
+    for start in range(0, len(at), step):
+        part = slice(start, start + step)
+        matrix = octets.rows(Positions(len(at[part]), 0, base=at[part]), 16)
+        # A name is in the lowest bits of the first eight bytes, behind the type, and the value comes behind.
+        first, second, into = word(matrix, 0), word(matrix, 8), words[part]
+        if number is None:
+            first, second, into = (one.reshape(-1, most) for one in (first, second, into))
+            header, mask, size = headers[:most], names[:most], bits[:most]
         else:
-            self.parts.append((None if len(chosen) == len(self._fit) else chosen, column))
+            header, mask, size = (known.take(number[part]) for known in (headers, names, bits))
+        other: Array = first ^ header
+        other &= mask
+        if np.count_nonzero(other):
+            wrong.append(np.flatnonzero(other) + start)
+        np.left_shift(second, np.uint64(64) - size, out=other)
+        np.bitwise_or(np.right_shift(first, size), other, out=into)
+        kinds[part] = matrix[:, 0]
+    return kinds, words, np.concatenate(wrong)
 
-    def _column(self, chosen: Rows, ends: Array) -> Column | None:
-        """The column of the lists that fit."""
-        order = self._order(chosen, ends)
-        words = np.concatenate([found[3] for found in self._found]).take(order)
-        if self._nested:
-            at = np.concatenate([found[2] for found in self._found]).take(order)
-            return self._inner(words.astype(np.int32), at, ends)
-        kinds = np.concatenate([np.broadcast_to(np.uint8(found[1]), len(found[0])) for found in self._found])
-        kinds, first = kinds.take(order), int(kinds[order[0]])
-        alike = np.count_nonzero(kinds == first) == len(kinds)
-        flat = number_column(first if alike else kinds, words.view(np.uint8).reshape(-1, 8))
-        return None if flat is None else ragged(flat, ends)
 
-    def _order(self, chosen: Rows, ends: Array) -> Array:
-        """Which element comes where, list by list: they were found by their number."""
-        lengths = [len(found[0]) for found in self._found]
-        if ends[-1] == len(lengths) * len(chosen) == sum(lengths):  # all of one length, and none left out
-            return np.arange(ends[-1]).reshape(len(lengths), -1).T.reshape(-1)
-        rows = np.concatenate([found[0] for found in self._found])
-        keep = np.flatnonzero(self._fit[rows])
-        starts = np.zeros(len(self._fit), np.int64)
-        starts[chosen] = ends[:-1]
-        number = np.repeat(np.arange(len(lengths)), lengths)
-        order = np.empty(ends[-1], np.intp)
-        order[(starts[rows] + number)[keep]] = keep
-        return order
+def _by_list(found: list[tuple[Rows, Array, Mask]], fit: Mask, ends: Array) -> Array:
+    """The positions of all elements, list by list."""
+    rows, at, there = found[0]
+    if len(found) == 1 and len(rows) * len(at) == ends[-1]:  # all of one length
+        return np.ascontiguousarray(at.T).reshape(-1)
+    whole = np.empty(ends[-1], np.int64)
+    for rows, at, there in found:
+        there = there & fit[rows]
+        targets = ends[:-1][rows] + np.arange(len(at))[:, None]
+        whole[targets[there]] = at[there]
+    return whole
 
-    def _inner(self, lengths: Array, at: Array, ends: Array) -> Column | None:
-        """The column of lists that hold as many lists each."""
-        counts = np.diff(ends)
-        if (counts != counts[0]).any():
-            return None
-        inner = Positions(len(at), 0, base=at)
-        parts, others = read_lists(self._octets, inner, lengths, self._depth + 1)
-        column = None if len(others) else merge(parts)
-        if column is None or column.kind != "number":
-            return None
-        shape = (len(counts), int(counts[0]), *np.shape(column.data)[1:])
-        return shaped(column, shape)
+
+def _inner(octets: Octets, at: Array, ends: Array, depth: int) -> Column | None:
+    """The column of lists that hold as many lists each."""
+    counts = np.diff(ends)
+    if (counts != counts[0]).any():
+        return None
+    inner = Positions(len(at), 0, base=at)
+    parts, others = read_lists(octets, inner, word(octets.rows(inner, 4), 0, "<i4", 4), depth + 1)
+    column = None if len(others) else merge(parts)
+    if column is None or column.kind != "number":
+        return None
+    shape = (len(counts), int(counts[0]), *np.shape(column.data)[1:])
+    return shaped(column, shape)

@@ -30,7 +30,19 @@ import bson
 from pymongo.errors import DuplicateKeyError, PyMongoError
 
 from mongotorch.codecs import WRITTEN, check_format
-from mongotorch.data.decode import FLOAT, Column, Reply, decode, encode, offsets, same_type, sort_key
+from mongotorch.data.decode import (
+    FLOAT,
+    Column,
+    Form,
+    Reply,
+    common_forms,
+    decode,
+    decode_fitting,
+    encode,
+    offsets,
+    same_type,
+    sort_key,
+)
 from mongotorch.data.prefetch import close_iterator, map_ordered
 from mongotorch.data.read.reader import DatabaseAccess, IdRange, Reader
 from mongotorch.errors import DataError, EmptySelectError, FieldMissingError
@@ -266,6 +278,7 @@ class RunDtypes:
 
     def __init__(self) -> None:
         self._decided: dict[str, str] | None = None
+        self._forms: dict[str, Form] | None = None
         self._access: DatabaseAccess | None = None
 
     def bind(self, access: DatabaseAccess) -> None:
@@ -284,6 +297,27 @@ class RunDtypes:
         if self._decided is None:
             self._decided = _decided(_sample(self._access or access), paths, defaults or {})
         return self._decided
+
+    def forms(
+        self, access: DatabaseAccess, paths: Sequence[str], defaults: Mapping[str, Any] | None = None
+    ) -> Mapping[str, Form]:
+        """The form of each of these fields that becomes a tensor, as most documents of the sample have it.
+
+        Raises: see `of`.
+        """
+        if self._forms is None:
+            replies, known = _sample(self._access or access), defaults or {}
+            self._forms = common_forms(decode_fitting(replies, paths, defaults=known, dtypes={}, forms={}))
+        return self._forms
+
+    def forms_state(self, paths: Sequence[str]) -> list[Any] | None:
+        """The forms that were decided, for a stream that goes on later; None before they were."""
+        return None if self._forms is None else [self._forms.get(path) for path in paths]
+
+    def load_forms(self, state: list[Any] | None, paths: Sequence[str]) -> None:
+        """Keep the forms that an earlier stream of these fields had decided."""
+        if state is not None:
+            self._forms = {path: tuple(form) for path, form in zip(paths, state, strict=True) if form is not None}
 
     def state(self, paths: Sequence[str]) -> str | None:
         """What was decided, in a few characters, for a stream that goes on later; None before it was."""

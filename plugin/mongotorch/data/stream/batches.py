@@ -22,7 +22,7 @@ import math
 import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import numpy.typing as npt
@@ -43,9 +43,11 @@ class Rows(abc.ABC):
 
     Attributes:
         markers: What finds the row again that was yielded last; None counts rows instead.
+        skipped: Documents that were left out in earlier windows of the epoch.
     """
 
     markers: RowMarkers | None = None
+    skipped: int = 0
 
     @abc.abstractmethod
     def __len__(self) -> int: ...
@@ -111,12 +113,14 @@ class TensorRows(Rows):
     """Rows whose fields are tensors already, in their order: batches are views of them.
 
     Args:
-        tensors: Of each path, shape (rows, ...).
+        tensors: Of paths, each of shape (rows, ...); or of several paths together, (paths, rows).
         ids: The `_id`s, in the order of reading.
         order: Where in `ids` each row is; None is that very order.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], ids: Column, order: npt.NDArray[np.int64] | None) -> None:
+    def __init__(
+        self, tensors: dict[tuple[str, ...], Tensor], ids: Column, order: npt.NDArray[np.int64] | None
+    ) -> None:
         self._tensors = tensors
         self._ids, self._order = ids, order
 
@@ -125,7 +129,17 @@ class TensorRows(Rows):
 
     def tensor(self, path: str, start: int, stop: int) -> Tensor | None:
         """See `Rows.tensor`."""
-        return self._tensors[path][start:stop]
+        return self.batch(start, stop)[path]
+
+    def batch(self, start: int, stop: int) -> dict[str, Tensor]:
+        """All fields of some rows."""
+        found: dict[str, Tensor] = {}
+        for paths, tensor in self._tensors.items():
+            if len(paths) == 1:
+                found[paths[0]] = tensor[start:stop]
+            else:
+                found.update(zip(paths, tensor[:, start:stop].unbind(), strict=True))
+        return found
 
     def columns(self, start: int, stop: int) -> Columns:
         """Never asked for: every field is a tensor, and no samples are built."""
@@ -192,13 +206,39 @@ def gathered(parts: list[Columns], order: npt.NDArray[np.int64] | None) -> Rows:
         return ordered(parts, order, owned=True)
     ids = Columns.concat([Columns(paths=(), ids=columns.ids, fields={}) for columns in parts]).ids
     if len(parts) == 1 and order is None:
-        return TensorRows({path: tensor_of(parts[0], path) for path in parts[0].paths}, ids, None)
-    # Each row goes to where it belongs at once: joining ranges first would copy, and hold, all of them twice.
-    targets = torch.empty(len(ids), dtype=torch.int64)
-    rows = torch.arange(len(ids)) if order is None else torch.from_numpy(order)
-    targets[rows] = torch.arange(len(ids))
-    tensors = {path: _scattered(parts, path, targets) for path in parts[0].paths}
+        return TensorRows({(path,): tensor_of(parts[0], path) for path in parts[0].paths}, ids, None)
+    groups: dict[torch.dtype, list[str]] = {}
+    others: list[str] = []
+    for path in parts[0].paths:
+        values = parts[0][path].numbers()
+        if values is not None and values.ndim == 1 and parts[0].plain(path):
+            groups.setdefault(tensor_of(parts[0].slice(0, 1), path).dtype, []).append(path)
+        else:
+            others.append(path)
+    tensors = {tuple(paths): _numbers(parts, paths, dtype, order) for dtype, paths in groups.items()}
+    if others:
+        # Each row goes to where it belongs at once: joining ranges first would copy, and hold, all of them twice.
+        targets = torch.empty(len(ids), dtype=torch.int64)
+        rows = torch.arange(len(ids)) if order is None else torch.from_numpy(order)
+        targets[rows] = torch.arange(len(ids))
+        tensors |= {(path,): _scattered(parts, path, targets) for path in others}
     return TensorRows(tensors, ids, order)
+
+
+def _numbers(
+    parts: list[Columns], paths: list[str], dtype: torch.dtype, order: npt.NDArray[np.int64] | None
+) -> Tensor:
+    """Fields that are one number a document, of all ranges, in an order; (rows,), or (paths, rows) of several."""
+    count = sum(map(len, parts))
+    whole = fresh((len(paths), count), dtype)
+    joined = np.empty(count, whole.numpy().dtype)
+    for path, row in zip(paths, whole.numpy(), strict=True):
+        # One field after the other, so that little is held twice; converted as torch converts it.
+        into = row if order is None else joined
+        np.concatenate([np.asarray(part[path].data) for part in parts], out=into, casting="unsafe")
+        if order is not None:
+            joined.take(order, out=row, mode="clip")
+    return whole[0] if len(paths) == 1 else whole
 
 
 def _scattered(parts: list[Columns], path: str, targets: Tensor) -> Tensor:
@@ -210,8 +250,6 @@ def _scattered(parts: list[Columns], path: str, targets: Tensor) -> Tensor:
         values = columns[path].array()
         if items is not None and values is not None and not columns.plain(path) and values.dtype.isnative:
             items[rows.numpy()] = _items(values)
-        elif values is not None and values.ndim == 1 and columns.plain(path):
-            whole.numpy()[rows.numpy()] = values  # converted as torch converts it, in one pass
         else:
             whole.index_copy_(0, rows, tensor_of(columns, path))
     return whole
@@ -275,6 +313,9 @@ def batch_of(slices: list[RowSlice], key: Key) -> Any:
         ShapeError: Shapes differ; `field` and `document_id` name where.
         DataError: A value has no tensor.
     """
+    rows, start, stop = slices[0]
+    if len(slices) == 1 and isinstance(rows, TensorRows):
+        return key.arrange(rows.batch(start, stop).__getitem__)
     return key.arrange(_once(lambda path: _field(slices, path)))
 
 
@@ -328,7 +369,14 @@ def cut(
             step += 1
             yield (
                 _share([*open_round, (rows, at, end)], rank * batch_size, (rank + 1) * batch_size),
-                Position(epoch=start.epoch, window=window, offset=end, step=step, markers=rows.markers),
+                Position(
+                    epoch=start.epoch,
+                    window=window,
+                    offset=end,
+                    step=step,
+                    skipped=rows.skipped,
+                    markers=rows.markers,
+                ),
             )
             open_round, have, at = [], 0, end
         if at < len(rows):
@@ -357,6 +405,22 @@ def _share(slices: list[RowSlice], start: int, stop: int) -> list[RowSlice]:
     return chosen
 
 
+class Built(NamedTuple):
+    """A batch that was made of samples.
+
+    Attributes:
+        batch: What `collate_fn` gave; None where no sample was left.
+        rows: Samples in it.
+        skipped: Documents that were left out of it.
+        why: What is wrong with the first of them.
+    """
+
+    batch: Any
+    rows: int
+    skipped: int = 0
+    why: str = ""
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class SampleBuilder:
@@ -367,14 +431,16 @@ class SampleBuilder:
         transform: Returns the sample in its place; None keeps it as it is.
         signature: How the sample goes into `transform`.
         collate_fn: Makes a batch of a list of samples; None stacks them.
+        skips: Whether documents are left out for which `transform` fails.
     """
 
     key: Key
     transform: Callable[..., Any] | None = None
     signature: str = "*args"
     collate_fn: Callable[[list[Any]], Any] | None = None
+    skips: bool = False
 
-    def __call__(self, columns: Columns) -> Any:
+    def __call__(self, columns: Columns) -> Built:
         """The batch of the rows.
 
         Raises:
@@ -382,23 +448,43 @@ class SampleBuilder:
             TransformError: `transform` or `collate_fn` raised, or gave None; `document_id` names the document.
             SignatureError: `transform` does not take what the signature gives it.
         """
-        samples = build(columns, self.key)
+        samples, ids, why = build(columns, self.key), columns.ids, ""
+        count = len(samples)
         if self.transform is not None:
-            samples = [self._transformed(sample, columns, row) for row, sample in enumerate(samples)]
+            samples, rows, why = self._all_transformed(samples, columns)
+            ids = ids.take(np.array(rows, np.intp), identity=True) if len(rows) < count else ids
+        batch = self._together(samples, ids) if samples else None
+        return Built(batch=batch, rows=len(samples), skipped=count - len(samples), why=why)
+
+    def _together(self, samples: list[Any], ids: Column) -> Any:
         if self.collate_fn is None:
-            return collate(samples, columns.ids.values())
+            return collate(samples, ids)
         try:
             return self.collate_fn(samples)
         except MongotorchError:
             raise
         except Exception as error:
-            ids = columns.ids.values()
             raise TransformError(
                 f"collate_fn failed for the batch of {len(ids)} document(s) from {ids[0]!r} to {ids[-1]!r}: "
                 f"{type(error).__name__}: {error}",
                 document_id=ids[0],
                 field="collate_fn",
             ) from error
+
+    def _all_transformed(self, samples: list[Any], columns: Columns) -> tuple[list[Any], list[int], str]:
+        """What `transform` makes of them, of which rows, and what it said of the first that is left out."""
+        made: list[Any] = []
+        rows: list[int] = []
+        why = ""
+        for row, sample in enumerate(samples):
+            try:
+                made.append(self._transformed(sample, columns, row))
+                rows.append(row)
+            except TransformError as error:
+                if not self.skips:
+                    raise
+                why = why or str(error)
+        return made, rows, why
 
     def _transformed(self, sample: Any, columns: Columns, row: int) -> Any:
         transform = self.transform
@@ -424,15 +510,14 @@ class SampleBuilder:
     def build_each(self, many: Iterator[Columns], *, pressure: ReadPressure) -> Iterator[Any]:
         """The batches of these columns, one each, as an ordered map (see `prefetch`)."""
         for columns in itertools.takewhile(lambda _: not pressure.stopped(), many):
-            batch = self(columns)
-            check_picklable(batch)
-            yield batch
+            built = self(columns)
+            check_picklable(built.batch)
+            yield built
 
 
 def build(columns: Columns, key: Key) -> list[Any]:
     """The samples of the rows, in the structure of the key."""
-    values = {path: _values(columns, path) for path in key.paths}
-    return [key.arrange(lambda path, row=row: values[path][row]) for row in range(len(columns))]  # type: ignore[misc]
+    return key.samples({path: _values(columns, path) for path in key.paths})
 
 
 def call(function: Callable[..., Any], sample: Any, key: Key, signature: str) -> Any:
@@ -483,11 +568,9 @@ def _arguments(sample: Any, key: Key) -> tuple[Sequence[Any], Mapping[str, Any]]
 
 def _values(columns: Columns, path: str) -> Sequence[Any]:
     column = columns[path]
+    if column.kind == "object":
+        return [one_tensor(value) if isinstance(value, np.ndarray) else value for value in column.values()]
     if column.kind != "array":
-        return [_value(value) for value in column.values()]
+        return column.values()
     whole = column_tensor(columns, path)
     return [] if whole is None else whole.unbind()
-
-
-def _value(value: Any) -> Any:
-    return one_tensor(value) if isinstance(value, np.ndarray) else value

@@ -42,6 +42,7 @@ from mongotorch.data.training_set import ContentDigest
 _FORMAT = 3
 _BUILDING = ".building-"
 _YOUNG_S = 60.0
+Skipped = tuple[int, str]  # how many documents of a range were left out, and what is wrong with the first of them
 
 
 class RangeSequence(Protocol):
@@ -59,14 +60,15 @@ class CachedSelect(abc.ABC):
         keys: The row keys of each range, see `WindowReader.keys`.
         ids: The `_id`s of each range.
         by_id: Whether rows come in the order of their `_id`s where they are not shuffled.
+        skipped: How many documents of each range were left out, and what is wrong with the first of them.
 
     Attributes:
         count: How many ranges there are.
         count_rows: How many documents there are.
     """
 
-    def __init__(self, keys: list[U64], ids: RangeSequence, *, by_id: bool) -> None:
-        self._keys, self._ids, self._by_id = keys, ids, by_id
+    def __init__(self, keys: list[U64], ids: RangeSequence, *, by_id: bool, skipped: list[Skipped]) -> None:
+        self._keys, self._ids, self._by_id, self._skipped = keys, ids, by_id, skipped
         self.count, self.count_rows = len(keys), sum(map(len, keys))
 
     def read(self, specs: Iterator[WindowSpec]) -> Iterator[Window]:
@@ -78,7 +80,14 @@ class CachedSelect(abc.ABC):
                 permutation, hashes = spec.order.rows(np.concatenate(keys))
             rows = self.rows(spec.ranges, permutation)
             rows.set_markers(hashes, self._ids[spec.ranges[0]].ids if hashes is None and self._by_id else None)
-            yield Window(spec=spec, rows=rows, lengths=[len(one) for one in keys])
+            left_out = [self._skipped[number] for number in spec.ranges]
+            yield Window(
+                spec=spec,
+                rows=rows,
+                lengths=[len(one) + count for one, (count, _) in zip(keys, left_out, strict=True)],
+                skipped=sum(count for count, _ in left_out),
+                why=next((why for _, why in left_out if why), ""),
+            )
 
     @abc.abstractmethod
     def rows(self, ranges: list[int], order: npt.NDArray[np.int64] | None) -> Rows:
@@ -94,8 +103,16 @@ class CachedSelect(abc.ABC):
 class CachedTensors(CachedSelect):
     """Rows as one tensor a field."""
 
-    def __init__(self, keys: list[U64], ids: RangeSequence, tensors: dict[str, Tensor], *, by_id: bool) -> None:
-        super().__init__(keys, ids, by_id=by_id)
+    def __init__(
+        self,
+        keys: list[U64],
+        ids: RangeSequence,
+        tensors: dict[str, Tensor],
+        *,
+        by_id: bool,
+        skipped: list[Skipped],
+    ) -> None:
+        super().__init__(keys, ids, by_id=by_id, skipped=skipped)
         self._tensors = tensors
         self._starts = np.cumsum([0, *map(len, keys)]).astype(np.int64)
 
@@ -109,8 +126,8 @@ class CachedTensors(CachedSelect):
 class CachedColumns(CachedSelect):
     """Rows as columns, in memory or decoded from mapped BSON when asked for."""
 
-    def __init__(self, keys: list[U64], ranges: RangeSequence, *, by_id: bool) -> None:
-        super().__init__(keys, ranges, by_id=by_id)
+    def __init__(self, keys: list[U64], ranges: RangeSequence, *, by_id: bool, skipped: list[Skipped]) -> None:
+        super().__init__(keys, ranges, by_id=by_id, skipped=skipped)
         self._ranges = ranges
 
     def rows(self, ranges: list[int], order: npt.NDArray[np.int64] | None) -> Rows:
@@ -152,17 +169,22 @@ def load(reader: WindowReader) -> CachedSelect:
     keys: list[U64] = []
     ids: list[Columns] = []
     parts: dict[str, list[Tensor]] = {path: [] for path in reader.paths}
+    skipped: list[Skipped] = []
     try:
         for range_keys, columns in _alike(reader):
             keys.append(range_keys)
+            skipped.append((columns.skipped, columns.why))
             ids.append(Columns(paths=(), ids=columns.ids, fields={}))
             for path, tensors in parts.items() if len(columns) else ():
                 tensors.append(tensor_of(columns, path))
-        return CachedTensors(keys, ids, {path: torch.cat(tensors) for path, tensors in parts.items()}, by_id=by_id)
+        whole = {path: torch.cat(tensors) for path, tensors in parts.items()}
+        return CachedTensors(keys, ids, whole, by_id=by_id, skipped=skipped)
     except _NotAlikeError:
         del ids, parts
     ranges = [columns.owned() for columns in reader.ranges(reader.all_ranges())]
-    return CachedColumns([reader.keys(n, columns) for n, columns in enumerate(ranges)], ranges, by_id=by_id)
+    keys = [reader.keys(n, columns) for n, columns in enumerate(ranges)]
+    skipped = [(columns.skipped, columns.why) for columns in ranges]
+    return CachedColumns(keys, ranges, by_id=by_id, skipped=skipped)
 
 
 def download(reader: WindowReader, folder: Path, content: Callable[[], str], *parts: Any) -> CachedSelect:
@@ -262,30 +284,34 @@ def _write_tensors(reader: WindowReader, folder: Path) -> tuple[dict[str, Any], 
     lengths: list[int] = []
     ends: list[int] = []
     fields: list[dict[str, Any]] = []
+    skipped: list[Skipped] = []
     with (folder / "ids.bson").open("wb") as id_file, (folder / "keys").open("wb") as key_file:
         for keys, columns in _alike(reader, content):
             keys.tofile(key_file)
             lengths.append(len(columns))
+            skipped.append((columns.skipped, columns.why))
             if reader.plan is not None:
                 id_file.write(pack_ids(columns.ids))
             ends.append(id_file.tell())
             fields = _append(folder, reader.paths, columns) if len(columns) else fields
-    return {"lengths": lengths, "ends": ends, "fields": fields}, content.hex
+    return {"lengths": lengths, "ends": ends, "fields": fields, "skipped": skipped}, content.hex
 
 
 def _write_bson(reader: WindowReader, folder: Path) -> tuple[dict[str, Any], str]:
     content = ContentDigest()
     lengths: list[int] = []
     ends: list[int] = []
+    skipped: list[Skipped] = []
     with (folder / "rows.bson").open("wb") as bson_file, (folder / "keys").open("wb") as key_file:
         for number, replies in enumerate(map(reader.kept, reader.replies(reader.all_ranges()))):
             content.add(*replies)
             columns = reader.decode(replies)
             reader.keys(number, columns).tofile(key_file)
             lengths.append(len(columns))
+            skipped.append((columns.skipped, columns.why))
             bson_file.writelines(replies)
             ends.append(bson_file.tell())
-    return {"lengths": lengths, "ends": ends, "fields": None}, content.hex
+    return {"lengths": lengths, "ends": ends, "fields": None, "skipped": skipped}, content.hex
 
 
 def _append(folder: Path, paths: tuple[str, ...], columns: Columns) -> list[dict[str, Any]]:
@@ -310,10 +336,12 @@ def _open(reader: WindowReader, folder: Path) -> CachedSelect:
     by_id = reader.plan is not None
     meta = json.loads((folder / "meta.json").read_text())
     lengths = meta["lengths"]
+    skipped = meta.get("skipped") or [(0, "")] * len(lengths)  # that of an earlier release has none
     flat = np.fromfile(folder / "keys", dtype=np.uint64)
     keys = np.split(flat, np.cumsum(lengths)[:-1]) if lengths else []
     if meta["fields"] is None:
-        return CachedColumns(keys, _MappedRanges(reader.decode, folder / "rows.bson", meta["ends"]), by_id=by_id)
+        mapped = _MappedRanges(reader.decode, folder / "rows.bson", meta["ends"])
+        return CachedColumns(keys, mapped, by_id=by_id, skipped=skipped)
     tensors = {}
     for n, (path, field) in enumerate(zip(reader.paths, meta["fields"], strict=True)):
         shape = [sum(lengths), *field["shape"]]
@@ -324,4 +352,4 @@ def _open(reader: WindowReader, folder: Path) -> CachedSelect:
             dtype=getattr(torch, field["dtype"]),
         ).reshape(shape)
     ids = _MappedRanges(lambda replies: decode(replies, ()), folder / "ids.bson", meta["ends"])
-    return CachedTensors(keys, ids, tensors, by_id=by_id)
+    return CachedTensors(keys, ids, tensors, by_id=by_id, skipped=skipped)

@@ -11,11 +11,12 @@ documents for a `Report` costs one number a range and asks the server nothing.
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from torch.utils.data import get_worker_info
 
@@ -27,6 +28,8 @@ from mongotorch.data.stream.order import Order, WindowSpec, worker_seed
 from mongotorch.data.stream.spec import StreamSpec
 from mongotorch.data.stream.windows import Window, WindowReader, content_of, open_windows
 from mongotorch.errors import DataError
+
+_log = logging.getLogger("mongotorch.data")
 
 
 @final
@@ -43,12 +46,17 @@ class Report:
         gone: Documents that the plan, or an earlier epoch, had in the ranges read, and that are not there now.
         late: Documents in them that are new since: inserted, or changed so that they match, with an `_id`
             inside the plan's bounds.
+        skipped: Documents of the epoch that were left out because they do not fit (`on_bad_document="skip"`),
+            those before the position of a resumed stream too.
+        why: What is wrong with the first one that was left out here.
     """
 
     epoch: int = 0
     rows: int = 0
     gone: int = 0
     late: int = 0
+    skipped: int = 0
+    why: str = ""
 
 
 @final
@@ -85,6 +93,7 @@ class EpochReader:
         self._lengths: dict[int, int] = {}  # of ranges whose length the plan does not know, when first read
         self._counted: tuple[int, int] | None = None  # an epoch, and how many documents it had when it was counted
         self.report = Report()
+        self._has_skipped = False
 
     @property
     def digest(self) -> str | None:
@@ -128,7 +137,9 @@ class EpochReader:
         self._reader = self._reader or open_windows(self._access, self._spec, digest)
         return self._reader
 
-    def windows(self, seed: int, epoch: int, start: int, digest: str | None) -> Iterator[tuple[int, Rows]]:
+    def windows(
+        self, seed: int, epoch: int, start: int, digest: str | None, skipped: int = 0
+    ) -> Iterator[tuple[int, Rows]]:
         """The windows of an epoch from window `start` on: their numbers, and their rows in order.
 
         Args:
@@ -136,16 +147,18 @@ class EpochReader:
             epoch: The epoch.
             start: The first window.
             digest: What to go on reading where nothing is open yet, see `digest`; None takes it as it is now.
+            skipped: Documents of the epoch that were left out before.
         """
         reader = self._opened(digest)
         order = Order(seed=seed, epoch=epoch, shuffle=self._spec.shuffle, window=reader.window)
-        self.report = Report(epoch=epoch)
+        self.report = Report(epoch=epoch, skipped=skipped)
         across = self._reads_across(reader, order)
         windows = self._take_next(order, start) or self._open(reader, order, start, across=across)
         try:
             for window in windows:
                 if reader.plan is not None and not window.complete:
                     raise DataError(f"window {window.spec.number} came without some of its ranges; this is a bug")
+                window.rows.skipped, skipped = skipped, skipped + window.skipped
                 self._count(reader, window)
                 if len(window.rows):
                     yield window.spec.number, window.rows
@@ -217,13 +230,14 @@ class EpochReader:
         spec = self._spec
         if spec.mode == "memory":
             return load(reader)
-        parts = (
+        parts: tuple[Any, ...] = (
             reader.digest,
             reader.paths,
             spec.query.digest(),
             spec.builds_samples,
             reader.dtypes,
             reader.defaults,
+            *(["skip", reader.forms] if reader.skips else []),
         )
 
         def content() -> str:
@@ -248,7 +262,19 @@ class EpochReader:
             rows=before.rows + sum(window.lengths),
             gone=before.gone + gone,
             late=before.late + late,
+            skipped=before.skipped,
+            why=before.why,
         )
+        self.skip(window.skipped, window.why)
+
+    def skip(self, count: int, why: str) -> None:
+        """Add documents that were left out to the report, and say so of the first one."""
+        if not count:
+            return
+        if not self._has_skipped:
+            _log.warning("left out a document of %r that does not fit: %s", self._spec.query.collection, why)
+        self._has_skipped = True
+        self.report = replace(self.report, skipped=self.report.skipped + count, why=self.report.why or why)
 
 
 def windows_from(reader: WindowReader, order: Order, start: int, *, across: bool) -> Iterator[WindowSpec]:

@@ -114,6 +114,7 @@ class Position:
         window: The window.
         offset: Rows of the window that lie before.
         step: Batches (of all shards together: rounds) that lie before.
+        skipped: Documents of the epoch that were left out before, in earlier windows or by a `transform`.
         after: The marker of the last row before; it counts where it is there, `offset` where it is not.
         markers: Those of the window, to make `after` of.
     """
@@ -122,6 +123,7 @@ class Position:
     window: int = 0
     offset: int = 0
     step: int = 0
+    skipped: int = 0
     after: str | None = None
     markers: RowMarkers | None = field(default=None, repr=False, compare=False)
 
@@ -129,12 +131,13 @@ class Position:
         """The position as numbers and a text; the marker is made here, because few positions are ever kept."""
         after = self.after if self.markers is None else self.markers.before(self.offset)
         numbers = {name: getattr(self, name) for name in ("epoch", "window", "offset", "step")}
-        return {**numbers, "after": after}
+        return {**numbers, "after": after, **({"skipped": self.skipped} if self.skipped else {})}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
         """The position that `state` gave; what else is in the state is left out."""
-        return cls(**{name: state[name] for name in ("epoch", "window", "offset", "step", "after")})
+        numbers = {name: state[name] for name in ("epoch", "window", "offset", "step", "after")}
+        return cls(**numbers, skipped=state.get("skipped", 0))
 
     def row(self, markers: RowMarkers | None) -> int:
         """The first row behind the position in what is now in its window, which has these markers."""

@@ -15,7 +15,7 @@ from mongotorch.data.read import DatabaseAccess, RunDtypes, Sizes
 from mongotorch.errors import ParameterError
 from mongotorch.loader_options import check_stream_loader
 from mongotorch.query import Query
-from mongotorch.signature import Key, check_defaults, check_dtypes, check_signature
+from mongotorch.signature import Key, check_defaults, check_dtypes, check_on_bad_document, check_signature
 
 
 @final
@@ -50,6 +50,7 @@ class StreamSpec:
         members: Hashes of `_id`s, uint64, ascending: only the documents of this set are streamed, whatever else
             the query finds meanwhile; they take the place of a skip and a limit. None: what the query finds.
         read_deadline_s: Seconds after which a broken read is given up.
+        on_bad_document: `skip` leaves out documents that do not fit, and counts them.
         dtypes: The dtype of fields that is not left to a sample of the documents: numpy's name of a number.
         defaults: The values of fields that a document lacks, or has as null.
         run_dtypes: The dtypes of all fields, shared by the streams of one run; a stream alone has its own.
@@ -77,6 +78,7 @@ class StreamSpec:
     content: str | None = None
     members: U64 | None = field(default=None, compare=False, repr=False)
     read_deadline_s: float = 60.0
+    on_bad_document: Literal["raise", "skip"] = "raise"
     dtypes: Mapping[str, str] | None = None
     defaults: Mapping[str, Any] | None = None
     run_dtypes: RunDtypes = field(default_factory=RunDtypes, compare=False, repr=False)
@@ -100,6 +102,7 @@ class StreamSpec:
         if self.mode not in ("stream", "memory", "download"):
             raise ParameterError(f"mode={self.mode!r}: 'stream', 'memory' or 'download'", field="mode")
         check_stream_loader(self.loader)
+        check_on_bad_document(self.on_bad_document)
         check_dtypes(self.dtypes, self.key.paths)
         check_defaults(self.defaults, self.key.paths)
 

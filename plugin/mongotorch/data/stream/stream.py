@@ -9,7 +9,7 @@ document is yielded once an epoch. A position is a few numbers and resuming seek
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from multiprocessing.context import get_spawning_popen
 from typing import Any, final
@@ -19,6 +19,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from mongotorch.data.prefetch import WorkerPool, check_picklable, close_iterator
 from mongotorch.data.stream.batches import (
+    Built,
     RowSlice,
     SampleBuilder,
     batch_of,
@@ -31,7 +32,7 @@ from mongotorch.data.stream.epochs import EpochReader, Report
 from mongotorch.data.stream.order import worker_seed
 from mongotorch.data.stream.position import LoaderEpochs, Position, Turn
 from mongotorch.data.stream.spec import StreamSpec
-from mongotorch.errors import DataError, EmptySelectError, LengthUnknownError
+from mongotorch.errors import DataError, EmptySelectError, LengthUnknownError, TransformError
 from mongotorch.resources import Owner
 from mongotorch.tensors import map_tensors, pin_memory
 
@@ -91,7 +92,11 @@ class Stream(Owner, IterableDataset[Any]):
         self._access = spec.open_access(open_database, database)
         spec.run_dtypes.bind(self._access)
         self._builder = SampleBuilder(
-            key=spec.key, transform=spec.transform, signature=spec.signature, collate_fn=spec.collate_fn
+            key=spec.key,
+            transform=spec.transform,
+            signature=spec.signature,
+            collate_fn=spec.collate_fn,
+            skips=spec.on_bad_document == "skip",
         )
         self._seed = spec.seed
         self._position = Position()
@@ -256,6 +261,7 @@ class Stream(Owner, IterableDataset[Any]):
             "shuffle": self.spec.shuffle,
             "dtypes": self.spec.run_dtypes.state(self.spec.key.paths),
             **self._position.state(),
+            **({"forms": forms} if (forms := self.spec.run_dtypes.forms_state(self.spec.key.paths)) else {}),
         }
 
     def _load(self, state: Mapping[str, Any]) -> None:
@@ -264,6 +270,7 @@ class Stream(Owner, IterableDataset[Any]):
         if state["source"] != self._digest() or state.get("dtypes") not in (None, dtypes.state(paths)):
             self._close_reader()
         dtypes.load(state.get("dtypes"), paths)
+        dtypes.load_forms(state.get("forms"), paths)
         self._reader.keep_next(state["epoch"])
         self._resume = state["source"]
         self._seed = state["seed"]
@@ -326,13 +333,19 @@ class Stream(Owner, IterableDataset[Any]):
                 self.is_epoch_over = self._pending
                 if self._turn is not None:
                     self._turn = replace(self._turn, number=self._turn.own + 1)
-                yield batch
+                if rows:  # else all of its documents were left out
+                    yield batch
         finally:
             close_iterator(batches)
         self._position, self._pending = Position(epoch=start.epoch + 1), True
         self.is_epoch_over = True
 
     def _no_batch(self) -> DataError:
+        if self.report.skipped and not self.report.rows - self.report.skipped:
+            return DataError(
+                f"none of the {self.report.skipped} document(s) of {self.spec.query.collection!r} fits; the first "
+                f"one: {self.report.why}"
+            )
         rows = f"batch_size={self.spec.batch_size}, shard={self.spec.shard}, drop_last={self.spec.drop_last}"
         if not self.spec.drop_last and self.spec.shard[1] == 1:
             return EmptySelectError(f"the select matches no document in {self.spec.query.collection!r}")
@@ -349,20 +362,21 @@ class Stream(Owner, IterableDataset[Any]):
             if build and self.spec.workers and get_worker_info() is None:
                 yield from self._built_by_workers(cuts, start.epoch)
                 return
+            built = ((self._builder(columns_of(slices)), position) for slices, position in cuts) if build else ()
+            yield from self._without_skipped(built)
             for slices, position in cuts:
-                batch = self._builder(columns_of(slices)) if build else batch_of(slices, self.spec.key)
-                yield self._finished(batch), position, rows_in(slices)
+                yield self._finished(batch_of(slices, self.spec.key)), position, rows_in(slices)
         finally:
             close_iterator(cuts)
 
     def _built_by_workers(
         self, cuts: Iterator[tuple[list[RowSlice], Position]], epoch: int
     ) -> Iterator[tuple[Any, Position, int]]:
-        requested: deque[tuple[Position, int]] = deque()
+        requested: deque[Position] = deque()
 
         def requests() -> Iterator[list[Any]]:
             for slices, position in cuts:
-                requested.append((position, rows_in(slices)))
+                requested.append(position)
                 yield [columns_of(slices)]
 
         if self._builders is None:
@@ -371,10 +385,24 @@ class Stream(Owner, IterableDataset[Any]):
             )
         batches = self._builders.map(requests(), worker_seed(self._seed, epoch))
         try:
-            for batch in batches:
-                yield batch, *requested.popleft()
+            yield from self._without_skipped((built, requested.popleft()) for built in batches)
         finally:
             close_iterator(batches)
+
+    def _without_skipped(self, many: Iterable[tuple[Built, Position]]) -> Iterator[tuple[Any, Position, int]]:
+        """The batches made of samples, and in their positions what a `transform` left out before."""
+        skipped = 0
+        for built, position in many:
+            self._reader.skip(built.skipped, built.why)
+            skipped += built.skipped
+            if not built.rows and self.spec.shard[1] > 1:
+                raise TransformError(
+                    f"transform failed for all {built.skipped} document(s) of a batch, and each shard has to take "
+                    f"as many steps as the others; the first one: {built.why}",
+                    field="transform",
+                )
+            by_now = replace(position, skipped=position.skipped + skipped) if skipped else position
+            yield self._finished(built.batch), by_now, built.rows
 
     def _finished(self, batch: Any) -> Any:
         if get_worker_info() is not None:
@@ -386,7 +414,7 @@ class Stream(Owner, IterableDataset[Any]):
     def _cuts(self, start: Position) -> Iterator[tuple[list[RowSlice], Position]]:
         """The rows of each batch of this shard, or of this worker's turns under a user's loader."""
         spec, turn = self.spec, self._turn
-        windows = self._reader.windows(self._seed, start.epoch, start.window, self._resume)
+        windows = self._reader.windows(self._seed, start.epoch, start.window, self._resume, start.skipped)
         cuts = cut(windows, start, batch_size=spec.batch_size, drop_last=spec.drop_last, shard=spec.shard)
         try:
             for number, found in enumerate(cuts, start=0 if turn is None else turn.number):

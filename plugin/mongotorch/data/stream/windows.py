@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from bson import Regex
 
-from mongotorch.data.decode import U64, Columns, Reply, among, decode, id_keys, pack_ids
+from mongotorch.data.decode import U64, Columns, Form, Reply, among, decode, decode_fitting, id_keys, pack_ids
 from mongotorch.data.prefetch import ReadPressure, ThreadPrefetcher, close_iterator, map_ordered
 from mongotorch.data.read import (
     MOST_SHUFFLED_RANGES,
@@ -53,11 +53,15 @@ class Window:
         spec: Which window.
         rows: Its rows.
         lengths: How many documents each of its ranges had; fewer of these than ranges where the query ends.
+        skipped: How many of those are not among the rows, because they do not fit.
+        why: What is wrong with the first of them.
     """
 
     spec: WindowSpec
     rows: Rows
     lengths: list[int]
+    skipped: int = 0
+    why: str = ""
 
     @property
     def complete(self) -> bool:
@@ -87,6 +91,8 @@ class WindowReader(abc.ABC):
         dtypes: Those of the run, see `RunDtypes`.
         defaults: The values of fields that a document lacks.
         samples: Whether samples are built of the rows, which needs the values and not just tensors.
+        skips: Whether documents that do not fit are left out.
+        forms: What fields that become tensors look like where those are left out, see `RunDtypes`.
         plan: Where ranges are those of `_id`; None where documents come in the query's own order.
     """
 
@@ -103,6 +109,8 @@ class WindowReader(abc.ABC):
         self.members = spec.members
         self.defaults = dict(spec.defaults or {})
         self.dtypes = dict(spec.dtypes or {})
+        self.skips = spec.on_bad_document == "skip"
+        self.forms: dict[str, Form] = {}
         self.samples, self._in_flight_bytes = spec.builds_samples, spec.in_flight_bytes
 
     @abc.abstractmethod
@@ -179,11 +187,16 @@ class WindowReader(abc.ABC):
 
     def decode(self, replies: list[Reply]) -> Columns:
         """The columns of the members of a range."""
+        if self.skips:
+            return self._fitting(self.kept(replies))
         columns = decode(replies, self.paths, defaults=self.defaults)
         if self.members is not None:
             kept = among(id_keys(columns.ids), self.members)
             columns = columns if kept.all() else columns.take(np.flatnonzero(kept))
         return columns.typed(self.dtypes)
+
+    def _fitting(self, replies: list[Reply]) -> Columns:
+        return decode_fitting(replies, self.paths, defaults=self.defaults, dtypes=self.dtypes, forms=self.forms)
 
     def kept(self, replies: list[Reply]) -> list[Reply]:
         """The members among the documents of a range."""
@@ -202,17 +215,18 @@ class WindowReader(abc.ABC):
         """What decides where each row of a range comes in a shuffled window, uint64 of shape (rows,)."""
 
     def _window(self, spec: WindowSpec, ranges: list[Columns]) -> Window:
-        lengths = [len(columns) for columns in ranges]
+        lengths = [len(columns) + columns.skipped for columns in ranges]
+        skipped, why = sum(one.skipped for one in ranges), next((one.why for one in ranges if one.why), "")
         numbered = [pair for pair in zip(spec.ranges, ranges, strict=False) if len(pair[1])]
         if not numbered:
-            return Window(spec=spec, rows=NO_ROWS, lengths=lengths)
+            return Window(spec=spec, rows=NO_ROWS, lengths=lengths, skipped=skipped, why=why)
         parts = [columns for _, columns in numbered]
         permutation, hashes = None, None
         if spec.order.shuffle:
             permutation, hashes = spec.order.rows(np.concatenate([self.keys(*pair) for pair in numbered]))
         rows = ordered(parts, permutation, owned=True) if self.samples else gathered(parts, permutation)
         rows.set_markers(hashes, None if self.plan is None else parts[0].ids)
-        return Window(spec=spec, rows=rows, lengths=lengths)
+        return Window(spec=spec, rows=rows, lengths=lengths, skipped=skipped, why=why)
 
 
 @final
@@ -330,6 +344,8 @@ class OwnOrderWindows(WindowReader):
 
     def decode(self, replies: list[Reply]) -> Columns:
         """The columns of a range, which has members only."""
+        if self.skips:
+            return self._fitting(replies)
         return decode(replies, self.paths, defaults=self.defaults).typed(self.dtypes)
 
     def kept(self, replies: list[Reply]) -> list[Reply]:
@@ -357,7 +373,10 @@ def open_windows(access: DatabaseAccess, spec: StreamSpec, digest: str | None = 
         ServerUnavailableError: The server cannot be read.
     """
     windows = _open(access, spec, digest)
-    windows.dtypes = {**spec.run_dtypes.of(access, windows.paths, windows.defaults), **windows.dtypes}
+    run = spec.run_dtypes
+    windows.dtypes = {**run.of(access, windows.paths, windows.defaults), **windows.dtypes}
+    if windows.skips and not windows.samples:
+        windows.forms = dict(run.forms(access, windows.paths, windows.defaults))
     return windows
 
 

@@ -129,6 +129,8 @@ class JobProgress(Observer):
             self._begun, self._first_step = now, event.step
         samples = self.progress["samples"] + event.rows
         self.progress = {**self.progress, "step": event.step, "samples": samples}
+        if event.skipped:
+            self.progress["skipped"] = event.skipped
         elapsed, steps = now - self._begun, event.step - self._first_step
         if elapsed > 0 and steps > 0:
             self.progress["samples_per_s"] = round(samples / elapsed, 1)

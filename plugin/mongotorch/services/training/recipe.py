@@ -46,6 +46,7 @@ _STREAM_OPTIONS = frozenset(
         "prefetch_factor",
         "dtypes",
         "defaults",
+        "on_bad_document",
     }
 )
 _OWN_PARAMETERS = ("batch_size", "shuffle", "drop_last")
@@ -374,5 +375,6 @@ def _spec(trainer: TorchTrainer, settings: Settings, query: Query, **order: Any)
         read_deadline_s=settings.read_deadline_s,
         dtypes=trainer.dtypes,
         defaults=trainer.defaults,
+        on_bad_document=trainer.on_bad_document,
         **order,
     )

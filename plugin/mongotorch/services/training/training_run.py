@@ -286,8 +286,9 @@ class TrainingRun:
             new.uuid: _record(job, old.uuid, result.stored[name].digest, result.trained)
             for name, new, old in (("model", model, recipe.model), ("trainer", trainer, recipe.trainer))
         }
+        skipped = result.trained.skipped
         records[model.uuid] |= {
-            "data": dict(result.data.record),
+            "data": {**result.data.record, **({"skipped": skipped} if skipped else {})},
             "environment": environment(),
             "seed": plain(recipe.trainer.seed),  # a seed may be larger than BSON integers
             "metrics": result.trained.metrics,
