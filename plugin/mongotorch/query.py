@@ -21,6 +21,7 @@ from mongotorch.errors import ParameterError, QueryError
 from mongotorch.split import DEFAULT, FOLDS, Fold, Split, as_split, split_from_document
 
 _BSON: CodecOptions[dict[str, Any]] = CodecOptions(uuid_representation=UuidRepresentation.STANDARD)
+_LARGEST = 2**24 - 2**16  # bytes: a server takes 16 MB, with the bounds of a range and a fold in them
 _JSON = json_util.JSONOptions(
     json_mode=json_util.JSONMode.CANONICAL,
     uuid_representation=UuidRepresentation.STANDARD,
@@ -332,9 +333,17 @@ def _renamed(value: Any, rename: Callable[[str], str]) -> Any:
 
 def _pack(body: Mapping[str, Any]) -> bytes:
     try:
-        return bson.encode(body, codec_options=_BSON)
+        packed = bson.encode(body, codec_options=_BSON)
     except (BSONError, OverflowError, TypeError, ValueError, RecursionError) as error:
         raise QueryError(f"a query holds only what BSON can: {error}") from error
+    if len(packed) > _LARGEST:
+        raise QueryError(
+            f"a query of {len(packed) / 2**20:.1f} MB, and a server takes no more than {_LARGEST / 2**20:.1f}: "
+            "in place of a long list of values, set a field of those documents and ask for it, or put the values "
+            "into a collection and join it by $lookup",
+            field="filter",
+        )
+    return packed
 
 
 def checked_filter(field: str, value: Any, default: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ cursor that makes the same batches of the documents; the stream is shuffled. Con
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import statistics
 import time
@@ -68,11 +69,10 @@ def buffers(samples: list[Any]) -> Any:
 
 def bags(samples: list[Any]) -> Any:
     """All numbers, how many a document has, and the labels: what an embedding bag takes."""
-    flat = np.concatenate([np.array(value) for value, _ in samples])
     return (
-        torch.from_numpy(flat),
+        torch.from_numpy(np.fromiter(itertools.chain.from_iterable(value for value, _ in samples), np.int64)),
         torch.tensor([len(value) for value, _ in samples]),
-        [label for _, label in samples],
+        torch.tensor([label for _, label in samples]),
     )
 
 

@@ -154,13 +154,13 @@ def test_a_run_counts_them_in_its_job_and_its_record(db: Datalayer) -> None:
         if n % 10 == 3:
             del point["x"]
         db["train"].raw.insert_one(point)
-    given = {"max_iterations": 12, "loader_kwargs": {"batch_size": 16}}
+    given: dict[str, Any] = {"max_iterations": 12, "loader_kwargs": {"batch_size": 16}}
     with pytest.raises(FieldMissingError):
         db.apply(trainer(db["train"].find(), **given)).result()
     job = db.apply(trainer(db["train"].find(), on_bad_document="skip", **given))
     model = job.result()
     assert job.progress["skipped"] == 10
-    stored = db._connection.database["mt.components"].find_one({"uuid": model.uuid})
+    stored = db._connection.database["mt.components"].find_one({"_id": model.uuid})
     assert stored["data"]["skipped"] == 10
 
 

@@ -252,6 +252,11 @@ def _field_missing(path: str, document: dict[str, Any]) -> FieldMissingError:
     document_id = document.get(ID)
     advice = "give every document the field, or leave those without it out of the select."
     parents = path.split(".")[:-1]
+    if parents:
+        advice += (
+            " A path is the names of fields from the outside in, joined by dots; a field whose own name has a dot "
+            "is read by a pipeline that gives it another one with $getField."
+        )
     for depth in range(1, len(parents) + 1):
         outer = ".".join(parents[:depth])
         if isinstance(_lookup(document, outer), list):

@@ -9,12 +9,14 @@ from mongotorch.data.read.folds import (
     mock_documents,
     query_for,
 )
+from mongotorch.data.read.misfits import Form, decode_fitting
 from mongotorch.data.read.plan import MOST_SHUFFLED_RANGES, Plan, RunDtypes, Sizes, make_plan, resume_plan
 from mongotorch.data.read.reader import DatabaseAccess, IdRange, Reader, open_reader, regrouped
 
 __all__ = [
     "MOST_SHUFFLED_RANGES",
     "DatabaseAccess",
+    "Form",
     "IdRange",
     "Plan",
     "Reader",
@@ -23,6 +25,7 @@ __all__ = [
     "assign_folds",
     "check_select",
     "count",
+    "decode_fitting",
     "fold_by",
     "fold_of",
     "make_plan",

@@ -33,17 +33,15 @@ from mongotorch.codecs import WRITTEN, check_format
 from mongotorch.data.decode import (
     FLOAT,
     Column,
-    Form,
     Reply,
-    common_forms,
     decode,
-    decode_fitting,
     encode,
     offsets,
     same_type,
     sort_key,
 )
 from mongotorch.data.prefetch import close_iterator, map_ordered
+from mongotorch.data.read.misfits import Form, common_forms, decode_fitting
 from mongotorch.data.read.reader import DatabaseAccess, IdRange, Reader
 from mongotorch.errors import DataError, EmptySelectError, FieldMissingError
 from mongotorch.mongo.server_features import Later, clock_of, records, utc_now

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, final
 
-from bson import Int64
+from bson import Int64, MaxKey
 from bson.raw_bson import RawBSONDocument
 from pymongo.errors import PyMongoError
 
@@ -273,7 +273,9 @@ class ServerReader(Reader):
             {"$gte" if after is None else "$gt": ["$_id", {"$literal": start}]},
             {"$lte" if bounds.closed else "$lt": ["$_id", {"$literal": bounds.upper}]},
         ]
-        options: dict[str, Any] = {"hint": {"_id": 1}, "min": {"_id": start}}
+        options: dict[str, Any] = {"hint": {"_id": 1}}
+        if not (bounds.closed and isinstance(bounds.upper, MaxKey)):  # without a `max`, `min` leaves that one out
+            options["min"] = {"_id": start}
         if not bounds.closed:
             options["max"] = {"_id": bounds.upper}
         return _both(self.query.where, {"$expr": {"$and": exact}}), options

@@ -133,6 +133,11 @@ class EpochReader:
         self._counted = None if count is None else (epoch, count)
         return count
 
+    @staticmethod
+    def worker_seed(seed: int, epoch: int) -> int:
+        """What torch's workers are seeded with in an epoch."""
+        return worker_seed(seed, epoch)
+
     def _opened(self, digest: str | None) -> WindowReader:
         self._reader = self._reader or open_windows(self._access, self._spec, digest)
         return self._reader
@@ -186,7 +191,7 @@ class EpochReader:
             if self._pool is None:
                 self._pool = self._worker_pool(reader)
             together = most_together(reader, order, self._lead) or 0
-            return self._pool.map(requests(specs, together), worker_seed(order.seed, order.epoch))
+            return self._pool.map(requests(specs, together), self.worker_seed(order.seed, order.epoch))
         if get_worker_info() is not None or not spec.data_prefetch:
             return reader.read(specs, prefetch=False)
         specs, sizes = itertools.tee(specs)

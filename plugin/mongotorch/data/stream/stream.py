@@ -29,7 +29,6 @@ from mongotorch.data.stream.batches import (
     rows_in,
 )
 from mongotorch.data.stream.epochs import EpochReader, Report
-from mongotorch.data.stream.order import worker_seed
 from mongotorch.data.stream.position import LoaderEpochs, Position, Turn
 from mongotorch.data.stream.spec import StreamSpec
 from mongotorch.errors import DataError, EmptySelectError, LengthUnknownError, TransformError
@@ -383,7 +382,7 @@ class Stream(Owner, IterableDataset[Any]):
             self._builders = WorkerPool(
                 self._builder.build_each, self.spec.loader, niceness=self.spec.worker_niceness
             )
-        batches = self._builders.map(requests(), worker_seed(self._seed, epoch))
+        batches = self._builders.map(requests(), self._reader.worker_seed(self._seed, epoch))
         try:
             yield from self._without_skipped((built, requested.popleft()) for built in batches)
         finally:

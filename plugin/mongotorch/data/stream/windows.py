@@ -22,13 +22,15 @@ import numpy as np
 import numpy.typing as npt
 from bson import Regex
 
-from mongotorch.data.decode import U64, Columns, Form, Reply, among, decode, decode_fitting, id_keys, pack_ids
+from mongotorch.data.decode import U64, Columns, Reply, among, decode, id_keys, pack_ids
 from mongotorch.data.prefetch import ReadPressure, ThreadPrefetcher, close_iterator, map_ordered
 from mongotorch.data.read import (
     MOST_SHUFFLED_RANGES,
     DatabaseAccess,
+    Form,
     Plan,
     Reader,
+    decode_fitting,
     make_plan,
     regrouped,
     resume_plan,

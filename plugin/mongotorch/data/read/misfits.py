@@ -15,9 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mongotorch.data.decode.columns import Column, Columns, build, convert
-from mongotorch.data.decode.decoder import decode, without_missing
-from mongotorch.data.decode.raw_bson import Reply
+from mongotorch.data.decode import Column, Columns, Reply, build, convert, decode, without_missing
 from mongotorch.errors import DtypeError, FieldMissingError
 
 Form = tuple[Any, ...]
