@@ -13,7 +13,7 @@ from types import EllipsisType
 from typing import Any, ClassVar, Self, final
 
 from mongotorch.component import Component, arguments_checked
-from mongotorch.data import DataCheck, Explanation, Stream, check_documents
+from mongotorch.data import DataCheck, Explanation, Stream
 from mongotorch.data.collection import Collection, read_documents
 from mongotorch.errors import ParameterError
 from mongotorch.jobs import Job, RunMetrics
@@ -24,15 +24,14 @@ from mongotorch.schedule import Firing, Schedule
 from mongotorch.services.composition import Services
 from mongotorch.services.lineage import Diff, Reproduction, TrainedOn, diff, reproduce, trained_on
 from mongotorch.services.overview import Overview
-from mongotorch.services.run_log import RunLog
 from mongotorch.services.schedules.scheduler import Scheduler
 from mongotorch.services.training.job_runner import JobRunner
-from mongotorch.services.training.profile import explained, summary_of
-from mongotorch.services.training.recipe import check_trainer, stream_spec
+from mongotorch.services.training.profile import checked, explained, summary_of
+from mongotorch.services.training.recipe import stream_spec
 from mongotorch.services.versions.live import Live, OnPromote
 from mongotorch.settings import Settings, read_settings
 from mongotorch.split import Fold, Split
-from mongotorch.store import LIVE, Collected, Move, Verified
+from mongotorch.store import LIVE, Collected, Move, RunLog, Verified
 from mongotorch.train import ModelSummary, TorchModel, TorchTrainer
 
 
@@ -199,11 +198,7 @@ class Datalayer(Owner):
             EmptySelectError, QueryError, ServerUnavailableError: The documents cannot be read.
             MongotorchError: What a run of the trainer would end in.
         """
-        if isinstance(what, Query):
-            return check_documents(self._connection.database, what)
-        if isinstance(what, TorchTrainer):
-            return check_trainer(what, self._connection, self.settings)
-        raise ParameterError(f"check a query or a trainer, not a {type(what).__name__}", field="what")
+        return checked(what, self._connection, self.settings)
 
     # Runs
 
@@ -552,8 +547,6 @@ class Datalayer(Owner):
         Raises:
             ParameterError: Its trigger looks at measurements, which the past does not have.
         """
-        if not isinstance(schedule, Schedule):
-            raise ParameterError(f"schedule must be a Schedule, not a {type(schedule).__name__}", field="schedule")
         return self._services.register.preview(schedule, since=since, until=until)
 
     @property

@@ -26,7 +26,7 @@ from bson import json_util
 from mongotorch.datalayer import Datalayer
 from mongotorch.errors import SettingError
 from mongotorch.mirrors.base import Mirror
-from mongotorch.services.run_log import RunEvent
+from mongotorch.store import RunEvent
 
 _TIMEOUT_S: Final = 10.0
 _BEFORE: Final = timedelta(seconds=60)

@@ -12,7 +12,6 @@ from mongotorch.mongo.connection import Connection
 from mongotorch.schedule import Schedule
 from mongotorch.services.apply import Applier
 from mongotorch.services.overview import Overview
-from mongotorch.services.run_log import RunLog
 from mongotorch.services.schedules.register import Register
 from mongotorch.services.schedules.retraining import LiveMetrics, Retraining
 from mongotorch.services.schedules.scheduler import Scheduler
@@ -28,6 +27,7 @@ from mongotorch.store import (
     Listing,
     MetricLog,
     MirrorPositions,
+    RunLog,
     Schedules,
     Verifier,
     trust_of,

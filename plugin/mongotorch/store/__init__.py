@@ -12,7 +12,7 @@ from mongotorch.store.jobs import Jobs, plain
 from mongotorch.store.listing import Listing
 from mongotorch.store.maintenance import Collected, GarbageCollector, Verified, Verifier
 from mongotorch.store.metrics import MetricEntry, MetricLog
-from mongotorch.store.mirrors import MirrorPositions
+from mongotorch.store.run_log import MirrorPositions, RunEvent, RunLog
 from mongotorch.store.schedules import Schedules
 from mongotorch.store.signing import Trust, trust_of
 
@@ -31,6 +31,8 @@ __all__ = [
     "MetricLog",
     "MirrorPositions",
     "Move",
+    "RunEvent",
+    "RunLog",
     "Schedules",
     "Trust",
     "Verified",

@@ -24,7 +24,7 @@ from typing import Any, Final, final
 
 from bson import ObjectId
 
-from mongotorch.errors import ConflictError, MongotorchError, NotFoundError
+from mongotorch.errors import ConflictError, MongotorchError, NotFoundError, ParameterError
 from mongotorch.mongo.change_stream import Baseline, Change, baseline, counted
 from mongotorch.query import Query
 from mongotorch.schedule import Firing, Schedule, State, Trigger, preview
@@ -213,6 +213,8 @@ class Register:
         Raises:
             ParameterError: Its trigger looks at measurements, which the past does not have.
         """
+        if not isinstance(schedule, Schedule):
+            raise ParameterError(f"schedule must be a Schedule, not a {type(schedule).__name__}", field="schedule")
         select = trainer_and_model(schedule.trainer)[0].select
         end = self._schedules.now() if until is None else until
         return preview(schedule, since=since, until=end, arrivals=self._arrivals(select, since, end))

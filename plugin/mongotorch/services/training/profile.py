@@ -1,4 +1,4 @@
-"""Looks inside a trainer before it runs: the layers of its model, and where the time of its steps goes.
+"""Looks inside a trainer before it runs: its documents, the layers of its model, where the time of a step goes.
 
 Guarantees: what is trained here is a copy of the model; neither the model nor the trainer is changed, and nothing
 is stored but the plan of the ranges, as by every read.
@@ -13,10 +13,17 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final, final
 
-from mongotorch.data import Explanation, explain
+from mongotorch.data import DataCheck, Explanation, check_documents, explain
 from mongotorch.errors import ParameterError
 from mongotorch.mongo.connection import Connection
-from mongotorch.services.training.recipe import DataProvenance, TrainingRecipe, opened_fit, training_spec
+from mongotorch.query import Query
+from mongotorch.services.training.recipe import (
+    DataProvenance,
+    TrainingRecipe,
+    check_trainer,
+    opened_fit,
+    training_spec,
+)
 from mongotorch.settings import Settings
 from mongotorch.tensors import synchronize
 from mongotorch.train import ModelSummary, Stepped, TorchModel, TorchTrainer, summarize, trainer_and_model
@@ -24,6 +31,15 @@ from mongotorch.train import ModelSummary, Stepped, TorchModel, TorchTrainer, su
 _WARM_UP: Final = 3  # steps that are not counted: the first ones set up what later ones use
 _MOST_S: Final = 20.0
 _LARGE: Final = 0.3  # of a step
+
+
+def checked(what: Query | TorchTrainer, connection: Connection, settings: Settings) -> DataCheck:
+    """What documents hold, and whether a trainer can be trained on them; see `Datalayer.check`."""
+    if isinstance(what, Query):
+        return check_documents(connection.database, what)
+    if isinstance(what, TorchTrainer):
+        return check_trainer(what, connection, settings)
+    raise ParameterError(f"check a query or a trainer, not a {type(what).__name__}", field="what")
 
 
 def summary_of(what: TorchModel | TorchTrainer, connection: Connection, settings: Settings) -> ModelSummary:
