@@ -80,7 +80,7 @@ def _version(connection: Connection) -> Check:
 
 def _speaks_zlib(connection: Connection) -> bool:
     answer = connection.client.admin.command("hello", compression=["zlib"])
-    return "zlib" in answer.get("compression", ["zlib"])
+    return "zlib" in answer.get("compression", [])
 
 
 def _replica_set(connection: Connection) -> Check:
