@@ -28,6 +28,7 @@ settings.load_profile("mongotorch")
 LONG = frozenset(
     {
         "test_api_values.py",
+        "test_claims.py",
         "test_docker_run.py",
         "test_elections.py",
         "test_embedded_workers.py",

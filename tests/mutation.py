@@ -1,11 +1,12 @@
 """Changes the code at random places, one change at a time, and says which changes no test notices.
 
-    python -m tests.mutation [--count 60] [--seed 1] [--only store] [--out FILE]
+    python -m tests.mutation [--count 60] [--seed 1] [--only store] [--stage-s 600] [--out FILE]
 
 The changes are those of cosmic-ray: another comparison, a condition negated, a number one larger, a loop that is
 left out. They are drawn evenly over the lines of store, data, train, the services, the triggers and the worker,
 and tried in a copy of the tree. For each, the tests of the same name run first, then those of the same folder,
-then those of the services, until one fails; a change that none notices has survived. `make mutation` runs it.
+then those of the services, until one fails; a change that none notices has survived. Where tests do not end in
+time, it is not decided: a test that hangs fails by its own timeout. `make mutation` runs it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import itertools
 import json
 import os
 import random
@@ -23,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +37,6 @@ from cosmic_ray.mutating import mutate_code
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path("plugin/mongotorch")
 PARTS = ("store", "data", "train", "services", "schedule", "worker")
-STAGE_S = 600
 # What they change has no meaning when the program runs, or is what the type checker is for.
 LEFT_OUT = ("core/NoOp", "core/RemoveDecorator", "core/ReplaceBinaryOperator_BitOr")
 
@@ -84,8 +86,24 @@ def drawn(count: int, seed: int, only: str) -> list[Mutation]:
                 for place in _places(relative):
                     by_line.setdefault((relative, place.line), []).append(place)
     choose = random.Random(seed)
-    lines = choose.sample(sorted(by_line), min(count, len(by_line)))
-    return [choose.choice(by_line[line]) for line in lines]
+    lines = choose.sample(sorted(by_line), len(by_line))
+    chosen = (choose.choice(by_line[line]) for line in lines)
+    return list(itertools.islice((mutation for mutation in chosen if _is_code(mutation)), count))
+
+
+def _mutated(source: str, mutation: Mutation) -> str:
+    made = mutate_code(source, plugins.get_operator(mutation.operator)(), mutation.occurrence)
+    assert made is not None
+    return str(made)
+
+
+def _is_code(mutation: Mutation) -> bool:
+    """Whether a change leaves Python: `{**a}` with another operator is none."""
+    try:
+        compile(_mutated((ROOT / mutation.path).read_text(encoding="utf-8"), mutation), "", "exec")
+    except SyntaxError:
+        return False
+    return True
 
 
 def _stages(path: Path) -> list[list[str]]:
@@ -98,7 +116,8 @@ def _stages(path: Path) -> list[list[str]]:
     return [stage for number, stage in enumerate(stages) if stage and stage not in stages[:number]]
 
 
-def _notices(tree: Path, stage: list[str]) -> bool:
+def _fails(tree: Path, stage: list[str], limit_s: float) -> bool | None:
+    """Whether a test fails; None where they do not end in time."""
     environment = {**os.environ, "PYTHONPATH": str(tree / "plugin"), "OMP_NUM_THREADS": "1"}
     environment |= {"PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not soak and not long"]
@@ -111,37 +130,37 @@ def _notices(tree: Path, stage: list[str]) -> bool:
         start_new_session=True,
     )
     try:
-        return process.wait(STAGE_S) not in (0, 5)  # 5: there is no such test
+        return process.wait(limit_s) not in (0, 5)  # 5: there is no such test
     except subprocess.TimeoutExpired:
-        return True
+        return None
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, 9)
         process.wait()
 
 
-def tried(tree: Path, mutation: Mutation) -> dict[str, Any]:
+def tried(tree: Path, mutation: Mutation, stage_s: float) -> dict[str, Any]:
     """Apply a change, run tests until one fails, and take it back."""
     file, begun = tree / mutation.path, time.monotonic()
     before = file.read_text(encoding="utf-8")
-    after = mutate_code(before, plugins.get_operator(mutation.operator)(), mutation.occurrence)
-    assert after is not None
+    after = _mutated(before, mutation)
     changed = [
         line
         for line in difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=0)
         if line[0] in "+-" and line[:3] not in ("+++", "---")
     ]
-    by = None
+    fate, by = "SURVIVED", None
     file.write_text(after, encoding="utf-8")
     try:
         for stage in _stages(mutation.path):
-            if _notices(tree, stage):
-                by = stage
+            fails = _fails(tree, stage, stage_s)
+            if fails is not False:
+                fate, by = ("noticed" if fails else "undecided"), stage
                 break
     finally:
         file.write_text(before, encoding="utf-8")
     where = {"file": str(mutation.path), "line": mutation.line, "operator": mutation.operator}
-    return {**where, "diff": changed, "noticed_by": by, "s": round(time.monotonic() - begun, 1)}
+    return {**where, "diff": changed, "fate": fate, "by": by, "s": round(time.monotonic() - begun, 1)}
 
 
 def main() -> None:
@@ -150,6 +169,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=60)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", default="", help="a part of the path of the files that are changed")
+    parser.add_argument("--stage-s", type=float, default=600, help="the longest time of the tests of a stage")
     parser.add_argument("--out", type=Path, help="a file for one JSON object a change")
     given = parser.parse_args()
     found = []
@@ -158,18 +178,15 @@ def main() -> None:
         kept_out = shutil.ignore_patterns(".git", ".venv", ".mongotorch", "*_cache", "__pycache__", ".hypothesis")
         shutil.copytree(ROOT, tree, ignore=kept_out)
         for mutation in drawn(given.count, given.seed, given.only):
-            result = tried(tree, mutation)
+            result = tried(tree, mutation, given.stage_s)
             found.append(result)
-            fate = "noticed " if result["noticed_by"] else "SURVIVED"
-            print(
-                f"{fate} {result['file']}:{result['line']} {result['s']} s {' | '.join(result['diff'])}",
-                flush=True,
-            )
+            where = f"{result['file']}:{result['line']}"
+            print(f"{result['fate']:9} {where} {result['s']} s {' | '.join(result['diff'])}", flush=True)
             if given.out is not None:
                 with given.out.open("a", encoding="utf-8") as out:
                     out.write(json.dumps(result) + "\n")
-    noticed = sum(result["noticed_by"] is not None for result in found)
-    print(f"{noticed} of {len(found)} changes were noticed")
+    fates = Counter(result["fate"] for result in found)
+    print(f"{fates['noticed']} of {len(found)} changes were noticed, {fates['undecided']} are not decided")
 
 
 if __name__ == "__main__":
