@@ -28,11 +28,13 @@ settings.load_profile("mongotorch")
 LONG = frozenset(
     {
         "test_api_values.py",
+        "test_browser.py",
         "test_claims.py",
         "test_docker_run.py",
         "test_elections.py",
         "test_embedded_workers.py",
         "test_every_optimizer.py",
+        "test_hostile_records.py",
         "test_killed_at_writes.py",
         "test_killed_mirrors.py",
         "test_killed_publication.py",
@@ -44,6 +46,7 @@ LONG = frozenset(
         "test_pages_in_order.py",
         "test_poison.py",
         "test_site.py",
+        "test_speed_and_indexes.py",
         "test_stopped_workers.py",
         "test_wild_modules.py",
     }

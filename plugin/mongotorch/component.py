@@ -36,6 +36,7 @@ from mongotorch.codecs import (
     sequence_record,
 )
 from mongotorch.errors import CodecError, IdentifierError, ParameterError
+from mongotorch.notebook import html_pairs
 from mongotorch.query import Query
 
 IDENTIFIER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
@@ -93,6 +94,10 @@ class Component(abc.ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.identifier!r}, version={self.version}, uuid={self.uuid!r})"
+
+    def _repr_html_(self) -> str:
+        kind = type(self).__name__
+        return html_pairs(f"{kind} {self.identifier}", [("version", self.version), ("uuid", self.uuid)])
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Component) or type(self) is not type(other):

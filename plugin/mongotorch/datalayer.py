@@ -81,16 +81,13 @@ class Datalayer(Owner):
         return f"{type(self).__name__}({self._connection!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        raise ParameterError(
-            "a Datalayer holds a connection and cannot be pickled; pass `db.uri` and connect there"
-        )
+        raise ParameterError("a Datalayer cannot be pickled; pass `db.uri`, and connect in the other process")
 
     # Collections and queries
 
     def __getitem__(self, name: str) -> Collection:
-        return Collection(
-            self._connection.database[collection_name(name)], valid_fraction=self.settings.valid_fraction
-        )
+        raw = self._connection.database[collection_name(name)]
+        return Collection(raw, valid_fraction=self.settings.valid_fraction)
 
     @arguments_checked
     def execute(self, query: Query) -> Iterator[dict[str, Any]]:

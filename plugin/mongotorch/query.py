@@ -18,6 +18,7 @@ from bson.codec_options import CodecOptions
 from bson.errors import BSONError
 
 from mongotorch.errors import ParameterError, QueryError
+from mongotorch.notebook import cut, html_pairs
 from mongotorch.split import DEFAULT, FOLDS, Fold, Split, as_split, split_from_document
 
 _BSON: CodecOptions[dict[str, Any]] = CodecOptions(uuid_representation=UuidRepresentation.STANDARD)
@@ -28,6 +29,7 @@ _JSON = json_util.JSONOptions(
     tz_aware=False,
 )
 # Keys that extended JSON would read as a value; `$regex` is an operator as well.
+_LONGEST_SHOWN: Final = 300  # characters of a filter in a `repr`
 _VALUES = frozenset(
     {"$binary", "$code", "$date", "$dbPointer", "$maxKey", "$minKey", "$oid", "$ref", "$regex", "$symbol"}
     | {"$numberDecimal", "$numberDouble", "$numberInt", "$numberLong", "$regularExpression", "$timestamp"}
@@ -260,6 +262,23 @@ class Query:
         stages = self._unpacked.get("pipeline", [])
         return not any(_changes_id(name, options) for stage in stages for name, options in stage.items())
 
+    def __repr__(self) -> str:
+        asked = self._unpacked
+        if self.is_pipeline:
+            calls = [f"aggregate({_cut(asked['pipeline'])})"]
+        else:
+            named = f", projection={_cut(asked['projection'])}" if asked.get("projection") else ""
+            calls = [f"find({_cut(asked['filter']) if asked['filter'] or named else ''}{named})"]
+        calls += [f"sort({list(self.ordering)!r})"] if self.ordering else []
+        calls += [f"skip({self.skipped})"] if self.skipped else []
+        calls += [f"limit({self.limited})"] if self.limited is not None else []
+        split = "" if self.split is None else f", split={self.split!r}"
+        calls += [f"fold({self.fold_name!r}{split})"] if self.fold_name is not None else []
+        return f"Query({self.collection!r}).{'.'.join(calls)}"
+
+    def _repr_html_(self) -> str:
+        return html_pairs(f"Query of {self.collection}", [("asks", repr(self).partition(").")[2])])
+
     def to_document(self) -> dict[str, Any]:
         """The query as plain BSON; filter, projection and pipeline are canonical extended JSON text in it."""
         body = {key: json_util.dumps(_escaped(value), json_options=_JSON) for key, value in self._unpacked.items()}
@@ -486,3 +505,8 @@ def _includes(how: Any) -> bool:
     """Whether an entry of a `$project` makes it one that names what is kept."""
     nested = isinstance(how, Mapping) and how and not any(name.startswith("$") for name in how)
     return any(map(_includes, how.values())) if nested else _plain(how) is not False
+
+
+def _cut(value: Any) -> str:
+    """A filter or a pipeline as text: it may hold thousands of `_id`s."""
+    return cut(repr(value), _LONGEST_SHOWN)

@@ -47,7 +47,7 @@ class Settings(BaseSettings):
         signing_key_file: A file of such keys, one a line.
         trust: `signed` refuses components that no accepted key has signed; `any` takes them.
         webhook_secret: The key by which `mongotorch mirror --to webhook:URL` signs its requests.
-        progress: Show progress bars; None shows them on a terminal only.
+        progress: Show progress bars; None shows them on a terminal and in a notebook only.
     """
 
     model_config = SettingsConfigDict(env_prefix="MONGOTORCH_", frozen=True, extra="forbid")

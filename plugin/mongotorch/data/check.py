@@ -26,6 +26,7 @@ from mongotorch.data.read import count, fold_by, mock_documents
 from mongotorch.errors import EmptySelectError
 from mongotorch.mongo.error_translation import driver_errors
 from mongotorch.mongo.server_features import is_mock
+from mongotorch.notebook import html_table
 from mongotorch.query import Query
 from mongotorch.split import FOLD_FIELD, Split
 
@@ -158,6 +159,12 @@ class DataCheck:
             cells = [cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)]
             lines.append("  " + "  ".join(cells).rstrip())
         return "\n".join([*lines, *(f"- {finding}" for finding in self.findings)])
+
+    def _repr_html_(self) -> str:
+        about = "" if self.counted else "at most "
+        title = f"{self.collection}: {about}{self.documents:,} documents, {self.sampled:,} looked at"
+        found = html_table("", (), [(finding,) for finding in self.findings]) if self.findings else ""
+        return html_table(title, ("field", "types", "shapes", "range"), self.rows()) + found
 
     def to_document(self) -> dict[str, Any]:
         """All of it as plain values."""

@@ -26,6 +26,7 @@ from mongotorch.data.read import assign_folds, fold_of, mock_documents, query_fo
 from mongotorch.errors import CodecError, ConflictError, DataError, MongotorchError, StoreError
 from mongotorch.mongo.error_translation import driver_errors, redact
 from mongotorch.mongo.server_features import is_mock
+from mongotorch.notebook import cut
 from mongotorch.query import Query, checked_filter
 from mongotorch.split import FOLD_FIELD, FOLDS
 
@@ -64,6 +65,16 @@ def parts_tensor(parts: ArrayParts) -> Any:
 
 
 _INSERT_BATCH = 10_000
+
+
+class InsertedIds(list[Any]):
+    """The `_id`s of inserted documents: a list that prints how many there are, and the first of them."""
+
+    def __repr__(self) -> str:
+        first = ", ".join(cut(repr(one), 40) for one in self[:3])
+        return f"<{len(self):,} inserted: {first}{', ...' if len(self) > 3 else ''}>"
+
+
 _DUPLICATE_KEY = 11000
 
 
@@ -124,11 +135,11 @@ class Collection:
         """
         return self.insert_many([document])[0]
 
-    def insert_many(self, documents: Iterable[Mapping[str, Any]]) -> list[Any]:
+    def insert_many(self, documents: Iterable[Mapping[str, Any]]) -> InsertedIds:
         """Insert documents, read lazily, 10,000 at a time.
 
         Returns:
-            The inserted `_id`s, in order.
+            The inserted `_id`s, in order: a list, which prints short.
 
         Raises:
             DataError: A `_fold` of its own that is none, or what are no documents.
@@ -138,7 +149,7 @@ class Collection:
         """
         if isinstance(documents, Mapping | str | bytes) or not isinstance(documents, Iterable):
             raise DataError(f"insert_many takes a list of documents, not a {type(documents).__name__}")
-        ids: list[Any] = []
+        ids = InsertedIds()
         prepared = (self._prepare(document) for document in documents)
         while batch := list(itertools.islice(prepared, _INSERT_BATCH)):
             with self._errors("inserting into"):

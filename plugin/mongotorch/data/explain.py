@@ -23,6 +23,7 @@ from mongotorch.data.stream.spec import StreamSpec
 from mongotorch.data.stream.stream import Stream
 from mongotorch.data.stream.windows import WindowReader, open_windows
 from mongotorch.mongo.server_features import is_mock
+from mongotorch.notebook import html_pairs
 
 
 @final
@@ -194,6 +195,9 @@ class Explanation:
             ("bottleneck", self.bottleneck),
             *(("hint", hint) for hint in self.hints),
         ]
+
+    def _repr_html_(self) -> str:
+        return html_pairs("What reading costs", self.rows())
 
 
 def explain(

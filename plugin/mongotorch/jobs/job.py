@@ -12,6 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar, final
 
 from mongotorch.errors import JobCancelledError, JobFailedError, JobTimeoutError
 from mongotorch.jobs.run_metrics import RunMetrics
+from mongotorch.notebook import html_curves, html_pairs
 
 _RESUME_INTERVAL_S = 2.0
 """How often a waiting caller checks whether the run has to be resumed."""
@@ -106,6 +107,36 @@ class Job(Generic[T]):
             return f"Job({self.uuid!r}, {status})"
         text = " ".join(f"{error['type']}: {error['message']}".split())
         return f"Job({self.uuid!r}, {status}: {text[:_LONGEST_ERROR]})"
+
+    def _repr_html_(self) -> str:
+        record, progress = self.record, self.progress
+        error, values = self.error or {}, progress.get("values") or {}
+        pairs = [
+            ("component", f"{record.get('type_id')} {record.get('identifier')}" if record else None),
+            ("status", self.status),
+            ("step", progress.get("step")),
+            ("measured", ", ".join(f"{name} {value:.4g}" for name, value in values.items())),
+            ("samples per second", progress.get("samples_per_s")),
+            ("error", f"{error.get('type')}: {error.get('message')}" if error else None),
+        ]
+        metrics = self.metrics
+        curves = {f"{kind} objective": metrics.curve("objective", kind) for kind in ("train", "valid")}
+        return html_pairs(f"Job {self.uuid}", pairs) + html_curves(curves)
+
+    def plot(self, *names: str, axes: Any = None) -> Any:
+        """Draw what the run has measured by now, as `RunMetrics.plot`.
+
+        Args:
+            names: What is drawn; `objective` unless given.
+            axes: Where; None makes new ones.
+
+        Returns:
+            The axes, `matplotlib.axes.Axes`.
+
+        Raises:
+            UnsupportedError: matplotlib is not installed.
+        """
+        return self.metrics.plot(*names, axes=axes)
 
     @property
     def component(self) -> T:

@@ -24,7 +24,7 @@ OBJECTIVE: Final = "objective"
 _LEARNING_RATE: Final = "learning_rate"
 _DEEPEST: Final = 12  # versions that a lineage goes back
 _LONGEST_CODE: Final = 300  # characters of a value
-_NOT_ASKED: Final = ("collection", "format")
+_ASKED: Final = ("filter", "projection", "sort", "skip", "limit", "pipeline", "fold", "split")
 Record = dict[str, Any]
 
 
@@ -125,12 +125,12 @@ class Overview:
     def models(self) -> Record:
         """Every model: `identifier`, number of `versions`, the `newest` one and its time, and which is `live`."""
         live = {
-            move.get("identifier"): move.get("to_version")
+            str(move.get("identifier")): _number(move, "to_version")
             for move in _heads(self._listing.moves(MODEL))
             if move.get("alias") == LIVE
         }
         names = self._listing.names(MODEL)
-        return {"models": [{**name, "live": live.get(name["identifier"])} for name in names]}
+        return {"models": [{**name, "live": live.get(str(name["identifier"]))} for name in names]}
 
     def model(self, identifier: str, *, limit: int = 200) -> Record:
         """The versions of a model, the newest first, and the history of its aliases.
@@ -156,7 +156,7 @@ class Overview:
             more = {"nbytes": nbytes, "shared_nbytes": shared, "aliases": named.get(document["_id"], [])}
             versions.append({**_version(document), **more})
         verdicts = {version["uuid"]: version["verdict"] for version in versions}
-        history = [{**_move(move), "verdict": verdicts.get(move.get("to"))} for move in moves]
+        history = [{**_move(move), "verdict": verdicts.get(_text(move, "to") or "")} for move in moves]
         history.sort(key=lambda move: (move["when"] or "", move["n"] or 0), reverse=True)
         return {"identifier": identifier, "versions": versions, "history": history, "now": self._listing.now()}
 
@@ -233,19 +233,36 @@ class Overview:
 
 def written(record: Any) -> str:
     """A stored value as Python code, without the arguments that are None; nothing is imported."""
-    if isinstance(record, Mapping) and codec_of(record) == "value":
-        arguments = []
-        for name, part in _mapping(record, "fields").items():
-            if codec_of(part) == "tuple":
-                arguments += [written(item) for item in _list(part, "items")]
-            elif part is not None:
-                arguments.append(f"{name}={written(part)}")
-        text = f"{str(record.get('class')).rpartition(':')[2]}({', '.join(arguments)})"
-    elif isinstance(record, Mapping) and codec_of(record) is not None:
-        text = str(describe(record)) if codec_of(record) in ("name", "int") else f"<{codec_of(record)}>"
-    else:
-        text = "" if record is None else repr(record)
-    return redact(text[:_LONGEST_CODE])
+    return redact(_written(record)[:_LONGEST_CODE])
+
+
+def _written(record: Any) -> str:
+    if not isinstance(record, Mapping):
+        return "" if record is None else repr(record)
+    codec, link = codec_of(record), referenced(record)
+    if link is not None:
+        return f"{record.get('type_id')} {record.get('identifier')} ({link})"
+    if codec == "value":
+        fields = _mapping(record, "fields")
+        arguments = [
+            part[1:-1] if codec_of(fields[name]) == "tuple" else f"{name}={part}"
+            for name in fields
+            if (part := _written(fields[name]))
+        ]
+        return f"{str(record.get('class')).rpartition(':')[2]}({', '.join(arguments)})"
+    if codec == "tuple":
+        return f"({', '.join(_written(item) for item in _list(record, 'items'))})"
+    if codec == "query":
+        return f"{record.get('collection')} {_asked(record)}".strip()
+    if codec in ("name", "int"):
+        return str(describe(record))
+    return repr(record) if codec is None else f"<{codec}>"
+
+
+def _asked(query: Mapping[str, Any]) -> str:
+    """What a stored query asks for, in short: what is not given, and its collection, are left out."""
+    parts = {name: part for name in _ASKED if (part := query.get(name)) and part not in ("{}", "null")}
+    return ", ".join(f"{name} {part}" for name, part in parts.items())
 
 
 @final

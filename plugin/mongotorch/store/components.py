@@ -300,7 +300,9 @@ class Components:
     @repeated("reading a component")
     def of_job(self, job: str) -> dict[str, Any] | None:
         """The document that a job published without an anchor (its model); None where it has not published."""
-        found = self._documents.find_one({"job": job, "anchor": None}, {"_id": 1})
+        # The index holds only jobs that are text: without `$type` the server does not see that it has this one.
+        mine = {"job": {"$eq": job, "$type": "string"}, "anchor": None}
+        found = self._documents.find_one(mine, {"_id": 1})
         return None if found is None else self.peek(found["_id"])
 
     @repeated("looking for trained versions")

@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from mongotorch.component import ADDED, Component
 from mongotorch.errors import ParameterError
+from mongotorch.notebook import html_table
 from mongotorch.tensors import copied_values, leaves, stack_inputs, to_device, unstack
 from mongotorch.train.metrics import Validation
 
@@ -316,6 +317,9 @@ class ModelSummary:
         widths = [max(len(line[n]) for line in lines) for n in range(len(lines[0]))]
         table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
         return "\n".join([self._title(), *(line.rstrip() for line in table)])
+
+    def _repr_html_(self) -> str:
+        return html_table(self._title(), ("layer", "class", "weights", "output", "parameters", ""), self.rows())
 
     def _title(self) -> str:
         frozen = self.parameters - self.trainable

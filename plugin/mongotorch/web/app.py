@@ -78,7 +78,7 @@ def create_app(db: Datalayer, *, token: str | None = None) -> Starlette:
         loader=PackageLoader("mongotorch.web"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     templates.filters.update(FILTERS)
-    templates.globals.update(database=short(redact(db.uri)), version=__version__, statuses=_STATUSES)
+    templates.globals.update(database=short(redact(db.uri)), release=__version__, statuses=_STATUSES)
     events = ChangeEvents(db.overview)
 
     async def listen(_: Request) -> Response:

@@ -22,12 +22,12 @@ def short(value: Any, most: int = LONGEST) -> str:
 
 
 def number(value: Any) -> str:
-    """A number in four digits, whole numbers up to a million in full."""
+    """A number in four digits; whole and large ones in full."""
     if value is None:
         return ""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return short(value)
-    if float(value).is_integer() and abs(value) < 1e12:
+    if abs(value) < 1e12 and (float(value).is_integer() or abs(value) >= 1000):
         return f"{value:,.0f}"
     return f"{value:.4g}"
 

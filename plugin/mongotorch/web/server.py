@@ -6,6 +6,7 @@ import contextlib
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from typing import final
 
 import uvicorn
 
@@ -71,7 +72,17 @@ def serving(db: Datalayer, *, token: str | None = None) -> Iterator[str]:
             thread.join(_STARTS_S)
 
 
-def _server(db: Datalayer, host: str, token: str | None) -> uvicorn.Server:
+@final
+class _Server(uvicorn.Server):
+    """Ends the event streams of open pages first: they would not end by themselves."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close everything."""
+        self.config.app.state.events.close()  # type: ignore[union-attr]
+        await super().shutdown(sockets)
+
+
+def _server(db: Datalayer, host: str, token: str | None) -> _Server:
     check_token(host, token)
     config = uvicorn.Config(
         create_app(db, token=token),
@@ -80,7 +91,7 @@ def _server(db: Datalayer, host: str, token: str | None) -> uvicorn.Server:
         server_header=False,
         timeout_graceful_shutdown=1,
     )
-    return uvicorn.Server(config)
+    return _Server(config)
 
 
 @contextlib.contextmanager

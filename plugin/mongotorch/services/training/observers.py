@@ -15,10 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Protocol, Self, final
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from mongotorch.jobs import Lease
 from mongotorch.mongo.error_translation import redact
+from mongotorch.notebook import is_notebook
 from mongotorch.store import MetricEntry, MetricLog
 from mongotorch.tensors import device_memory_bytes, to_floats
 from mongotorch.train import Fit, Stepped, Validated
@@ -158,14 +159,14 @@ class ProgressBar(Observer):
     Args:
         title: What is trained.
         limit: The most steps; None where only early stopping ends the run.
-        show: True draws, False does not, None draws on a terminal only.
+        show: True draws, False does not, None draws on a terminal and in a notebook only.
     """
 
     def __init__(self, title: str, *, limit: int | None, show: bool | None) -> None:
         # tqdm draws when `disable` is False, never when True, and on a terminal only when None.
-        self._bar: tqdm[Any] = tqdm(
-            total=limit, desc=title, unit="step", disable=None if show is None else not show
-        )
+        is_shown = True if show is None and is_notebook() else show
+        disable = None if is_shown is None else not is_shown
+        self._bar: tqdm[Any] = tqdm(total=limit, desc=title, unit="step", disable=disable)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -21,7 +21,7 @@ function grouped(runs) {
   const groups = new Map();
   runs.forEach((run, n) => {
     for (const curve of run.curves) {
-      const name = curve.name.split("/")[0];
+      const name = curve.name.replace(/\/\d+$/, "");
       if (!groups.has(name)) groups.set(name, []);
       const about = [curve.kind, curve.name === name ? "" : curve.name.slice(name.length + 1)];
       const which = runs.length > 1 ? [run.name || "", run.id.slice(0, 8)] : [];
@@ -67,7 +67,7 @@ function options(curves, axis, width, alone) {
     width: curve.kind === "valid" ? 2 : 1.2,
     dash: !alone && curve.kind === "train" ? [5, 4] : undefined,
     spanGaps: true,
-    points: { show: curve.values.length < 3, size: 6 },
+    points: { show: curve.values.length < 3, size: 6, fill: color(alone ? n : curve.run) },
     value: (_, value) => (value === null || value === undefined ? "" : String(Number(value.toPrecision(5)))),
   }));
   const axes = { stroke: soft("--soft"), grid: { stroke: soft("--line"), width: 1 }, ticks: { stroke: soft("--line"), width: 1 } };
@@ -90,24 +90,24 @@ function draw(box, runs) {
     return;
   }
   if (!charts.size) box.textContent = "";
+  // All figures first: how many there are decides how wide each is.
+  for (const [name] of groups) {
+    if (charts.has(name)) continue;
+    const figure = document.createElement("figure");
+    const caption = document.createElement("figcaption");
+    caption.textContent = name;
+    figure.append(caption);
+    box.append(figure);
+    charts.set(name, { figure });
+  }
   for (const [name, curves] of groups) {
     const key = [axis, ...curves.map((curve) => curve.label + curve.best)].join("\n");
-    let chart = charts.get(name);
-    if (chart && chart.key === key) {
+    const chart = charts.get(name);
+    if (chart.key === key) {
       chart.plot.setData(aligned(curves, axis));
       continue;
     }
-    if (chart) {
-      chart.plot.destroy();
-    } else {
-      const figure = document.createElement("figure");
-      const caption = document.createElement("figcaption");
-      caption.textContent = name;
-      figure.append(caption);
-      box.append(figure);
-      chart = { figure };
-      charts.set(name, chart);
-    }
+    chart.plot?.destroy();
     const width = Math.max(chart.figure.clientWidth - 18, 200);
     chart.key = key;
     chart.plot = new uPlot(options(curves, axis, width, runs.length === 1), aligned(curves, axis), chart.figure);
