@@ -403,11 +403,11 @@ class Fit:
 
     def _take_step(self, group: Group) -> Tensor:
         self._last = group.batches[-1]
-        batch = group.batches[0]
-        if self._trainer.gradient_accumulation_steps > 1:
-            batch = MicroBatches(batches=group.batches, rows=group.rows)
         try:
-            return self._step_run.take(to_device(batch, self.device))
+            moved = tuple(to_device(batch, self.device) for batch in group.batches)
+            if self._trainer.gradient_accumulation_steps > 1:
+                return self._step_run.take(MicroBatches(batches=moved, rows=group.rows))
+            return self._step_run.take(moved[0])
         except Exception as error:
             if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
                 raise ParameterError(

@@ -30,6 +30,7 @@ from mongotorch.train.schedulers import go_on, scheduler_name, set_rates
 
 PRECISIONS: Final = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """From a precision to the dtype in which modules compute."""
+_CPU: Final = torch.device("cpu")
 _running: ContextVar[StepRun | None] = ContextVar("mongotorch_step", default=None)
 
 
@@ -202,8 +203,11 @@ class TrainingStep:
         dtype = PRECISIONS[self.precision]
         if dtype is None:
             return contextlib.nullcontext()
-        device = next((parameter.device.type for parameter in model.parameters()), "cpu")
-        return torch.autocast(device, dtype=dtype)
+        run = _running.get()
+        device = run.device if run is not None else next((one.device for one in model.parameters()), _CPU)
+        if torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == dtype:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, dtype=dtype)
 
     def _make_gradients(
         self, model: TorchModel, batch: Any, optimizers: Sequence[torch.optim.Optimizer]
@@ -273,6 +277,7 @@ class StepRun:
         device: Where the model is.
 
     Attributes:
+        device: Where the model is.
         schedulers: The schedulers of the run.
         average: The exponential mean of the weights; None where there is none.
         logged: By name, what `TrainingStep.log` got in the last step.
@@ -290,7 +295,7 @@ class StepRun:
         optimizers: Sequence[torch.optim.Optimizer],
         device: torch.device,
     ) -> None:
-        self._trainer, self._model, self._optimizers = trainer, model, optimizers
+        self._trainer, self._model, self._optimizers, self.device = trainer, model, optimizers, device
         self._rates = _rates(optimizers)  # before a scheduler changes them
         self.schedulers = tuple(trainer.get_schedulers(optimizers))
         self._scaler = torch.amp.GradScaler(device.type) if trainer.precision == "fp16" else None
@@ -298,7 +303,7 @@ class StepRun:
             # Else torch warns of a scheduler before the first step: after one that overflows, or in a resumed run.
             optimizer._opt_called = True  # type: ignore[attr-defined]
         decay = trainer.ema_decay
-        self.average = None if decay is None else WeightAverage(decay, model, optimizers)
+        self.average = None if decay is None else WeightAverage(decay, lambda: self.parameters(optimizers))
         self._parameters: dict[Any, list[nn.Parameter]] = {}
         self.is_accumulating, self.counted_share, self.counts_targets = False, 1.0, False
         self._is_updated, self._is_scaled = False, False
@@ -480,13 +485,12 @@ class WeightAverage:
 
     Args:
         decay: What part of the mean a step keeps.
-        model: Has the parameters.
-        optimizers: Train them.
+        parameters: Gives the parameters.
     """
 
-    def __init__(self, decay: float, model: TorchModel, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    def __init__(self, decay: float, parameters: Callable[[], list[nn.Parameter]]) -> None:
         self._blend = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-        self._model, self._optimizers = model, optimizers
+        self._current = parameters
         self._means: list[Tensor] = []
 
     def update(self) -> None:
@@ -518,9 +522,6 @@ class WeightAverage:
     def load_state_dict(self, state: Sequence[Tensor]) -> None:
         """Go on from what `state_dict` gave."""
         self._means = [mean.to(one.device).clone() for mean, one in zip(state, self._current(), strict=False)]
-
-    def _current(self) -> list[nn.Parameter]:
-        return trained_parameters(self._model, self._optimizers)
 
     def _put(self, values: Sequence[Tensor]) -> None:
         with torch.no_grad():

@@ -1,0 +1,170 @@
+"""What a step of a run costs over the same step in a loop by hand, for a small and for a larger model.
+
+    python -m tests.benchmarks.bench_recipe [--rounds N]
+
+Both loops take turns, some steps each, so that what else the machine does falls on both; the time is that of the
+processor. Shown is the median of the ratios of the rounds, with the milliseconds of a step. The recipe: AdamW in
+two groups, OneCycleLR, gradients clipped by norm, and for the second row of each model also accumulation over 4
+batches, bf16 and a mean of the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from mongotorch import Query, TorchModel, TorchTrainer
+from mongotorch.train import Fit, Stepped
+
+STEPS = 10**9
+cross_entropy = nn.functional.cross_entropy
+
+
+class Repeated:
+    """The same batches for ever."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            yield from self.batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing to load."""
+
+
+class Encoder(nn.Module):
+    """A transformer of two layers over sequences of 32 tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(1000, 192)
+        layer = nn.TransformerEncoderLayer(192, 4, 768, dropout=0.0, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(192, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of shape (rows, 4)."""
+        output: Tensor = self.head(self.layers(self.embed(tokens))[:, 0])
+        return output
+
+
+def mlp() -> tuple[nn.Module, list[Any]]:
+    """A model whose step takes some tenths of a millisecond, and its batches."""
+    made = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 4))
+    return made, [(torch.randn(32, 64), torch.randint(4, (32,))) for _ in range(8)]
+
+
+def encoder() -> tuple[nn.Module, list[Any]]:
+    """A model whose step takes some tens of milliseconds, and its batches."""
+    return Encoder(), [(torch.randint(1000, (16, 32)), torch.randint(4, (16,))) for _ in range(8)]
+
+
+def groups(_: str, parameter: nn.Parameter) -> dict[str, Any]:
+    """No decay for norms and biases."""
+    return {"weight_decay": 0.0} if parameter.ndim == 1 else {}
+
+
+def by_hand(module: nn.Module, batches: list[Any], *, full: bool) -> Iterator[float]:
+    """The loop that one writes; yields the objective of each step, as a run does."""
+    decayed = [one for one in module.parameters() if one.ndim > 1]
+    others = [one for one in module.parameters() if one.ndim == 1]
+    parts: list[Any] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(parts, lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=STEPS)
+    average: Any = None
+    if full:
+        average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.999))  # type: ignore[no-untyped-call]
+    running, micro = iter(Repeated(batches)), 4 if full else 1
+    while True:
+        optimizer.zero_grad()
+        total = 0.0
+        for _ in range(micro):
+            x, y = next(running)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=full):
+                loss = cross_entropy(module(x), y)
+            (loss / micro if full else loss).backward()  # type: ignore[no-untyped-call]
+            total += loss.item() / micro
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        if average is not None:
+            average.update_parameters(module)
+        yield total
+
+
+def by_run(module: nn.Module, batches: list[Any], *, full: bool) -> Iterator[float]:
+    """The same, as a run."""
+    more: dict[str, Any] = {"gradient_accumulation_steps": 4, "precision": "bf16", "ema_decay": 0.999}
+    trainer = TorchTrainer(
+        "t",
+        key=("x", "y"),
+        select=Query.find("c"),
+        objective=cross_entropy,
+        optimizer_cls="AdamW",
+        optimizer_kwargs={"lr": 1e-3},
+        param_groups=groups,
+        scheduler_cls="OneCycleLR",
+        scheduler_kwargs={"max_lr": 1e-3, "total_steps": "max_iterations"},
+        gradient_clip_norm=1.0,
+        max_iterations=STEPS,
+        validation_interval=None,
+        compute_kwargs={"device": "cpu"},
+        **(more if full else {}),
+    )
+    fit = Fit(trainer, TorchModel("m", object=module), batches=Repeated(batches), sets={})
+    for event in fit.run():
+        assert isinstance(event, Stepped)
+        yield event.loss.item()
+
+
+def seconds(steps: Iterator[float], count: int) -> float:
+    """How long so many steps take."""
+    begun = time.process_time()
+    for _ in range(count):
+        next(steps)
+    return time.process_time() - begun
+
+
+def measure(make: Callable[[], tuple[nn.Module, list[Any]]], *, full: bool, rounds: int, count: int) -> None:
+    """Print one row."""
+    loops = []
+    for loop in (by_hand, by_run):
+        torch.manual_seed(0)
+        module, batches = make()
+        loops.append(loop(module.train(), batches, full=full))
+    for loop_steps in loops:
+        seconds(loop_steps, max(count // 4, 2))
+    pairs = [(seconds(loops[0], count), seconds(loops[1], count)) for _ in range(rounds)]
+    ratio = statistics.median(run / hand for hand, run in pairs)
+    hand, run = (statistics.median(column) / count * 1000 for column in zip(*pairs, strict=True))
+    name = f"{make.__name__}, {'whole recipe' if full else 'schedule and clipping'}"
+    print(f"{name:<40} by hand {hand:8.3f} ms   run {run:8.3f} ms   ratio {ratio:.3f}", flush=True)
+
+
+def main() -> None:
+    """Measure each model with each recipe."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=21)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    for full in (False, True):
+        measure(mlp, full=full, rounds=given.rounds, count=100)
+    for full in (False, True):
+        measure(encoder, full=full, rounds=max(given.rounds // 3, 3), count=4)
+
+
+if __name__ == "__main__":
+    main()
