@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mongotorch.store import MetricLog
+from mongotorch.store import MetricEntry, MetricLog
 
 
 @pytest.fixture
@@ -56,3 +56,29 @@ def test_names_that_a_field_cannot_have_are_kept_readable(log: MetricLog) -> Non
     values = log.of("j")[0]["values"]
     assert values["top_5"] == 1.0
     assert values["_x"] != values["_x"]
+
+
+def test_train_entries_are_thinned_and_validations_are_not(log: MetricLog) -> None:
+    entries = [
+        MetricEntry(step=step, kind="train", values={"objective": 1.0}, steps=50) for step in (50, 100, 150)
+    ]
+    assert log.write(entries, job="j", component="c")
+    write(log, 50)
+    write(log, 50, kind="train", job="other")
+
+    assert log.thin("j", 100) == 2
+    assert [(entry["step"], entry["kind"]) for entry in log.of("j")] == [(50, "valid"), (100, "train")]
+    assert log.of("j")[1]["steps"] == 50
+    assert len(log.of("other")) == 1
+
+
+def test_the_entries_after_a_step_can_be_removed(log: MetricLog) -> None:
+    for step in (1, 2, 3):
+        write(log, step)
+    assert log.remove("j", after=2) == 1
+    assert log.remove("j", after=0) == 2
+
+
+def test_nothing_is_written_in_one_request(log: MetricLog) -> None:
+    assert log.write([], job="j", component="c")
+    assert log.of("j") == []

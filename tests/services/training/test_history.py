@@ -295,6 +295,27 @@ def test_a_follower_that_stops_early_leaves_nothing_open(db: Datalayer) -> None:
     rows.close()  # type: ignore[attr-defined]
 
 
+def test_a_run_that_is_handed_back_and_goes_on_has_the_rows_of_one_that_is_not(uri: str, db: Datalayer) -> None:
+    applied = trainer(fill(db), Slow, log_interval=5, loader_kwargs={"batch_size": 7, "shuffle": True})
+    with Datalayer.connect(uri, compute="queue", progress=False) as other:
+        job = db.job(other.apply(applied).uuid)
+    worker = Worker(db)
+    run = threading.Thread(target=worker.once)
+    run.start()
+    while not job.progress.get("step"):
+        time.sleep(0.05)
+    worker.stop()
+    run.join()
+    assert job.status == "queued"
+    assert Worker(db).once()
+    plain = db.apply(trainer(db["points"].find(), log_interval=5, loader_kwargs=applied.loader_kwargs))
+
+    def of(metrics: RunMetrics) -> list[Any]:
+        return [(row.step, row.kind, row.values["objective"]) for row in metrics]
+
+    assert of(job.metrics) == of(plain.metrics)
+
+
 def test_progress_is_never_older_than_a_second(db: Datalayer, uri: str) -> None:
     seen = []
     run = threading.Thread(target=lambda: db.apply(trainer(fill(db), Slow, validation_interval=None)))
