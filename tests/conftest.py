@@ -42,6 +42,7 @@ LONG = frozenset(
         "test_killed_runs.py",
         "test_killed_schedulers.py",
         "test_other_loops.py",
+        "test_newcomer.py",
         "test_outage.py",
         "test_pages_in_order.py",
         "test_poison.py",

@@ -1,6 +1,6 @@
 """Installs the lowest versions that pyproject.toml allows into a new environment, and tests the package there.
 
-    python tests/packaging/lowest.py FOLDER [--only-install]
+    python tests/packaging/lowest.py FOLDER [--only-install] [--newest torch]
 
 Direct dependencies have exactly their lower bounds; what those need themselves is as new as they let it be.
 """
@@ -51,11 +51,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only-install", action="store_true")
+    parser.add_argument("--newest", nargs="*", default=[], metavar="NAME", help="dependencies that are not held")
     arguments = parser.parse_args()
     folder = arguments.folder.absolute()
     venv.create(folder, with_pip=True, clear=True)
     constraints = folder / "lowest.txt"
-    constraints.write_text("".join(f"{name}=={version}\n" for name, version in lower_bounds().items()))
+    held = {name: version for name, version in lower_bounds().items() if name not in arguments.newest}
+    constraints.write_text("".join(f"{name}=={version}\n" for name, version in held.items()))
     extras = ",".join((*EXTRAS, "server"))
     pip = [folder / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check", "-c", constraints]
     run([*pip, f"{ROOT}[{extras}]", "pytest", "pytest-timeout", "hypothesis", "time-machine"])
