@@ -273,3 +273,13 @@ def test_triggers_of_time_are_values() -> None:
         == "Cron(expression='0 3 * * *', tz='Europe/Berlin', catch_up=True)"
     )
     assert Every(60).watches == Cron("0 3 * * *").watches == frozenset()
+
+
+def test_a_plan_of_which_no_moment_comes_any_more_does_not_fire() -> None:
+    last = datetime(9999, 12, 31, 12)
+    decision, state = Every(seconds=86_400).due(datetime(9999, 12, 31, 23), State(since=last))
+
+    assert not decision.fire
+    assert decision.next_at is None
+    assert "no more moments" in decision.reason
+    assert state == State(since=last)

@@ -100,9 +100,12 @@ class Every(Timed):
         check_seconds("seconds", self.seconds)
         check_flag("catch_up", self.catch_up)
 
-    def after(self, last: datetime, since: datetime) -> datetime:
-        """The first moment of the grid after `last`."""
-        return since + ((last - since) // self._step + 1) * self._step
+    def after(self, last: datetime, since: datetime) -> datetime | None:
+        """The first moment of the grid after `last`; None beyond the year 9999, where dates end."""
+        try:
+            return since + ((last - since) // self._step + 1) * self._step
+        except OverflowError:
+            return None
 
     @functools.cached_property
     def plan(self) -> str:
