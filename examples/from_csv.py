@@ -83,9 +83,8 @@ def main() -> None:
         print(f"model {name!r}, version {model.version}: accuracy {best:.2f} on the fifth that was set aside")
 
         first = next(db.execute(db[name].find().limit(1)))
-        print(
-            "first row:", first[arguments.target], "- predicted:", model.predict([first[key] for key in columns])
-        )
+        predicted = model.predict([first[key] for key in columns])
+        print(f"first row: {first[arguments.target]}, predicted: {predicted}")
 
 
 if __name__ == "__main__":
