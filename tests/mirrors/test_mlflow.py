@@ -61,3 +61,16 @@ def test_a_store_that_cannot_be_used_is_refused(db: Datalayer) -> None:
     with pytest.raises(SettingError, match="mlflow") as caught:
         open_mirror("mlflow:nosuch://me:secret@host/x", db)
     assert "secret" not in str(caught.value)
+
+
+def test_a_parameter_that_was_half_written_does_not_keep_values_back(
+    db: Datalayer, uri: str, store: str, tmp_path: Path
+) -> None:
+    run = Written(db)
+    run.measure(1)
+    update(uri, f"mlflow:{store}")
+    (kept,) = (tmp_path / "mlruns").rglob("params/max_iterations")
+    kept.write_text("")
+    run.measure(2)
+    assert update(uri, f"mlflow:{store}") == 1
+    assert in_mlflow(store, run) == run.expected()

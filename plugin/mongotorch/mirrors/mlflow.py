@@ -5,6 +5,7 @@ A run is found again by its tag `mongotorch.job`, and what it has by MLflow's me
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -133,7 +134,9 @@ class MlflowMirror(MetricMirror):
             Param(_REFUSED.sub("_", name), str(value)[:_LONGEST_VALUE]) for name, value in run.parameters.items()
         ]
         for first in range(0, len(given), _MOST_PARAMS):
-            self._client.log_batch(run_id, params=given[first : first + _MOST_PARAMS])
+            # A store of files keeps an empty value where a process was killed as it wrote, and takes no other.
+            with contextlib.suppress(MlflowException):
+                self._client.log_batch(run_id, params=given[first : first + _MOST_PARAMS])
 
 
 def _milliseconds(moment: datetime) -> int:
