@@ -13,6 +13,7 @@ from typing import Any
 
 import pymongo
 import pytest
+from bson import Int64
 from tests.helpers import COLLECTION
 from tests.web.pages import as_json, client, fill_with_runs, insert_runs, pages_of
 
@@ -120,3 +121,10 @@ def test_what_is_shown_is_cut(value: Any) -> None:
 
 def test_passwords_are_hidden() -> None:
     assert "secret" not in str(shown({"why": "cannot reach mongodb://user:secret@host/db"}))
+
+
+@pytest.mark.parametrize("value", [2**40, -(2**40), 2**53, 2**62, True])
+def test_the_long_integers_of_a_server_are_shown_at_once(value: int) -> None:
+    shown_value = shown({"n": Int64(value)})["n"]
+    assert shown_value == (value if abs(value) <= 2**53 else str(value))
+    assert type(shown_value) is not Int64

@@ -41,7 +41,7 @@ MOST_MEASUREMENTS: Final = 20_000
 _MOST_ITEMS: Final = 500  # of one list or mapping
 _MOST_KEY: Final = 200  # characters of a field's name
 _DEEPEST: Final = 12
-_EXACT: Final = range(-(2**53), 2**53 + 1)  # integers that every reader of JSON keeps
+_EXACT: Final = 2**53  # up to which every reader of JSON keeps integers
 _OPTIONS: CodecOptions[dict[str, Any]] = CodecOptions(
     uuid_representation=UuidRepresentation.STANDARD,
     datetime_conversion=DatetimeConversion.DATETIME_AUTO,
@@ -70,7 +70,7 @@ def shown(value: Any, _depth: int = 0) -> Any:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int):
-        return int(value) if value in _EXACT else str(value)
+        return int(value) if abs(value) <= _EXACT else str(value)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else str(value)
     if isinstance(value, str):
