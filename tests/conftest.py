@@ -28,10 +28,13 @@ settings.load_profile("mongotorch")
 LONG = frozenset(
     {
         "test_api_values.py",
+        "test_apply_together.py",
         "test_browser.py",
+        "test_busy_collections.py",
         "test_claims.py",
         "test_docker_run.py",
         "test_elections.py",
+        "test_embedded_server.py",
         "test_embedded_workers.py",
         "test_every_optimizer.py",
         "test_hostile_records.py",
@@ -41,15 +44,22 @@ LONG = frozenset(
         "test_killed_retraining.py",
         "test_killed_runs.py",
         "test_killed_schedulers.py",
-        "test_other_loops.py",
+        "test_live.py",
+        "test_loaders.py",
+        "test_maintenance_killed.py",
         "test_newcomer.py",
+        "test_other_loops.py",
         "test_outage.py",
         "test_pages_in_order.py",
         "test_poison.py",
+        "test_second_process.py",
+        "test_server_binary.py",
+        "test_server_faults.py",
         "test_site.py",
         "test_speed_and_indexes.py",
         "test_stopped_workers.py",
         "test_wild_modules.py",
+        "test_write_failures.py",
     }
 )
 

@@ -90,6 +90,7 @@ _HOMES = {
     "State": "mongotorch.schedule",
     "TorchModel": "mongotorch.train",
     "TorchTrainer": "mongotorch.train",
+    "TrainingStep": "mongotorch.train.step",
     "Trigger": "mongotorch.schedule",
     "Validation": "mongotorch.train",
     "Verdict": "mongotorch.schedule",

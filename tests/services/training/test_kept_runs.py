@@ -111,14 +111,16 @@ def test_a_run_that_the_database_failed_goes_on_from_its_checkpoint(db: Datalaye
 
 
 @pytest.mark.parametrize(
-    ("cls", "name", "first"),
+    ("cls", "name", "failing"),
     [
-        *((cls, name, 1) for cls, name in ((BlobStore, "put"), (Components, "publish"), (Components, "get"))),
-        *((cls, name, 2) for cls, name in ((BlobStore, "put"), (Components, "publish"), (Components, "_insert"))),
+        *((cls, name, (1, 2)) for cls, name in ((BlobStore, "put_all"), (BlobStore, "_upload"))),
+        *((cls, name, (2, 3)) for cls, name in ((BlobStore, "_upload"), (Components, "_insert"))),
+        *((Components, "publish", failing) for failing in ((1, 2), (2, 3))),
+        (Components, "get", (1,)),  # the second is that of `result()`, which the caller can call again
     ],
 )
 def test_a_publication_that_cannot_reach_the_database_is_tried_again(
-    db: Datalayer, caplog: pytest.LogCaptureFixture, cls: type, name: str, first: int
+    db: Datalayer, caplog: pytest.LogCaptureFixture, cls: type, name: str, failing: tuple[int, ...]
 ) -> None:
     applied = trainer(fill(db))
     publish = Catalog.publish
@@ -132,7 +134,7 @@ def test_a_publication_that_cannot_reach_the_database_is_tried_again(
         patch.setattr(Catalog, "publish", beginning)
         numbers = iter(range(1, 10**6))
         error = ServerUnavailableError("away")
-        Failing(patch, cls, name, when=lambda n: bool(begun) and next(numbers) in (first, first + 1), error=error)
+        Failing(patch, cls, name, when=lambda n: bool(begun) and next(numbers) in failing, error=error)
         trained = db.apply(applied).result()
 
     assert trained.version == 1

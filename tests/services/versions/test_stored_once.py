@@ -166,15 +166,15 @@ def test_a_schedule_loads_the_served_model_once(db: Datalayer, monkeypatch: pyte
 
 def test_what_changes_while_it_is_stored_is_refused(db: Datalayer, monkeypatch: pytest.MonkeyPatch) -> None:
     module: Any = Wide()
-    touch = BlobStore.touch
+    put_all = BlobStore.put_all
 
-    def changing(self: BlobStore, names: Any) -> Any:
-        with torch.no_grad():
+    def changing(self: BlobStore, blobs: Any) -> Any:
+        with torch.no_grad():  # the blobs are named, and nothing is uploaded
             module.layers[2].weight[300, 300] += 1.0
-        return touch(self, names)
+        return put_all(self, blobs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(BlobStore, "touch", changing)
+        patch.setattr(BlobStore, "put_all", changing)
         with pytest.raises(IntegrityError, match="changed while it was stored"):
             db.apply(TorchModel("wide", object=module))
 
