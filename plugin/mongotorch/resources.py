@@ -1,12 +1,16 @@
-"""Makes whatever opens something a context manager that closes it.
+"""Makes whatever opens or takes something a context manager that closes it or gives it back.
 
-Guarantees: leaving the block closes, however it is left.
+Guarantees: leaving the block does so, however it is left.
 """
 
 from __future__ import annotations
 
 import abc
-from types import TracebackType
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType, TracebackType
 from typing import Self
 
 
@@ -24,3 +28,21 @@ class Owner(abc.ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def on_signal(stop: Callable[[], None]) -> Iterator[None]:
+    """Call a function at SIGTERM and SIGINT; in another thread than the main one signals cannot be taken."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        stop()
+
+    before = {sign: signal.signal(sign, handle) for sign in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for sign, handler in before.items():
+            signal.signal(sign, handler)

@@ -46,6 +46,10 @@ WRONG = [
     ("predict", "trainer", "t", "[1.0]"),
     ("predict", "model", "m", "[1.0]", "--version", "99"),
     ("predict", "model", "m", "1", "--batch"),
+    ("predict", "model", "m", "[1.0]"),
+    ("predict", "model", "m", '"text"'),
+    ("predict", "model", "m", "null"),
+    ("predict", "model", "m", "[[1.0], [1.0, 2.0]]", "--batch"),
     ("promote", "model", "m", "99"),
     ("promote", "model", "n"),
     ("promote", "model", "m", "--alias", ""),
@@ -108,7 +112,8 @@ def test_what_was_meant_is_named(
 
 
 @pytest.mark.parametrize(
-    "arguments", [("jobs",), ("show",), ("gc",), ("lineage", "model", "m"), ("schedule", "list")]
+    "arguments",
+    [("jobs",), ("show",), ("gc",), ("lineage", "model", "m"), ("verify",), ("doctor",), ("dashboard",)],
 )
 def test_a_reading_command_makes_no_database(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: tuple[str, ...]

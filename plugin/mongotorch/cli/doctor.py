@@ -9,7 +9,7 @@ import platform
 import typer
 
 from mongotorch._version import __version__
-from mongotorch.cli.output import AsJson, Uri, errors, given_before_command, print_json, print_table
+from mongotorch.cli.output import AsJson, Uri, address_of, errors, print_json, print_table
 
 _PACKAGES = ("torch", "pymongo", "numpy", "dill")
 
@@ -19,12 +19,9 @@ def doctor(uri: Uri = None, as_json: AsJson = False) -> None:
     from mongotorch.mongo.connection import open_address
     from mongotorch.mongo.error_translation import redact
     from mongotorch.mongo.server_checks import check_server
-    from mongotorch.settings import read_settings
 
     with errors():
-        given = uri or given_before_command()
-        settings = read_settings(**({} if given is None else {"uri": given}))
-        address = settings.address()
+        address, settings = address_of(uri)
         with open_address(address, settings) as connection:
             where, checks = redact(connection.uri), check_server(connection)
     installed = {name: importlib.metadata.version(name) for name in _PACKAGES}

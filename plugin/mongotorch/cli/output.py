@@ -58,16 +58,31 @@ def opened(uri: str | None, *, writes: bool = False) -> Iterator[Datalayer]:
         uri: The address given behind the command; None is that before it, else the settings'.
         writes: Whether the command may make the database; without it, one that is not there is an error.
     """
-    from mongotorch.settings import read_settings
-
     with errors():
-        given = uri or given_before_command()
-        settings = read_settings(**({} if given is None else {"uri": given}))
-        address = settings.address()
-        if not writes:
-            _require_folder(address)
+        address, settings = address_of(uri, writes=writes)
         with _connected(address, settings, writes=writes) as db:
             yield db
+
+
+def address_of(uri: str | None, *, writes: bool = False) -> tuple[str, Settings]:
+    """The address that a command opens, and the settings.
+
+    Args:
+        uri: The address given behind the command; None is that before it, else the settings'.
+        writes: Whether the command may make the folder of an embedded server.
+
+    Raises:
+        NotFoundError: There is no such folder.
+        SettingError: A setting cannot be used.
+    """
+    from mongotorch.settings import read_settings
+
+    given = uri or given_before_command()
+    settings = read_settings(**({} if given is None else {"uri": given}))
+    address = settings.address()
+    if not writes:
+        _require_folder(address)
+    return address, settings
 
 
 def given_before_command() -> str | None:

@@ -28,6 +28,7 @@ from mongotorch.cli.output import (
     time_of,
     when,
 )
+from mongotorch.errors import MongotorchError
 
 if TYPE_CHECKING:
     from mongotorch.datalayer import Datalayer
@@ -181,7 +182,15 @@ def predict(
             raise typer.BadParameter(f"a {type_id} does not predict")
         if batch and not isinstance(given, list):
             raise typer.BadParameter("with --batch the input is a JSON list of inputs")
-        found = model.predict_batches([_input(one) for one in given]) if batch else model.predict(_input(given))
+        inputs = [_input(one) for one in given] if batch else _input(given)
+        try:
+            found = model.predict_batches(inputs) if batch else model.predict(inputs)
+        except MongotorchError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the model's own code, on what somebody typed
+            why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            typer.echo(f"{type_id} {identifier} does not take this input: {why}", err=True)
+            raise typer.Exit(1) from None
     typer.echo(json.dumps(_plain(found)))
 
 

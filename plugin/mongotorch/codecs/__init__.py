@@ -5,7 +5,7 @@ Nothing here knows torch or a database; `put` and `get` are handed in and decide
 
 from mongotorch.codecs.arrays import ArrayParts, decode_document, encode_document, numpy_array, numpy_parts
 from mongotorch.codecs.base import Codec, Get, Put
-from mongotorch.codecs.names import current_name, first_names, first_names_given, name_of, resolve
+from mongotorch.codecs.names import current_name, first_names, first_names_given, name_of, resolve, resolve_in
 from mongotorch.codecs.pickles import Pickled, check_python, dumps, loads, running_python
 from mongotorch.codecs.registry import (
     CODEC,
@@ -65,6 +65,7 @@ __all__ = [
     "referenced",
     "renamed",
     "resolve",
+    "resolve_in",
     "running_python",
     "sequence_record",
 ]

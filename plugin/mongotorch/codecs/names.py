@@ -22,6 +22,7 @@ import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
+from types import ModuleType
 from typing import Any, Final, Self, final
 
 from mongotorch.codecs.base import Codec, Get, Put, Registry
@@ -179,6 +180,16 @@ def resolve(name: str) -> Any:
             continue
         return found
     raise CodecError(f"{name!r} cannot be imported here; install or put on the path what defines it") from cause
+
+
+def resolve_in(home: ModuleType, given: str) -> Any:
+    """What a short name in a module, or `package.module:Name`, stands for; None where the module lacks it.
+
+    Raises:
+        CodecError: What follows the colon cannot be imported here.
+    """
+    module, colon, attribute = given.partition(":")
+    return resolve(f"{module}.{attribute}") if colon else getattr(home, given, None)
 
 
 @final

@@ -1,7 +1,8 @@
 """A mirror passes on what runs measure to a program outside: `Mirror` is any, `MetricMirror` one of metrics.
 
 A mirror is a class with a `name` and an entry point in the group `mongotorch.mirrors`; `mongotorch mirror --to
-NAME:TARGET` opens it with the target and calls `update` again and again.
+NAME:TARGET` opens it with the target and calls `update` again and again, which is `Mirroring`, in a process of its
+own: no target can slow or end a run.
 
 Guarantees: a metric mirror asks its target what it has before it writes the first time, and after every error, so
 that a mirror that was killed at any moment goes on without gaps, and writes nothing twice.
@@ -13,19 +14,21 @@ import abc
 import importlib
 import importlib.metadata
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, ClassVar, Final, Self, final
 
 from mongotorch.datalayer import Datalayer
-from mongotorch.errors import MongotorchError, NotFoundError, SettingError
+from mongotorch.errors import MongotorchError, NotFoundError, ServerUnavailableError, SettingError
 from mongotorch.jobs import MetricRow
 from mongotorch.mongo.error_translation import redact
-from mongotorch.resources import Owner
+from mongotorch.resources import Owner, on_signal
 from mongotorch.store.jobs import FINAL_STATUSES
 
 GROUP: Final = "mongotorch.mirrors"
+_LONGEST_PAUSE_S: Final = 60.0
 _BUILT_IN: Final = {
     "tensorboard": "mongotorch.mirrors.tensorboard:TensorBoardMirror",
     "mlflow": "mongotorch.mirrors.mlflow:MlflowMirror",
@@ -208,3 +211,38 @@ def open_mirror(to: str, db: Datalayer) -> Mirror:
         raise SettingError(f"mirror to {redact(to)!r}: give one of {known}", setting="to")
     made: Mirror = offered[name]().open(target, db)
     return made
+
+
+@final
+class Mirroring:
+    """Keeps one mirror up to date.
+
+    Args:
+        db: The database; the caller closes it.
+        mirror: The mirror; the caller closes it.
+        every_s: Seconds between two looks.
+    """
+
+    def __init__(self, db: Datalayer, mirror: Mirror, *, every_s: float = 1.0) -> None:
+        self._db, self._mirror, self._every_s = db, mirror, every_s
+        self._stop = threading.Event()
+
+    def run(self) -> None:
+        """Mirror until `stop` is called, or SIGTERM or SIGINT comes (in the main thread).
+
+        While the database is away it waits, longer each time, up to a minute.
+        """
+        pause_s = self._every_s
+        with on_signal(self._stop.set):
+            while not self._stop.is_set():
+                try:
+                    self._mirror.update(self._db)
+                    pause_s = self._every_s
+                except ServerUnavailableError as error:
+                    pause_s = min(max(2 * pause_s, 1.0), _LONGEST_PAUSE_S)
+                    _log.warning("%s waits for the database: %s", self._mirror.name, error)
+                self._stop.wait(pause_s)
+
+    def stop(self) -> None:
+        """Make `run` return, after what it is writing."""
+        self._stop.set()

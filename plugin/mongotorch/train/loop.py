@@ -16,7 +16,7 @@ import math
 import time
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, final
 
 import torch
@@ -34,7 +34,7 @@ from mongotorch.train.mapping import scalar
 from mongotorch.train.model import TorchModel, copied_state, training_device
 from mongotorch.train.optimizers import continue_from, load_state, state_of
 from mongotorch.train.schedulers import filled, is_plateau, named_numbers
-from mongotorch.train.step import Group, MicroBatches, StepRun, compiled, grouped
+from mongotorch.train.step import MicroBatches, StepRun, compiled, grouped
 from mongotorch.train.trainer import UNLIMITED, TorchTrainer, changed_trainer, evaluating_all, trainer_on_device
 
 
@@ -351,8 +351,8 @@ class Fit:
             self._begin_epoch()
             batches = self._batches.rest() if is_rest and hasattr(self._batches, "rest") else iter(self._batches)
             is_rest = False
-            for group in grouped(self._batches, batches, self._trainer.gradient_accumulation_steps):
-                yield self._step_on(group)
+            for step in grouped(self._batches, batches, self._trainer.gradient_accumulation_steps):
+                yield self._step_on(step)
                 if self._is_validation_due():
                     yield self._validate()
                 if self.is_over:
@@ -369,8 +369,8 @@ class Fit:
         interval = self._trainer.validation_interval
         return self._is_validation_due() or (interval == "epoch" and self.step > self._validated)
 
-    def _step_on(self, group: Group) -> Stepped:
-        loss = scalar(self._take_step(group)).detach()
+    def _step_on(self, step: MicroBatches) -> Stepped:
+        loss = scalar(self._take_step(step)).detach()
         self.step, self._idle = self.step + 1, 0
         self._unchecked.append(loss)
         if self.device.type == "cpu" or len(self._unchecked) >= _MOST_UNCHECKED:
@@ -383,11 +383,11 @@ class Fit:
         event = Stepped(
             step=self.step,
             loss=loss,
-            rows=sum(group.rows),
+            rows=sum(step.rows),
             values=run.values(),
             gradient_norm=run.gradient_norm,
             learning_rates=run.learning_rates,
-            waited_s=group.waited_s,
+            waited_s=step.waited_s,
             skipped=self._skipped,
         )
         self._call("on_step", self, event)
@@ -401,17 +401,17 @@ class Fit:
         """Seconds that this run took, those of the runs that it goes on from included."""
         return self._spent_s + (time.monotonic() - self._begun if self._begun is not None else 0.0)
 
-    def _take_step(self, group: Group) -> Tensor:
-        self._last = group.batches[-1]
+    def _take_step(self, step: MicroBatches) -> Tensor:
+        self._last = step.batches[-1]
         try:
-            moved = tuple(to_device(batch, self.device) for batch in group.batches)
+            moved = tuple(to_device(batch, self.device) for batch in step.batches)
             if self._trainer.gradient_accumulation_steps > 1:
-                return self._step_run.take(MicroBatches(batches=moved, rows=group.rows))
+                return self._step_run.take(replace(step, batches=moved))
             return self._step_run.take(moved[0])
         except Exception as error:
             if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
                 raise ParameterError(
-                    f"step {self.step + 1} has a batch of {min(group.rows)} row(s), of which a batch norm has no "
+                    f"step {self.step + 1} has a batch of {min(step.rows)} row(s), of which a batch norm has no "
                     'statistics; give loader_kwargs={"drop_last": True}, or another batch_size',
                     field="loader_kwargs",
                 ) from error
@@ -444,8 +444,8 @@ class Fit:
 
     def _make_parts(self) -> None:
         """Take a step, which is undone by what is restored next: it makes what a trainer makes in its first."""
-        for group in grouped(self._batches, iter(self._batches), 1):
-            self._take_step(group)
+        for step in grouped(self._batches, iter(self._batches), 1):
+            self._take_step(step)
             break
         self._last = None
         self._unsaved.restore({})

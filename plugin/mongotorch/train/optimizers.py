@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mongotorch.codecs import resolve
+from mongotorch.codecs import resolve_in
 from mongotorch.errors import CodecError, OptimizerError
 from mongotorch.tensors import copy_tensors
 
@@ -41,9 +41,8 @@ def optimizer_class(name: OptimizerName) -> type[torch.optim.Optimizer]:
     """
     found: Any = name
     if isinstance(name, str):
-        module, colon, attribute = name.partition(":")
         try:
-            found = resolve(f"{module}.{attribute}") if colon else getattr(torch.optim, name, None)
+            found = resolve_in(torch.optim, name)
         except CodecError as error:
             raise OptimizerError(f"optimizer_cls={name!r}: {error.message}", field="optimizer_cls") from error
     if not isinstance(found, type) or not issubclass(found, torch.optim.Optimizer):

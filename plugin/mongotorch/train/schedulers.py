@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from mongotorch.codecs import resolve
+from mongotorch.codecs import resolve_in
 from mongotorch.errors import CodecError, ParameterError
 
 NUMBERS: Final = ("max_iterations", "max_epochs", "steps_per_epoch")
@@ -52,9 +52,8 @@ def scheduler_maker(given: Any) -> Callable[..., Any]:
     """
     found: Any = given
     if isinstance(given, str):
-        module, colon, attribute = given.partition(":")
         try:
-            found = resolve(f"{module}.{attribute}") if colon else getattr(lr_scheduler, given, None)
+            found = resolve_in(lr_scheduler, given)
         except CodecError as error:
             raise ParameterError(f"scheduler_cls={given!r}: {error.message}", field="scheduler_cls") from error
     is_class = isinstance(found, type)

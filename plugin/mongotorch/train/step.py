@@ -37,21 +37,7 @@ _running: ContextVar[StepRun | None] = ContextVar("mongotorch_step", default=Non
 @final
 @dataclass(frozen=True, kw_only=True)
 class MicroBatches:
-    """The batches of one step whose gradients are added up.
-
-    Attributes:
-        batches: The batches.
-        rows: How many samples each has.
-    """
-
-    batches: tuple[Any, ...]
-    rows: tuple[int, ...]
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """The batches of one step.
+    """The batches of one step, whose gradients are added up.
 
     Attributes:
         batches: The batches.
@@ -61,10 +47,10 @@ class Group:
 
     batches: tuple[Any, ...]
     rows: tuple[int, ...]
-    waited_s: float
+    waited_s: float = 0.0
 
 
-def grouped(batches: Iterable[Any], running: Iterator[Any], count: int) -> Iterator[Group]:
+def grouped(batches: Iterable[Any], running: Iterator[Any], count: int) -> Iterator[MicroBatches]:
     """The batches of an epoch in groups of so many; the last one may have fewer.
 
     Args:
@@ -79,7 +65,7 @@ def grouped(batches: Iterable[Any], running: Iterator[Any], count: int) -> Itera
             rows.append(batch_rows(batches, batch))
         if not found:
             return
-        yield Group(batches=tuple(found), rows=tuple(rows), waited_s=time.perf_counter() - begun)
+        yield MicroBatches(batches=tuple(found), rows=tuple(rows), waited_s=time.perf_counter() - begun)
 
 
 def batch_rows(batches: Iterable[Any], batch: Any) -> int:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from types import FrameType
 from typing import Any, final
 
 from mongotorch.datalayer import Datalayer
 from mongotorch.errors import ServerUnavailableError
+from mongotorch.resources import on_signal
 
 POLL_S = 0.2
 OUTAGE_PAUSE_S = 2.0
@@ -118,21 +117,3 @@ def scheduling(run: Callable[[threading.Event], None]) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-
-
-@contextlib.contextmanager
-def on_signal(stop: Callable[[], None]) -> Iterator[None]:
-    """Call a function at SIGTERM and SIGINT; in another thread than the main one signals cannot be taken."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handle(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        stop()
-
-    before = {sign: signal.signal(sign, handle) for sign in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for sign, handler in before.items():
-            signal.signal(sign, handler)

@@ -27,8 +27,9 @@ from typing import Any, Final, final
 
 from mongotorch.datalayer import Datalayer
 from mongotorch.errors import JobProcessError, MongotorchError, ServerUnavailableError
+from mongotorch.resources import on_signal
 from mongotorch.services.training.job_runner import too_long
-from mongotorch.worker.loop import Worker, on_signal, scheduling
+from mongotorch.worker.loop import Worker, scheduling
 
 _log = logging.getLogger("mongotorch.worker")
 LOOK_S: Final = 1.0
