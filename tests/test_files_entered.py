@@ -53,14 +53,14 @@ def test_apply_and_result_enter_few_files(db: Datalayer) -> None:
     applied = trainer(fill(db))
     with Entered() as entered:
         db.apply(applied).result()
-    expect(entered, 57)
+    expect(entered, 56)
 
 
 def test_load_enters_few_files(db: Datalayer) -> None:
     db.apply(trainer(fill(db))).result()
     with Entered() as entered:
         db.load("model", "m")
-    expect(entered, 13)
+    expect(entered, 12)
 
 
 def test_from_a_change_to_a_live_version_few_files_are_entered(db: Datalayer) -> None:
@@ -71,7 +71,7 @@ def test_from_a_change_to_a_live_version_few_files_are_entered(db: Datalayer) ->
         Worker(db).run(until_idle=True)
         live = db.load("model", "m")
     assert live.version == 1
-    expect(entered, 69)
+    expect(entered, 68)
 
 
 def test_a_streamed_epoch_with_a_thread_enters_few_files(db: Datalayer) -> None:

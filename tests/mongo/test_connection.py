@@ -24,7 +24,7 @@ from mongotorch.errors import (
     UnsupportedError,
 )
 from mongotorch.mongo.connection import mock_server, open_address
-from mongotorch.mongo.error_translation import driver_errors
+from mongotorch.mongo.driver_errors import driver_errors
 from mongotorch.settings import read_settings
 
 

@@ -120,7 +120,7 @@ def test_an_answer_that_passes_is_asked_for_again_and_else_is_an_error_that_pass
         failing(["find"], code, times=4)
         with pytest.raises(NotFoundError):
             db.load("model", "m")
-        monkeypatch.setattr("mongotorch.mongo.retry.REPEAT_S", -1.0)
+        monkeypatch.setattr("mongotorch.mongo.driver_errors.REPEAT_S", -1.0)
         failing(["find"], code, times=4)
         with pytest.raises(ServerUnavailableError):
             db.load("model", "m")

@@ -17,7 +17,7 @@ _PACKAGES = ("torch", "pymongo", "numpy", "dill")
 def doctor(uri: Uri = None, as_json: AsJson = False) -> None:
     """Look at the server (version, replica set, permissions, clock, disk, indexes); exit code 1 for a problem."""
     from mongotorch.mongo.connection import open_address
-    from mongotorch.mongo.error_translation import redact
+    from mongotorch.mongo.driver_errors import redact
     from mongotorch.mongo.server_checks import check_server
 
     with errors():

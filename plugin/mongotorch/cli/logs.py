@@ -21,7 +21,7 @@ FIELDS: Final = ("event", "job", "attempt", "component", "step", "values", "vers
 
 def redact(text: str) -> str:
     """A text without the passwords of addresses."""
-    from mongotorch.mongo.error_translation import redact as redacted  # imports the driver
+    from mongotorch.mongo.driver_errors import redact as redacted  # imports the driver
 
     return redacted(text)
 

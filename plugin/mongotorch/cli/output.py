@@ -112,7 +112,7 @@ def _require_folder(address: str) -> None:
 def _connected(address: str, settings: Settings, *, writes: bool) -> Iterator[Datalayer]:
     from mongotorch.datalayer import Datalayer
     from mongotorch.mongo.connection import open_address
-    from mongotorch.mongo.error_translation import driver_errors, redact
+    from mongotorch.mongo.driver_errors import driver_errors, redact
 
     with open_address(address, settings) as connection:
         if not writes and not address.lower().startswith("mongomock:"):
@@ -129,7 +129,7 @@ def _connected(address: str, settings: Settings, *, writes: bool) -> Iterator[Da
 
 def described(db: Datalayer) -> str:
     """The database for people: its address without a password, and the kind of server."""
-    from mongotorch.mongo.error_translation import redact
+    from mongotorch.mongo.driver_errors import redact
 
     kinds = {"mongomock": "in the memory of this process", "embedded": "the embedded MongoDB server"}
     return f"{redact(db.uri)} ({kinds.get(db.uri.partition(':')[0], 'a MongoDB server')})"

@@ -24,7 +24,7 @@ from bson.codec_options import CodecOptions, DatetimeConversion
 from mongotorch.codecs.arrays import dtype_name, stored_array
 from mongotorch.data.read import count, fold_by, mock_documents
 from mongotorch.errors import EmptySelectError
-from mongotorch.mongo.error_translation import driver_errors
+from mongotorch.mongo.driver_errors import driver_errors
 from mongotorch.mongo.server_features import is_mock
 from mongotorch.notebook import html_table
 from mongotorch.query import Query

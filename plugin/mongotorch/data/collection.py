@@ -24,7 +24,7 @@ from mongotorch.codecs import decode_document as _decode
 from mongotorch.codecs import encode_document as _encode
 from mongotorch.data.read import assign_folds, fold_of, mock_documents, query_for
 from mongotorch.errors import CodecError, ConflictError, DataError, MongotorchError, StoreError
-from mongotorch.mongo.error_translation import driver_errors, redact
+from mongotorch.mongo.driver_errors import driver_errors, redact
 from mongotorch.mongo.server_features import is_mock
 from mongotorch.notebook import cut
 from mongotorch.query import Query, checked_filter

@@ -32,7 +32,7 @@ from mongotorch.data.decode import Reply, among, decode, encode, id_keys, offset
 from mongotorch.data.prefetch import ThreadPrefetcher
 from mongotorch.data.read import open_reader
 from mongotorch.errors import DataError
-from mongotorch.mongo.retry import RetryPolicy
+from mongotorch.mongo.driver_errors import RetryPolicy
 from mongotorch.mongo.server_features import clock_of, cluster_time, is_mock
 from mongotorch.query import Query
 from mongotorch.signature import Key

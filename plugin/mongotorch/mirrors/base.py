@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Final, Self, final
 from mongotorch.datalayer import Datalayer
 from mongotorch.errors import MongotorchError, NotFoundError, ServerUnavailableError, SettingError
 from mongotorch.jobs import MetricRow
-from mongotorch.mongo.error_translation import redact
+from mongotorch.mongo.driver_errors import redact
 from mongotorch.resources import Owner, on_signal
 from mongotorch.store.jobs import FINAL_STATUSES
 

@@ -15,7 +15,7 @@ from mongotorch.datalayer import Datalayer
 from mongotorch.errors import SettingError, UnsupportedError
 from mongotorch.jobs import MetricRow
 from mongotorch.mirrors.base import Entry, MetricMirror, MirroredRun
-from mongotorch.mongo.error_translation import redact
+from mongotorch.mongo.driver_errors import redact
 
 try:
     from mlflow import MlflowClient

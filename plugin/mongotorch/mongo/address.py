@@ -13,7 +13,7 @@ from typing import Final, Literal
 from urllib.parse import parse_qsl, unquote
 
 from mongotorch.errors import SettingError
-from mongotorch.mongo.error_translation import redact
+from mongotorch.mongo.driver_errors import redact
 
 DEFAULT_DATABASE = "mongotorch"
 Kind = Literal["mongodb", "mongomock", "embedded"]

@@ -25,7 +25,7 @@ from bson import Timestamp
 from pymongo.errors import OperationFailure, PyMongoError
 
 from mongotorch.errors import JobTimeoutError, StoreError
-from mongotorch.mongo.error_translation import HISTORY_LOST, NO_CHANGE_STREAMS, driver_errors, has_code
+from mongotorch.mongo.driver_errors import HISTORY_LOST, NO_CHANGE_STREAMS, driver_errors, has_code
 from mongotorch.mongo.server_features import cluster_time, is_mock
 from mongotorch.query import Query
 from mongotorch.resources import Owner

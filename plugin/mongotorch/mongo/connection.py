@@ -26,8 +26,8 @@ from pymongo.uri_parser import parse_uri as validate_uri
 
 from mongotorch.errors import SettingError, UnsupportedError
 from mongotorch.mongo.address import Address, parse_uri
+from mongotorch.mongo.driver_errors import driver_errors, redact
 from mongotorch.mongo.embedded_server import EmbeddedServer
-from mongotorch.mongo.error_translation import driver_errors, redact
 from mongotorch.resources import Owner
 from mongotorch.settings import Settings
 

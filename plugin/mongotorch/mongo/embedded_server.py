@@ -36,14 +36,14 @@ from pymongo.errors import OperationFailure, PyMongoError
 
 from mongotorch.errors import EmbeddedServerError
 from mongotorch.mongo import embedded_process, embedded_secrets
-from mongotorch.mongo.embedded_secrets import USER, EmbeddedSecrets, write_private
-from mongotorch.mongo.error_translation import (
+from mongotorch.mongo.driver_errors import (
     NOT_AUTHENTICATED,
     NOT_YET_INITIALIZED,
     USER_EXISTS,
     driver_errors,
     has_code,
 )
+from mongotorch.mongo.embedded_secrets import USER, EmbeddedSecrets, write_private
 from mongotorch.mongo.server_binary import (
     ALTERNATIVES,
     Mongod,

@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 from pymongo.errors import PyMongoError
 
 from mongotorch.mongo.connection import OLDEST_SERVER, OLDEST_WIRE_VERSION, Connection
-from mongotorch.mongo.error_translation import redact
+from mongotorch.mongo.driver_errors import redact
 from mongotorch.mongo.server_binary import advisories
 
 State = Literal["ok", "warning", "problem", "unknown"]

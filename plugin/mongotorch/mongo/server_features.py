@@ -22,7 +22,7 @@ from pymongo import ReadPreference, WriteConcern
 from pymongo.errors import OperationFailure
 from pymongo.read_concern import ReadConcern
 
-from mongotorch.mongo.error_translation import UNAUTHORIZED, has_code
+from mongotorch.mongo.driver_errors import UNAUTHORIZED, has_code
 
 Now = Callable[[], datetime]
 """A clock: naive UTC in whole milliseconds."""

@@ -14,7 +14,7 @@ from typing import Any, Final, final
 
 from mongotorch.codecs import codec_of, describe, referenced
 from mongotorch.errors import NotFoundError
-from mongotorch.mongo.error_translation import redact
+from mongotorch.mongo.driver_errors import redact
 from mongotorch.store import LIVE, Listing
 
 MODEL: Final = "model"

@@ -1,6 +1,6 @@
 """mongotorch's own records in the database: blobs, components, aliases, jobs, checkpoints, metrics, schedules.
 
-Every method that asks the database also raises what `mongotorch.mongo.error_translation.driver_errors` makes of
+Every method that asks the database also raises what `mongotorch.mongo.driver_errors.driver_errors` makes of
 driver errors: ServerUnavailableError, SettingError (for rights), CodecError and StoreError.
 """
 

@@ -21,8 +21,7 @@ from mongotorch.codecs import WRITTEN, check_format
 from mongotorch.component import IDENTIFIER
 from mongotorch.errors import ConflictError, IdentifierError, ParameterError, StoreError, TrustError
 from mongotorch.mongo.change_stream import Wake, open_stream, poller
-from mongotorch.mongo.error_translation import driver_errors
-from mongotorch.mongo.retry import repeated
+from mongotorch.mongo.driver_errors import driver_errors, repeated
 from mongotorch.mongo.server_features import Now, clock_of, ensure_index, records
 from mongotorch.store.signing import Trust
 

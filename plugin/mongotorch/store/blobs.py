@@ -31,8 +31,7 @@ from pymongo.errors import DuplicateKeyError, OperationFailure
 
 from mongotorch.codecs import PART_BYTES, WRITTEN, NamedBlob, check_format
 from mongotorch.errors import IntegrityError, NotFoundError, StoreError
-from mongotorch.mongo.error_translation import UNAUTHORIZED, has_code
-from mongotorch.mongo.retry import repeated
+from mongotorch.mongo.driver_errors import UNAUTHORIZED, has_code, repeated
 from mongotorch.mongo.server_features import clock_of, ensure_index, is_mock, records
 
 _log = logging.getLogger("mongotorch.store")

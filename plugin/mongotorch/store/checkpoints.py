@@ -11,7 +11,7 @@ from typing import Any, Final, final
 
 from mongotorch.codecs import WRITTEN, check_format
 from mongotorch.errors import IntegrityError
-from mongotorch.mongo.retry import repeated
+from mongotorch.mongo.driver_errors import repeated
 from mongotorch.mongo.server_features import ensure_index, records
 from mongotorch.store.blobs import BlobStore
 from mongotorch.store.jobs import COLLECTION as JOBS

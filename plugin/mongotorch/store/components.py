@@ -19,7 +19,7 @@ from pymongo.errors import DuplicateKeyError
 from mongotorch.codecs import WRITTEN, check_format
 from mongotorch.component import is_refused
 from mongotorch.errors import ConflictError, IntegrityError, JobCancelledError, NotFoundError, TrustError
-from mongotorch.mongo.retry import repeated
+from mongotorch.mongo.driver_errors import repeated
 from mongotorch.mongo.server_features import clock_of, ensure_index, in_transaction, records
 from mongotorch.store.blobs import BlobStore
 from mongotorch.store.jobs import COLLECTION as JOBS

@@ -25,8 +25,7 @@ from pymongo.errors import DuplicateKeyError
 from mongotorch.codecs import READABLE, WRITTEN, check_format
 from mongotorch.errors import NotFoundError
 from mongotorch.mongo.change_stream import wait_until
-from mongotorch.mongo.error_translation import redact
-from mongotorch.mongo.retry import repeated
+from mongotorch.mongo.driver_errors import redact, repeated
 from mongotorch.mongo.server_features import Later, LocalClock, Now, clock_of, ensure_index, records
 
 COLLECTION: Final = "mt.jobs"

@@ -23,8 +23,7 @@ from pymongo.errors import OperationFailure
 
 from mongotorch.errors import StoreError
 from mongotorch.mongo.change_stream import open_stream
-from mongotorch.mongo.error_translation import driver_errors, redact
-from mongotorch.mongo.retry import repeated
+from mongotorch.mongo.driver_errors import driver_errors, redact, repeated
 from mongotorch.mongo.server_features import clock_of, is_mock, records
 from mongotorch.store.aliases import COLLECTION as ALIASES
 from mongotorch.store.blobs import BUCKET

@@ -35,7 +35,7 @@ from bson import ObjectId
 
 from mongotorch.codecs import NEWER, WRITTEN, check_format
 from mongotorch.errors import MongotorchError, SettingError
-from mongotorch.mongo.error_translation import driver_errors
+from mongotorch.mongo.driver_errors import driver_errors
 from mongotorch.mongo.server_features import Later, Now, clock_of, records
 from mongotorch.store.aliases import COLLECTION as ALIASES
 from mongotorch.store.aliases import KIND as ALIAS

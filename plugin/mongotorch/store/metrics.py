@@ -16,7 +16,7 @@ from pymongo.errors import PyMongoError
 
 from mongotorch.codecs import WRITTEN, check_format
 from mongotorch.mongo.change_stream import open_stream, poller
-from mongotorch.mongo.retry import repeated
+from mongotorch.mongo.driver_errors import repeated
 from mongotorch.mongo.server_features import Later, clock_of, ensure_index, is_mock, records
 from mongotorch.store.jobs import COLLECTION as JOBS
 from mongotorch.store.jobs import plain_key, running

@@ -15,7 +15,7 @@ from pymongo.errors import DuplicateKeyError
 
 from mongotorch.codecs import WRITTEN, check_format
 from mongotorch.errors import NotFoundError
-from mongotorch.mongo.retry import repeated
+from mongotorch.mongo.driver_errors import repeated
 from mongotorch.mongo.server_features import Later, clock_of, records
 from mongotorch.store.aliases import Aliases, Move
 from mongotorch.store.components import Components

@@ -15,7 +15,7 @@ from pymongo.errors import DuplicateKeyError
 
 from mongotorch.codecs import READABLE, WRITTEN, check_format
 from mongotorch.errors import NotFoundError
-from mongotorch.mongo.error_translation import driver_errors
+from mongotorch.mongo.driver_errors import driver_errors
 from mongotorch.mongo.server_features import Later, Now, clock_of, ensure_index, records
 
 COLLECTION: Final = "mt.schedules"

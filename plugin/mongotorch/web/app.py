@@ -25,7 +25,7 @@ from starlette.staticfiles import StaticFiles
 from mongotorch._version import __version__
 from mongotorch.datalayer import Datalayer
 from mongotorch.errors import MongotorchError, NotFoundError, ParameterError, QueryError, ServerUnavailableError
-from mongotorch.mongo.error_translation import redact
+from mongotorch.mongo.driver_errors import redact
 from mongotorch.services.overview import MOST_COMPARED
 from mongotorch.store.listing import shown
 from mongotorch.web.access import AccessControl

@@ -12,7 +12,7 @@ from mongotorch.data.read import Sizes, make_plan, open_reader, resume_plan
 from mongotorch.data.read import plan as sampling
 from mongotorch.data.read.plan import load_plan, sampled
 from mongotorch.data.read.reader import IdRange
-from mongotorch.mongo.retry import RetryPolicy
+from mongotorch.mongo.driver_errors import RetryPolicy
 from mongotorch.mongo.server_features import utc_now
 from mongotorch.query import Query
 

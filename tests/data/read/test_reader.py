@@ -13,8 +13,7 @@ from mongotorch.data.decode.raw_bson import Reply, found, last_id, offsets
 from mongotorch.data.read.plan import Sizes, make_plan
 from mongotorch.data.read.reader import IdRange, ServerReader, open_reader
 from mongotorch.errors import DataError, EmptySelectError, QueryError, ServerUnavailableError
-from mongotorch.mongo.error_translation import is_transient
-from mongotorch.mongo.retry import RetryPolicy
+from mongotorch.mongo.driver_errors import RetryPolicy, is_transient
 from mongotorch.query import Query
 
 ALL = IdRange(lower=0, upper=99, closed=True, uniform=True)

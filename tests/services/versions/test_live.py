@@ -343,7 +343,7 @@ def test_a_server_that_drops_its_connections_is_found_again(
     server_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "mongotorch.mongo.retry.REPEAT_S", 1.0
+        "mongotorch.mongo.driver_errors.REPEAT_S", 1.0
     )  # a read is repeated for so long before it is heard
     with Datalayer.connect(server_uri, progress=False, server_timeout_s=2) as db:
         for version in range(3):

@@ -34,7 +34,7 @@ from mongotorch.errors import (
     QueryError,
     ServerUnavailableError,
 )
-from mongotorch.mongo.error_translation import MAX_TIME_MS_EXPIRED, NO_SUCH_OPERATOR, has_code, is_transient
+from mongotorch.mongo.driver_errors import MAX_TIME_MS_EXPIRED, NO_SUCH_OPERATOR, has_code, is_transient
 from mongotorch.mongo.server_features import is_mock
 from mongotorch.query import Query
 from mongotorch.split import DEFAULT, FOLD_FIELD, FOLDS, PARTS, ByStoredFold, Fold, HashedPart, Split, threshold

@@ -25,7 +25,7 @@ from pymongo.errors import PyMongoError
 from mongotorch.data.decode import Reply, encode, find_command, found, last_id, offsets, sort_key
 from mongotorch.data.read.folds import mock_documents, query_for
 from mongotorch.errors import QueryError
-from mongotorch.mongo.retry import RetryPolicy
+from mongotorch.mongo.driver_errors import RetryPolicy
 from mongotorch.mongo.server_features import is_mock
 from mongotorch.query import Query
 

@@ -31,7 +31,7 @@ from mongotorch.errors import (
 )
 from mongotorch.jobs import Lease, log_job
 from mongotorch.mongo.connection import Connection
-from mongotorch.mongo.error_translation import redact
+from mongotorch.mongo.driver_errors import redact
 from mongotorch.query import Query
 from mongotorch.schedule import Gate, Schedule, Scores, State, Trigger, Verdict, gate_of
 from mongotorch.services.schedules.register import failure

@@ -32,7 +32,7 @@ from mongotorch.mongo.change_stream import (
     counted,
     position,
 )
-from mongotorch.mongo.error_translation import redact
+from mongotorch.mongo.driver_errors import redact
 from mongotorch.query import Query
 from mongotorch.resources import Owner
 from mongotorch.schedule import State

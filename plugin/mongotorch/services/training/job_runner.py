@@ -26,7 +26,7 @@ from mongotorch.errors import (
     ServerUnavailableError,
 )
 from mongotorch.jobs import Handler, environment, log_job, worker_name
-from mongotorch.mongo.error_translation import is_transient, redact
+from mongotorch.mongo.driver_errors import is_transient, redact
 from mongotorch.settings import Settings
 from mongotorch.store import Jobs
 from mongotorch.store.jobs import MAX_FAILURES, number

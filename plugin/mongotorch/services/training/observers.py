@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol, Self, final
 from tqdm.auto import tqdm
 
 from mongotorch.jobs import Lease
-from mongotorch.mongo.error_translation import redact
+from mongotorch.mongo.driver_errors import redact
 from mongotorch.notebook import is_notebook
 from mongotorch.store import MetricEntry, MetricLog
 from mongotorch.tensors import device_memory_bytes, to_floats

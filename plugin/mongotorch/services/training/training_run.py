@@ -26,7 +26,7 @@ from mongotorch.errors import (
 )
 from mongotorch.jobs import Lease, environment, log_job
 from mongotorch.mongo.connection import Connection
-from mongotorch.mongo.error_translation import redact
+from mongotorch.mongo.driver_errors import redact
 from mongotorch.services.training.checkpoints import CheckpointWriter, Resumed, RunCheckpoints
 from mongotorch.services.training.observers import JobProgress, MetricRecorder, Observer, ProgressBar, observe
 from mongotorch.services.training.recipe import DataProvenance, TrainingRecipe, data_provenance, opened_fit

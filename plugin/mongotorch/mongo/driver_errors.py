@@ -1,7 +1,13 @@
-"""Translates driver errors into the errors of `mongotorch.errors`, and redacts passwords in what people read.
+"""Says what a driver's error means: one that passes is retried, any other becomes an error of mongotorch.
 
-The tables below have every code that mongotorch reacts to, by what it means for a caller. The names are those of
-MongoDB's `error_codes.yml`, where it has one.
+The tables have every code that mongotorch reacts to, by what it means for a caller. The names are those of
+MongoDB's `error_codes.yml`, where it has one. `driver_errors` translates, `redact` hides passwords in what people
+read, `RetryPolicy` retries reads of documents through long outages, and `repeated` decorates the methods of
+stores, which an election must not break.
+
+The deadline of a retry counts from the first failure since the last progress: a read of an hour that breaks at its
+end has the whole deadline for reconnecting. General retry libraries count from the first call
+(docs/decisions/0020-file-locks-and-retries.md).
 
 Guarantees: the driver's error is the `__cause__` of the translated one, and no message contains a password
 or a token of an address; in doubt more is hidden.
@@ -10,9 +16,12 @@ or a token of an address; in doubt more is hidden.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
-from collections.abc import Collection, Iterator
-from typing import Final
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from typing import Final, ParamSpec, TypeVar, final
 
 import bson.errors
 from pymongo.errors import (
@@ -21,12 +30,25 @@ from pymongo.errors import (
     InvalidOperation,
     OperationFailure,
     PyMongoError,
+    ServerSelectionTimeoutError,
     WriteError,
     WTimeoutError,
 )
 
-from mongotorch.errors import CodecError, MongotorchError, ServerUnavailableError, SettingError, StoreError
+from mongotorch.errors import (
+    CodecError,
+    MongotorchError,
+    QueryError,
+    ServerUnavailableError,
+    SettingError,
+    StoreError,
+)
 
+T = TypeVar("T")
+P = ParamSpec("P")
+REPEAT_S = 15.0
+"""How long a method of a store is repeated; its caller decides what follows."""
+_FIRST_DELAY_S, _LONGEST_DELAY_S = 0.05, 2.0
 UNAUTHORIZED: Final = 13
 MAX_TIME_MS_EXPIRED: Final = 50
 NOT_YET_INITIALIZED: Final = 94  # of a replica set
@@ -164,3 +186,108 @@ def translated(error: Exception, *, doing: str, at: str) -> MongotorchError:
     if isinstance(error, InvalidOperation):
         return StoreError(f"{doing}: {detail}; the connection may be closed")
     return StoreError(f"{doing}: {at} refused: {detail[:300]}")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class RetryPolicy:
+    """How long a broken read is retried.
+
+    Attributes:
+        deadline_s: Seconds without progress, from the first failure on, after which the read is given up.
+        sleep: Waits for a number of seconds; replaced in tests.
+        clock: Monotonic time in seconds; replaced in tests.
+    """
+
+    deadline_s: float = 60.0
+    sleep: Callable[[float], object] = time.sleep
+    clock: Callable[[], float] = time.monotonic
+
+    def attempts(self, what: str) -> Attempts:
+        """The retry state of one read; `what` names the read in errors."""
+        return Attempts(policy=self, what=what)
+
+    def run(self, operation: Callable[[], T], what: str) -> T:
+        """Call an operation, again as a whole after each transient error, and return its result.
+
+        Args:
+            operation: Reads something; may be called several times.
+            what: Names it in errors.
+
+        Raises:
+            ServerUnavailableError: It still failed at the deadline.
+            QueryError: It failed with an error that is not transient.
+        """
+        attempts = self.attempts(what)
+        while True:
+            try:
+                return operation()
+            except PyMongoError as error:
+                attempts.failed(error)
+
+
+@dataclass(kw_only=True)
+class Attempts:
+    """The retry state of one read."""
+
+    policy: RetryPolicy
+    what: str
+    failing_since: float | None = None
+    delay_s: float = field(default=_FIRST_DELAY_S)
+
+    def succeeded(self) -> None:
+        """Record progress: the next failure starts a new deadline."""
+        self.failing_since, self.delay_s = None, _FIRST_DELAY_S
+
+    def failed(self, error: PyMongoError) -> None:
+        """Wait before the next attempt.
+
+        Raises:
+            ServerUnavailableError: The deadline has passed.
+            QueryError: The error is not transient.
+        """
+        if not is_transient(error):
+            raise QueryError(f"{self.what} failed: {error}") from error
+        now = self.policy.clock()
+        self.failing_since = now if self.failing_since is None else self.failing_since
+        if now - self.failing_since >= self.policy.deadline_s:
+            raise ServerUnavailableError(
+                f"{self.what} failed for {self.policy.deadline_s:g} s: {error}; "
+                "check the server, or raise read_deadline_s",
+                setting="read_deadline_s",
+            ) from error
+        self.policy.sleep(self.delay_s)
+        self.delay_s = min(self.delay_s * 2, _LONGEST_DELAY_S)
+
+
+def repeated(doing: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorate a method that may be called twice: it is called again after an error that passes.
+
+    The driver itself sends a write again once, and not every write. Where it found no server, it has waited: then
+    nothing is repeated.
+
+    Args:
+        doing: What the method does, for the message: "claiming a job".
+
+    Returns:
+        The decorator; what it decorates raises as `driver_errors` says.
+    """
+
+    def decorate(method: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(method)
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            deadline, delay_s = time.monotonic() + REPEAT_S, _FIRST_DELAY_S
+            with driver_errors(doing):
+                while True:
+                    try:
+                        return method(*args, **kwargs)
+                    except PyMongoError as error:
+                        lasts = isinstance(error, ServerSelectionTimeoutError) or not is_transient(error)
+                        if lasts or time.monotonic() > deadline:
+                            raise
+                    time.sleep(delay_s)
+                    delay_s = min(delay_s * 2, _LONGEST_DELAY_S)
+
+        return call
+
+    return decorate

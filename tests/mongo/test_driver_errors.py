@@ -1,9 +1,10 @@
-"""Each driver error becomes one of ours, and no password is in what people read."""
+"""Each driver error becomes one of ours, one that passes is retried, and no password is in what people read."""
 
 from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,11 +26,19 @@ from mongotorch.datalayer import Datalayer
 from mongotorch.errors import (
     CodecError,
     MongotorchError,
+    QueryError,
     ServerUnavailableError,
     SettingError,
     StoreError,
 )
-from mongotorch.mongo.error_translation import TRANSIENT, driver_errors, is_transient, redact, translated
+from mongotorch.mongo.driver_errors import (
+    TRANSIENT,
+    RetryPolicy,
+    driver_errors,
+    is_transient,
+    redact,
+    translated,
+)
 
 _word = st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=1, max_size=12)
 _secret = st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "S"]), min_size=4, max_size=20)
@@ -137,3 +146,65 @@ def test_a_long_text_without_an_address_is_looked_through_at_once() -> None:
     begun = time.monotonic()
     assert redact("x" * 200_000) == "x" * 200_000
     assert time.monotonic() - begun < 5
+
+
+class Time:
+    """A clock that only sleeping advances."""
+
+    def __init__(self) -> None:
+        self.now, self.pauses = 0.0, list[float]()
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.pauses.append(seconds)
+
+    def policy(self, deadline_s: float) -> RetryPolicy:
+        return RetryPolicy(deadline_s=deadline_s, sleep=self.sleep, clock=lambda: self.now)
+
+
+def failing(*errors: PyMongoError) -> tuple[list[int], Callable[[], str]]:
+    calls: list[int] = []
+
+    def operation() -> str:
+        calls.append(1)
+        if len(calls) <= len(errors):
+            raise errors[len(calls) - 1]
+        return "read"
+
+    return calls, operation
+
+
+def test_transient_errors_are_retried_with_a_growing_pause() -> None:
+    time = Time()
+    calls, operation = failing(*[AutoReconnect("gone")] * 8)
+
+    assert time.policy(60).run(operation, "reading") == "read"
+    assert len(calls) == 9
+    assert time.pauses == [0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0]
+
+
+def test_any_other_error_is_raised_at_once() -> None:
+    time = Time()
+    calls, operation = failing(OperationFailure("bad query", 2))
+
+    with pytest.raises(QueryError, match="reading failed: bad query") as caught:
+        time.policy(60).run(operation, "reading")
+    assert isinstance(caught.value.__cause__, OperationFailure)
+    assert (len(calls), time.pauses) == (1, [])
+
+
+def test_the_deadline_counts_from_the_first_failure_since_the_last_progress() -> None:
+    time = Time()
+    attempts = time.policy(1.0).attempts("reading")
+    error = AutoReconnect("gone")
+    for _ in range(20):
+        time.now += 3600.0  # a long read that succeeds in the end
+        attempts.failed(error)
+        attempts.succeeded()
+
+    _, stays_away = failing(*[error] * 99)
+    with pytest.raises(ServerUnavailableError, match="failed for 1 s") as caught:
+        time.policy(1.0).run(stays_away, "reading")
+    assert sum(time.pauses[20:]) >= 1
+    assert caught.value.setting == "read_deadline_s"
+    assert caught.value.__cause__ is error
