@@ -51,7 +51,7 @@ def test_a_run_makes_exactly_so_many_steps_and_publishes_what_it_trained(db: Dat
     assert db.show() == ["model", "trainer"]
     assert db.show("model", "m") == db.show("trainer", "t") == [0, 1]
     assert (db.show("model", "m", 1)["steps"], job.progress["step"]) == (5, 5)
-    kept = db.load("trainer", "t")
+    kept: Any = db.load("trainer", "t")
     assert [float(one["step"]) for one in kept.optimizer_state["state"].values()] == [5.0] * 4
     assert {name: len(values) for name, values in kept.metric_values.items()} == {"objective": 1}
     for loaded in (db.load("model", "m"), db.load("model", "m", 1), db.load(uuid=trained.uuid), kept.model):

@@ -57,7 +57,7 @@ def the_versions_load(db: Datalayer) -> None:
     assert db.show("model") == ["kept"]
     assert db.show("model", "kept") == list(SEEDS)
     for seed in SEEDS:
-        loaded = db.load("model", "kept", seed)
+        loaded: Any = db.load("model", "kept", seed)
         assert torch.equal(loaded.object.weight, net(seed).weight)
 
 

@@ -441,7 +441,7 @@ def test_what_is_trained_of_an_objective_is_resumed_and_published(db: Datalayer,
     whole = db.apply(learning(db, kind)).result()
     learned = weights_of(whole.trainer)
     assert not all(map(torch.equal, learned, weights_of(learning(db, kind))))
-    again = cast("TorchModel", db.load("model", "m"))
+    again = db.load("model", "m")
     assert same(weights_of(again.trainer), learned)
 
     def of() -> TorchTrainer:

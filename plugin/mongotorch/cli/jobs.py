@@ -62,11 +62,11 @@ def train(
             typer.echo(f"job {job.uuid} on {described(db)}", err=True)
         model = job.result()
         found = {"job": job.uuid, "identifier": model.identifier, "version": model.version, "uuid": model.uuid}
-        found |= {"metrics": db.show(uuid=model.uuid).get("metrics") or {}}
+        measured = db.show(uuid=model.uuid).get("metrics") or {}
     if as_json:
-        print_json(found)
+        print_json({**found, "metrics": measured})
     else:
-        typer.echo(f"model {model.identifier} version {model.version} ({numbers(found['metrics'])})")
+        typer.echo(f"model {model.identifier} version {model.version} ({numbers(measured)})")
 
 
 def _component_of(source: str, db: Any) -> Component:

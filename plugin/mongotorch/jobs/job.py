@@ -84,7 +84,7 @@ class Job(Generic[T]):
         self,
         uuid: str,
         *,
-        component: Callable[[], T],
+        component: Callable[[], Any],
         load: Callable[[str], T],
         records: JobRecords | None = None,
         error: BaseException | None = None,
@@ -95,7 +95,7 @@ class Job(Generic[T]):
         self._resume, self._metrics = resume, metrics
         self.uuid = uuid
         self._component = component
-        self._known: T | None = None
+        self._known: Any = None
         self._records = records
         self._load = load
         self._error = error
@@ -139,7 +139,7 @@ class Job(Generic[T]):
         return self.metrics.plot(*names, axes=axes)
 
     @property
-    def component(self) -> T:
+    def component(self) -> Any:
         """The component as it was stored, before the run."""
         if self._known is None:
             self._known = self._component()

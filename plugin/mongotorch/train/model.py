@@ -54,7 +54,7 @@ class TorchModel(Component):
     type_id: ClassVar[str] = "model"
 
     object: nn.Module
-    trainer: Component | None = None
+    trainer: Any = None  # a TorchTrainer, whose module imports this one
     validation: Validation | None = None
     preprocess: Callable[[Any], Any] | None = None
     postprocess: Callable[[Any], Any] | None = None

@@ -96,7 +96,7 @@ def test_every_optimizer_goes_on_with_another_rate_and_its_old_moments(db: Datal
     assert {"Adafactor", "LBFGS", "Muon", "SGD", "SparseAdam"} <= set(CLASSES)
     for name in CLASSES:
         options = {"momentum": 0.9} if name == "SGD" else {}
-        first = db.apply(applied(select, name, optimizer_kwargs={"lr": 0.01, **options})).result()
+        first: Any = db.apply(applied(select, name, optimizer_kwargs={"lr": 0.01, **options})).result()
         before: Any = first.trainer
         assert before.optimizer_state["state"], name
         assert rates(before.optimizer_state) == {0.01}, name
@@ -111,7 +111,7 @@ def test_every_optimizer_goes_on_with_another_rate_and_its_old_moments(db: Datal
                 assert same(new[number][what], kept[what]), (name, what)
         assert rates(taken) == {TINY}, name
 
-        second = db.apply(changed).result()
+        second: Any = db.apply(changed).result()
         after: Any = second.trainer
         assert rates(after.optimizer_state) == {TINY}, name
         assert second.version == first.version + 1, name

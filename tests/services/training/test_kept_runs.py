@@ -139,7 +139,7 @@ def test_a_publication_that_cannot_reach_the_database_is_tried_again(
 
     assert trained.version == 1
     assert db.show("model", "m") == [0, 1]
-    assert db.load("trainer", "t").model.uuid == trained.uuid
+    assert db.load("model", "m").trainer.model.uuid == trained.uuid
     assert len(begun) >= 2
     assert "tries again" in caplog.text
     db.gc(grace_s=0)

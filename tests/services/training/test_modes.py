@@ -84,7 +84,7 @@ def test_every_way_trains_on_the_same_documents_to_the_same_weights(db: Datalaye
         other, order = run(db, way, shuffle=shuffle)
         assert order == first, way
         assert same(state(other), state(model)), way
-        assert same(other.trainer.metric_values, model.trainer.metric_values), way  # type: ignore[union-attr]
+        assert same(other.trainer.metric_values, model.trainer.metric_values), way
 
 
 def test_every_way_transforms_the_same_documents_and_workers_do_it_elsewhere(db: Datalayer) -> None:

@@ -117,7 +117,7 @@ def test_weights_and_optimizer_equal_those_of_a_loop_by_hand(db: Datalayer, name
     found = trained(db, name, **WAYS[way])
 
     assert same(state(found), weights)
-    assert same(found.trainer.optimizer_state, {**kept, "optimizer": NETS[name][1]})  # type: ignore[union-attr]
+    assert same(found.trainer.optimizer_state, {**kept, "optimizer": NETS[name][1]})
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -74,14 +74,14 @@ def test_fields_are_published_as_they_were_applied(db: Datalayer) -> None:
     assert set(first["blobs"]) & set(published["blobs"])
     assert db.show("model", "n", 1)["fields"]["validation"] == db.show("model", "n", 0)["fields"]["validation"]
     db.gc(grace_s=0.0)  # what the published versions name stays
-    again = db.load("trainer", "u", 1)
+    again: Any = db.load("trainer", "u", 1)
     assert again.transform(1, 2) == (1, 2)
 
 
 @pytest.mark.filterwarnings("ignore:unclosed")
 def test_what_was_published_is_recognised(db: Datalayer) -> None:
     applied = trainer(fill(db), transform=remembering())
-    trained = db.apply(applied).result()
+    trained: Any = db.apply(applied).result()
 
     assert db.apply(db.load("trainer", "t")).result().version == trained.version
     assert db.apply(db.load("trainer", "t", 0)).result().version == trained.version

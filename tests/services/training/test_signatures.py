@@ -90,13 +90,13 @@ def run(db: Datalayer, **case: Any) -> TorchModel:
 def test_every_signature_trains_and_validates_the_same(db: Datalayer, in_memory: bool) -> None:
     fill(db)
     expected = run(db, **CASES["args of a tuple"])
-    values: Any = expected.trainer.metric_values  # type: ignore[union-attr]
+    values: Any = expected.trainer.metric_values
     assert list(values) == ["objective", "accuracy"]
 
     for name, case in CASES.items():
         found = run(db, in_memory=in_memory, **case)
         assert same(state(found), state(expected)), name
-        for metric, kept in found.trainer.metric_values.items():  # type: ignore[union-attr]
+        for metric, kept in found.trainer.metric_values.items():
             assert kept == values[metric], (name, metric)
 
 

@@ -147,7 +147,7 @@ def test_a_checkpoint_is_hashed_once(db: Datalayer, monkeypatch: pytest.MonkeyPa
 
 def test_a_schedule_loads_the_served_model_once(db: Datalayer, monkeypatch: pytest.MonkeyPatch) -> None:
     select = fill(db)
-    first = db.apply(trainer(select)).result()
+    first: Any = db.apply(trainer(select)).result()
     db.apply(Schedule("s", trainer=trainer(select), trigger=NewDocuments(30), gate=Always()))
     db[COLLECTION].raw.insert_many([{**row, "_id": 1000 + row["_id"]} for row in points(30)])
     loaded = Counter[str]()

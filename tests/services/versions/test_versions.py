@@ -31,7 +31,7 @@ def apply_run(uri: str, seed: int, barrier: Any, found: Any) -> None:
     with Datalayer.connect(uri, progress=False) as db:
         applied = trainer(db["points"].find(), model=model(seed), max_iterations=2, seed=seed)
         barrier.wait(120)
-        trained = db.apply(applied).result()
+        trained: Any = db.apply(applied).result()
         found.put((seed, trained.version, trained.uuid, float(trained.object[0].weight.detach().sum())))
 
 
@@ -71,7 +71,7 @@ def test_processes_that_train_one_identifier_at_once_publish_a_version_each(serv
         assert db.show("model", "m") == db.show("trainer", "t") == list(range(2 * WRITERS))
         assert len({version for _, version, _, _ in results}) == WRITERS
         for _, version, uuid, total in results:
-            loaded = db.load("model", "m", version)
+            loaded: Any = db.load("model", "m", version)
             assert loaded.uuid == uuid
             assert float(loaded.object[0].weight.detach().sum()) == total
             assert loaded.trainer.model.uuid == uuid

@@ -9,34 +9,33 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from types import EllipsisType
-from typing import Any, ClassVar, Self, final
+from typing import Any, ClassVar, Literal, Self, TypeVar, final, overload
 
 from mongotorch.component import Component, arguments_checked
 from mongotorch.data import DataCheck, Explanation, Stream
 from mongotorch.data.collection import Collection, read_documents
+from mongotorch.datalayer.versions import Versions
 from mongotorch.errors import ParameterError
 from mongotorch.jobs import Job, RunMetrics
 from mongotorch.mongo.connection import Connection, open_address
 from mongotorch.query import Query, collection_name
-from mongotorch.resources import Owner
 from mongotorch.schedule import Firing, Schedule
 from mongotorch.services.composition import Services
-from mongotorch.services.lineage import Diff, Reproduction, TrainedOn, diff, reproduce, trained_on
 from mongotorch.services.overview import Overview
 from mongotorch.services.schedules.scheduler import Scheduler
 from mongotorch.services.training.job_runner import JobRunner
 from mongotorch.services.training.profile import checked, explained, summary_of
 from mongotorch.services.training.recipe import stream_spec
-from mongotorch.services.versions.live import Live, OnPromote
 from mongotorch.settings import Settings, read_settings
 from mongotorch.split import Fold, Split
-from mongotorch.store import LIVE, Collected, Move, RunLog, Verified
-from mongotorch.train import ModelSummary, TorchModel, TorchTrainer
+from mongotorch.store import Collected, RunLog, Verified
+from mongotorch.train import Dataset, Metric, ModelSummary, TorchModel, TorchTrainer, Validation
+
+C = TypeVar("C", bound=Component)
 
 
 @final
-class Datalayer(Owner):
+class Datalayer(Versions):
     """One open database; a context manager that closes it. `Datalayer.connect` makes one."""
 
     __mongotorch_unpicklable__: ClassVar[bool] = True
@@ -199,6 +198,14 @@ class Datalayer(Owner):
 
     # Runs
 
+    @overload
+    def apply(
+        self, component: TorchTrainer | TorchModel, *, force: bool = False, priority: int = 0
+    ) -> Job[TorchModel]: ...
+
+    @overload
+    def apply(self, component: C, *, force: bool = False, priority: int = 0) -> Job[C]: ...
+
     @arguments_checked
     def apply(self, component: Component, *, force: bool = False, priority: int = 0) -> Job[Any]:
         """Store a component as a new version, and start its run if it has one.
@@ -261,7 +268,80 @@ class Datalayer(Owner):
         """What happens to runs and aliases; a mirror passes it on."""
         return self._services.run_log
 
-    # Versions
+    # Versions; what is done with them besides is in `Versions`
+
+    @overload
+    def load(
+        self,
+        type_id: Literal["model"],
+        identifier: str,
+        version: int | None = None,
+        *,
+        alias: str | None = None,
+        code: Any = None,
+    ) -> TorchModel: ...
+
+    @overload
+    def load(
+        self,
+        type_id: Literal["trainer"],
+        identifier: str,
+        version: int | None = None,
+        *,
+        alias: str | None = None,
+    ) -> TorchTrainer: ...
+
+    @overload
+    def load(
+        self,
+        type_id: Literal["metric"],
+        identifier: str,
+        version: int | None = None,
+        *,
+        alias: str | None = None,
+    ) -> Metric: ...
+
+    @overload
+    def load(
+        self,
+        type_id: Literal["validation"],
+        identifier: str,
+        version: int | None = None,
+        *,
+        alias: str | None = None,
+    ) -> Validation: ...
+
+    @overload
+    def load(
+        self,
+        type_id: Literal["dataset"],
+        identifier: str,
+        version: int | None = None,
+        *,
+        alias: str | None = None,
+    ) -> Dataset: ...
+
+    @overload
+    def load(
+        self,
+        type_id: Literal["schedule"],
+        identifier: str,
+        version: int | None = None,
+        *,
+        alias: str | None = None,
+    ) -> Schedule: ...
+
+    @overload
+    def load(
+        self,
+        type_id: str | None = None,
+        identifier: str | None = None,
+        version: int | None = None,
+        *,
+        uuid: str | None = None,
+        alias: str | None = None,
+        code: Any = None,
+    ) -> Any: ...
 
     @arguments_checked
     def load(
@@ -296,202 +376,6 @@ class Datalayer(Owner):
         catalog = self._services.catalog
         found = catalog.find(type_id, identifier, version, uuid=uuid, alias=alias)
         return catalog.load(found) if code is None else catalog.load_into(found, code)
-
-    @arguments_checked
-    def show(
-        self,
-        type_id: str | None = None,
-        identifier: str | None = None,
-        version: int | None = None,
-        *,
-        uuid: str | None = None,
-    ) -> Any:
-        """What is stored: kinds, identifiers of a kind, versions of a name, or one version's whole document.
-
-        The document says besides whether the version is `trained`: published by a run, rather than applied.
-
-        Args:
-            type_id: The kind; None lists the kinds.
-            identifier: The name; None lists the names of the kind.
-            version: The version; None lists the versions of the name.
-            uuid: Instead of all these: the document of exactly that version.
-
-        Raises:
-            NotFoundError: There is no such version.
-            TrustError: It is not signed by a trusted key.
-        """
-        return self._services.catalog.show(type_id, identifier, version, uuid=uuid)
-
-    @arguments_checked
-    def remove(self, type_id: str, identifier: str, version: int | None = None, force: bool = False) -> int:
-        """Remove a version, or all versions of a name; returns how many were removed.
-
-        Args:
-            type_id: The kind.
-            identifier: The name.
-            version: The version; None is all of them.
-            force: Remove it although another component refers to it or an alias names it; the alias then names
-                nothing, and its history says `removed`.
-
-        Raises:
-            NotFoundError: There is none.
-            InUseError: Another component refers to it, or an alias names it; nothing was removed.
-        """
-        removed = self._services.catalog.remove(type_id, identifier, version, force=force)
-        if type_id == Schedule.type_id:
-            self._services.register.forget(identifier)
-        return removed
-
-    # Aliases: which version is live
-
-    @arguments_checked
-    def promote(
-        self,
-        type_id: str,
-        identifier: str,
-        version: int | None = None,
-        uuid: str | None = None,
-        *,
-        alias: str = LIVE,
-        why: str = "",
-        who: str | None = None,
-        expected: Move | EllipsisType | None = ...,
-    ) -> Move:
-        """Point an alias at a version: `load` returns it, and handles of `live` switch to it.
-
-        Args:
-            type_id: The kind.
-            identifier: The name.
-            version: The version; None is the newest that a run published and no gate refused (the newest of all
-                where none was trained), unless a uuid is given.
-            uuid: Instead of the version.
-            alias: The alias.
-            why: The reason, for the history.
-            who: The author; None is user@host of this process.
-            expected: The newest move you know, None for an alias that was never moved: if there is a newer one,
-                nothing is moved. Without it: the newest move there is.
-
-        Returns:
-            The move; if the alias already points at that version, the existing move.
-
-        Raises:
-            NotFoundError: There is no such version, or it was removed meanwhile.
-            ConflictError: The alias was moved meanwhile; the message says by whom.
-            ParameterError: Both a version and a uuid were given.
-            IdentifierError: The alias is not a valid name.
-            TrustError: A record is not signed by a trusted key.
-        """
-        return self._services.catalog.promoter.promote(
-            type_id, identifier, version, uuid, alias=alias, why=why, who=who, expected=expected
-        )
-
-    @arguments_checked
-    def rollback(
-        self, type_id: str, identifier: str, *, alias: str = LIVE, why: str = "", who: str | None = None
-    ) -> Move:
-        """Point an alias back at what it named before its newest move; a second rollback undoes the first.
-
-        Args:
-            type_id: The kind.
-            identifier: The name.
-            alias: The alias.
-            why: The reason, for the history.
-            who: The author; None is user@host of this process.
-
-        Raises:
-            NotFoundError: It named nothing before, or that version was removed.
-            ConflictError: The alias was moved meanwhile; the message says by whom.
-            TrustError: A record is not signed by a trusted key.
-        """
-        return self._services.catalog.promoter.rollback(type_id, identifier, alias=alias, why=why, who=who)
-
-    @arguments_checked
-    def history(
-        self, type_id: str, identifier: str, *, alias: str = LIVE, at: datetime | None = None
-    ) -> list[Move]:
-        """All moves of an alias, in their order.
-
-        Args:
-            type_id: The kind.
-            identifier: The name.
-            alias: The alias.
-            at: Only the moves made until then (aware, or naive UTC); None is all.
-
-        Raises:
-            TrustError: A move is not signed by a trusted key.
-        """
-        return self._services.catalog.aliases.history(type_id, identifier, alias, until=at)
-
-    @arguments_checked
-    def live(
-        self, type_id: str, identifier: str, *, alias: str = LIVE, on_promote: OnPromote | None = None
-    ) -> Live:
-        """A model that switches to another version whenever the alias is moved, between two predictions.
-
-        A thread follows the alias: by a change stream, or by looking once a second where there is none (mongomock,
-        a server without a replica set). It loads a version while the old one serves.
-
-        Args:
-            type_id: The kind: `model`.
-            identifier: The name.
-            alias: The alias. While `live` names nothing, it is what `load` gives at the time of this call.
-            on_promote: Called with the old and the new model, in that thread, after each change; an error in it
-                is logged and kept in `error`.
-
-        Returns:
-            A handle with `predict` and `predict_batches`; close it, or use it as a context manager. It follows
-            for as long as this datalayer is open.
-
-        Raises:
-            ParameterError: It is no model.
-            NotFoundError, PythonVersionError, IntegrityError, TrustError: As `load`.
-        """
-        name = (type_id, identifier, alias)
-        return Live(self._connection, self._services.catalog, name, on_promote=on_promote)
-
-    # Lineage
-
-    @arguments_checked
-    def diff(self, uuid1: str, uuid2: str) -> Diff:
-        """How the version `uuid2` differs from `uuid1`: parameters, measurements, data, environment.
-
-        Raises:
-            NotFoundError: There is no such version.
-            IntegrityError: A blob is not what was stored.
-        """
-        return diff(self._services.catalog, uuid1, uuid2)
-
-    @arguments_checked
-    def trained_on(self, document_id: Any, collection: str | None = None) -> list[TrainedOn]:
-        """The versions whose training set contained a document, newest first.
-
-        Args:
-            document_id: Its `_id`.
-            collection: The collection of the document; None is any.
-
-        Returns:
-            The versions; one whose training set was not recorded by document is listed as not `certain`.
-
-        Raises:
-            DataError: BSON cannot hold such an `_id`.
-            IntegrityError: A blob is not what was stored.
-        """
-        return trained_on(self._services.catalog, document_id, collection)
-
-    @arguments_checked
-    def reproduce(self, uuid: str, *, anyway: bool = False) -> Reproduction:
-        """Train a version again in this process, and compare the weights bit for bit; nothing is published.
-
-        Args:
-            uuid: The uuid of a model that a run has published.
-            anyway: Train although its data has changed; by default the result reports the change, untrained.
-
-        Raises:
-            NotFoundError: There is no such version, or what it was trained from is gone.
-            ParameterError: No run has published it.
-            MongotorchError: The run failed.
-        """
-        return reproduce(self._services.catalog, self._connection, self.settings, uuid, anyway=anyway)
 
     # Schedules
 
