@@ -23,7 +23,8 @@
     │   ├── LengthUnknownError      only reading tells how many batches there are
     │   └── DataProcessError        a worker process of a stream died, or made what cannot be handed over
     ├── TrainingError               a run that cannot go on
-    │   └── NonFiniteLossError
+    │   ├── NonFiniteLossError
+    │   └── WorkerLostError         another worker of the run is gone, or did not answer in time
     ├── CodecError                  a value that cannot be stored or read back
     │   ├── UnsafeClosureError      a pickle would carry a client, and its password
     │   └── PythonVersionError      bytecode of another Python minor version
@@ -206,6 +207,10 @@ class TrainingError(MongotorchError):
 
 class NonFiniteLossError(TrainingError):
     """The objective is NaN or infinite."""
+
+
+class WorkerLostError(TrainingError):
+    """Another worker that trains the same model is gone, or did not answer in time."""
 
 
 class CodecError(MongotorchError):

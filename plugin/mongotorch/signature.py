@@ -5,6 +5,7 @@ A sample and a batch have the same structure: a single value, a tuple, a dict, o
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, final
@@ -192,3 +193,49 @@ def _refused(key: Any) -> ParameterError:
         'write "x", ("x", "y"), {"field": "argument"} or (["x"], {"field": "argument"})',
         field="key",
     )
+
+
+def call_with_sample(function: Callable[..., Any], sample: Any, key: Key, signature: str) -> Any:
+    """What `function` returns for a sample that goes in by `signature`.
+
+    Raises:
+        SignatureError: No such signature, or the function does not take what it gives.
+    """
+    check_signature(signature)
+    positional, named = ([sample], {}) if signature == "singleton" else _arguments(sample, key)
+    if signature == "*args":
+        positional, named = [*positional, *named.values()], {}
+    elif signature == "**kwargs":
+        positional, named = [], dict(zip(key.names(), [*positional, *named.values()], strict=True))
+    try:
+        return function(*positional, **named)
+    except TypeError as error:
+        takes = _unbound(function, positional, named)
+        if not takes:
+            raise
+        raise SignatureError(
+            f"transform takes {takes}, and signature {signature!r} gives it {len(positional)} argument(s)"
+            f"{''.join(f', {name}=' for name in named)}; the key has {list(key.names())}",
+            field="transform",
+        ) from error
+
+
+def _unbound(function: Callable[..., Any], positional: Sequence[Any], named: Mapping[str, Any]) -> str:
+    """The parameters of a function that cannot be called so; empty where it can be, or nothing is known."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return ""
+    try:
+        signature.bind(*positional, **named)
+    except TypeError:
+        return f"({', '.join(signature.parameters)})"
+    return ""
+
+
+def _arguments(sample: Any, key: Key) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    if key.form == "single":
+        return [sample], {}
+    if key.form == "tuple":
+        return sample, {}
+    return ([], sample) if key.form == "dict" else sample

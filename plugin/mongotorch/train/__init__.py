@@ -5,17 +5,22 @@ from mongotorch.train.evaluation import Scored, evaluate, score
 from mongotorch.train.loop import Batches, Event, Fit, Trained
 from mongotorch.train.metrics import Dataset, Metric, Validation
 from mongotorch.train.model import LayerSummary, ModelSummary, TorchModel, same_structure, summarize
+from mongotorch.train.parallel import Alone, Group, Lanes, ProcessGroup
 from mongotorch.train.tensor_codec import fill_module
 from mongotorch.train.trainer import TorchTrainer, trainer_and_model, warm_start
 
 __all__ = [
+    "Alone",
     "Batches",
     "Dataset",
     "Event",
     "Fit",
+    "Group",
+    "Lanes",
     "LayerSummary",
     "Metric",
     "ModelSummary",
+    "ProcessGroup",
     "Scored",
     "Stepped",
     "TorchModel",

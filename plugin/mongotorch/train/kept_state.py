@@ -28,7 +28,7 @@ from mongotorch.train.trainer import SETTINGS, TorchTrainer, parameter_fields
 _MOST_DEEP: Final = 4
 _MOST_ITEMS: Final = 1000
 _MOST_TRIED: Final = 16
-_OF_TRAINERS: Final = SETTINGS | {"mapping", "_trained"}
+_OF_TRAINERS: Final = SETTINGS | {"mapping", "lanes", "_trained"}
 _OF_MODELS: Final = frozenset({field.name for field in dataclasses.fields(TorchModel)} | {"_trained"})
 _OF_MODULES: Final = frozenset(vars(nn.Module()))
 

@@ -33,6 +33,7 @@ from mongotorch.train.kept_state import KeptState, Unsaved
 from mongotorch.train.mapping import scalar
 from mongotorch.train.model import TorchModel, copied_state, training_device
 from mongotorch.train.optimizers import continue_from, load_state, state_of
+from mongotorch.train.parallel import Alone, Group
 from mongotorch.train.schedulers import filled, is_plateau, named_numbers
 from mongotorch.train.step import MicroBatches, StepRun, compiled, grouped
 from mongotorch.train.trainer import UNLIMITED, TorchTrainer, changed_trainer, evaluating_all, trainer_on_device
@@ -68,6 +69,7 @@ class Trained:
 
 _log = logging.getLogger("mongotorch")
 Event = Stepped | Validated
+_ALONE = Alone()
 _MOST_UNCHECKED = 32  # losses that may stay on an accelerator before they are checked
 
 
@@ -92,10 +94,13 @@ class Fit:
         model: What to train.
         batches: The training batches.
         sets: The validation batches by the name of their set; the empty name is the fold `valid`.
-        state: What `capture` gave in a run that ended early; None starts.
+        state: What `capture` gave in a run that ended early, on any number of ranks; None starts.
+        group: The ranks that train the model together. Each has a `Fit` of its own with the steps of its lanes and
+            its validation batches (see `Lanes`), and all iterate `run()`, which yields the same events on each.
 
     Raises:
-        ParameterError: The device is not there, or the model does not go with the trainer.
+        ParameterError: The device is not there, or the model does not go with the trainer, or the trainer's lanes
+            cannot be shared by the group.
         OptimizerError: The optimizer state does not fit.
     """
 
@@ -107,12 +112,15 @@ class Fit:
         batches: Batches,
         sets: Mapping[str, Iterable[Any]],
         state: Mapping[str, Any] | None = None,
+        group: Group = _ALONE,
     ) -> None:
         trainer.check_model(model)
+        if group.world > 1:
+            trainer.lanes.check_world(group.world)
         self.device = training_device(trainer.compute_kwargs, model.preferred_devices)
         self._given, self._model = trainer, model
         self._batches, self._sets = batches, sets
-        self._state = state
+        self._state, self._group = state, group
         self._last: Any = None  # the batch of the last step
         self._is_checked = False  # whether a checkpoint was compared with the run
         self._unsaved_at_best: dict[tuple[str, str], Any] | None = None

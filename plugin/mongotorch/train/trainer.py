@@ -47,25 +47,12 @@ from mongotorch.train.optimizers import (
     optimizer_class,
     optimizer_name,
 )
+from mongotorch.train.parallel import Lanes, check_compute
 from mongotorch.train.schedulers import INTERVALS, check_scheduler, is_plateau, make_scheduler, named_numbers
 from mongotorch.train.step import PRECISIONS, TrainingStep, check_compile, counting
 
 UNLIMITED = 10**100
-COMPUTE_OPTIONS = frozenset({"device", "num_workers"})
-
-
-def check_compute(options: Mapping[str, Any]) -> None:
-    """Refuse options that no compute engine reads. Raises: ParameterError."""
-    unknown = sorted(set(options) - COMPUTE_OPTIONS)
-    if unknown:
-        known = ", ".join(sorted(COMPUTE_OPTIONS))
-        raise ParameterError(f"compute_kwargs: {unknown} are not known; known are {known}", field="compute_kwargs")
-    workers = options.get("num_workers", 0)
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
-        raise ParameterError(f"compute_kwargs: num_workers={workers!r} must be 0 or more", field="compute_kwargs")
-    device = options.get("device", "cpu")
-    if not isinstance(device, str):
-        raise ParameterError(f"compute_kwargs: device={device!r} must be a name", field="compute_kwargs")
+_PLAIN = Lanes()
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -88,7 +75,10 @@ class TorchTrainer(TrainingStep, Component):
         prefetch_size: Documents read at a time.
         prefetch_factor: How many times `prefetch_size` documents may be held ready.
         in_memory: Read the select once into memory.
-        compute_kwargs: For the compute engine: `device`, `num_workers`.
+        compute_kwargs: For the compute engine: `device`; `num_workers`, processes that read; `workers`, ranks that
+            train together, a number or (least, most); `lanes`, a power of two, into which the rows of a step are
+            cut whatever the workers (see `Lanes`); `reduce`, `exact` or `fast`; `resources` of a worker;
+            `threads` that a worker computes with, 1 unless given where there are lanes.
         objective: From output and target to a scalar tensor; lower is better.
         loader_kwargs: Those of `torch.utils.data.DataLoader`; `batch_size` is 1 unless given.
         max_iterations: The most optimizer steps; exactly so many are made unless the run stops early.
@@ -205,7 +195,8 @@ class TorchTrainer(TrainingStep, Component):
         check_defaults(self.defaults, key.paths)
         self._check_types()
         self._check_numbers()
-        check_compute(self.compute_kwargs or {})
+        if self.compute_kwargs:
+            check_compute(self.compute_kwargs)
         check_trainer_loader(self.loader_kwargs or {}, workers=(self.compute_kwargs or {}).get("num_workers"))
         check_optimizer(self.optimizer_cls, self.optimizer_kwargs or {})
         self._check_step()
@@ -251,6 +242,14 @@ class TorchTrainer(TrainingStep, Component):
     def mapping(self) -> BatchMapping:
         """How a batch goes through a model; made once, since every step uses it."""
         return BatchMapping(key=Key.parse(self.key), signature=self.signature, objective=self.objective)
+
+    @functools.cached_property
+    def lanes(self) -> Lanes:
+        """Into how many lanes a step is cut, and how many workers compute them."""
+        if not self.compute_kwargs:
+            return _PLAIN
+        size = (self.loader_kwargs or {}).get("batch_size", 1)
+        return Lanes.of(self.compute_kwargs, size, self.gradient_accumulation_steps)
 
     def forward(self, model: TorchModel, batch: Any) -> Passed:
         """Run the model on a batch; the result holds the objective's arguments. Raises: SignatureError."""
@@ -400,6 +399,7 @@ class TorchTrainer(TrainingStep, Component):
         check_compile(self.compile)
         if self.callbacks != ():
             check_callbacks(self.callbacks)
+        self._check_lanes()
         if self.gradient_accumulation_steps > 1 and type(self).take_step is not TorchTrainer.take_step:
             raise ParameterError(
                 "gradient_accumulation_steps: take_step is overridden, and gets one batch; override backward or "
@@ -407,6 +407,14 @@ class TorchTrainer(TrainingStep, Component):
                 field="gradient_accumulation_steps",
             )
         self._check_schedule()
+
+    def _check_lanes(self) -> None:
+        if self.lanes.lanes > 1 and type(self).take_step is not TorchTrainer.take_step:
+            raise ParameterError(
+                f"compute_kwargs: lanes={self.lanes.lanes}, and take_step is overridden: it gets one batch, and "
+                "cannot be cut into lanes; override backward or update instead, or leave out workers and lanes",
+                field="compute_kwargs",
+            )
 
     def _check_schedule(self) -> None:
         if self.scheduler_interval not in (None, *INTERVALS):

@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import inspect
 import itertools
 import math
 import mmap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
@@ -33,8 +33,8 @@ from mongotorch.codecs.arrays import BFLOAT16
 from mongotorch.data.decode import Column, Columns, decode
 from mongotorch.data.prefetch import ReadPressure, check_picklable
 from mongotorch.data.stream.position import HashMarkers, IdMarkers, Position, RowMarkers
-from mongotorch.errors import MongotorchError, SignatureError, TransformError
-from mongotorch.signature import Key, check_signature
+from mongotorch.errors import MongotorchError, TransformError
+from mongotorch.signature import Key, call_with_sample
 from mongotorch.tensors import collate, concat, from_array, one_tensor, stack
 
 
@@ -393,6 +393,29 @@ def count_batches(rows: int, *, batch_size: int, drop_last: bool, shard: tuple[i
     return rounds + (left >= shard[1] and not drop_last)
 
 
+class LaneBatches(NamedTuple):
+    """What one shard has of a step that is cut into lanes.
+
+    Attributes:
+        batches: The batches of its lanes; None for a lane without a row.
+        rows: Samples in each of them.
+        planned: Documents of the whole step, in all shards.
+        position: A small number that is the same in all shards that have read the same documents.
+    """
+
+    batches: tuple[Any, ...]
+    rows: tuple[int, ...]
+    planned: int
+    position: int
+
+
+def lane_of(slices: list[RowSlice], rows: int, lane: int, lanes: int) -> list[RowSlice]:
+    """The rows of one lane: the first `rows` are cut evenly, the first lanes have one more where it is needed."""
+    each, more = divmod(rows, lanes)
+    start = lane * each + min(lane, more)
+    return _share(slices, start, start + each + (lane < more))
+
+
 def _share(slices: list[RowSlice], start: int, stop: int) -> list[RowSlice]:
     """Rows `start` to `stop` of the slices taken together."""
     chosen: list[RowSlice] = []
@@ -440,14 +463,21 @@ class SampleBuilder:
     collate_fn: Callable[[list[Any]], Any] | None = None
     skips: bool = False
 
-    def __call__(self, columns: Columns) -> Built:
+    def __call__(self, columns: Columns, seed: int | None = None) -> Built:
         """The batch of the rows.
+
+        Args:
+            columns: The rows.
+            seed: Where the generators of torch, numpy and Python start for it; None leaves them as they are.
 
         Raises:
             DataError: Samples that cannot be stacked.
             TransformError: `transform` or `collate_fn` raised, or gave None; `document_id` names the document.
             SignatureError: `transform` does not take what the signature gives it.
         """
+        if seed is not None:
+            with _drawing_from(seed):
+                return self(columns)
         samples, ids, why = build(columns, self.key), columns.ids, ""
         count = len(samples)
         if self.transform is not None:
@@ -490,7 +520,7 @@ class SampleBuilder:
         transform = self.transform
         assert transform is not None  # noqa: S101 - for the type checker
         try:
-            made = call(transform, sample, self.key, self.signature)
+            made = call_with_sample(transform, sample, self.key, self.signature)
         except MongotorchError:
             raise
         except Exception as error:
@@ -507,63 +537,35 @@ class SampleBuilder:
             )
         return made
 
-    def build_each(self, many: Iterator[Columns], *, pressure: ReadPressure) -> Iterator[Any]:
-        """The batches of these columns, one each, as an ordered map (see `prefetch`)."""
-        for columns in itertools.takewhile(lambda _: not pressure.stopped(), many):
-            built = self(columns)
-            check_picklable(built.batch)
+    def build_each(
+        self, many: Iterator[tuple[Columns | None, int | None]], *, pressure: ReadPressure | None = None
+    ) -> Iterator[Built]:
+        """The batches of these columns and seeds, one each, as an ordered map (see `prefetch`)."""
+        for columns, seed in itertools.takewhile(lambda _: pressure is None or not pressure.stopped(), many):
+            built = Built(batch=None, rows=0) if columns is None else self(columns, seed)
+            if pressure is not None:  # it goes to another process
+                check_picklable(built.batch)
             yield built
+
+
+@contextlib.contextmanager
+def _drawing_from(seed: int) -> Iterator[None]:
+    """Let what is inside draw numbers that depend on a seed alone."""
+    before = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before[0])
+        np.random.set_state(before[1])
+        random.setstate(before[2])
 
 
 def build(columns: Columns, key: Key) -> list[Any]:
     """The samples of the rows, in the structure of the key."""
     return key.samples({path: _values(columns, path) for path in key.paths})
-
-
-def call(function: Callable[..., Any], sample: Any, key: Key, signature: str) -> Any:
-    """What `function` returns for a sample that goes in by `signature`.
-
-    Raises:
-        SignatureError: No such signature, or the function does not take what it gives.
-    """
-    check_signature(signature)
-    positional, named = ([sample], {}) if signature == "singleton" else _arguments(sample, key)
-    if signature == "*args":
-        positional, named = [*positional, *named.values()], {}
-    elif signature == "**kwargs":
-        positional, named = [], dict(zip(key.names(), [*positional, *named.values()], strict=True))
-    try:
-        return function(*positional, **named)
-    except TypeError as error:
-        takes = _unbound(function, positional, named)
-        if not takes:
-            raise
-        raise SignatureError(
-            f"transform takes {takes}, and signature {signature!r} gives it {len(positional)} argument(s)"
-            f"{''.join(f', {name}=' for name in named)}; the key has {list(key.names())}",
-            field="transform",
-        ) from error
-
-
-def _unbound(function: Callable[..., Any], positional: Sequence[Any], named: Mapping[str, Any]) -> str:
-    """The parameters of a function that cannot be called so; empty where it can be, or nothing is known."""
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):
-        return ""
-    try:
-        signature.bind(*positional, **named)
-    except TypeError:
-        return f"({', '.join(signature.parameters)})"
-    return ""
-
-
-def _arguments(sample: Any, key: Key) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    if key.form == "single":
-        return [sample], {}
-    if key.form == "tuple":
-        return sample, {}
-    return ([], sample) if key.form == "dict" else sample
 
 
 def _values(columns: Columns, path: str) -> Sequence[Any]:

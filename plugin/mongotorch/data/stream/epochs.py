@@ -24,7 +24,7 @@ from mongotorch.data.prefetch import ReadPressure, ThreadPrefetcher, WorkerPool,
 from mongotorch.data.read import DatabaseAccess
 from mongotorch.data.stream.batches import Rows
 from mongotorch.data.stream.cache import CachedSelect, download, load
-from mongotorch.data.stream.order import Order, WindowSpec, worker_seed
+from mongotorch.data.stream.order import Order, WindowSpec, lane_seed, worker_seed
 from mongotorch.data.stream.spec import StreamSpec
 from mongotorch.data.stream.windows import Window, WindowReader, content_of, open_windows
 from mongotorch.errors import DataError
@@ -137,6 +137,11 @@ class EpochReader:
     def worker_seed(seed: int, epoch: int) -> int:
         """What torch's workers are seeded with in an epoch."""
         return worker_seed(seed, epoch)
+
+    @staticmethod
+    def lane_seed(seed: int, epoch: int, step: int, lane: int) -> int:
+        """Where generators start for the samples of one lane of a step."""
+        return lane_seed(seed, epoch, step, lane)
 
     def _opened(self, digest: str | None) -> WindowReader:
         self._reader = self._reader or open_windows(self._access, self._spec, digest)

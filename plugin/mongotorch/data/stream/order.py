@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from mongotorch.data.decode import U64, mix, salt
 
-_RANGES, _ROWS = 0x52414E474553, 0x524F5753  # "RANGES", "ROWS": two independent streams
+_RANGES, _ROWS, _LANES = 0x52414E474553, 0x524F5753, 0x4C414E4553  # "RANGES", …: independent streams
 
 
 def position_keys(first: int, count: int) -> U64:
@@ -31,6 +31,11 @@ def position_keys(first: int, count: int) -> U64:
 def worker_seed(seed: int, epoch: int) -> int:
     """What torch's workers are seeded with in an epoch; below 2**63."""
     return int(salt(seed, epoch) >> np.uint64(1))
+
+
+def lane_seed(seed: int, epoch: int, step: int, lane: int) -> int:
+    """Where generators start for the samples of one lane of a step; below 2**63."""
+    return int(salt(_LANES, seed, epoch, step, lane) >> np.uint64(1))
 
 
 @final

@@ -30,6 +30,12 @@ class StreamSpec:
         shuffle: A new order each epoch; else the query's sort, else `_id`.
         seed: Of the order.
         shard: (rank, world): disjoint parts with equal numbers of batches.
+        shard_by: `rows` deals out the rows of each round; `batches` deals out whole batches, of which a shard has
+            each world-th, so that their numbers may differ by one.
+        lanes: Yield steps in place of batches: tuples of the batches of this shard's lanes, None for an empty one.
+            A step of `batch_size` x `accumulation` rows is cut into so many lanes, the same on any number of
+            shards. 0 yields batches.
+        accumulation: Batches of a step, where there are lanes.
         drop_last: Leave out a last batch that is not full.
         transform: Makes a sample of a sample; None builds no samples.
         signature: How a sample goes into `transform`.
@@ -62,6 +68,9 @@ class StreamSpec:
     shuffle: bool = False
     seed: int = 0
     shard: tuple[int, int] = (0, 1)
+    shard_by: Literal["rows", "batches"] = "rows"
+    lanes: int = 0
+    accumulation: int = 1
     drop_last: bool = False
     transform: Callable[..., Any] | None = None
     signature: str = "*args"
@@ -90,7 +99,7 @@ class StreamSpec:
             ParameterError: A value that cannot be used; `field` names it.
         """
         object.__setattr__(self, "key", Key.parse(self.key))
-        for name in ("batch_size", "prefetch_size", "prefetch_factor", "prefetch_bytes"):
+        for name in ("batch_size", "accumulation", "prefetch_size", "prefetch_factor", "prefetch_bytes"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ParameterError(f"{name}={value!r}: it must be a whole number from 1 on", field=name)
@@ -98,6 +107,13 @@ class StreamSpec:
         is_pair = isinstance(shard, list | tuple) and len(shard) == 2 and all(type(n) is int for n in shard)
         if not is_pair or not 0 <= shard[0] < shard[1]:
             raise ParameterError(f"shard={self.shard!r}: it is (rank, world), 0 <= rank < world", field="shard")
+        if self.shard_by not in ("rows", "batches"):
+            raise ParameterError(f"shard_by={self.shard_by!r}: 'rows' or 'batches'", field="shard_by")
+        if type(self.lanes) is not int or self.lanes < 0 or self.lanes % shard[1]:
+            raise ParameterError(
+                f"lanes={self.lanes!r}: it must be 0, or a number that {shard[1]} shard(s) can share evenly",
+                field="lanes",
+            )
         check_signature(self.signature)
         if self.mode not in ("stream", "memory", "download"):
             raise ParameterError(f"mode={self.mode!r}: 'stream', 'memory' or 'download'", field="mode")

@@ -8,6 +8,7 @@ document is yielded once an epoch. A position is a few numbers and resuming seek
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -20,12 +21,14 @@ from torch.utils.data import IterableDataset, get_worker_info
 from mongotorch.data.prefetch import WorkerPool, check_picklable, close_iterator
 from mongotorch.data.stream.batches import (
     Built,
+    LaneBatches,
     RowSlice,
     SampleBuilder,
     batch_of,
     columns_of,
     count_batches,
     cut,
+    lane_of,
     rows_in,
 )
 from mongotorch.data.stream.epochs import EpochReader, Report
@@ -163,8 +166,13 @@ class Stream(Owner, IterableDataset[Any]):
                 f"the length is not known: the query of {self.spec.query.collection!r} is a pipeline, and only "
                 "reading tells how many documents it gives; use in_memory=True or download=True"
             )
-        spec = self.spec
-        return count_batches(rows, batch_size=spec.batch_size, drop_last=spec.drop_last, shard=spec.shard)
+        spec, shard = self.spec, self.spec.shard
+        if spec.lanes:
+            batches = count_batches(rows, batch_size=spec.batch_size, drop_last=spec.drop_last, shard=(0, 1))
+            return -(-batches // spec.accumulation)
+        dealt = (0, 1) if spec.shard_by == "batches" else shard
+        batches = count_batches(rows, batch_size=spec.batch_size, drop_last=spec.drop_last, shard=dealt)
+        return batches if dealt == shard else len(range(shard[0], batches, shard[1]))
 
     def __bool__(self) -> bool:
         return True
@@ -351,10 +359,13 @@ class Stream(Owner, IterableDataset[Any]):
         return DataError(f"an epoch has no batch: the select has too few documents for {rows}")
 
     def _batches(self, start: Position) -> Iterator[tuple[Any, Position, int]]:
-        """Batches, the positions behind them and their numbers of documents.
+        """Batches or steps, the positions behind them and their numbers of documents.
 
         Samples are built in workers where there are some.
         """
+        if self.spec.lanes:
+            yield from self._steps(start)
+            return
         build = self.spec.builds_samples
         cuts = self._cuts(start)
         try:
@@ -376,17 +387,68 @@ class Stream(Owner, IterableDataset[Any]):
         def requests() -> Iterator[list[Any]]:
             for slices, position in cuts:
                 requested.append(position)
-                yield [columns_of(slices)]
+                yield [(columns_of(slices), None)]
 
-        if self._builders is None:
-            self._builders = WorkerPool(
-                self._builder.build_each, self.spec.loader, niceness=self.spec.worker_niceness
-            )
-        batches = self._builders.map(requests(), self._reader.worker_seed(self._seed, epoch))
+        batches = self._mapped_by_workers(requests(), epoch)
         try:
             yield from self._without_skipped((built, requested.popleft()) for built in batches)
         finally:
             close_iterator(batches)
+
+    def _mapped_by_workers(self, requests: Iterator[list[Any]], epoch: int) -> Iterator[Built]:
+        if self._builders is None:
+            self._builders = WorkerPool(
+                self._builder.build_each, self.spec.loader, niceness=self.spec.worker_niceness
+            )
+        return self._builders.map(requests, self._reader.worker_seed(self._seed, epoch))
+
+    def _steps(self, start: Position) -> Iterator[tuple[LaneBatches, Position, int]]:
+        """Steps with the batches of this shard's lanes, the positions behind and the numbers of documents."""
+        spec, requested = self.spec, deque[tuple[Position, int]]()
+        each = spec.lanes // spec.shard[1]
+        first, cuts = spec.shard[0] * each, self._cuts(start)
+
+        def lanes() -> Iterator[tuple[list[RowSlice], int]]:
+            for number, (slices, position) in enumerate(cuts, start.step):
+                rows = rows_in(slices)
+                rows -= rows % spec.batch_size if spec.drop_last else 0
+                if rows:
+                    requested.append((position, rows))
+                for lane in range(first, first + each) if rows else ():
+                    seed = self._reader.lane_seed(self._seed, start.epoch, number, lane)
+                    yield lane_of(slices, rows, lane, spec.lanes), seed
+
+        built, skipped = self._built_lanes(lanes(), start.epoch), 0
+        try:
+            for one in built:
+                made = [one, *itertools.islice(built, each - 1)]
+                position, planned = requested.popleft()
+                left_out = sum(lane.skipped for lane in made)
+                self._reader.skip(left_out, next((lane.why for lane in made if lane.why), ""))
+                skipped += left_out
+                step = LaneBatches(
+                    batches=tuple(self._finished(lane.batch) if lane.rows else None for lane in made),
+                    rows=tuple(lane.rows for lane in made),
+                    planned=planned,
+                    position=position.digest(planned) if spec.shard[1] > 1 else 0,
+                )
+                yield step, replace(position, skipped=position.skipped + skipped), planned
+        finally:
+            close_iterator(built)
+            close_iterator(cuts)
+
+    def _built_lanes(self, lanes: Iterator[tuple[list[RowSlice], int]], epoch: int) -> Iterator[Built]:
+        """The batch of each lane, of no row for an empty one."""
+        if not self.spec.builds_samples:
+            for slices, _ in lanes:
+                batch = batch_of(slices, self.spec.key) if slices else None
+                yield Built(batch=batch, rows=rows_in(slices))
+            return
+        requests = ((columns_of(slices) if slices else None, seed) for slices, seed in lanes)
+        if self.spec.workers and get_worker_info() is None:
+            yield from self._mapped_by_workers(([request] for request in requests), epoch)
+            return
+        yield from self._builder.build_each(requests)
 
     def _without_skipped(self, many: Iterable[tuple[Built, Position]]) -> Iterator[tuple[Any, Position, int]]:
         """The batches made of samples, and in their positions what a `transform` left out before."""
@@ -412,9 +474,17 @@ class Stream(Owner, IterableDataset[Any]):
 
     def _cuts(self, start: Position) -> Iterator[tuple[list[RowSlice], Position]]:
         """The rows of each batch of this shard, or of this worker's turns under a user's loader."""
-        spec, turn = self.spec, self._turn
+        spec, turn, lanes = self.spec, self._turn, bool(self.spec.lanes)
         windows = self._reader.windows(self._seed, start.epoch, start.window, self._resume, start.skipped)
-        cuts = cut(windows, start, batch_size=spec.batch_size, drop_last=spec.drop_last, shard=spec.shard)
+        cuts = cut(
+            windows,
+            start,
+            batch_size=spec.batch_size * (spec.accumulation if lanes else 1),
+            drop_last=spec.drop_last and not lanes,
+            shard=(0, 1) if lanes or spec.shard_by == "batches" else spec.shard,
+        )
+        if spec.shard_by == "batches" and turn is None:
+            turn = Turn(worker=spec.shard[0], workers=spec.shard[1], number=start.step)
         try:
             for number, found in enumerate(cuts, start=0 if turn is None else turn.number):
                 self._found = True

@@ -1,0 +1,169 @@
+"""Lets the ranks of one run add up tensors and agree on values: the protocol `Group`, and two groups.
+
+`Alone` is a run of one rank. `ProcessGroup` are the processes of `torch.distributed`, whoever has started them.
+
+Guarantees: a sum has the same bits on every rank. With `exact` it is one binary tree over the ranks, so that a
+rank which adds up its own part as a binary tree gives the same bits on any number of ranks that is a power of two.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, Protocol, TypeVar, final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mongotorch.errors import ParameterError, WorkerLostError
+
+T = TypeVar("T")
+Reduce = Literal["exact", "fast"]
+"""How gradients are added up: as one binary tree over the lanes, or by one `all_reduce`."""
+
+
+class Group(Protocol):
+    """The ranks that train one model together; all of them call each method, in the same order.
+
+    Attributes:
+        rank: Which of them this is, from 0.
+        world: How many there are.
+    """
+
+    rank: int
+    world: int
+
+    def sum(self, flat: Tensor) -> Tensor:
+        """The sum over all ranks of tensors of one shape (n,) and dtype; they may be changed.
+
+        Raises:
+            WorkerLostError: Another rank is gone, or did not answer in time.
+        """
+
+    def share(self, value: T) -> T:
+        """The value that rank 0 gives, on every rank. Raises: WorkerLostError."""
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, in the order of the ranks, on every rank. Raises: WorkerLostError."""
+
+    def close(self) -> None:
+        """Leave the group; whoever waits for this rank then gets an error."""
+
+
+@final
+class Alone:
+    """A group of one rank."""
+
+    rank = 0
+    world = 1
+
+    def sum(self, flat: Tensor) -> Tensor:
+        """See `Group.sum`: the tensor itself."""
+        return flat
+
+    def share(self, value: T) -> T:
+        """See `Group.share`: the value itself."""
+        return value
+
+    def gather(self, value: T) -> list[T]:
+        """See `Group.gather`."""
+        return [value]
+
+    def close(self) -> None:
+        """There is nothing to leave."""
+
+
+@final
+class ProcessGroup:
+    """The ranks of the default process group of `torch.distributed`: gloo on a CPU, nccl on CUDA.
+
+    Args:
+        reduce: How to add up: `exact`, by recursive doubling, which gives the same bits on 1, 2, 4 or 8 ranks, or
+            `fast`, by `all_reduce`.
+
+    Raises:
+        ParameterError: `init_process_group` was not called, or there is no such way to add up.
+    """
+
+    def __init__(self, reduce: Reduce = "exact") -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise ParameterError(
+                "there is no process group; call torch.distributed.init_process_group() first", field="group"
+            )
+        if reduce not in ("exact", "fast"):
+            raise ParameterError(f"reduce={reduce!r}: it must be 'exact' or 'fast'", field="reduce")
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self._reduce = reduce
+
+    def sum(self, flat: Tensor) -> Tensor:
+        """See `Group.sum`."""
+        with self._waiting():
+            if self._reduce == "fast":
+                dist.all_reduce(flat)
+                return flat
+            if self.world & (self.world - 1):
+                parts = [torch.empty_like(flat) for _ in range(self.world)]
+                dist.all_gather(parts, flat)
+                return tree_sum(parts.__getitem__, 0, self.world)
+            return self._doubled(flat)
+
+    def _doubled(self, flat: Tensor) -> Tensor:
+        """The sum by recursive doubling: pairs of ranks exchange what they have, twice as far apart each time."""
+        other, distance = torch.empty_like(flat), 1
+        while distance < self.world:
+            peer = self.rank ^ distance
+            pair = [dist.P2POp(dist.isend, flat, peer), dist.P2POp(dist.irecv, other, peer)]
+            for request in dist.batch_isend_irecv(pair):
+                request.wait()
+            flat, distance = flat.add_(other), 2 * distance
+        return flat
+
+    def share(self, value: T) -> T:
+        """See `Group.share`."""
+        shared = [value]
+        with self._waiting():
+            dist.broadcast_object_list(shared, src=0)
+        return shared[0]
+
+    def gather(self, value: T) -> list[T]:
+        """See `Group.gather`."""
+        found: list[Any] = [None] * self.world
+        with self._waiting():
+            dist.all_gather_object(found, value)
+        return found
+
+    def close(self) -> None:
+        """See `Group.close`: destroys the default process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # what torch raises for a closed connection as well as for a timeout
+            raise WorkerLostError(
+                f"rank {self.rank} of {self.world} lost another worker, or waited too long for it: "
+                f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            ) from error
+
+
+def tree_sum(part: Callable[[int], T], first: int, stop: int, add: Callable[[T, T], T] | None = None) -> T:
+    """The sum of parts `first` to `stop` as one binary tree, each part made when its turn comes.
+
+    No more of them are there at a time than the tree is high.
+
+    Args:
+        part: Gives a part by its number.
+        first: The first number.
+        stop: The number behind the last.
+        add: Adds two sums up; None is `+`.
+    """
+    if stop - first == 1:
+        return part(first)
+    middle = (first + stop + 1) // 2
+    left = tree_sum(part, first, middle, add)
+    right = tree_sum(part, middle, stop, add)
+    total: Any = left + right if add is None else add(left, right)  # type: ignore[operator]
+    return total  # type: ignore[no-any-return]
