@@ -147,6 +147,21 @@ def check_dtypes(dtypes: Any, paths: Sequence[str]) -> None:
             )
 
 
+def check_sample_weight(path: Any) -> None:
+    """Refuse what is no field of a document. Raises: ParameterError."""
+    if path is not None and (not isinstance(path, str) or not path):
+        raise ParameterError(
+            f"sample_weight={path!r}: the name of a field with the weight of a document, or None",
+            field="sample_weight",
+        )
+
+
+def weighted_key(key: Any, weight: str | None) -> Key:
+    """A key of the fields that are read for a key and the weight of a document."""
+    parsed = Key.parse(key)
+    return parsed if weight is None else Key.parse((*parsed.paths, weight))
+
+
 def check_on_bad_document(value: Any) -> None:
     """Refuse what cannot be done with a document that does not fit. Raises: ParameterError."""
     if value not in ("raise", "skip"):

@@ -126,8 +126,8 @@ class Datalayer(Versions):
             fold: `train` or `valid`; None is both.
             split: Which documents each fold has, as in `TorchTrainer`.
             options: `transform`, `signature`, `collate_fn`, `in_memory`, `download`, `data_prefetch` (True unless
-                given), `prefetch_size`, `prefetch_factor`, `defaults`, `dtypes`, `on_bad_document` as in
-                `TorchTrainer`;
+                given), `prefetch_size`, `prefetch_factor`, `defaults`, `dtypes`, `on_bad_document`,
+                `sample_weight` as in `TorchTrainer`;
                 `across_epochs` (False unless given) reads the next epoch while the end of this one is served, as a
                 trainer's stream does;
                 `drop_last`, `num_workers` and others as in `torch.utils.data.DataLoader`.

@@ -343,7 +343,11 @@ class Fit:
             if trainer.max_epochs is not None or set(names) != set(known):
                 steps = -(-len(self._batches) // trainer.gradient_accumulation_steps)  # type: ignore[arg-type]
                 epochs = trainer.max_epochs or -(-trainer.max_iterations // steps)
-                most = min(trainer.max_iterations, epochs * steps)
+                whole = epochs * steps
+                if trainer.sample_weight is not None:  # epochs differ
+                    lengths = self._batches.lengths(epochs)  # type: ignore[attr-defined]
+                    whole = sum(-(-count // trainer.gradient_accumulation_steps) for count in lengths)
+                most = min(trainer.max_iterations, whole)
                 known = {"max_iterations": most, "max_epochs": epochs, "steps_per_epoch": steps}
         self._known = known
         return known

@@ -32,7 +32,9 @@ from mongotorch.signature import (
     check_defaults,
     check_dtypes,
     check_on_bad_document,
+    check_sample_weight,
     check_signature,
+    weighted_key,
 )
 from mongotorch.split import Fold, Split, as_split
 from mongotorch.train.callbacks import check_callbacks
@@ -130,6 +132,8 @@ class TorchTrainer(TrainingStep, Component):
         on_bad_document: What is done with a document that lacks a field, has a value of another dtype or shape
             than the others, or for which `transform` fails: `raise` ends the run with an error that names it,
             `skip` leaves it out and counts it.
+        sample_weight: A field with the weight of each training document, a number from 0 to 1000: how many times
+            it comes in an epoch on average. Seed, epoch and `_id` decide how often it does in one. None: once.
 
     Raises:
         IdentifierError, SignatureError, OptimizerError, LoaderOptionError: The argument of that name.
@@ -183,6 +187,7 @@ class TorchTrainer(TrainingStep, Component):
     valid_transform: Callable[..., Any] | None = dataclasses.field(default=None, metadata={ADDED: "0.2.0"})
     training_state: Mapping[str, Any] | None = dataclasses.field(default=None, metadata={ADDED: "0.2.0"})
     on_bad_document: Literal["raise", "skip"] = dataclasses.field(default="raise", metadata={ADDED: "0.2.0"})
+    sample_weight: str | None = dataclasses.field(default=None, metadata={ADDED: "0.2.0"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -192,7 +197,8 @@ class TorchTrainer(TrainingStep, Component):
         check_on_bad_document(self.on_bad_document)
         if self.split is not None:
             as_split(self.split)
-        check_defaults(self.defaults, key.paths)
+        check_sample_weight(self.sample_weight)
+        check_defaults(self.defaults, weighted_key(key, self.sample_weight).paths)
         self._check_types()
         self._check_numbers()
         if self.compute_kwargs:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from tests.helpers import fill, same, state, trainer
+from tests.helpers import COLLECTION, fill, same, state, trainer
 
 from mongotorch import Datalayer, Worker
 from mongotorch.train import Fit, Stepped, Validated
@@ -141,6 +141,43 @@ def test_a_published_trainer_goes_on_with_its_schedule(db: Datalayer) -> None:
     assert rates == [0.01 * 0.5**3]  # after 24
     assert second.trainer.training_state["schedulers"][0]["last_epoch"] == 24
     assert second.trainer.training_state["callbacks"][0]["state"] == {"steps": 24}
+
+
+WEIGHTED: dict[str, Any] = {
+    "sample_weight": "w",
+    "loader_kwargs": {"batch_size": 8, "shuffle": True},
+    "max_epochs": 3,
+    "max_iterations": 10**6,
+    "validation_interval": "epoch",
+    "scheduler_cls": "OneCycleLR",  # which refuses a step beyond those that it was made for
+    "scheduler_kwargs": {"max_lr": 0.05, "total_steps": "max_iterations"},
+    "gradient_accumulation_steps": 2,
+}
+
+
+@pytest.mark.parametrize("way", [{}, {"in_memory": False}, {"in_memory": False, "download": True}])
+def test_weighted_documents_train_the_same_however_they_are_read_and_resumed(
+    db: Datalayer, queue: Datalayer, way: dict[str, Any]
+) -> None:
+    select = fill(db)
+    for n in range(5):
+        members = [document["_id"] for document in db.execute(select) if document["_id"] % 5 == n]
+        db[COLLECTION].update_many({"_id": {"$in": members}}, {"$set": {"w": [0, 0.3, 1, 1.5, 2][n]}})
+    expected = db.apply(trainer(select, callbacks=[Counting()], **WEIGHTED)).result()
+    Dying.failed.clear()
+    job = queue.apply(trainer(select, callbacks=[Dying()], **WEIGHTED, **way))
+    Worker(queue).run(until_idle=True)
+    found = job.result()
+    assert Dying.failed == [6]
+    assert same(state(found), state(expected))
+    assert found.trainer.training_state["callbacks"][0]["state"]["steps"] > 12
+
+    plain = {name: value for name, value in WEIGHTED.items() if name != "sample_weight"}
+    other = db.apply(trainer(select, **plain), force=True).result()
+    records = (db["mt.components"].raw.find_one({"_id": version.uuid})["data"] for version in (expected, other))
+    one, two = records
+    assert one["train"]["count"] == two["train"]["count"]  # each document once
+    assert one["valid"] == two["valid"]
 
 
 def doubled(x: Any, y: Any) -> Any:

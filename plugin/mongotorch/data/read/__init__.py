@@ -12,6 +12,7 @@ from mongotorch.data.read.folds import (
 from mongotorch.data.read.misfits import Form, decode_fitting
 from mongotorch.data.read.plan import MOST_SHUFFLED_RANGES, Plan, RunDtypes, Sizes, make_plan, resume_plan
 from mongotorch.data.read.reader import DatabaseAccess, IdRange, Reader, open_reader, regrouped
+from mongotorch.data.read.weights import weights_of, with_weights
 
 __all__ = [
     "MOST_SHUFFLED_RANGES",
@@ -34,4 +35,6 @@ __all__ = [
     "query_for",
     "regrouped",
     "resume_plan",
+    "weights_of",
+    "with_weights",
 ]

@@ -35,7 +35,7 @@ from torch import Tensor
 from mongotorch.data.decode import U64, Columns, decode, pack_ids
 from mongotorch.data.prefetch import close_iterator
 from mongotorch.data.stream.batches import CachedRows, Rows, layout, ordered, tensor_of
-from mongotorch.data.stream.order import WindowSpec
+from mongotorch.data.stream.order import ROW_WEIGHT, Order, WindowSpec
 from mongotorch.data.stream.windows import Window, WindowReader
 from mongotorch.data.training_set import ContentDigest
 
@@ -61,25 +61,34 @@ class CachedSelect(abc.ABC):
         ids: The `_id`s of each range.
         by_id: Whether rows come in the order of their `_id`s where they are not shuffled.
         skipped: How many documents of each range were left out, and what is wrong with the first of them.
+        weights: The weights of the rows of each range, see `WindowReader.weights`; empty without a weight.
 
     Attributes:
         count: How many ranges there are.
         count_rows: How many documents there are.
     """
 
-    def __init__(self, keys: list[U64], ids: RangeSequence, *, by_id: bool, skipped: list[Skipped]) -> None:
-        self._keys, self._ids, self._by_id, self._skipped = keys, ids, by_id, skipped
+    def __init__(
+        self,
+        keys: list[U64],
+        ids: RangeSequence,
+        *,
+        by_id: bool,
+        skipped: list[Skipped],
+        weights: list[npt.NDArray[Any]],
+    ) -> None:
+        self._keys, self._ids, self._by_id, self._skipped, self._weights = keys, ids, by_id, skipped, weights
         self.count, self.count_rows = len(keys), sum(map(len, keys))
 
     def read(self, specs: Iterator[WindowSpec]) -> Iterator[Window]:
         """The windows of these specs, as `WindowReader.read` gives them."""
         for spec in specs:
             keys = [self._keys[number] for number in spec.ranges]
-            permutation, hashes = None, None
-            if spec.order.shuffle:
-                permutation, hashes = spec.order.rows(np.concatenate(keys))
-            rows = self.rows(spec.ranges, permutation)
-            rows.set_markers(hashes, self._ids[spec.ranges[0]].ids if hashes is None and self._by_id else None)
+            weights = [self._weights[number] for number in spec.ranges] if self._weights else None
+            order, hashes = spec.order.arranged(keys, weights)
+            rows = self.rows(spec.ranges, order)
+            ids = self._ids[spec.ranges[0]].ids if hashes is None and self._by_id else None
+            rows.set_markers(hashes, ids if ids is None or order is None else ids.take(order, identity=True))
             left_out = [self._skipped[number] for number in spec.ranges]
             yield Window(
                 spec=spec,
@@ -88,6 +97,10 @@ class CachedSelect(abc.ABC):
                 skipped=sum(count for count, _ in left_out),
                 why=next((why for _, why in left_out if why), ""),
             )
+
+    def count_drawn(self, order: Order) -> int:
+        """How many rows an epoch has by the weights."""
+        return sum(int(order.times(weights).sum()) for weights in self._weights)
 
     @abc.abstractmethod
     def rows(self, ranges: list[int], order: npt.NDArray[np.int64] | None) -> Rows:
@@ -111,8 +124,9 @@ class CachedTensors(CachedSelect):
         *,
         by_id: bool,
         skipped: list[Skipped],
+        weights: list[npt.NDArray[Any]],
     ) -> None:
-        super().__init__(keys, ids, by_id=by_id, skipped=skipped)
+        super().__init__(keys, ids, by_id=by_id, skipped=skipped, weights=weights)
         self._tensors = tensors
         self._starts = np.cumsum([0, *map(len, keys)]).astype(np.int64)
 
@@ -126,8 +140,16 @@ class CachedTensors(CachedSelect):
 class CachedColumns(CachedSelect):
     """Rows as columns, in memory or decoded from mapped BSON when asked for."""
 
-    def __init__(self, keys: list[U64], ranges: RangeSequence, *, by_id: bool, skipped: list[Skipped]) -> None:
-        super().__init__(keys, ranges, by_id=by_id, skipped=skipped)
+    def __init__(
+        self,
+        keys: list[U64],
+        ranges: RangeSequence,
+        *,
+        by_id: bool,
+        skipped: list[Skipped],
+        weights: list[npt.NDArray[Any]],
+    ) -> None:
+        super().__init__(keys, ranges, by_id=by_id, skipped=skipped, weights=weights)
         self._ranges = ranges
 
     def rows(self, ranges: list[int], order: npt.NDArray[np.int64] | None) -> Rows:
@@ -170,21 +192,30 @@ def load(reader: WindowReader) -> CachedSelect:
     ids: list[Columns] = []
     parts: dict[str, list[Tensor]] = {path: [] for path in reader.paths}
     skipped: list[Skipped] = []
+    weights: list[npt.NDArray[Any]] = []
     try:
         for range_keys, columns in _alike(reader):
             keys.append(range_keys)
+            weights += _weights(reader, len(weights), columns)
             skipped.append((columns.skipped, columns.why))
             ids.append(Columns(paths=(), ids=columns.ids, fields={}))
             for path, tensors in parts.items() if len(columns) else ():
                 tensors.append(tensor_of(columns, path))
         whole = {path: torch.cat(tensors) for path, tensors in parts.items()}
-        return CachedTensors(keys, ids, whole, by_id=by_id, skipped=skipped)
+        return CachedTensors(keys, ids, whole, by_id=by_id, skipped=skipped, weights=weights)
     except _NotAlikeError:
         del ids, parts
     ranges = [columns.owned() for columns in reader.ranges(reader.all_ranges())]
     keys = [reader.keys(n, columns) for n, columns in enumerate(ranges)]
     skipped = [(columns.skipped, columns.why) for columns in ranges]
-    return CachedColumns(keys, ranges, by_id=by_id, skipped=skipped)
+    weights = [found for n, columns in enumerate(ranges) for found in _weights(reader, n, columns)]
+    return CachedColumns(keys, ranges, by_id=by_id, skipped=skipped, weights=weights)
+
+
+def _weights(reader: WindowReader, number: int, columns: Columns) -> list[npt.NDArray[Any]]:
+    """The weights of the rows of a range, if there are weights."""
+    found = reader.weights(number, columns)
+    return [] if found is None else [found]
 
 
 def download(reader: WindowReader, folder: Path, content: Callable[[], str], *parts: Any) -> CachedSelect:
@@ -285,9 +316,15 @@ def _write_tensors(reader: WindowReader, folder: Path) -> tuple[dict[str, Any], 
     ends: list[int] = []
     fields: list[dict[str, Any]] = []
     skipped: list[Skipped] = []
-    with (folder / "ids.bson").open("wb") as id_file, (folder / "keys").open("wb") as key_file:
+    with (
+        (folder / "ids.bson").open("wb") as id_file,
+        (folder / "keys").open("wb") as key_file,
+        (folder / "weights").open("wb") as weight_file,
+    ):
         for keys, columns in _alike(reader, content):
             keys.tofile(key_file)
+            for weights in _weights(reader, len(lengths), columns):
+                weights.tofile(weight_file)
             lengths.append(len(columns))
             skipped.append((columns.skipped, columns.why))
             if reader.plan is not None:
@@ -302,11 +339,17 @@ def _write_bson(reader: WindowReader, folder: Path) -> tuple[dict[str, Any], str
     lengths: list[int] = []
     ends: list[int] = []
     skipped: list[Skipped] = []
-    with (folder / "rows.bson").open("wb") as bson_file, (folder / "keys").open("wb") as key_file:
+    with (
+        (folder / "rows.bson").open("wb") as bson_file,
+        (folder / "keys").open("wb") as key_file,
+        (folder / "weights").open("wb") as weight_file,
+    ):
         for number, replies in enumerate(map(reader.kept, reader.replies(reader.all_ranges()))):
             content.add(*replies)
             columns = reader.decode(replies)
             reader.keys(number, columns).tofile(key_file)
+            for weights in _weights(reader, number, columns):
+                weights.tofile(weight_file)
             lengths.append(len(columns))
             skipped.append((columns.skipped, columns.why))
             bson_file.writelines(replies)
@@ -339,9 +382,12 @@ def _open(reader: WindowReader, folder: Path) -> CachedSelect:
     skipped = meta.get("skipped") or [(0, "")] * len(lengths)  # that of an earlier release has none
     flat = np.fromfile(folder / "keys", dtype=np.uint64)
     keys = np.split(flat, np.cumsum(lengths)[:-1]) if lengths else []
+    weights: list[npt.NDArray[Any]] = []
+    if reader.weight is not None and lengths:
+        weights = np.split(np.fromfile(folder / "weights", dtype=ROW_WEIGHT), np.cumsum(lengths)[:-1])
     if meta["fields"] is None:
         mapped = _MappedRanges(reader.decode, folder / "rows.bson", meta["ends"])
-        return CachedColumns(keys, mapped, by_id=by_id, skipped=skipped)
+        return CachedColumns(keys, mapped, by_id=by_id, skipped=skipped, weights=weights)
     tensors = {}
     for n, (path, field) in enumerate(zip(reader.paths, meta["fields"], strict=True)):
         shape = [sum(lengths), *field["shape"]]
@@ -352,4 +398,4 @@ def _open(reader: WindowReader, folder: Path) -> CachedSelect:
             dtype=getattr(torch, field["dtype"]),
         ).reshape(shape)
     ids = _MappedRanges(lambda replies: decode(replies, ()), folder / "ids.bson", meta["ends"])
-    return CachedTensors(keys, ids, tensors, by_id=by_id, skipped=skipped)
+    return CachedTensors(keys, ids, tensors, by_id=by_id, skipped=skipped, weights=weights)

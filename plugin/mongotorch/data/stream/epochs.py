@@ -26,7 +26,7 @@ from mongotorch.data.stream.batches import Rows
 from mongotorch.data.stream.cache import CachedSelect, download, load
 from mongotorch.data.stream.order import Order, WindowSpec, lane_seed, worker_seed
 from mongotorch.data.stream.spec import StreamSpec
-from mongotorch.data.stream.windows import Window, WindowReader, content_of, open_windows
+from mongotorch.data.stream.windows import Window, WindowReader, content_of, count_drawn, open_windows
 from mongotorch.errors import DataError
 
 _log = logging.getLogger("mongotorch.data")
@@ -91,7 +91,7 @@ class EpochReader:
         self._pool: WorkerPool[WindowSpec, Window] | None = None
         self._next: _NextEpoch | None = None
         self._lengths: dict[int, int] = {}  # of ranges whose length the plan does not know, when first read
-        self._counted: tuple[int, int] | None = None  # an epoch, and how many documents it had when it was counted
+        self._counted: tuple[Any, int] | None = None  # an epoch, and how many rows it had when it was counted
         self.report = Report()
         self._has_skipped = False
 
@@ -116,22 +116,34 @@ class EpochReader:
             close_iterator(self._next.windows)
             self._next = None
 
-    def count_rows(self, epoch: int, digest: str | None) -> int | None:
-        """How many documents an epoch has, counted once in each; None where only reading tells.
+    def count_rows(self, seed: int, epoch: int, digest: str | None) -> int | None:
+        """How many rows an epoch has, counted once in each; None where only reading tells.
 
         Args:
+            seed: Of the order.
             epoch: The epoch.
             digest: See `windows`.
         """
-        if self._counted is not None and self._counted[0] == epoch:
+        if self._counted is not None and self._counted[0] == (seed, epoch):
             return self._counted[1]
+        counts = self.count_epochs(seed, epoch, 1, digest)
+        self._counted = None if counts is None else ((seed, epoch), counts[0])
+        return None if counts is None else counts[0]
+
+    def count_epochs(self, seed: int, epoch: int, count: int, digest: str | None) -> list[int] | None:
+        """How many rows each of so many epochs has, from one on; None where only reading tells."""
         reader = self._opened(digest)
-        count = self._cached.count_rows if self._cached is not None else reader.count_rows()
-        if count is None and self._spec.mode != "stream":  # it is read once anyway
-            self._cached = self._cache(reader)
-            count = self._cached.count_rows
-        self._counted = None if count is None else (epoch, count)
-        return count
+        orders = [Order(seed=seed, epoch=epoch + n, shuffle=False, window=1) for n in range(count)]
+        is_weighted = self._spec.sample_weight is not None
+        if self._cached is None and is_weighted and self._spec.mode == "stream":
+            return count_drawn(self._access, self._spec, reader.digest, orders)
+        rows = None if self._cached is not None or is_weighted else reader.count_rows()
+        if rows is None and self._spec.mode != "stream":  # it is read once anyway
+            self._cached = self._cached or self._cache(reader)
+            if is_weighted:
+                return [self._cached.count_drawn(order) for order in orders]
+            rows = self._cached.count_rows
+        return None if rows is None else [rows] * count
 
     @staticmethod
     def worker_seed(seed: int, epoch: int) -> int:
@@ -248,6 +260,7 @@ class EpochReader:
             reader.dtypes,
             reader.defaults,
             *(["skip", reader.forms] if reader.skips else []),
+            *([] if reader.weight is None else ["weight", reader.weight]),
         )
 
         def content() -> str:

@@ -1,7 +1,7 @@
 """The order of an epoch: which ranges make up each window, and in which order the rows of a window come.
 
-It is a pure function of (number of ranges, seed, epoch) and of the rows' own keys. Every number comes from
-splitmix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators"), because numpy does not
+It is a pure function of (number of ranges, seed, epoch) and of the rows' own keys and weights. Every number comes
+from splitmix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators"), because numpy does not
 promise its generators' streams across versions.
 
 Guarantees: nothing depends on time, process, library version or on how the rows were read; each range occurs in
@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import final
+from typing import Any, Final, final
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,17 @@ import numpy.typing as npt
 from mongotorch.data.decode import U64, mix, salt
 
 _RANGES, _ROWS, _LANES = 0x52414E474553, 0x524F5753, 0x4C414E4553  # "RANGES", …: independent streams
+_TIMES, _AGAIN = 0x54494D4553, 0x414741494E
+
+ROW_WEIGHT: Final = np.dtype([("key", "<u8"), ("weight", "<f8")])
+"""Of a row: what decides how often it comes, and how many times it is expected in an epoch."""
+
+
+def row_weights(keys: U64, weights: npt.NDArray[np.float64]) -> npt.NDArray[Any]:
+    """The weights of some rows and their keys, (rows,) of `ROW_WEIGHT`."""
+    found = np.empty(len(keys), ROW_WEIGHT)
+    found["key"], found["weight"] = keys, weights
+    return found
 
 
 def position_keys(first: int, count: int) -> U64:
@@ -123,6 +134,44 @@ class Order:
                 size=max(size, 2 * self.window - before) if last else size,
             )
             before += size
+
+    def times(self, weights: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+        """How many times each row comes in this epoch; int64 of shape (rows,).
+
+        The whole part of a weight always, and once more as often as the rest of it says.
+
+        Args:
+            weights: `ROW_WEIGHT` of shape (rows,).
+        """
+        draws = (mix(weights["key"] ^ salt(_TIMES, self.seed, self.epoch)) >> np.uint64(11)) * 2.0**-53
+        whole = np.floor(weights["weight"])
+        times: npt.NDArray[np.int64] = whole.astype(np.int64) + (draws < weights["weight"] - whole)
+        return times
+
+    def arranged(
+        self, keys: list[U64], weights: list[npt.NDArray[Any]] | None
+    ) -> tuple[npt.NDArray[np.int64] | None, U64 | None]:
+        """The rows of a window in the order of the epoch, and the hashes that they are then sorted by.
+
+        Args:
+            keys: Those of the rows of each range.
+            weights: `ROW_WEIGHT` of the same rows; None lets each row come once.
+
+        Returns:
+            Positions of rows, None where they are as they are; and hashes, None where nothing is shuffled.
+        """
+        if weights is None:
+            return self.rows(np.concatenate(keys)) if self.shuffle else (None, None)
+        times = self.times(np.concatenate(weights))
+        rows = np.repeat(np.arange(len(times)), times)
+        if not self.shuffle:
+            return rows, None
+        again = np.arange(len(rows)) - np.repeat(np.cumsum(times) - times, times)
+        repeated = np.concatenate(keys)[rows]
+        # A row that comes again lies elsewhere in the window.
+        copies = mix(repeated ^ mix(again.astype(np.uint64) ^ np.uint64(_AGAIN)))
+        permutation, hashes = self.rows(np.where(again > 0, copies, repeated))
+        return rows[permutation], hashes
 
     def rows(self, keys: U64) -> tuple[npt.NDArray[np.int64], U64]:
         """The permutation of a shuffled window's rows by their keys, and the hashes that they are then sorted by.

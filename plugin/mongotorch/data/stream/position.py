@@ -86,23 +86,37 @@ class IdMarkers(RowMarkers):
     """Markers of rows in the ascending order of their `_id`s.
 
     Args:
-        ids: The `_id`s.
+        ids: The `_id`s; one may come several times.
     """
 
     def __init__(self, ids: Column) -> None:
         self._ids = ids
 
     def before(self, row: int) -> str | None:
-        """See `RowMarkers.before`: the `_id` as BSON; None also for one that is too long for a state."""
+        """See `RowMarkers.before`: the `_id` as BSON; None also for one that is too long for a state.
+
+        Where its document comes again behind it, also how many times it came.
+        """
         encoded = bson.encode({"": self._ids[row - 1]}) if row > 0 else b""
-        return encoded.hex() if 0 < len(encoded) <= _LONGEST else None
+        if not 0 < len(encoded) <= _LONGEST:
+            return None
+        first = next((at for at in range(row - 1, 0, -1) if not self._is(at - 1, encoded)), 0)
+        comes_again = row < len(self._ids) and self._is(row, encoded)
+        return f"{encoded.hex()}.{row - first}" if comes_again else encoded.hex()
+
+    def _is(self, row: int, encoded: bytes) -> bool:
+        return bson.encode({"": self._ids[row]}) == encoded
 
     def behind(self, marker: str) -> int | None:
         """See `RowMarkers.behind`."""
         if ":" in marker:
             return None
-        last: Any = sort_key(bson.decode(bytes.fromhex(marker))[""])
-        return bisect.bisect_right(self._ids.values(), last, key=sort_key)
+        digits, is_repeated, times = marker.partition(".")
+        last: Any = sort_key(bson.decode(bytes.fromhex(digits))[""])
+        behind = bisect.bisect_right(self._ids.values(), last, key=sort_key)
+        if not is_repeated:
+            return behind
+        return min(bisect.bisect_left(self._ids.values(), last, key=sort_key) + int(times), behind)
 
 
 @final

@@ -15,7 +15,15 @@ from mongotorch.data.read import DatabaseAccess, RunDtypes, Sizes
 from mongotorch.errors import ParameterError
 from mongotorch.loader_options import check_stream_loader
 from mongotorch.query import Query
-from mongotorch.signature import Key, check_defaults, check_dtypes, check_on_bad_document, check_signature
+from mongotorch.signature import (
+    Key,
+    check_defaults,
+    check_dtypes,
+    check_on_bad_document,
+    check_sample_weight,
+    check_signature,
+    weighted_key,
+)
 
 
 @final
@@ -59,6 +67,7 @@ class StreamSpec:
         on_bad_document: `skip` leaves out documents that do not fit, and counts them.
         dtypes: The dtype of fields that is not left to a sample of the documents: numpy's name of a number.
         defaults: The values of fields that a document lacks, or has as null.
+        sample_weight: A field: how many times a document is expected in an epoch, see `Order.times`; None: once.
         run_dtypes: The dtypes of all fields, shared by the streams of one run; a stream alone has its own.
     """
 
@@ -90,6 +99,7 @@ class StreamSpec:
     on_bad_document: Literal["raise", "skip"] = "raise"
     dtypes: Mapping[str, str] | None = None
     defaults: Mapping[str, Any] | None = None
+    sample_weight: str | None = None
     run_dtypes: RunDtypes = field(default_factory=RunDtypes, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -120,7 +130,13 @@ class StreamSpec:
         check_stream_loader(self.loader)
         check_on_bad_document(self.on_bad_document)
         check_dtypes(self.dtypes, self.key.paths)
-        check_defaults(self.defaults, self.key.paths)
+        check_sample_weight(self.sample_weight)
+        check_defaults(self.defaults, self.read_key.paths)
+
+    @property
+    def read_key(self) -> Key:
+        """What is read of a document: the fields of the key, and the weight."""
+        return weighted_key(self.key, self.sample_weight)
 
     @property
     def builds_samples(self) -> bool:
@@ -136,7 +152,7 @@ class StreamSpec:
             open_database,
             database,
             query=query,
-            projection=self.key.projection,
+            projection=self.read_key.projection,
             deadline_s=self.read_deadline_s,
         )
 

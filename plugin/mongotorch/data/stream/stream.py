@@ -3,14 +3,15 @@
 Guarantees: the batches of an epoch are a function of (documents, query, seed, epoch, batch size, shard) and of how
 large the ranges of the plan are (`prefetch_size`, `prefetch_factor`, `prefetch_bytes` where the run began): not of
 the mode, of reading ahead, of workers, or of where the stream was stopped and with what sizes it was resumed. Each
-document is yielded once an epoch. A position is a few numbers and resuming seeks to it.
+document is yielded once an epoch, or as often as its `sample_weight` says. A position is a few numbers, and
+resuming seeks to it.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from multiprocessing.context import get_spawning_popen
 from typing import Any, final
@@ -152,7 +153,8 @@ class Stream(Owner, IterableDataset[Any]):
     def __len__(self) -> int:
         """How many batches an epoch has for this shard, by the documents that there are now.
 
-        The server counts them once an epoch. Where fewer batches are left, because a state was loaded, this is
+        The server counts them once an epoch; with `sample_weight` the weights are read for it, unless they are in
+        memory or in a download. Where fewer batches are left, because a state was loaded, this is
         still the number of the whole epoch.
 
         Raises:
@@ -160,12 +162,28 @@ class Stream(Owner, IterableDataset[Any]):
             EmptySelectError: The select matches no document.
             ServerUnavailableError: The server cannot be read.
         """
-        rows = self._reader.count_rows(self._position.epoch, self._digest())
-        if rows is None:
+        rows = self._reader.count_rows(self._seed, self._position.epoch, self._digest())
+        return self._batches_of([rows])[0]
+
+    def lengths(self, epochs: int) -> list[int]:
+        """How many batches each of so many epochs has, from the present one on; they differ by `sample_weight`.
+
+        Raises: as `len`.
+        """
+        if self.spec.sample_weight is None:
+            return [len(self)] * epochs
+        rows = self._reader.count_epochs(self._seed, self._position.epoch, epochs, self._digest())
+        return self._batches_of([None] if rows is None else rows)
+
+    def _batches_of(self, rows: Sequence[int | None]) -> list[int]:
+        if None in rows:
             raise LengthUnknownError(
                 f"the length is not known: the query of {self.spec.query.collection!r} is a pipeline, and only "
                 "reading tells how many documents it gives; use in_memory=True or download=True"
             )
+        return [self._batches_of_rows(count) for count in rows if count is not None]
+
+    def _batches_of_rows(self, rows: int) -> int:
         spec, shard = self.spec, self.spec.shard
         if spec.lanes:
             batches = count_batches(rows, batch_size=spec.batch_size, drop_last=spec.drop_last, shard=(0, 1))
@@ -221,9 +239,14 @@ class Stream(Owner, IterableDataset[Any]):
         """Continue where `state_dict` was taken, with the seed of that stream; other settings may differ.
 
         Raises:
-            DataError: No such state, or that of a stream with another `shuffle`, or of a worker of a loader that
-                has another number of workers.
+            DataError: No such state, or that of a stream with another `shuffle` or `sample_weight`, or of a worker
+                of a loader that has another number of workers.
         """
+        if state.get("weight") != self.spec.sample_weight:
+            raise DataError(
+                f"this state is that of a stream with sample_weight={state.get('weight')!r}, and this stream has "
+                f"{self.spec.sample_weight!r}"
+            )
         if state.get("v") != _STATE_VERSION or state.get("shuffle") != self.spec.shuffle:
             raise DataError(
                 f"this state (version {state.get('v')!r}, shuffle={state.get('shuffle')!r}) does not fit a "
@@ -267,6 +290,7 @@ class Stream(Owner, IterableDataset[Any]):
             "seed": self._seed,
             "shuffle": self.spec.shuffle,
             "dtypes": self.spec.run_dtypes.state(self.spec.key.paths),
+            **({"weight": self.spec.sample_weight} if self.spec.sample_weight is not None else {}),
             **self._position.state(),
             **({"forms": forms} if (forms := self.spec.run_dtypes.forms_state(self.spec.key.paths)) else {}),
         }
@@ -352,6 +376,12 @@ class Stream(Owner, IterableDataset[Any]):
             return DataError(
                 f"none of the {self.report.skipped} document(s) of {self.spec.query.collection!r} fits; the first "
                 f"one: {self.report.why}"
+            )
+        if self.spec.sample_weight is not None and self.report.rows:
+            return DataError(
+                f"an epoch has no batch: {self.report.rows} document(s) were read, and by the weights in "
+                f"{self.spec.sample_weight!r} too few of them come in it",
+                field=self.spec.sample_weight,
             )
         rows = f"batch_size={self.spec.batch_size}, shard={self.spec.shard}, drop_last={self.spec.drop_last}"
         if not self.spec.drop_last and self.spec.shard[1] == 1:

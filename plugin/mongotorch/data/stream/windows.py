@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import abc
 import itertools
-from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from bson import Regex
 
 from mongotorch.data.decode import U64, Columns, Reply, among, decode, id_keys, pack_ids
@@ -30,13 +31,16 @@ from mongotorch.data.read import (
     Form,
     Plan,
     Reader,
+    RunDtypes,
     decode_fitting,
     make_plan,
     regrouped,
     resume_plan,
+    weights_of,
+    with_weights,
 )
-from mongotorch.data.stream.batches import NO_ROWS, Rows, gathered, ordered
-from mongotorch.data.stream.order import Order, WindowSpec, position_keys
+from mongotorch.data.stream.batches import NO_ROWS, Rows, TensorRows, gathered, ordered
+from mongotorch.data.stream.order import Order, WindowSpec, position_keys, row_weights
 from mongotorch.data.stream.spec import StreamSpec
 from mongotorch.data.training_set import only, only_once, scan_members
 from mongotorch.errors import DataError
@@ -76,6 +80,46 @@ class Window:
         return self.rows.nbytes
 
 
+@final
+class RepeatedRows(Rows):
+    """Rows that come as often as their weights say: what was read is held once, and batches are copies of it.
+
+    Args:
+        source: The rows as they were read.
+        order: Which of them comes when.
+    """
+
+    def __init__(self, source: TensorRows, order: npt.NDArray[np.int64]) -> None:
+        self._source, self._order = source, torch.from_numpy(order)
+        self._tensors = source.batch(0, len(source))
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def tensor(self, path: str, start: int, stop: int) -> torch.Tensor | None:
+        """See `Rows.tensor`."""
+        return self._tensors[path].index_select(0, self._order[start:stop])
+
+    def columns(self, start: int, stop: int) -> Columns:
+        """Never asked for, as of its source."""
+        return self._source.columns(start, stop)
+
+    def ids(self, start: int, stop: int) -> list[Any]:
+        """See `Rows.ids`."""
+        return [self._source.ids(row, row + 1)[0] for row in self._order[start:stop].tolist()]
+
+    @property
+    def nbytes(self) -> int:
+        """See `Rows.nbytes`."""
+        return self._source.nbytes + self._order.nbytes
+
+
+def repeated(parts: list[Columns], order: npt.NDArray[np.int64]) -> Rows:
+    """The rows of ranges that are used nowhere else, in an order that has some several times or not at all."""
+    source = gathered(parts, None) if len(order) else NO_ROWS
+    return RepeatedRows(source, order) if isinstance(source, TensorRows) else ordered(parts, order, owned=True)
+
+
 class WindowReader(abc.ABC):
     """Reads the windows of a query; picklable, so that worker processes read with a copy of it.
 
@@ -89,6 +133,7 @@ class WindowReader(abc.ABC):
         window: How many ranges are shuffled together.
         count: How many ranges there are; None where that is not known before the end.
         paths: The fields.
+        weight: The field with the weight of a document; None lets each document come once.
         members: The documents that are read, see `StreamSpec.members`.
         dtypes: Those of the run, see `RunDtypes`.
         defaults: The values of fields that a document lacks.
@@ -108,7 +153,10 @@ class WindowReader(abc.ABC):
         self._access = access
         # Not the spec itself: it may hold functions that cannot be pickled.
         self.paths: tuple[str, ...] = spec.key.paths
+        self.weight = spec.sample_weight
+        self._read_paths = spec.read_key.paths
         self.members = spec.members
+        self._has_own_ids = access.query.keeps_ids
         self.defaults = dict(spec.defaults or {})
         self.dtypes = dict(spec.dtypes or {})
         self.skips = spec.on_bad_document == "skip"
@@ -191,14 +239,36 @@ class WindowReader(abc.ABC):
         """The columns of the members of a range."""
         if self.skips:
             return self._fitting(self.kept(replies))
-        columns = decode(replies, self.paths, defaults=self.defaults)
+        columns = self._decoded(replies)
         if self.members is not None:
             kept = among(id_keys(columns.ids), self.members)
             columns = columns if kept.all() else columns.take(np.flatnonzero(kept))
         return columns.typed(self.dtypes)
 
+    def _decoded(self, replies: list[Reply]) -> Columns:
+        """The columns of documents; the weight is a field of them, and a path only where the key has it."""
+        columns = decode(replies, self._read_paths, defaults=self.defaults)
+        return columns if self.weight is None else replace(columns, paths=self.paths)
+
     def _fitting(self, replies: list[Reply]) -> Columns:
-        return decode_fitting(replies, self.paths, defaults=self.defaults, dtypes=self.dtypes, forms=self.forms)
+        columns = decode_fitting(
+            replies, self._read_paths, defaults=self.defaults, dtypes=self.dtypes, forms=self.forms
+        )
+        return columns if self.weight is None else with_weights(replace(columns, paths=self.paths), self.weight)
+
+    def weights(self, number: int, columns: Columns) -> npt.NDArray[Any] | None:
+        """How many times each row of a range is expected, (rows,) of `ROW_WEIGHT`; None: each comes once.
+
+        Raises:
+            DataError: A value that is no weight.
+        """
+        if self.weight is None:
+            return None
+        return row_weights(self.draw_keys(number, columns), weights_of(columns, self.weight))
+
+    def draw_keys(self, number: int, columns: Columns) -> U64:
+        """What decides how often each row of a range comes: its `_id`; its position where the query has none."""
+        return id_keys(columns.ids) if self._has_own_ids else self.keys(number, columns)
 
     def kept(self, replies: list[Reply]) -> list[Reply]:
         """The members among the documents of a range."""
@@ -223,11 +293,15 @@ class WindowReader(abc.ABC):
         if not numbered:
             return Window(spec=spec, rows=NO_ROWS, lengths=lengths, skipped=skipped, why=why)
         parts = [columns for _, columns in numbered]
-        permutation, hashes = None, None
-        if spec.order.shuffle:
-            permutation, hashes = spec.order.rows(np.concatenate([self.keys(*pair) for pair in numbered]))
-        rows = ordered(parts, permutation, owned=True) if self.samples else gathered(parts, permutation)
-        rows.set_markers(hashes, None if self.plan is None else parts[0].ids)
+        weights = [found for pair in numbered if (found := self.weights(*pair)) is not None] or None
+        keys = [self.keys(*pair) for pair in numbered] if spec.order.shuffle else []
+        order, hashes = spec.order.arranged(keys, weights)
+        if self.samples:
+            rows = ordered(parts, order, owned=True)
+        else:
+            rows = gathered(parts, order) if weights is None or order is None else repeated(parts, order)
+        ids = None if self.plan is None or hashes is not None else parts[0].ids
+        rows.set_markers(hashes, ids if ids is None or order is None else ids.take(order, identity=True))
         return Window(spec=spec, rows=rows, lengths=lengths, skipped=skipped, why=why)
 
 
@@ -348,7 +422,7 @@ class OwnOrderWindows(WindowReader):
         """The columns of a range, which has members only."""
         if self.skips:
             return self._fitting(replies)
-        return decode(replies, self.paths, defaults=self.defaults).typed(self.dtypes)
+        return self._decoded(replies).typed(self.dtypes)
 
     def kept(self, replies: list[Reply]) -> list[Reply]:
         """All documents of a range."""
@@ -398,6 +472,44 @@ def _open(access: DatabaseAccess, spec: StreamSpec, digest: str | None) -> Windo
     return windows
 
 
+def count_drawn(
+    access: DatabaseAccess, spec: StreamSpec, digest: str | None, orders: Sequence[Order]
+) -> list[int] | None:
+    """How many rows each of some epochs has by the weights of its documents; None where only reading tells.
+
+    Only weights are read, once for all of these epochs.
+
+    Args:
+        access: The database.
+        spec: What is streamed, with a weight.
+        digest: See `open_windows`.
+        orders: Of the epochs.
+
+    Raises:
+        DataError: A value that is no weight.
+        ServerUnavailableError: The server cannot be read.
+    """
+    path = spec.sample_weight
+    assert path is not None  # noqa: S101 - for the type checker
+    if access.query.is_pipeline:
+        return None
+    weights = replace(
+        spec,
+        key=path,
+        dtypes=None,
+        transform=None,
+        collate_fn=None,
+        defaults={path: value} if (value := (spec.defaults or {}).get(path)) is not None else None,
+        run_dtypes=RunDtypes(),
+    )
+    reader = _open(weights.open_access(access.database, access.database()), weights, digest)
+    counts = np.zeros(len(orders), np.int64)
+    for number, columns in enumerate(reader.ranges(reader.all_ranges())):
+        found = row_weights(reader.draw_keys(number, columns), weights_of(columns, path))
+        counts += [int(order.times(found).sum()) for order in orders]
+    return counts.tolist()
+
+
 def content_of(access: DatabaseAccess, spec: StreamSpec) -> str:
     """The digest of what a stream reads, as `Members.digest` gives it; all of it is read for that.
 
@@ -408,7 +520,7 @@ def content_of(access: DatabaseAccess, spec: StreamSpec) -> str:
     found = scan_members(
         access.database(),
         access.query,
-        spec.key,
+        spec.read_key,
         read_deadline_s=spec.read_deadline_s,
         most=0,
         members=spec.members,

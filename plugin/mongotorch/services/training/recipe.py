@@ -29,7 +29,7 @@ from mongotorch.data import (
 from mongotorch.mongo.connection import Connection
 from mongotorch.query import Query
 from mongotorch.settings import Settings
-from mongotorch.signature import Key
+from mongotorch.signature import weighted_key
 from mongotorch.split import Fold
 from mongotorch.train import Fit, TorchModel, TorchTrainer, trainer_and_model
 
@@ -47,6 +47,7 @@ _STREAM_OPTIONS = frozenset(
         "dtypes",
         "defaults",
         "on_bad_document",
+        "sample_weight",
     }
 )
 _OWN_PARAMETERS = ("batch_size", "shuffle", "drop_last")
@@ -214,7 +215,10 @@ def check_trainer(trainer: TorchTrainer, connection: Connection, settings: Setti
     """
     trainer, model = trainer_and_model(trainer)
     found = check_documents(
-        connection.database, trainer.select, paths=Key.parse(trainer.key).paths, split=trainer.fold("train").split
+        connection.database,
+        trainer.select,
+        paths=weighted_key(trainer.key, trainer.sample_weight).paths,
+        split=trainer.fold("train").split,
     )
     before = next((parameter.device for parameter in model.object.parameters()), None)
     recipe = TrainingRecipe(trainer=trainer, model=model)
@@ -280,10 +284,12 @@ def scan(
 
     Raises: as `data_provenance`.
     """
+    trainer = recipe.trainer
+    key = weighted_key(trainer.key, trainer.sample_weight if name == "train" else None)
     return scan_members(
         connection.database,
         query,
-        recipe.trainer.key if settings.lineage else None,
+        key if settings.lineage else None,
         read_deadline_s=settings.read_deadline_s,
         members=recipe.only if name == "train" else None,
         without=recipe.without if name == "train" else None,
@@ -311,6 +317,7 @@ def training_spec(trainer: TorchTrainer, settings: Settings, query: Query | None
         shuffle=bool(options.get("shuffle")),
         drop_last=bool(options.get("drop_last")),
         across_epochs=True,
+        sample_weight=trainer.sample_weight,
     )
 
 
