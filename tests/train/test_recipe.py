@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +48,17 @@ class Hand:
     dtype: torch.dtype | None = None
     scaler: Any = None
     weigh: bool = True
+    loss: Callable[..., Any] = cross_entropy
+
+    def take_turn(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the optimizer was not left out, as torch's page on mixed precision finds out."""
+        if self.scaler is None:
+            optimizer.step()
+            return True
+        self.scaler.step(optimizer)
+        scale = self.scaler.get_scale()
+        self.scaler.update()
+        return bool(scale <= self.scaler.get_scale())
 
     def run(self) -> Any:
         net = module()
@@ -63,22 +75,18 @@ class Hand:
                     optimizer.zero_grad()
                     for x, y in micro:
                         if self.dtype is None:
-                            loss = cross_entropy(net(x), y)
+                            loss = self.loss(net(x), y)
                         else:
                             with torch.autocast("cpu", dtype=self.dtype):
-                                loss = cross_entropy(net(x), y)
+                                loss = self.loss(net(x), y)
                         if self.accumulate > 1:
                             loss = loss * (len(y) / rows)
                         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
                     if self.scaler is not None:
                         self.scaler.unscale_(optimizer)
                     self.clip(net)
-                    if self.scaler is None:
-                        optimizer.step()
-                    else:
-                        self.scaler.step(optimizer)
-                        self.scaler.update()
-                    self.each_step(made=made, net=net, optimizer=optimizer)
+                    if self.take_turn(optimizer):
+                        self.each_step(made=made, net=net, optimizer=optimizer)
                     step += 1
                     if self.interval and (step % self.interval == 0 or step == self.steps):
                         self.each_validation(made=made, value=validated(net))
@@ -154,6 +162,15 @@ def warm_up(optimizer: Any, **_: Any) -> Any:
 def chained(optimizer: Any, **_: Any) -> Any:
     parts = [lr.ConstantLR(optimizer, factor=0.1, total_iters=3), lr.ExponentialLR(optimizer, gamma=0.9)]
     return lr.ChainedScheduler(parts, optimizer)
+
+
+def linear(optimizer: Any, **_: Any) -> Any:
+    return lr.LinearLR(optimizer, start_factor=0.1, total_iters=6)
+
+
+def large(output: Any, target: Any) -> Any:
+    """An objective whose scaled gradients overflow in the first steps."""
+    return 50 * cross_entropy(output, target)
 
 
 def next_rate(made: Any, **_: Any) -> None:
@@ -247,6 +264,17 @@ RECIPES: dict[str, tuple[dict[str, Any], Callable[[], Hand]]] = {
         {"precision": "fp16"},
         lambda: Hand(dtype=torch.float16, scaler=torch.amp.GradScaler("cpu")),
     ),
+    "fp16 with steps that overflow": (
+        {
+            "precision": "fp16",
+            "objective": large,
+            "scheduler_cls": "LinearLR",
+            "scheduler_kwargs": {"start_factor": 0.1, "total_iters": 6},
+        },
+        lambda: Hand(
+            dtype=torch.float16, scaler=torch.amp.GradScaler("cpu"), loss=large, begin=linear, each_step=next_rate
+        ),
+    ),
     "parameter groups": (
         {
             "param_groups": no_decay,
@@ -317,6 +345,21 @@ def test_the_weights_are_those_of_a_loop_by_hand(name: str) -> None:
     expected = RECIPES[name][1]()
     assert same(state(fit.model), state(expected.run()))
     assert len([event for event in events if isinstance(event, Stepped)]) == expected.steps
+
+
+def test_a_schedule_waits_while_steps_overflow() -> None:
+    name = "fp16 with steps that overflow"
+    fit = fitting(of_recipe(name))
+    before = state(fit.model)
+    rates, weights = [], []
+    for event in fit.run():
+        if isinstance(event, Stepped):
+            rates.append(event.learning_rates[0])
+            weights.append(state(fit.model))
+    changed = [not same(one, two) for one, two in itertools.pairwise([before, *weights])]
+    made = [sum(changed[:step]) for step in range(len(changed))]  # before each step
+    assert 2 < made[-1] < len(made) - 2
+    assert rates == pytest.approx([0.05 * (0.1 + 0.9 * min(count, 6) / 6) for count in made])
 
 
 @Shown

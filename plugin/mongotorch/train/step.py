@@ -13,7 +13,7 @@ import contextlib
 import inspect
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final, final
@@ -155,7 +155,10 @@ class TrainingStep:
             else:
                 scaler.step(optimizer)
         if scaler is not None:
+            before = scaler.get_scale()
             scaler.update()
+            if run is not None and scaler.get_scale() < before:  # they were left out, and so is their schedule
+                run.overflowed.update(map(id, optimizers))
 
     def scale_loss(self, loss: Tensor) -> Tensor:
         """A loss to call `backward` on: multiplied by the scale of fp16; with another precision as it is."""
@@ -272,6 +275,7 @@ class StepRun:
         is_accumulating: Whether the step has micro-batches.
         counted_share: The share of the last micro-batch's targets that its objective is a mean over.
         counts_targets: Whether that was not 1 in this step.
+        overflowed: The ids of the optimizers whose turn in this step fp16 left out.
     """
 
     def __init__(
@@ -293,6 +297,7 @@ class StepRun:
         self._parameters: dict[Any, list[nn.Parameter]] = {}
         self.is_accumulating, self.counted_share, self.counts_targets = False, 1.0, False
         self._is_updated, self._is_scaled = False, False
+        self.overflowed: set[int] = set()
         self.logged: dict[str, list[float | Tensor]] = {}
         self.gradient_norm: Tensor | None = None
         self.learning_rates: tuple[float, ...] = ()
@@ -306,6 +311,7 @@ class StepRun:
         self.logged, self.gradient_norm, self.learning_rates = {}, None, _rates(self._optimizers)
         self.is_accumulating = isinstance(batch, MicroBatches)
         self.counted_share, self.counts_targets, self._is_updated, self._is_scaled = 1.0, False, False, False
+        self.overflowed.clear()
         before = _running.set(self)
         try:
             loss = self._trainer.take_step(self._model, batch, self._optimizers)
@@ -314,7 +320,7 @@ class StepRun:
         if not self._is_updated:
             self._check_unused()
         if self.schedulers and self._trainer.scheduler_interval in (None, "step"):
-            self._step_schedulers()
+            self._step_schedulers(without=self.overflowed)
         if self.average is not None:
             self.average.update()
         return loss
@@ -425,9 +431,9 @@ class StepRun:
         for scheduler in self.schedulers:
             set_rates(scheduler, of[id(scheduler.optimizer)])
 
-    def _step_schedulers(self) -> None:
+    def _step_schedulers(self, without: Collection[int] = ()) -> None:
         for scheduler in self.schedulers:
-            if isinstance(scheduler, ReduceLROnPlateau):
+            if isinstance(scheduler, ReduceLROnPlateau) or (without and id(scheduler.optimizer) in without):
                 continue
             try:
                 scheduler.step()
