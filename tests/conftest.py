@@ -58,6 +58,7 @@ LONG = frozenset(
         "test_site.py",
         "test_speed_and_indexes.py",
         "test_stopped_workers.py",
+        "test_torchrun.py",
         "test_types.py",
         "test_wild_modules.py",
         "test_write_failures.py",

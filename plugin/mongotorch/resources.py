@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import ctypes
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Final, Self
+
+_PR_SET_PDEATHSIG: Final = 1
 
 
 class Owner(abc.ABC):
@@ -46,3 +50,9 @@ def on_signal(stop: Callable[[], None]) -> Iterator[None]:
     finally:
         for sign, handler in before.items():
             signal.signal(sign, handler)
+
+
+def die_with_parent() -> None:
+    """Have the system kill this process when the one that started it ends, however that ends (on Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, final
 
 from mongotorch._version import __version__
 from mongotorch.errors import SettingError
+from mongotorch.jobs.launchers import is_launcher
 
 GROUP = "mongotorch.engines"
 _log = logging.getLogger("mongotorch.jobs")
@@ -77,6 +78,8 @@ class QueueEngine(Engine):
 def engine_named(name: str) -> Engine:
     """The engine of a name: a built-in one, or one that an installed package offers.
 
+    The name of a launcher is that of the local engine: the calling process claims the job, and starts the ranks.
+
     Raises:
         SettingError: There is no such engine; the message names those there are.
     """
@@ -87,6 +90,8 @@ def engine_named(name: str) -> Engine:
     if name in offered:
         made: Engine = offered[name].load()()
         return made
+    if is_launcher(name):
+        return LocalEngine()
     known = ", ".join(sorted({*engines, *offered}))
     raise SettingError(f"compute={name!r}: there is no such engine; there are {known}", setting="compute")
 

@@ -169,8 +169,8 @@ class Job(Generic[T]):
     def error(self) -> dict[str, Any] | None:
         """Why the run failed; None unless it did.
 
-        The keys are `type`, `message`, `traceback`, `document_id`, `field`, and `transient`: whether the database
-        or the machine failed, so that the same run, applied again, goes on from its checkpoint.
+        The keys are `type`, `message`, `traceback`, `document_id`, `field`, `setting`, and `transient`: whether
+        the database or the machine failed, so that the same run, applied again, goes on from its checkpoint.
         """
         record = self.record
         return dict(record["error"]) if record.get("status") == "failed" and record.get("error") else None

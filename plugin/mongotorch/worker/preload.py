@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from mongotorch.worker.supervisor import die_with_parent
+from mongotorch.resources import die_with_parent
 
 # The job processes have a copy of the pipe by whose end this process would notice that the supervisor is gone.
 die_with_parent()

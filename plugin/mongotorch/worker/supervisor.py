@@ -11,7 +11,6 @@ not end by itself. No process of a job outlives the supervisor, however that end
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import faulthandler
 import logging
@@ -19,7 +18,6 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +25,7 @@ from typing import Any, Final, final
 
 from mongotorch.datalayer import Datalayer
 from mongotorch.errors import JobProcessError, MongotorchError, ServerUnavailableError
-from mongotorch.resources import on_signal
+from mongotorch.resources import die_with_parent, on_signal
 from mongotorch.services.training.job_runner import too_long
 from mongotorch.worker.loop import Worker, scheduling
 
@@ -39,7 +37,6 @@ RUNTIME_MARGIN_S: Final = 2.0
 _STARTS: Final = 5
 """How many children in a row may end before they have claimed anything, where the supervisor has an end."""
 _LONGEST_PAUSE_S: Final = 30.0
-_PR_SET_PDEATHSIG: Final = 1
 Mode = str
 """`once`, `until_idle` or `forever`."""
 
@@ -288,9 +285,3 @@ def _run_jobs(
         else:
             worker.run(until_idle=mode == "until_idle")
         pipe.send({"what": "done"})
-
-
-def die_with_parent() -> None:
-    """Have the system kill this process when the one that started it ends, however that ends (on Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -13,7 +13,6 @@ import contextlib
 import logging
 import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Final, Self, final
@@ -26,6 +25,7 @@ from mongotorch.errors import (
     ServerUnavailableError,
 )
 from mongotorch.jobs import Handler, environment, log_job, worker_name
+from mongotorch.jobs.failures import described
 from mongotorch.mongo.driver_errors import is_transient, redact
 from mongotorch.settings import Settings
 from mongotorch.store import Jobs
@@ -111,8 +111,8 @@ class JobRunner:
         why = f"{type(error).__name__}: {error.message}"
         found = self._jobs.get(job_id)
         log_job(found, "failed", why, level=logging.ERROR, why=why, step=int(number(found, "reached")))
-        described = _described(error) | {"traceback": None}
-        _recorded(lambda: self._jobs.fail(job_id, attempt, error=described, retry=retry))
+        description = described(error) | {"traceback": None}
+        _recorded(lambda: self._jobs.fail(job_id, attempt, error=description, retry=retry))
 
     def _claim(self, job_id: str | None) -> dict[str, Any] | None:
         return self._jobs.claim(
@@ -168,14 +168,14 @@ class JobRunner:
 
     def _fail(self, job: Mapping[str, Any], error: BaseException, heartbeat: Heartbeat, *, retry: bool) -> None:
         """Record why a job failed; what the database failed is tried more often than what the machine did."""
-        described = _described(error)
+        description = described(error)
         most = MAX_FAILURES if isinstance(error, ServerUnavailableError) or is_transient(error) else None
-        why = f"{described['type']}: {' '.join(str(described['message']).split())}"
+        why = f"{description['type']}: {' '.join(str(description['message']).split())}"
         log_job(job, "failed", why, level=logging.ERROR, why=why, step=_step(job, heartbeat))
         _beat(heartbeat)
-        retry = retry and described["transient"]
+        retry = retry and description["transient"]
         job_id, attempt = job["_id"], job["attempt"]
-        _recorded(lambda: self._jobs.fail(job_id, attempt, error=described, retry=retry, most=most))
+        _recorded(lambda: self._jobs.fail(job_id, attempt, error=description, retry=retry, most=most))
 
 
 @final
@@ -319,31 +319,3 @@ def _recorded(record: Callable[[], bool]) -> bool:
         except Exception:  # noqa: BLE001 - the last try raises it
             time.sleep(wait_s)
     return record()
-
-
-def _may_pass(error: BaseException) -> bool:
-    """Whether the same job may succeed later: the database or the machine failed, not the run."""
-    return isinstance(error, ServerUnavailableError | OSError | MemoryError) or is_transient(error)
-
-
-def _text(error: BaseException) -> str:
-    """What an error says, without passwords; some cannot even say that."""
-    if isinstance(error, SystemExit):
-        return f"the run called sys.exit({error.code!r})"
-    try:
-        return redact(str(error))
-    except Exception as second:  # noqa: BLE001 - any code may be in there
-        return f"the error has no text: its `__str__` raised {type(second).__name__}"
-
-
-def _described(error: BaseException) -> dict[str, Any]:
-    """An error as a job's document keeps it."""
-    own = isinstance(error, MongotorchError)
-    return {
-        "type": type(error).__name__,
-        "message": _text(error),
-        "traceback": redact("".join(traceback.format_exception(error))),
-        "transient": _may_pass(error),
-        "document_id": getattr(error, "document_id", None) if own else None,
-        "field": getattr(error, "field", None) if own else None,
-    }
