@@ -48,6 +48,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
             "services.lineage:Diff",
             "services.lineage:TrainedOn",
             "services.lineage:Reproduction",
+            "services.versions.bundles:Bundle",
         ),
         "schedules": (
             "Schedule",

@@ -257,6 +257,11 @@ def is_refused(document: Mapping[str, Any]) -> bool:
     return (document.get("verdict") or {}).get("promote") is False
 
 
+def title(document: Mapping[str, Any]) -> str:
+    """A component document in words: kind, name and version."""
+    return f"version {document['version']} of {document['type_id']} {document['identifier']!r}"
+
+
 def content_digest(
     component: Component, encoder: Encoder, *, known: Mapping[int, Mapping[str, Any]] | None = None
 ) -> str:

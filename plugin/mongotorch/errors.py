@@ -30,6 +30,7 @@
     │   └── PythonVersionError      bytecode of another Python minor version
     ├── StoreError                  what the database holds, or refuses to
     │   ├── NotFoundError
+    │   ├── BundleError             a file that is no bundle, is cut, or cannot be written
     │   ├── ConflictError           a uuid or version that is taken
     │   ├── InUseError              something else needs what should be removed
     │   ├── FormatError             a record that a newer mongotorch wrote
@@ -231,6 +232,10 @@ class StoreError(MongotorchError):
 
 class NotFoundError(StoreError):
     """Nothing is stored under this name, version or uuid."""
+
+
+class BundleError(StoreError):
+    """A file that is no bundle, is not whole, holds what no bundle holds, or cannot be read or written."""
 
 
 class ConflictError(StoreError):

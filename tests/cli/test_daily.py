@@ -52,8 +52,36 @@ def test_a_script_is_trained(call: Call, db: Datalayer, tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert (found["identifier"], found["version"]) == ("own", 1)
     assert db.load(uuid=found["uuid"]).version == 1
-    assert "is a int, not a trainer" in other.stderr
-    assert "has no trainer; say which" in unnamed.stderr
+    assert other.stderr == f"Error: 'nothing' of {script} is of type int, not a trainer\n"
+    assert f"{script} has no trainer; say which: {script}:NAME" in unnamed.stderr
+
+
+def test_a_wrong_script_is_one_sentence_and_makes_no_database(
+    call: Call, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, broken = tmp_path / "mine.py", tmp_path / "broken.py"
+    script.write_text(SCRIPT)
+    broken.write_text("def make(db):\n    return db.nothing\n\nvalue = 1\n")
+    (tmp_path / "text.txt").write_text("")
+    (tmp_path / "syntax.py").write_text("def (")
+    monkeypatch.setenv("MONGOTORCH_URI", f"embedded:{tmp_path / 'none'}")
+
+    for source, said in {
+        f"{script}:digist": f"Error: {script} defines no 'digist'; did you mean 'digits'?\n",
+        f"{tmp_path}/none.py": f"Error: there is no file '{tmp_path}/none.py'\n",
+        f"{tmp_path}/text.txt": f"Error: '{tmp_path}/text.txt' is no Python file\n",
+    }.items():
+        done = call("train", source)
+        assert (done.exit_code, done.stderr) == (2, said)
+    done = call("train", str(tmp_path / "syntax.py"))
+    assert done.exit_code == 1
+    assert done.stderr.splitlines()[-1] == "SyntaxError: invalid syntax"
+    assert not (tmp_path / "none").exists()
+
+    monkeypatch.setenv("MONGOTORCH_URI", uri)
+    lines = call("train", f"{broken}:make").stderr.splitlines()
+    assert lines[1] == f'  File "{broken}", line 2, in make'
+    assert lines[-1].startswith("AttributeError:")
 
 
 def test_a_job_is_named_by_the_first_characters_of_its_uuid(call: Call, db: Datalayer) -> None:

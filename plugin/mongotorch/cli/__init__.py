@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from mongotorch._version import __version__
-from mongotorch.cli import dashboard, demo, doctor, jobs, lineage, metrics, schedules, versions
+from mongotorch.cli import bundles, dashboard, demo, doctor, jobs, lineage, metrics, schedules, versions
 from mongotorch.cli.output import Uri, remember_uri
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -31,10 +31,13 @@ def main(
 
 # In the order in which the help lists them.
 for _command in (
-    *(demo.demo, jobs.train, jobs.jobs, jobs.job, jobs.watch, jobs.stop, jobs.cancel, jobs.worker),
+    *(demo.demo, jobs.train, jobs.jobs, jobs.job, jobs.watch, jobs.logs, jobs.stop, jobs.cancel, jobs.worker),
     *(metrics.metrics, metrics.mirror, dashboard.dashboard),
     *(versions.show, versions.compare, versions.predict, versions.promote, versions.rollback, versions.history),
-    *(versions.diff, lineage.lineage, versions.gc, versions.verify, versions.resign, doctor.doctor),
+    *(versions.diff, lineage.lineage, bundles.export),
+    *(versions.gc, versions.verify, versions.resign, doctor.doctor),
 ):
     app.command()(_command)
+    if _command is bundles.export:
+        app.command("import")(bundles.import_)
 app.add_typer(schedules.app, name="schedule")

@@ -1,14 +1,14 @@
-"""The commands of jobs: `train`, `jobs`, `job`, `watch`, `stop`, `cancel`, and `worker`, which runs them."""
+"""The commands of jobs: `train`, `jobs`, `job`, `watch`, `logs`, `stop`, `cancel`; `worker` runs them."""
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
-import importlib.util
-import sys
+import itertools
 import time
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,6 +19,7 @@ from mongotorch.cli.output import (
     Uri,
     described,
     duration,
+    iso,
     numbers,
     opened,
     print_json,
@@ -27,12 +28,15 @@ from mongotorch.cli.output import (
     short,
     when,
 )
+from mongotorch.cli.script import Script
+from mongotorch.errors import NotFoundError
 
 if TYPE_CHECKING:
-    from mongotorch.component import Component
+    from mongotorch.datalayer import Datalayer
 
 _ENDED = {"succeeded": "succeeded", "failed": "failed", "cancelled": "was cancelled"}
 _LOOK_S = 0.5
+_INTERRUPTED = 130  # what shells say of a program that Ctrl-C ended
 
 
 class Status(enum.StrEnum):
@@ -55,9 +59,9 @@ def train(
 
     A function of that name is called with the open datalayer, and returns the trainer.
     """
+    script = Script(source)
     with opened(uri, writes=True) as db:
-        component = _component_of(source, db)
-        job = db.apply(component, force=force)
+        job = db.apply(script.trainer(db), force=force)
         if not as_json:
             typer.echo(f"job {job.uuid} on {described(db)}", err=True)
         model = job.result()
@@ -67,37 +71,6 @@ def train(
         print_json({**found, "metrics": measured})
     else:
         typer.echo(f"model {model.identifier} version {model.version} ({numbers(measured)})")
-
-
-def _component_of(source: str, db: Any) -> Component:
-    """The component that a script defines. Raises: BadParameter where it does not."""
-    from mongotorch.component import Component
-
-    text, _, name = source.partition(":")
-    path = Path(text)
-    if not path.is_file():
-        raise typer.BadParameter(f"there is no file {text!r}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise typer.BadParameter(f"{text!r} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # so that what is stored of its functions names the module
-    sys.path.insert(0, str(path.parent.absolute()))
-    spec.loader.exec_module(module)
-    runs = {
-        key: value
-        for key, value in vars(module).items()
-        if isinstance(value, Component) and hasattr(value, "select")
-    }
-    if not name and len(runs) != 1:
-        there = f"has the trainers {', '.join(runs)}" if runs else "has no trainer"
-        raise typer.BadParameter(f"{text} {there}; say which: {text}:NAME")
-    found = getattr(module, name, None) if name else next(iter(runs.values()))
-    if callable(found) and not isinstance(found, Component):
-        found = found(db)
-    if not isinstance(found, Component):
-        raise typer.BadParameter(f"{name!r} of {text} is a {type(found).__name__}, not a trainer")
-    return found
 
 
 def jobs(
@@ -152,13 +125,83 @@ def job(uuid: JobName, uri: Uri = None, as_json: AsJson = False) -> None:
         typer.echo(error.get("traceback") or f"{error.get('type')}: {error.get('message')}")
 
 
+def logs(
+    uuid: JobName,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")] = False,
+    uri: Uri = None,
+    as_json: AsJson = False,
+) -> None:
+    """What happened to a job, a line each: when it began, what it measured, how it ended, and the traceback.
+
+    With --json each line is one object. Exit code 0, however the job ended.
+    """
+    say = functools.partial(print_json, indent=None) if as_json else _print_event
+    with opened(uri) as db, _left_running(uuid):
+        run = db.job(uuid)
+        record, metrics = run.record, run.metrics
+        say(_event(record["created"], "queued", f"{record['type_id']} {record['identifier']}", job=run.uuid))
+        begun = False
+        for row in itertools.chain(metrics, metrics.follow() if follow else ()):
+            if not begun:
+                begun = _say_begun(say, run.record)
+            say(_event(row.time, row.kind, f"step {row.step}  {numbers(row.values)}", values=dict(row.values)))
+        record = run.record
+        if not begun:
+            _say_begun(say, record)
+        if record["status"] in _ENDED:
+            say(_ended(db, record))
+
+
+def _say_begun(say: Callable[[Mapping[str, Any]], None], record: Mapping[str, Any]) -> bool:
+    """Say who has begun to run a job, if anybody has."""
+    if record.get("started") is None:
+        return False
+    say(
+        _event(
+            record["started"], "running", f"attempt {record['attempt']} by {record.get('worker') or 'a worker'}"
+        )
+    )
+    return True
+
+
+def _ended(db: Datalayer, record: Mapping[str, Any]) -> dict[str, Any]:
+    error, status = record.get("error") or {}, record["status"]
+    text = " ".join(f"{error['type']}: {error.get('message')}".split()) if error.get("type") else ""
+    if status == "succeeded":
+        with contextlib.suppress(NotFoundError):  # the version was removed since
+            found = db.show(uuid=record["result"])
+            text = f"{found['type_id']} {found['identifier']} version {found['version']}"
+    return _event(record.get("finished"), status, text, traceback=error.get("traceback"))
+
+
+def _event(moment: datetime | None, event: str, text: str, **more: Any) -> dict[str, Any]:
+    kept = {name: value for name, value in more.items() if value is not None}
+    return {"time": iso(moment), "event": event, "text": text, **kept}
+
+
+def _print_event(event: Mapping[str, Any]) -> None:
+    typer.echo(f"{event['time']:<24}  {event['event']:<9}  {event['text']}".rstrip())
+    if "traceback" in event:
+        typer.echo(event["traceback"].rstrip())
+
+
+@contextlib.contextmanager
+def _left_running(uuid: str) -> Iterator[None]:
+    """Say at Ctrl-C that the job goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"\njob {uuid} goes on; `mongotorch stop {uuid}` ends it", err=True)
+        raise typer.Exit(_INTERRUPTED) from None
+
+
 def watch(
     uuid: JobName,
     timeout_s: Annotated[float | None, typer.Option(min=0, help="Give up after so many seconds.")] = None,
     uri: Uri = None,
 ) -> None:
     """Print how a job goes on until it has ended; exit code 1 unless it succeeded."""
-    with opened(uri) as db:
+    with opened(uri) as db, _left_running(uuid):
         run, before, begun = db.job(uuid), "", time.monotonic()
         while True:
             record = run.record

@@ -149,9 +149,14 @@ def one_of(what: str, given: str, known: Iterable[str]) -> str:
     names = list(known)
     if given in names:
         return given
-    like = difflib.get_close_matches(given, names, n=1)
+    raise NotFoundError(f"no {what} {given!r}; {like(given, names)}")
+
+
+def like(given: str, names: Sequence[str]) -> str:
+    """Which of these names was meant, or the first of them, as the end of a sentence."""
+    found = difflib.get_close_matches(given, names, n=1)
     there = f"there are {', '.join(sorted(names)[:10])}" if names else "there is none"
-    raise NotFoundError(f"no {what} {given!r}; " + (f"did you mean {like[0]!r}?" if like else there))
+    return f"did you mean {found[0]!r}?" if found else there
 
 
 def time_of(text: str) -> datetime:
@@ -199,6 +204,15 @@ def duration(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.0f} {unit}"
     return "0 s"
+
+
+def size(nbytes: float) -> str:
+    """A number of bytes in its largest unit: `12 bytes`, `3.4 MB`."""
+    for unit in ("bytes", "kB", "MB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} GB"
 
 
 def numbers(values: Any) -> str:

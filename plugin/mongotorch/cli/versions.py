@@ -25,6 +25,7 @@ from mongotorch.cli.output import (
     print_table,
     print_value,
     short,
+    size,
     time_of,
     when,
 )
@@ -114,18 +115,10 @@ def _version_row(row: Mapping[str, Any]) -> tuple[str, ...]:
         "yes" if row["trained"] else "no",
         LIVE if row["live"] else "",
         "" if row["steps"] is None else str(row["steps"]),
-        _size(row["nbytes"]) if row["nbytes"] else "",
+        size(row["nbytes"]) if row["nbytes"] else "",
         numbers(row["metrics"]),
         short(row["uuid"]),
     )
-
-
-def _size(nbytes: float) -> str:
-    for unit in ("bytes", "kB", "MB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} GB"
 
 
 def compare(

@@ -1,8 +1,9 @@
-"""The part of a datalayer about stored versions: show, remove, compare and reproduce them, and move aliases."""
+"""The part of a datalayer about stored versions: show, remove, compare, reproduce, export; move aliases."""
 
 from __future__ import annotations
 
 from datetime import datetime
+from pathlib import Path
 from types import EllipsisType
 from typing import Any
 
@@ -12,6 +13,7 @@ from mongotorch.resources import Owner
 from mongotorch.schedule import Schedule
 from mongotorch.services.composition import Services
 from mongotorch.services.lineage import Diff, Reproduction, TrainedOn, diff, reproduce, trained_on
+from mongotorch.services.versions.bundles import Bundle
 from mongotorch.services.versions.live import Live, OnPromote
 from mongotorch.settings import Settings
 from mongotorch.store import LIVE, Move
@@ -219,3 +221,62 @@ class Versions(Owner):
             MongotorchError: The run failed.
         """
         return reproduce(self._services.catalog, self._connection, self.settings, uuid, anyway=anyway)
+
+    # Bundles: a version in a file
+
+    @arguments_checked
+    def export(
+        self,
+        path: str | Path,
+        type_id: str | None = None,
+        identifier: str | None = None,
+        version: int | None = None,
+        *,
+        uuid: str | None = None,
+        alias: str | None = None,
+        force: bool = False,
+    ) -> Bundle:
+        """Write a version into one file, with what it refers to, its blobs, its job and what was measured.
+
+        The documents that it was trained on are not in it; their hashes are, where they were recorded.
+
+        Args:
+            path: The file, a zip; by custom its name ends with `.zip`.
+            type_id: The kind: `model`, `trainer`, `metric`, `validation`, `dataset`.
+            identifier: The name.
+            version: The version; None is the one that `load` gives.
+            uuid: Instead of all these.
+            alias: The version that this alias names.
+            force: Write over a file that is there.
+
+        Raises:
+            NotFoundError: There is no such version.
+            ParameterError: It is of another kind; or neither a uuid nor a kind and a name is given.
+            BundleError: The file is there already, or cannot be written.
+            IntegrityError: A blob is not what was stored.
+            TrustError: A record is not signed by a trusted key.
+        """
+        found = self._services.catalog.find(type_id, identifier, version, uuid=uuid, alias=alias)
+        return self._services.bundles.write(Path(path), found, replace=force)
+
+    def import_bundle(self, path: str | Path) -> Bundle:
+        """Store the version of a bundle as the next version of its name, under its uuid; nothing is unpickled.
+
+        Every hash and, where there are keys, every signature is checked before anything is written. No alias is
+        moved. A version that is here already is recognised, and nothing is written.
+
+        Args:
+            path: The file that `export` wrote.
+
+        Returns:
+            What was imported; `version` is its number here, `exported_version` that in the other database.
+
+        Raises:
+            BundleError: It is no bundle, is cut, or holds what no bundle holds.
+            FormatError: A newer release wrote it.
+            IntegrityError: Something in it is not what its manifest says.
+            TrustError: A record in it is not signed by a trusted key.
+            SettingError: Only signed records are trusted here, and there is no key to sign with.
+            ConflictError: One of its uuids belongs to something else here.
+        """
+        return self._services.bundles.take_in(path)

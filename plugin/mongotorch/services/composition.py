@@ -17,6 +17,7 @@ from mongotorch.services.schedules.retraining import LiveMetrics, Retraining
 from mongotorch.services.schedules.scheduler import Scheduler
 from mongotorch.services.training.job_runner import JobRunner
 from mongotorch.services.training.training_run import TrainingRun
+from mongotorch.services.versions.bundles import Bundles
 from mongotorch.services.versions.catalog import Catalog
 from mongotorch.settings import Settings
 from mongotorch.store import (
@@ -45,6 +46,7 @@ class Services:
     Attributes:
         catalog: The versions.
         verifier: Checks what is stored.
+        bundles: Exports and imports versions.
         overview: What the dashboard shows.
         jobs: The job documents.
         runner: Runs jobs.
@@ -70,6 +72,7 @@ class Services:
             components=self.catalog.components,
             positions=MirrorPositions(database),
         )
+        self.bundles = Bundles(self.catalog, self.jobs, metric_log, trust)
         self.verifier = Verifier(database, trust)
         self.overview = Overview(Listing(database))
         training = TrainingRun(

@@ -4,8 +4,9 @@ Every method that asks the database also raises what `mongotorch.mongo.driver_er
 driver errors: ServerUnavailableError, SettingError (for rights), CodecError and StoreError.
 """
 
-from mongotorch.store.aliases import LIVE, Aliases, Move, follow_alias
+from mongotorch.store.aliases import LIVE, Aliases, Move, current_user, follow_alias
 from mongotorch.store.blobs import BlobStore
+from mongotorch.store.bundle_file import BundleFile, to_bson, write_bundle
 from mongotorch.store.checkpoints import OVER, Checkpoints
 from mongotorch.store.components import Components
 from mongotorch.store.jobs import Jobs, plain
@@ -21,6 +22,7 @@ __all__ = [
     "OVER",
     "Aliases",
     "BlobStore",
+    "BundleFile",
     "Checkpoints",
     "Collected",
     "Components",
@@ -37,7 +39,10 @@ __all__ = [
     "Trust",
     "Verified",
     "Verifier",
+    "current_user",
     "follow_alias",
     "plain",
+    "to_bson",
     "trust_of",
+    "write_bundle",
 ]

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import getpass
+import socket
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final, Self, final
@@ -252,6 +254,15 @@ class Aliases:
             f"{head.alias!r} of {head.type_id} {head.identifier!r} names {names} since {head.who} moved it at "
             f"{head.when} UTC ({head.why or 'no reason given'}); look again, then decide"
         )
+
+
+def current_user() -> str:
+    """The user of this process, as user@host."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user often has no name
+        user = "nobody"
+    return f"{user}@{socket.gethostname()}"
 
 
 def _named(type_id: str, identifier: str, alias: str) -> dict[str, Any]:

@@ -86,7 +86,8 @@ class Components:
         """Insert a document under the next free version number.
 
         Args:
-            document: `_id`, `type_id`, `identifier` and its other fields; its `blobs` are stored already.
+            document: `_id`, `type_id`, `identifier` and its other fields; its `blobs` are stored already. One
+                that says its `format` keeps it.
             needs: Uuids of documents that must exist, visible or not.
             only_as: Insert it only under this number, which `next_version` gave; None takes the next free one.
             attempt: Insert it only while its job runs under this attempt: on a replica set in one transaction, so
@@ -121,7 +122,8 @@ class Components:
                 )
             try:
                 # The version and the format are part of what is signed.
-                whole = {**document, **WRITTEN, "version": version}
+                written = {name: document.get(name, value) for name, value in WRITTEN.items()}
+                whole = {**document, **written, "version": version}
                 signed = self._trust.sign(whole, kind=KIND) if self._trust is not None else whole
                 self._insert_one(signed, attempt)
             except DuplicateKeyError as error:
@@ -172,9 +174,9 @@ class Components:
             self._jobs.update_one(mine, published)
 
     def _own(self, document: Mapping[str, Any]) -> int | None:
-        """The number under which this very attempt of a job has inserted the document: its answer was lost."""
+        """The number under which this very document was inserted for its job or anchor: the answer was lost."""
         job = document.get("job")
-        if job is None:
+        if job is None and document.get("anchor") is None:
             return None
         same = {"_id": document["_id"], "job": job, "anchor": document.get("anchor"), "digest": document["digest"]}
         found = self._documents.find_one(same, {"version": 1})

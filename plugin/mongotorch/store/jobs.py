@@ -12,6 +12,7 @@ plain BSON.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import uuid as uuids
 from collections.abc import Mapping
@@ -145,6 +146,35 @@ class Jobs:
                 raise
             return str(found["_id"]), found["_id"] == job_id  # its own, where the first answer was lost
         return job_id, True
+
+    @repeated("storing the job of an imported version")
+    def put_back(self, job_id: str, record: Mapping[str, Any], *, result: str) -> None:
+        """Store the job of a version that another database has published, unless it is here.
+
+        Args:
+            job_id: The job's id.
+            record: Its document there; what is for people to read is taken from it.
+            result: The uuid of the version.
+        """
+        text = {name: str(record.get(name)) for name in _NEEDED}
+        times = {name: record.get(name) for name in ("created", "started", "finished")}
+        shown = {name: plain(record.get(name) or {}) for name in ("progress", "parameters", "environment")}
+        counts = dict.fromkeys(("priority", "losses", "failures"), 0)
+        end = {"status": "succeeded", "result": result, "published": result}
+        numbers = {name: int(number(record, name)) for name in ("attempt", "seen", "reached", "max_attempts")}
+        document: dict[str, Any] = {
+            **dict.fromkeys(_EMPTY),
+            **WRITTEN,
+            **text,
+            **shown,
+            **numbers,
+            **counts,
+            **end,
+        }
+        document |= {name: time for name, time in times.items() if isinstance(time, datetime)}
+        document |= {"method": f"imported-{job_id}", "max_runtime_s": None, "ready_at": document.get("created")}
+        with contextlib.suppress(DuplicateKeyError), self._clock.alone():
+            self._documents.insert_one({"_id": job_id, **document})
 
     @repeated("reading a job")
     def complete(self, prefix: str) -> str:

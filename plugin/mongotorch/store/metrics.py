@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Any, Final, final
 
 from pymongo import UpdateOne
@@ -110,6 +111,21 @@ class MetricLog:
         # The _id follows from the entry, so that two writers at once meet in one document.
         return {"_id": f"{job}:{measured.step}:{measured.kind}"}, self._clock.update(entry)
 
+    @repeated("storing what an imported version measured")
+    def put_back(self, job: str, entries: Iterable[Any]) -> None:
+        """Store the entries of a job that ran in another database, with their times.
+
+        Args:
+            job: The job's id.
+            entries: As `of` gives them there; those that are none are left out.
+        """
+        found = {entry["_id"]: entry for entry in map(_plain_entry, entries) if entry and entry["job"] == job}
+        there = {entry["_id"] for entry in self._documents.find({"job": job}, {"_id": 1})}
+        new = [entry for _id, entry in found.items() if _id not in there]
+        if new:
+            with self._clock.alone():
+                self._documents.insert_many(new)
+
     @repeated("reading metrics")
     def of(self, job: str) -> list[dict[str, Any]]:
         """The entries of a job, by step and kind. Raises: FormatError."""
@@ -164,6 +180,20 @@ class MetricLog:
             where = {**of_job, "$nor": [{"step": {"$mod": [interval, 0]}}]}
         with self._clock.alone():
             return int(self._documents.delete_many(where).deleted_count)
+
+
+def _plain_entry(entry: Any) -> dict[str, Any] | None:
+    """An entry with what it has to have and nothing else; None for what is none."""
+    if not isinstance(entry, Mapping):
+        return None
+    job, step, kind, values = (entry.get(name) for name in ("job", "step", "kind", "values"))
+    right = isinstance(job, str) and isinstance(step, int) and kind in ("train", "valid")
+    if not right or not isinstance(values, Mapping) or not isinstance(entry.get("at"), datetime):
+        return None
+    numbers = {plain_key(name): float(value) for name, value in values.items() if isinstance(value, int | float)}
+    steps = {"steps": int(entry["steps"])} if isinstance(entry.get("steps"), int) else {}
+    about = {"component": str(entry.get("component")), "values": numbers, "at": entry["at"], **steps}
+    return {"_id": f"{job}:{step}:{kind}", "job": job, "step": step, "kind": kind, **WRITTEN, **about}
 
 
 def _await(stream: Any, known: set[tuple[int, str]], poll: Callable[[float], None]) -> None:

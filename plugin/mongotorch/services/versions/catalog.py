@@ -27,6 +27,7 @@ from mongotorch.component import (
     encode_component,
     fill_component,
     is_trained,
+    title,
 )
 from mongotorch.errors import (
     CodecError,
@@ -36,7 +37,7 @@ from mongotorch.errors import (
     ParameterError,
     TrustError,
 )
-from mongotorch.services.versions.promotion import Promoter, title
+from mongotorch.services.versions.promotion import Promoter
 from mongotorch.store import LIVE, Aliases, BlobStore, Components, Move, Trust
 from mongotorch.store.components import SLOW_S
 from mongotorch.train import TorchModel, fill_module

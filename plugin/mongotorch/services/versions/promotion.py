@@ -7,15 +7,13 @@ promoted ends up with no alias.
 from __future__ import annotations
 
 import contextlib
-import getpass
-import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from types import EllipsisType
 from typing import Any, final
 
-from mongotorch.component import is_trained
+from mongotorch.component import is_trained, title
 from mongotorch.errors import ConflictError, NotFoundError, ParameterError
-from mongotorch.store import LIVE, Aliases, Components, Move
+from mongotorch.store import LIVE, Aliases, Components, Move, current_user
 
 REMOVED = "removed"
 
@@ -142,17 +140,3 @@ class Promoter:
         if (found["type_id"], found["identifier"]) != (type_id, identifier):
             raise NotFoundError(f"{type_id} {identifier!r} has no version {uuid}: that is {title(found)}")
         return found
-
-
-def current_user() -> str:
-    """The user of this process, as user@host."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container's user often has no name
-        user = "nobody"
-    return f"{user}@{socket.gethostname()}"
-
-
-def title(document: Mapping[str, Any]) -> str:
-    """A component document in words: kind, name and version."""
-    return f"version {document['version']} of {document['type_id']} {document['identifier']!r}"
