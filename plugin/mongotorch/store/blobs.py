@@ -23,7 +23,7 @@ import itertools
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from typing import Any, Final, cast, final
 
 from bson import Binary, ObjectId
@@ -56,6 +56,7 @@ _LEAVING_POLL_S: Final = 0.02
 _READ_BATCH: Final = 500  # names in one request
 _SMALL_BYTES: Final = 2**17
 _THREADS: Final = 2  # one waits for the server while the other copies; more would only cost memory
+_UPLOADS: Final = 2  # blobs: what confirms that one is whole takes as long as some of its chunks
 
 
 @final
@@ -101,18 +102,32 @@ class BlobStore:
         named = {blob.name: blob for blob in map(_named, blobs)}
         files = self._touched(sorted(named))
         damaged = self._damaged([files[name] for name in named if name in files], named)
-        for name, blob in named.items():
-            if name not in files:
-                self._upload(blob)
-            elif name in damaged:
-                self._mend_lengths(files[name], blob, bad=damaged[name])
+        for name in damaged:
+            self._mend_lengths(files[name], named[name], bad=damaged[name])
+        self._upload_all([blob for name, blob in named.items() if name not in files])
         return [*named]
 
+    def _upload_all(self, blobs: Sequence[NamedBlob]) -> None:
+        """Upload blobs: the chunks of one are on their way while the server confirms another."""
+        if (len(blobs) < 2 and sum(blob.data.nbytes for blob in blobs) <= SEGMENT_BYTES) or is_mock(self._chunks):
+            for blob in blobs:
+                self._upload(blob, None)
+            return
+        with (
+            ThreadPoolExecutor(_THREADS, thread_name_prefix="mongotorch-chunks") as segments,
+            ThreadPoolExecutor(_UPLOADS, thread_name_prefix="mongotorch-blobs") as uploads,
+        ):
+            try:
+                for done in [uploads.submit(self._upload, blob, segments) for blob in blobs]:
+                    done.result()
+            finally:
+                uploads.shutdown(cancel_futures=True)  # after an error nothing more is sent
+
     @repeated("storing a blob")
-    def _upload(self, blob: NamedBlob) -> None:
+    def _upload(self, blob: NamedBlob, segments: Executor | None) -> None:
         file_id, started = ObjectId(), time.monotonic()
         try:
-            _write_chunks(self._chunks, file_id, blob)
+            _write_chunks(self._chunks, file_id, blob, segments)
         except IntegrityError:
             self._abandon(file_id)
             raise
@@ -326,7 +341,7 @@ def _chunk(blob: NamedBlob, file_id: Any, n: int) -> dict[str, Any]:
     return {"files_id": file_id, "n": n, "data": data}
 
 
-def _write_chunks(chunks: Any, file_id: Any, blob: NamedBlob) -> None:
+def _write_chunks(chunks: Any, file_id: Any, blob: NamedBlob, executor: Executor | None) -> None:
     view = blob.data
 
     def write(start: int) -> None:
@@ -334,17 +349,18 @@ def _write_chunks(chunks: Any, file_id: Any, blob: NamedBlob) -> None:
         chunks.insert_many([_chunk(blob, file_id, at // CHUNK_BYTES) for at in range(start, end, CHUNK_BYTES)])
 
     segments = range(0, view.nbytes, SEGMENT_BYTES)
-    if len(segments) < 2 or is_mock(chunks):
+    if executor is None:
         for start in segments:
             write(start)
         return
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="mongotorch-chunks") as pool:
-        writes = [pool.submit(write, start) for start in segments]
-        try:
-            for each in writes:
-                each.result()
-        finally:
-            pool.shutdown(cancel_futures=True)  # after an error nothing more is sent
+    writes = [executor.submit(write, start) for start in segments]
+    try:
+        for each in writes:
+            each.result()
+    finally:
+        for each in writes:
+            each.cancel()  # after an error nothing more is sent
+        wait(writes)
 
 
 def _read_chunks(chunks: Any, file: Mapping[str, Any]) -> tuple[bytearray, str]:
