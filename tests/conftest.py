@@ -37,6 +37,7 @@ LONG = frozenset(
         "test_embedded_server.py",
         "test_embedded_workers.py",
         "test_every_optimizer.py",
+        "test_group_processes.py",
         "test_hostile_records.py",
         "test_killed_at_writes.py",
         "test_killed_mirrors.py",

@@ -1,8 +1,8 @@
 """Trains models: batches come in, events and a trained model come out; nothing here knows a database."""
 
-from mongotorch.train.callbacks import Stepped, Validated
+from mongotorch.train.callbacks import Stepped, Trained, Validated
 from mongotorch.train.evaluation import Scored, evaluate, score
-from mongotorch.train.loop import Batches, Event, Fit, Trained
+from mongotorch.train.loop import Batches, Event, Fit
 from mongotorch.train.metrics import Dataset, Metric, Validation
 from mongotorch.train.model import LayerSummary, ModelSummary, TorchModel, same_structure, summarize
 from mongotorch.train.parallel import Alone, Group, Lanes, ProcessGroup

@@ -1,4 +1,4 @@
-"""Defines the events of a run, and calls the callbacks of a trainer at them.
+"""Defines the events and the result of a run, and calls the callbacks of a trainer at the events.
 
 A callback is any object with some of the methods `on_start(fit)`, `on_step(fit, event)`,
 `on_validation(fit, event)`, `on_checkpoint(fit)` and `on_end(fit)`.
@@ -60,6 +60,36 @@ class Validated:
     step: int
     values: dict[str, float]
     improved: bool
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """The result of a run.
+
+    Attributes:
+        steps: Optimizer steps that this run made.
+        optimizer_state: The optimizer state at `best_step`.
+        metric_values: The values of every validation by name, the trainer's earlier values included.
+        best_step: The step whose weights the model has.
+        eval_modules: The names of the submodules that stayed in `eval()` mode.
+        metrics: The values measured of those weights, by name; empty where they were not measured.
+        fields: The fields of the trainer that were trained too, such as `objective`, as they are now.
+        training_state: What another run goes on from besides the optimizer state; None where there is nothing.
+        skipped: Training documents that were left out in an epoch, the most of any.
+        compute: On how many workers it was trained, and in how many lanes; empty for a plain run.
+    """
+
+    steps: int
+    optimizer_state: dict[str, Any]
+    metric_values: dict[str, list[float]]
+    best_step: int
+    eval_modules: tuple[str, ...]
+    metrics: dict[str, float]
+    fields: dict[str, Any] = field(default_factory=dict)
+    training_state: dict[str, Any] | None = None
+    skipped: int = 0
+    compute: dict[str, Any] = field(default_factory=dict)
 
 
 def check_callbacks(callbacks: Any) -> None:

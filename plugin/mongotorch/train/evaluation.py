@@ -29,6 +29,7 @@ from mongotorch.train.generators import generator_state, seeded, set_generator_s
 from mongotorch.train.mapping import Passed, call, scalar
 from mongotorch.train.metrics import Metric, Validation
 from mongotorch.train.model import TorchModel, training_device
+from mongotorch.train.parallel import BatchMeasures, Dealt
 from mongotorch.train.step import batch_rows
 from mongotorch.train.trainer import TorchTrainer, evaluating_all, trainer_of, trainer_on_device
 
@@ -45,20 +46,31 @@ class RunningMetric:
         self.name = metric.identifier
         self._stateful: Any = None
         self._function: Callable[..., Any] = metric.object
-        self._sum, self._rows = 0.0, 0
+        self._sum, self._rows, self._device = 0.0, 0, device
         if all(hasattr(metric.object, method) for method in ("update", "compute", "reset")):
             self._stateful = copy.deepcopy(metric.object)
             self._stateful.reset()
             if hasattr(self._stateful, "to"):
                 self._stateful = self._stateful.to(device)
 
-    def update(self, passed: Passed, rows: int) -> None:
-        """Take in one batch of so many rows. Raises: ParameterError when the metric is no single number."""
+    def of(self, passed: Passed) -> Any:
+        """What `add` takes in of one batch: a number, or what a torchmetrics object is updated with.
+
+        Raises:
+            ParameterError: The metric is no single number.
+        """
         args, kwargs = passed.for_metrics()
         if self._stateful is not None:
+            return args, kwargs
+        return self._number(call(f"metric {self.name!r}", self._function, args, kwargs))
+
+    def add(self, value: Any, rows: int) -> None:
+        """Take in what `of` gave of one batch of so many rows."""
+        if self._stateful is not None:
+            args, kwargs = to_device(value, self._device)
             call(f"metric {self.name!r}", self._stateful.update, args, kwargs)
             return
-        self._sum += self._number(call(f"metric {self.name!r}", self._function, args, kwargs)) * rows
+        self._sum += value * rows
         self._rows += rows
 
     def value(self) -> float:
@@ -83,6 +95,8 @@ def evaluate(
     sets: Mapping[str, Iterable[Any]],
     metrics: Sequence[Metric],
     device: torch.device,
+    *,
+    dealt: Dealt | None = None,
 ) -> dict[str, float]:
     """Measure a model.
 
@@ -92,6 +106,7 @@ def evaluate(
         sets: Batches by the name of their set; the empty name is the fold `valid`.
         metrics: What is measured besides the objective.
         device: Where the model is.
+        dealt: How the batches are dealt out to ranks; None where this is the only one.
 
     Returns:
         The values by name: `objective`, `accuracy`, `dataset/objective`, ...
@@ -103,7 +118,7 @@ def evaluate(
     values: dict[str, float] = {}
     with evaluating_all(trainer, model):
         for name, batches in sets.items():
-            found = _evaluate_set(trainer, model, batches, metrics, device, name or "valid")
+            found = _evaluate_set(trainer, model, batches, metrics, device, name or "valid", dealt)
             values |= {f"{name}/{key}" if name else key: value for key, value in found.items()}
     return values
 
@@ -128,10 +143,13 @@ def try_first_batch(
         for name, batches in sets.items():
             running = iter(batches)
             try:
-                batch = next(running, _NO_BATCH)
+                batch: Any = next(running, _NO_BATCH)
                 if batch is not _NO_BATCH:
+                    rows = batch_rows(batches, batch)
+                    if hasattr(batch, "planned"):  # a step, of which the first lane has a row
+                        batch, rows = batch.batches[0], batch.rows[0]
                     measured = measuring(trainer, model, () if name == TRAINING else metrics, device)
-                    passed = measured.update(batch, batch_rows(batches, batch))[0]
+                    passed = measured.update(batch, rows)[0] if rows else None
                     if passed is not None:
                         _warn_of_broadcasting(measured, passed)
             except Exception as error:
@@ -190,9 +208,12 @@ def _evaluate_set(
     metrics: Sequence[Metric],
     device: torch.device,
     name: str,
+    dealt: Dealt | None,
 ) -> dict[str, float]:
     measured = measuring(trainer, model, metrics, device)
-    for batch in batches:
+    if dealt is not None:
+        dealt.measure(measured, batches, batch_rows, name)
+    for batch in batches if dealt is None else ():
         try:
             measured.update(batch, batch_rows(batches, batch))
         except Exception as error:
@@ -222,21 +243,31 @@ class _Measured:
     ) -> None:
         self._trainer, self._model, self._device = trainer, model, device
         self._running = [RunningMetric(metric, device) for metric in metrics]
-        self._total = torch.zeros((), dtype=torch.float64, device="cpu")
-        self._weights, self.rows = 0.0, 0
+        self._total, self._weights, self.rows = 0.0, 0.0, 0
+        self._passed = Passed()
 
     def update(self, batch: Any, rows: int) -> tuple[Passed, float, float]:
         """Take in a batch of so many rows; what the model made of it, its loss, and the weight of that."""
-        passed = self._trainer.forward(self._model, to_device(batch, self._device))
-        loss = self.loss(passed).double().cpu()
+        part = self.measure(batch, rows)
+        self.add(part)
+        return self._passed, part.loss, part.weight
+
+    def measure(self, batch: Any, rows: int) -> BatchMeasures:
+        """Measure a batch of so many rows, without taking it in."""
+        passed = self._passed = self._trainer.forward(self._model, to_device(batch, self._device))
+        loss = self.loss(passed).double().item()
         weight = rows * self._trainer.counted_share(passed)
-        if weight:  # the mean of a batch of which nothing counts is NaN, and no part of any mean
-            self._total += loss * weight
-        self._weights += weight
-        for metric in self._running:
-            metric.update(self._for_metrics(passed), rows)
-        self.rows += rows
-        return passed, loss.item(), weight
+        values = [metric.of(self._for_metrics(passed)) for metric in self._running]
+        return BatchMeasures(loss=loss, weight=weight, rows=rows, values=values)
+
+    def add(self, part: BatchMeasures) -> None:
+        """Take in what was measured of a batch."""
+        if part.weight:  # the mean of a batch of which nothing counts is NaN, and no part of any mean
+            self._total += part.loss * part.weight
+        self._weights += part.weight
+        for metric, value in zip(self._running, part.values, strict=True):
+            metric.add(value, part.rows)
+        self.rows += part.rows
 
     def _for_metrics(self, passed: Passed) -> Passed:
         """Outputs as metrics take them: many of these know no half precision."""
@@ -256,7 +287,7 @@ class _Measured:
 
     def values(self) -> dict[str, float]:
         """The objective and the metrics over all batches, by name; NaN where nothing counted."""
-        objective = self._total.item() / self._weights if self._weights else math.nan
+        objective = self._total / self._weights if self._weights else math.nan
         return {OBJECTIVE: objective, **{metric.name: metric.value() for metric in self._running}}
 
 
@@ -269,12 +300,18 @@ class _OwnMeasured:
 
     def __init__(self, trainer: TorchTrainer, model: TorchModel, device: torch.device) -> None:
         self._trainer, self._model, self._device = trainer, model, device
-        self._sums: dict[str, torch.Tensor] = {}
+        self._sums: dict[str, float] = {}
         self._of: dict[str, int] = {}
         self.rows = 0
 
     def update(self, batch: Any, rows: int) -> tuple[None, float, float]:
         """Take in a batch of so many rows; nothing, the value that the trainer listens to, and its weight."""
+        part = self.measure(batch, rows)
+        self.add(part)
+        return None, part.loss, part.weight
+
+    def measure(self, batch: Any, rows: int) -> BatchMeasures:
+        """Measure a batch of so many rows, without taking it in."""
         listen = self._trainer.listen.rpartition("/")[2]
         found = self._trainer.validate(self._model, to_device(batch, self._device))
         if not isinstance(found, Mapping) or listen not in found:
@@ -282,21 +319,24 @@ class _OwnMeasured:
             raise ParameterError(
                 f"listen={self._trainer.listen!r} is not what validate measures: it gave {names}", field="listen"
             )
-        for name, value in found.items():
-            value = self._number(name, value)
-            self._sums[name] = self._sums.get(name, 0.0) + value * rows
-            self._of[name] = self._of.get(name, 0) + rows
-        self.rows += rows
-        return None, float(found[listen]), float(rows)
+        values = {name: self._number(name, value) for name, value in found.items()}
+        return BatchMeasures(loss=values[listen], weight=float(rows), rows=rows, values=values)
+
+    def add(self, part: BatchMeasures) -> None:
+        """Take in what was measured of a batch."""
+        for name, value in part.values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value * part.rows
+            self._of[name] = self._of.get(name, 0) + part.rows
+        self.rows += part.rows
 
     def values(self) -> dict[str, float]:
         """The values over all batches, by name."""
-        return {name: (total / self._of[name]).item() for name, total in self._sums.items()}
+        return {name: total / self._of[name] for name, total in self._sums.items()}
 
     @staticmethod
-    def _number(name: Any, value: Any) -> torch.Tensor:
+    def _number(name: Any, value: Any) -> float:
         try:
-            return torch.as_tensor(value).detach().reshape(()).double().cpu()
+            return float(torch.as_tensor(value).detach().reshape(()).double().item())
         except (TypeError, ValueError, RuntimeError) as error:
             raise ParameterError(
                 f"validate gave a {type(value).__name__} for {name!r}, which is no single number", field=str(name)

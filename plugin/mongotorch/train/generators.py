@@ -80,6 +80,7 @@ class _Turns:
         self._program = RunGenerators(0)
         self._active = self._program
         self._depth = 0
+        self._owner = 0  # the thread that has a turn
 
     @contextlib.contextmanager
     def turn(self, run: RunGenerators) -> Iterator[None]:
@@ -87,13 +88,29 @@ class _Turns:
         with self._lock:
             before = self._active
             self._switch(run)
-            self._depth += 1
+            self._depth, self._owner = self._depth + 1, threading.get_ident()
             try:
                 yield
             finally:
                 self._depth -= 1
                 if self._depth:  # a run inside a step of another one, which goes on now
                     self._switch(before)
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Let others draw inside, if this thread has a turn, and that turn is not inside of another one."""
+        run, thread = self._active, threading.get_ident()
+        is_paused = self._owner == thread and self._depth == 1
+        if is_paused:
+            self._depth = self._owner = 0
+            self._lock.release()
+        try:
+            yield
+        finally:
+            if is_paused:
+                self._lock.acquire()
+                self._depth, self._owner = 1, thread
+                self._switch(run)
 
     def end(self, run: RunGenerators) -> None:
         """Give the generators back to the program."""
@@ -127,6 +144,11 @@ def seeded(seed: int) -> Iterator[None]:
             yield
     finally:
         _turns.end(generators)
+
+
+def waiting() -> contextlib.AbstractContextManager[None]:
+    """A context in which the run that has its turn waits for something, and other runs may draw."""
+    return _turns.pause()
 
 
 def _after_fork() -> None:

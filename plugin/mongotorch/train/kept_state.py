@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,11 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mongotorch.tensors import copied_values, differences
+from mongotorch.tensors import copied_values, differences, to_device
 from mongotorch.train.contained import Contained, map_contained
+from mongotorch.train.generators import seeded
+from mongotorch.train.mapping import scalar
 from mongotorch.train.model import TorchModel
-from mongotorch.train.trainer import SETTINGS, TorchTrainer, parameter_fields
+from mongotorch.train.trainer import SETTINGS, TorchTrainer, evaluating_all, parameter_fields
 
+_log = logging.getLogger("mongotorch")
 _MOST_DEEP: Final = 4
 _MOST_ITEMS: Final = 1000
 _MOST_TRIED: Final = 16
@@ -274,6 +278,24 @@ class Unsaved:
             vars(owner).pop(attribute, None)
         else:
             vars(owner)[attribute] = _copy(value)
+
+
+def objectives_of(trainer: TorchTrainer, model: TorchModel, batch: Any) -> list[float]:
+    """The objective of a batch, in training and in validation mode; nothing where it has none."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+    def objective() -> float:
+        passed = trainer.forward(model, to_device(copied_values(batch), device))
+        return float(scalar(trainer.compute_validation_objective(model, passed)).detach())
+
+    try:
+        with seeded(trainer.seed), torch.no_grad():
+            training = objective()
+        with seeded(trainer.seed), evaluating_all(trainer, model):
+            return [training, objective()]
+    except Exception as error:  # noqa: BLE001 - a trainer with a step of its own need not have one
+        _log.debug("the objective of a batch could not be measured: %s", error)
+        return []
 
 
 def _unsaved_buffers(module: nn.Module) -> set[str]:

@@ -16,7 +16,7 @@ import math
 import time
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Protocol, final
 
 import torch
@@ -26,46 +26,17 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from mongotorch.errors import EmptySelectError, NonFiniteLossError, ParameterError
 from mongotorch.tensors import copied_values, copy_tensors, to_device
-from mongotorch.train.callbacks import Callbacks, Stepped, Validated
+from mongotorch.train.callbacks import Callbacks, Stepped, Trained, Validated
 from mongotorch.train.evaluation import TRAINING, EarlyStopping, evaluate, try_first_batch
 from mongotorch.train.generators import RunGenerators, seeded, set_generator_state
-from mongotorch.train.kept_state import KeptState, Unsaved
+from mongotorch.train.kept_state import KeptState, Unsaved, objectives_of
 from mongotorch.train.mapping import scalar
-from mongotorch.train.model import TorchModel, copied_state, training_device
+from mongotorch.train.model import TorchModel, compiled, copied_state, training_device
 from mongotorch.train.optimizers import continue_from, load_state, state_of
-from mongotorch.train.parallel import Alone, Group
+from mongotorch.train.parallel import Alone, Dealt, Group, LaneStep, first_rank, pinned_threads
 from mongotorch.train.schedulers import filled, is_plateau, named_numbers
-from mongotorch.train.step import MicroBatches, StepRun, compiled, grouped
-from mongotorch.train.trainer import UNLIMITED, TorchTrainer, changed_trainer, evaluating_all, trainer_on_device
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class Trained:
-    """The result of a run.
-
-    Attributes:
-        steps: Optimizer steps that this run made.
-        optimizer_state: The optimizer state at `best_step`.
-        metric_values: The values of every validation by name, the trainer's earlier values included.
-        best_step: The step whose weights the model has.
-        eval_modules: The names of the submodules that stayed in `eval()` mode.
-        metrics: The values measured of those weights, by name; empty where they were not measured.
-        fields: The fields of the trainer that were trained too, such as `objective`, as they are now.
-        training_state: What another run goes on from besides the optimizer state; None where there is nothing.
-        skipped: Training documents that were left out in an epoch, the most of any.
-    """
-
-    steps: int
-    optimizer_state: dict[str, Any]
-    metric_values: dict[str, list[float]]
-    best_step: int
-    eval_modules: tuple[str, ...]
-    metrics: dict[str, float]
-    fields: dict[str, Any] = field(default_factory=dict)
-    training_state: dict[str, Any] | None = None
-    skipped: int = 0
-
+from mongotorch.train.step import MicroBatches, StepRun, grouped, lane_steps, trained_parameters
+from mongotorch.train.trainer import UNLIMITED, TorchTrainer, all_modules, changed_trainer, trainer_on_device
 
 _log = logging.getLogger("mongotorch")
 Event = Stepped | Validated
@@ -134,7 +105,7 @@ class Fit:
         self._idle = 0  # epochs begun since the last step
         self.epoch, self._epoch_ended = 0, 0
         self._is_epoch_over = False  # whether the epoch of a resumed run had ended, and nobody has counted it
-        self._is_stopped = False
+        self._is_stopped = self._is_asked_to_stop = False
         self._spent_s = 0.0
         self._begun: float | None = None  # on the monotonic clock
         self._known: dict[str, int] = {}  # numbers of this run
@@ -145,7 +116,8 @@ class Fit:
     def check(self, *, training: bool = False) -> None:
         """Measure the first batch of each validation set, to know before the first step what cannot be measured.
 
-        It leaves nothing behind. A module that its first training batch makes (a lazy one) is not checked.
+        It leaves nothing behind. All ranks of a group call it, and all raise what it finds. A module that its
+        first training batch makes (a lazy one) is not checked.
 
         Args:
             training: Also the first batch of the training documents; the first step would find out anyway.
@@ -157,10 +129,12 @@ class Fit:
         module = self._model.object
         if any(map(is_lazy, [*module.parameters(), *module.buffers()])):
             return
-        with seeded(self._trainer.seed):
+        alone = contextlib.nullcontext(True)
+        with alone if self._group.world == 1 else first_rank(self._group) as is_first, seeded(self._trainer.seed):
             module.to(self.device)
             sets = {TRAINING: self._batches, **self._sets} if training else self._sets
-            try_first_batch(self._trainer, self._model, sets, self._metrics, self.device)
+            if is_first:  # it has the first batches
+                try_first_batch(self._trainer, self._model, sets, self._metrics, self.device)
 
     def run(self) -> Generator[Event]:
         """Train, and yield each step and each validation when it is done.
@@ -169,16 +143,20 @@ class Fit:
             NonFiniteLossError: A loss, the objective of a validation, or a weight at the end is not finite.
             MongotorchError: What the batches raise.
         """
-        yield from self._generators.drawing(self._events())
+        threads = self._given.lanes.threads
+        with contextlib.nullcontext() if threads is None else pinned_threads(threads):
+            yield from self._generators.drawing(self._events())
         self._check_losses()
         self._check_weights()
 
     def stop(self) -> None:
         """End the run after the step that is being made, with a validation as after the last step of any run.
 
-        It may be called between two events and from another thread.
+        It may be called between two events and from another thread. Where a step is cut into lanes, all ranks hear
+        of it in the next step, and the run ends after that one; it is enough to call it on one of them.
         """
-        self._is_stopped = True
+        self._is_asked_to_stop = True
+        self._is_stopped = self._is_stopped or self._given.lanes.lanes == 1
 
     @property
     def trainer(self) -> TorchTrainer:
@@ -237,7 +215,19 @@ class Fit:
             fields=self._kept.published_fields(self._given),
             training_state=_on_cpu(training_state) or None,
             skipped=self._skipped,
+            compute=self._compute(),
         )
+
+    def _compute(self) -> dict[str, Any]:
+        lanes = self._given.lanes
+        if lanes.lanes == 1:
+            return {}
+        return {
+            "workers": self._group.world,
+            "lanes": lanes.lanes,
+            "reduce": lanes.reduce,
+            "threads": lanes.threads,
+        }
 
     def capture(self) -> dict[str, Any]:
         """Everything that a resumed run needs, as copies. Call it between two events."""
@@ -254,7 +244,7 @@ class Fit:
             "random": self._generators.state(),
             "batches": self._batches.state_dict(),
             "values": {name: list(values) for name, values in self._values.items()},
-            "stopped": self._is_stopped,
+            "stopped": self._is_stopped or self._is_asked_to_stop,
             "epoch": [self.epoch, self._epoch_ended],
             "is_epoch_over": self._is_epoch_over or bool(getattr(self._batches, "is_epoch_over", False)),
             "spent_s": self._elapsed_s(),
@@ -302,7 +292,7 @@ class Fit:
         given, is_new = self._given, self._state is None
         if given.optimizer_state is not None and is_new:
             continue_from(self._optimizers, given.optimizer_state)
-        self._step_run = StepRun(self._trainer, self._model, self._optimizers, self.device)
+        self._step_run = StepRun(self._trainer, self._model, self._optimizers, self.device, self._made_lanes())
         if given.training_state is not None and is_new:
             # Schedules that name how long the run is are of one run.
             whole = named_numbers(given.scheduler_kwargs or {}) != set()
@@ -321,6 +311,21 @@ class Fit:
             self._call("on_start", self)
             yield from self._steps()
             self._call("on_end", self)
+
+    def _made_lanes(self) -> LaneStep | None:
+        """What makes the gradients of a step that is cut into lanes."""
+        lanes, module = self._given.lanes, self._model.object
+        if lanes.lanes == 1:
+            return None
+        if any(is_lazy(part) for part in (*module.parameters(), *module.buffers())):
+            raise ParameterError(
+                "the module has no parameters before its first batch, and each worker would make other ones; give "
+                "their sizes, or call the module once before it is applied",
+                field="object",
+            )
+        made = LaneStep(lanes, self._group, seed=self._given.seed, modules=all_modules(self._trainer, self._model))
+        made.begin(trained_parameters(self._model, self._optimizers))
+        return made
 
     def _with_numbers(self, trainer: TorchTrainer) -> TorchTrainer:
         """The trainer with the numbers of this run in the options of its scheduler."""
@@ -341,7 +346,8 @@ class Fit:
         if set(names) - set(known):
             known = {"max_iterations": trainer.max_iterations}
             if trainer.max_epochs is not None or set(names) != set(known):
-                steps = -(-len(self._batches) // trainer.gradient_accumulation_steps)  # type: ignore[arg-type]
+                each = 1 if trainer.lanes.lanes > 1 else trainer.gradient_accumulation_steps
+                steps = -(-len(self._batches) // each)  # type: ignore[arg-type]
                 epochs = trainer.max_epochs or -(-trainer.max_iterations // steps)
                 whole = epochs * steps
                 if trainer.sample_weight is not None:  # epochs differ
@@ -363,8 +369,11 @@ class Fit:
             self._begin_epoch()
             batches = self._batches.rest() if is_rest and hasattr(self._batches, "rest") else iter(self._batches)
             is_rest = False
-            for step in grouped(self._batches, batches, self._trainer.gradient_accumulation_steps):
-                yield self._step_on(step)
+            for step in self._grouped(batches):
+                event = self._step_on(step)
+                if event is None:
+                    continue
+                yield event
                 if self._is_validation_due():
                     yield self._validate()
                 if self.is_over:
@@ -381,21 +390,33 @@ class Fit:
         interval = self._trainer.validation_interval
         return self._is_validation_due() or (interval == "epoch" and self.step > self._validated)
 
-    def _step_on(self, step: MicroBatches) -> Stepped:
+    def _grouped(self, batches: Iterator[Any]) -> Iterator[MicroBatches]:
+        """The steps of an epoch."""
+        lanes = self._step_run.lane_step
+        if lanes is not None:
+            return lane_steps(batches, lanes)
+        return grouped(self._batches, batches, self._trainer.gradient_accumulation_steps)
+
+    def _step_on(self, step: MicroBatches) -> Stepped | None:
+        """Make a step; None where all of its documents were left out, and there was none."""
         loss = scalar(self._take_step(step)).detach()
+        if self._step_run.is_empty:
+            return None
         self.step, self._idle = self.step + 1, 0
         self._unchecked.append(loss)
         if self.device.type == "cpu" or len(self._unchecked) >= _MOST_UNCHECKED:
             self._check_losses()
         limit_s = self._trainer.max_seconds
         if limit_s is not None and self._elapsed_s() >= limit_s:
-            self._is_stopped = True
+            self.stop()
         run = self._step_run
+        if run.lane_step is not None:
+            self._is_stopped = self._is_stopped or run.lane_step.is_stopped
         self._skipped = max(self._skipped, getattr(getattr(self._batches, "report", None), "skipped", 0))
         event = Stepped(
             step=self.step,
             loss=loss,
-            rows=sum(step.rows),
+            rows=sum(step.rows) if run.lane_step is None else run.lane_step.rows,
             values=run.values(),
             gradient_norm=run.gradient_norm,
             learning_rates=run.learning_rates,
@@ -414,17 +435,18 @@ class Fit:
         return self._spent_s + (time.monotonic() - self._begun if self._begun is not None else 0.0)
 
     def _take_step(self, step: MicroBatches) -> Tensor:
-        self._last = step.batches[-1]
+        self._last = next((batch for batch in reversed(step.batches) if batch is not None), self._last)
+        self._step_run.number, self._step_run.stops = self.step + 1, self._is_asked_to_stop
         try:
             moved = tuple(to_device(batch, self.device) for batch in step.batches)
-            if self._trainer.gradient_accumulation_steps > 1:
+            if self._trainer.gradient_accumulation_steps > 1 or self._step_run.lane_step is not None:
                 return self._step_run.take(replace(step, batches=moved))
             return self._step_run.take(moved[0])
         except Exception as error:
             if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
                 raise ParameterError(
-                    f"step {self.step + 1} has a batch of {min(step.rows)} row(s), of which a batch norm has no "
-                    'statistics; give loader_kwargs={"drop_last": True}, or another batch_size',
+                    f"step {self.step + 1} has a batch of {min(filter(None, step.rows))} row(s), of which a batch "
+                    'norm has no statistics; give loader_kwargs={"drop_last": True}, or another batch_size',
                     field="loader_kwargs",
                 ) from error
             error.add_note(f"in training, at step {self.step + 1}")
@@ -456,7 +478,7 @@ class Fit:
 
     def _make_parts(self) -> None:
         """Take a step, which is undone by what is restored next: it makes what a trainer makes in its first."""
-        for step in grouped(self._batches, iter(self._batches), 1):
+        for step in self._grouped(iter(self._batches)):
             self._take_step(step)
             break
         self._last = None
@@ -464,7 +486,7 @@ class Fit:
 
     def _warn_of_unsaved(self, state: Mapping[str, Any]) -> None:
         """Log what the run has changed and a checkpoint does not have, where something depends on it."""
-        lost = self._unsaved.lost(state, self._measure)
+        lost = self._unsaved.lost(state, functools.partial(objectives_of, self._trainer, self._model, self._last))
         if lost:
             _log.warning(
                 "the run changes %s, and no checkpoint has it: a run that is stopped and goes on starts with the "
@@ -472,22 +494,6 @@ class Fit:
                 "or in an object with state_dict and load_state_dict",
                 ", ".join(lost),
             )
-
-    def _measure(self) -> list[float]:
-        """The objective of the last batch, in training and in validation mode; nothing where it has none."""
-        try:
-            with seeded(self._trainer.seed), torch.no_grad():
-                training = self._objective_of_last()
-            with seeded(self._trainer.seed), evaluating_all(self._trainer, self._model):
-                return [training, self._objective_of_last()]
-        except Exception as error:  # noqa: BLE001 - a trainer with a step of its own need not have one
-            _log.debug("the objective of a batch could not be measured: %s", error)
-            return []
-
-    def _objective_of_last(self) -> float:
-        batch = to_device(copied_values(self._last), self.device)
-        passed = self._trainer.forward(self._model, batch)
-        return float(scalar(self._trainer.compute_validation_objective(self._model, passed)).detach())
 
     def _is_validation_due(self) -> bool:
         interval = self._trainer.validation_interval
@@ -519,7 +525,9 @@ class Fit:
         average = self._step_run.average
         with contextlib.nullcontext() if average is None else average.applied():
             try:
-                values = evaluate(self._trainer, self._model, self._sets, self._metrics, self.device)
+                values = evaluate(
+                    self._trainer, self._model, self._sets, self._metrics, self.device, dealt=self._dealt()
+                )
             except Exception as error:
                 error.add_note(f"after step {self.step}")
                 raise
@@ -541,6 +549,12 @@ class Fit:
         if improved and self._best.state is not None:
             self._best.state["training"] = self._outcome()
         return event
+
+    def _dealt(self) -> Dealt | None:
+        """How the batches of this validation are dealt out to ranks."""
+        if self._given.lanes.lanes == 1:
+            return None
+        return Dealt(group=self._group, seed=self._given.seed, step=self.step)
 
     def _outcome(self) -> dict[str, Any]:
         """What another run goes on from besides the optimizer state; empty where there is nothing."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, final
 
@@ -379,3 +380,39 @@ def _layer(name: str, part: nn.Module, output: tuple[int, ...] | None) -> LayerS
 
 def _shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "()"
+
+
+def check_compile(options: Any) -> None:
+    """Refuse options that `torch.compile` does not have. Raises: ParameterError."""
+    if isinstance(options, bool):
+        return
+    known = set(inspect.signature(torch.compile).parameters) - {"model"}
+    if not isinstance(options, Mapping) or set(options) - known:
+        raise ParameterError(
+            f"compile={options!r}: it must be True, False or a dict of {', '.join(sorted(known))}", field="compile"
+        )
+
+
+@contextlib.contextmanager
+def compiled(model: TorchModel, options: bool | Mapping[str, Any]) -> Iterator[None]:
+    """Let a model's training method be compiled inside; names of the module's state stay what they are.
+
+    Args:
+        model: The model.
+        options: Those of `torch.compile`, or True for its defaults; False compiles nothing.
+    """
+    if options is False:
+        yield
+        return
+    module, name = model.object, model.train_forward_method
+    # What `module.compile()` sets, in place: a wrapped module would have other names in its state.
+    name = "_compiled_call_impl" if name == CALL else name
+    function = module._call_impl if name == "_compiled_call_impl" else getattr(module, name)
+    before = vars(module).get(name)
+    vars(module)[name] = torch.compile(function, **({} if options is True else options))
+    try:
+        yield
+    finally:
+        vars(module).pop(name)
+        if before is not None:
+            vars(module)[name] = before

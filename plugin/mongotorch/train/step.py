@@ -10,7 +10,6 @@ Guarantees: all that a run keeps is in its state, so that one that goes on makes
 from __future__ import annotations
 
 import contextlib
-import inspect
 import itertools
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -25,7 +24,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mongotorch.errors import ParameterError
 from mongotorch.tensors import copied_values, count_rows
-from mongotorch.train.model import CALL, TorchModel
+from mongotorch.train.model import TorchModel
+from mongotorch.train.parallel import LaneStep
 from mongotorch.train.schedulers import go_on, scheduler_name, set_rates
 
 PRECISIONS: Final = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,11 +43,15 @@ class MicroBatches:
         batches: The batches.
         rows: How many samples each has.
         waited_s: Seconds that they were waited for.
+        planned: Where they are those of lanes: documents of the whole step, on all ranks.
+        position: And a small number that all ranks have alike where they have read the same documents.
     """
 
     batches: tuple[Any, ...]
     rows: tuple[int, ...]
     waited_s: float = 0.0
+    planned: int = 0
+    position: int = 0
 
 
 def grouped(batches: Iterable[Any], running: Iterator[Any], count: int) -> Iterator[MicroBatches]:
@@ -66,6 +70,28 @@ def grouped(batches: Iterable[Any], running: Iterator[Any], count: int) -> Itera
         if not found:
             return
         yield MicroBatches(batches=tuple(found), rows=tuple(rows), waited_s=time.perf_counter() - begun)
+
+
+def lane_steps(running: Iterator[Any], lane_step: LaneStep) -> Iterator[MicroBatches]:
+    """The steps of an epoch, each with the batches of the lanes of this rank.
+
+    Args:
+        running: An iteration over steps, as a stream with lanes gives them.
+        lane_step: Hears of an error, and of the end of the epoch.
+    """
+    while True:
+        begun = time.perf_counter()
+        try:
+            step = next(running, None)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks have to hear of it
+            lane_step.fail(error)
+        if step is None:
+            lane_step.end_epoch()
+            return
+        waited_s = time.perf_counter() - begun
+        yield MicroBatches(
+            batches=step.batches, rows=step.rows, waited_s=waited_s, planned=step.planned, position=step.position
+        )
 
 
 def batch_rows(batches: Iterable[Any], batch: Any) -> int:
@@ -102,7 +128,9 @@ class TrainingStep:
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss = self._make_gradients(model, batch, optimizers)
-        self.update(model, optimizers)
+        run = _running.get()
+        if run is None or not run.is_empty:
+            self.update(model, optimizers)
         return loss
 
     def compute_objective(self, model: TorchModel, batch: Any) -> Tensor:
@@ -168,7 +196,7 @@ class TrainingStep:
     def log(self, name: str, value: float | Tensor) -> None:
         """Add a value to what is known of the step that is being made; the mean of several of one name.
 
-        Outside of a run it does nothing.
+        Outside of a run it does nothing. Where a step is cut into lanes, what the first lane logs counts.
 
         Args:
             name: What the value is called, such as `d_loss`.
@@ -184,7 +212,7 @@ class TrainingStep:
         elif isinstance(value, bool) or not isinstance(value, int | float):
             raise ParameterError(f"log: {name!r} got a {type(value).__name__}, not a single number", field="log")
         run = _running.get()
-        if run is not None:
+        if run is not None and run.is_logging:
             run.logged.setdefault(name, []).append(value)
 
     def autocasting(self, model: TorchModel) -> contextlib.AbstractContextManager[Any]:
@@ -201,9 +229,31 @@ class TrainingStep:
     def _make_gradients(
         self, model: TorchModel, batch: Any, optimizers: Sequence[torch.optim.Optimizer]
     ) -> Tensor:
+        run = _running.get()
+        if run is not None and run.lane_step is not None:
+            return self._add_lanes(model, batch, run, run.lane_step, optimizers)
         if isinstance(batch, MicroBatches):
             return self._accumulate(model, batch, optimizers)
         return self.backward(model, batch)
+
+    def _add_lanes(
+        self,
+        model: TorchModel,
+        step: MicroBatches,
+        run: StepRun,
+        lane_step: LaneStep,
+        optimizers: Sequence[torch.optim.Optimizer],
+    ) -> Tensor:
+        """Make the gradients of the lanes of all ranks, weighed as if they were one batch."""
+
+        def backward(lane: int, batch: Any, share: float) -> tuple[Tensor, float]:
+            run.counted_share, run.is_logging = 1.0, lane == 0
+            return self.backward(model, batch, share).detach(), run.counted_share
+
+        lane_step.begin(run.parameters(optimizers))
+        loss = lane_step.make(run.number, step, backward, stops=run.stops)
+        run.counted_share, run.is_logging = 1.0, True
+        return loss
 
     def _accumulate(
         self, model: TorchModel, step: MicroBatches, optimizers: Sequence[torch.optim.Optimizer]
@@ -264,9 +314,14 @@ class StepRun:
         model: What is trained.
         optimizers: The optimizers of the run.
         device: Where the model is.
+        lane_step: Makes the gradients where a step is cut into lanes.
 
     Attributes:
         device: Where the model is.
+        lane_step: Makes the gradients where a step is cut into lanes.
+        number: The number of the step that is made.
+        stops: Whether the run was asked to end, which all ranks hear of in the step.
+        is_logging: Whether `TrainingStep.log` counts, as it does in one lane only.
         schedulers: The schedulers of the run.
         average: The exponential mean of the weights; None where there is none.
         logged: By name, what `TrainingStep.log` got in the last step.
@@ -284,8 +339,10 @@ class StepRun:
         model: TorchModel,
         optimizers: Sequence[torch.optim.Optimizer],
         device: torch.device,
+        lane_step: LaneStep | None = None,
     ) -> None:
         self._trainer, self._model, self._optimizers, self.device = trainer, model, optimizers, device
+        self.lane_step, self.number, self.stops, self.is_logging = lane_step, 0, False, True
         self._rates = _rates(optimizers)  # before a scheduler changes them
         self.schedulers = tuple(trainer.get_schedulers(optimizers))
         self._scaler = torch.amp.GradScaler(device.type) if trainer.precision == "fp16" else None
@@ -317,6 +374,8 @@ class StepRun:
             loss = self._trainer.take_step(self._model, batch, self._optimizers)
         finally:
             _running.reset(before)
+        if self.is_empty:
+            return loss
         if not self._is_updated:
             self._check_unused()
         if self.schedulers and self._trainer.scheduler_interval in (None, "step"):
@@ -324,6 +383,11 @@ class StepRun:
         if self.average is not None:
             self.average.update()
         return loss
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the last step had no row, in any lane, and changed nothing."""
+        return self.lane_step is not None and self.lane_step.is_empty
 
     def end_epoch(self) -> None:
         """Let the schedulers of epochs make a step."""
@@ -519,39 +583,3 @@ class WeightAverage:
         with torch.no_grad():
             for parameter, value in zip(self._current(), values, strict=False):
                 parameter.copy_(value)
-
-
-def check_compile(options: Any) -> None:
-    """Refuse options that `torch.compile` does not have. Raises: ParameterError."""
-    if isinstance(options, bool):
-        return
-    known = set(inspect.signature(torch.compile).parameters) - {"model"}
-    if not isinstance(options, Mapping) or set(options) - known:
-        raise ParameterError(
-            f"compile={options!r}: it must be True, False or a dict of {', '.join(sorted(known))}", field="compile"
-        )
-
-
-@contextlib.contextmanager
-def compiled(model: TorchModel, options: bool | Mapping[str, Any]) -> Iterator[None]:
-    """Let a model's training method be compiled inside; names of the module's state stay what they are.
-
-    Args:
-        model: The model.
-        options: Those of `torch.compile`, or True for its defaults; False compiles nothing.
-    """
-    if options is False:
-        yield
-        return
-    module, name = model.object, model.train_forward_method
-    # What `module.compile()` sets, in place: a wrapped module would have other names in its state.
-    name = "_compiled_call_impl" if name == CALL else name
-    function = module._call_impl if name == "_compiled_call_impl" else getattr(module, name)
-    before = vars(module).get(name)
-    vars(module)[name] = torch.compile(function, **({} if options is True else options))
-    try:
-        yield
-    finally:
-        vars(module).pop(name)
-        if before is not None:
-            vars(module)[name] = before

@@ -40,7 +40,7 @@ from mongotorch.split import Fold, Split, as_split
 from mongotorch.train.callbacks import check_callbacks
 from mongotorch.train.contained import Contained, map_contained, on_device
 from mongotorch.train.mapping import BatchMapping, Passed, check_key, counted_share, scalar
-from mongotorch.train.model import TorchModel, evaluating
+from mongotorch.train.model import TorchModel, check_compile, evaluating
 from mongotorch.train.optimizers import (
     check_optimizer,
     check_state,
@@ -51,7 +51,7 @@ from mongotorch.train.optimizers import (
 )
 from mongotorch.train.parallel import Lanes, check_compute
 from mongotorch.train.schedulers import INTERVALS, check_scheduler, is_plateau, make_scheduler, named_numbers
-from mongotorch.train.step import PRECISIONS, TrainingStep, check_compile, counting
+from mongotorch.train.step import PRECISIONS, TrainingStep, counting
 
 UNLIMITED = 10**100
 _PLAIN = Lanes()
@@ -564,6 +564,14 @@ def evaluating_all(trainer: TorchTrainer, model: TorchModel) -> Iterator[None]:
             for module in Contained(getattr(trainer, name)).modules:
                 entered.enter_context(evaluating(module))
         yield
+
+
+def all_modules(trainer: TorchTrainer, model: TorchModel) -> dict[str, torch.nn.Module]:
+    """The module of a model, and those that the objective and a subclass's fields hold, by names of their own."""
+    found = {"": model.object}
+    for name in parameter_fields(trainer):
+        found |= {f"{name}{n}": module for n, module in enumerate(Contained(getattr(trainer, name)).modules)}
+    return found
 
 
 SETTINGS = frozenset({field.name for field in dataclasses.fields(TorchTrainer)})

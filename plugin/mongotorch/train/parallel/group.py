@@ -9,14 +9,15 @@ rank which adds up its own part as a binary tree gives the same bits on any numb
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import pickle
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol, TypeVar, final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mongotorch.errors import ParameterError, WorkerLostError
+from mongotorch.errors import ParameterError, TrainingError, WorkerLostError
 
 T = TypeVar("T")
 Reduce = Literal["exact", "fast"]
@@ -147,6 +148,50 @@ class ProcessGroup:
                 f"rank {self.rank} of {self.world} lost another worker, or waited too long for it: "
                 f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
             ) from error
+
+
+def raise_first(group: Group, error: Exception | None, errors: Sequence[Exception | None] | None = None) -> None:
+    """Let all ranks raise where one has an error: each its own, else that of the first rank that has one.
+
+    Args:
+        group: The ranks.
+        error: That of this rank, if it has one.
+        errors: Those of all ranks, made `portable`; None asks for them.
+
+    Raises:
+        Exception: The error.
+    """
+    if errors is None:
+        errors = [error] if group.world == 1 else group.gather(portable(error))
+    if error is not None:
+        raise error
+    for rank, one in enumerate(errors):
+        if one is not None:
+            one.add_note(f"on worker {rank} of {group.world}")
+            raise one
+
+
+def portable(error: Exception | None) -> Exception | None:
+    """An error, or where another process could not read it one that says the same."""
+    try:
+        pickle.loads(pickle.dumps(error))  # noqa: S301 - what was just written
+    except Exception:  # noqa: BLE001 - whatever pickle says to a class of the user
+        return TrainingError(f"{type(error).__name__}: {error}")
+    return error
+
+
+@contextlib.contextmanager
+def first_rank(group: Group) -> Iterator[bool]:
+    """Whether this is rank 0, which does what is inside for all; what it raises there is raised on all."""
+    error: Exception | None = None
+    try:
+        yield group.rank == 0
+    except Exception as raised:
+        if group.world == 1:
+            raise
+        error = raised
+    if group.world > 1:
+        raise_first(group, error)
 
 
 def tree_sum(part: Callable[[int], T], first: int, stop: int, add: Callable[[T, T], T] | None = None) -> T:

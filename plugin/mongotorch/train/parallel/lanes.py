@@ -9,9 +9,12 @@ Guarantees: which rows a lane has does not depend on the number of workers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Self, final
+
+import torch
 
 from mongotorch.errors import ParameterError
 from mongotorch.train.parallel.group import Reduce
@@ -130,6 +133,17 @@ class Lanes:
                 f"{world} worker(s) cannot share {self.lanes} lanes evenly; possible are "
                 f"{', '.join(map(str, possible))} workers"
             )
+
+
+@contextlib.contextmanager
+def pinned_threads(threads: int) -> Iterator[None]:
+    """Let torch compute with so many threads inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def check_compute(options: Mapping[str, Any]) -> None:
