@@ -13,7 +13,7 @@ from uuid import uuid4
 
 import pymongo
 import pytest
-from tests.docs.pages import PAGES, ROOT, has_blocks, in_order, name_of, needs_server, run_page, text_of
+from tests.docs.pages import BLOCK, PAGES, ROOT, has_blocks, in_order, name_of, needs_server, run_page, text_of
 
 LINK = re.compile(r"\]\((?!https?://|mailto:|#)(?P<target>[^)#\s]+)(?:#[^)]*)?\)")
 ANCHOR = re.compile(r"\]\((?!https?://)(?P<target>[^)#\s]*)#(?P<anchor>[^)\s]+)\)")
@@ -43,6 +43,13 @@ def test_python_blocks_of_a_page_run_in_order(
 
 def test_every_page_with_blocks_is_in_the_navigation() -> None:
     assert sorted(in_order()) == sorted(page for page in PAGES if has_blocks(page))
+
+
+def test_a_job_of_the_cookbook_is_short() -> None:
+    """At most 40 lines for each, without the documents that a page makes up, and what is done with the model."""
+    for page in (ROOT / "docs" / "cookbook").glob("*.md"):
+        jobs = [block["code"] for block in BLOCK.finditer(text_of(page)) if "db.apply(" in block["code"]]
+        assert [sum(1 for line in job.splitlines() if line) <= 40 for job in jobs] == [True], name_of(page)
 
 
 def test_links_lead_somewhere() -> None:
