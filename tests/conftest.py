@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import shutil
 import socket
 import subprocess
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +26,7 @@ settings.register_profile("mongotorch", deadline=None)
 settings.load_profile("mongotorch")
 
 
+_FOLDER_BYTES = 4 * 2**30
 # Files of tests that take a minute and more together: out of `make test`, which stays under ten.
 LONG = frozenset(
     {
@@ -101,7 +104,7 @@ def mongod(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     if found is None or not found.submodule_search_locations:
         pytest.fail("the extra `server` is not installed")
     binary = Path(next(iter(found.submodule_search_locations))) / "db" / "bin" / "mongod"
-    folder = tmp_path_factory.mktemp("mongod")
+    folder = _server_folder(tmp_path_factory)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -116,6 +119,15 @@ def mongod(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             client.admin.command("ping")  # waits for the primary
         yield address
         process.terminate()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _server_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In memory where there is room: each database of each test makes some thirty files, and waits for each."""
+    memory = Path("/dev/shm")
+    if memory.is_dir() and shutil.disk_usage(memory).free > _FOLDER_BYTES:
+        return Path(tempfile.mkdtemp(prefix="mongotorch-tests-", dir=memory))
+    return tmp_path_factory.mktemp("mongod")
 
 
 @pytest.fixture(params=["mongomock", "mongod"])

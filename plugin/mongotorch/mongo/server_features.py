@@ -18,7 +18,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from bson import Timestamp
-from pymongo import ReadPreference, WriteConcern
+from pymongo import IndexModel, ReadPreference, WriteConcern
 from pymongo.errors import OperationFailure
 from pymongo.read_concern import ReadConcern
 
@@ -26,8 +26,6 @@ from mongotorch.mongo.driver_errors import UNAUTHORIZED, has_code
 
 Now = Callable[[], datetime]
 """A clock: naive UTC in whole milliseconds."""
-Keys = str | Sequence[tuple[str, int]]
-"""The keys of an index: one field, or fields with directions."""
 MAJORITY_DEADLINE_S: Final = 60.0
 """How long a write of a record waits for a majority of the replica set, before it fails for now."""
 _ANSWER_S: Final = 10.0
@@ -206,40 +204,47 @@ def _has_transactions(database: Any) -> bool:
     return "setName" in hello or hello.get("msg") == "isdbgrid"
 
 
-def ensure_index(collection: Any, keys: Keys, **options: Any) -> None:
-    """Create an index if it does not exist.
+def ensure_indexes(collection: Any, *indexes: IndexModel) -> None:
+    """Create those indexes of a collection that do not exist, in one command.
 
-    A user who may not create indexes is let through if the index exists, or if the collection is empty (whoever
-    writes first creates it).
+    A user who may not create indexes is let through if they exist, or if the collection is empty (whoever writes
+    first creates them).
 
     Args:
         collection: The driver's collection.
-        keys: A field, or fields with directions.
-        options: `unique`, `partialFilterExpression`.
+        indexes: With `unique`, `partialFilterExpression` and `expireAfterSeconds` as options.
 
     Raises:
-        OperationFailure: The index cannot be created, or the user may not create it and it is missing.
+        OperationFailure: An index cannot be created, or the user may not create one that is missing.
     """
-    fields = [(keys, 1)] if isinstance(keys, str) else list(keys)
-    # First a look: creating one waits for a majority, which a reader may do without. And mongomock would check
+    # First a look: creating waits for a majority, which a reader may do without. And mongomock would check
     # every document again, those outside of a partial filter too.
-    if _has_index(collection, fields, **options):
+    missing = _missing(collection, indexes)
+    if not missing:
+        return
+    if is_mock(collection):  # its `create_indexes` leaves the options out
+        for index in missing:
+            options = {name: value for name, value in index.document.items() if name not in ("key", "name")}
+            collection.create_index(list(index.document["key"].items()), **options)
         return
     try:
-        collection.create_index(fields, **options)
+        collection.create_indexes(missing)
     except OperationFailure as error:
         if not has_code(error, UNAUTHORIZED):
             raise
-        if not _has_index(collection, fields, **options) and collection.find_one({}, {"_id": 1}) is not None:
+        if _missing(collection, indexes) and collection.find_one({}, {"_id": 1}) is not None:
             raise
 
 
-def _has_index(collection: Any, keys: list[tuple[str, int]], **options: Any) -> bool:
-    found = [index for index in collection.index_information().values() if list(index["key"]) == keys]
-    if is_mock(collection):
-        return bool(found)
-    return any(
-        bool(index.get("unique")) == bool(options.get("unique"))
-        and index.get("partialFilterExpression") == options.get("partialFilterExpression")
-        for index in found
+def _missing(collection: Any, indexes: Sequence[IndexModel]) -> list[IndexModel]:
+    there = list(collection.index_information().values())
+    return [index for index in indexes if not any(_is_like(index.document, one, collection) for one in there)]
+
+
+def _is_like(index: Mapping[str, Any], there: Mapping[str, Any], collection: Any) -> bool:
+    if list(index["key"].items()) != list(there["key"]):
+        return False
+    return is_mock(collection) or (
+        bool(there.get("unique")) == bool(index.get("unique"))
+        and there.get("partialFilterExpression") == index.get("partialFilterExpression")
     )

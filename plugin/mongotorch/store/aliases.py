@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final, Self, final
 
+from pymongo import IndexModel
 from pymongo.errors import DuplicateKeyError
 
 from mongotorch.codecs import WRITTEN, check_format
@@ -24,7 +25,7 @@ from mongotorch.component import IDENTIFIER
 from mongotorch.errors import ConflictError, IdentifierError, ParameterError, StoreError, TrustError
 from mongotorch.mongo.change_stream import Wake, open_stream, poller
 from mongotorch.mongo.driver_errors import driver_errors, repeated
-from mongotorch.mongo.server_features import Now, clock_of, ensure_index, records
+from mongotorch.mongo.server_features import Now, clock_of, ensure_indexes, records
 from mongotorch.store.signing import Trust
 
 COLLECTION: Final = "mt.aliases"
@@ -111,10 +112,13 @@ class Aliases:
     def ensure_indexes(self) -> None:
         """Create the indexes if they do not exist."""
         by_name = [(field, 1) for field in _NAME]
-        ensure_index(self._documents, [*by_name, ("n", -1)], unique=True)
         of_job = {"job": {"$type": "string"}}
-        ensure_index(self._documents, [*by_name, ("job", 1)], unique=True, partialFilterExpression=of_job)
-        ensure_index(self._documents, "to")
+        ensure_indexes(
+            self._documents,
+            IndexModel([*by_name, ("n", -1)], unique=True),
+            IndexModel([*by_name, ("job", 1)], unique=True, partialFilterExpression=of_job),
+            IndexModel("to"),
+        )
 
     @repeated("reading an alias")
     def head(self, type_id: str, identifier: str, alias: str = LIVE) -> Move | None:

@@ -27,12 +27,13 @@ from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from typing import Any, Final, cast, final
 
 from bson import Binary, ObjectId
+from pymongo import IndexModel
 from pymongo.errors import DuplicateKeyError, OperationFailure
 
 from mongotorch.codecs import PART_BYTES, WRITTEN, NamedBlob, check_format
 from mongotorch.errors import IntegrityError, NotFoundError, StoreError
 from mongotorch.mongo.driver_errors import UNAUTHORIZED, has_code, repeated
-from mongotorch.mongo.server_features import clock_of, ensure_index, is_mock, records
+from mongotorch.mongo.server_features import clock_of, ensure_indexes, is_mock, records
 
 _log = logging.getLogger("mongotorch.store")
 # The bucket's name is older than the word blob; databases have it.
@@ -76,9 +77,9 @@ class BlobStore:
     @repeated("preparing the blobs")
     def ensure_indexes(self) -> None:
         """Create the indexes if they do not exist."""
-        ensure_index(self._uses, "touched", expireAfterSeconds=int(USES_KEPT_S))
-        ensure_index(self._files, "filename", unique=True)
-        ensure_index(self._chunks, [("files_id", 1), ("n", 1)], unique=True)
+        ensure_indexes(self._uses, IndexModel("touched", expireAfterSeconds=int(USES_KEPT_S)))
+        ensure_indexes(self._files, IndexModel("filename", unique=True))
+        ensure_indexes(self._chunks, IndexModel([("files_id", 1), ("n", 1)], unique=True))
 
     def put(self, data: bytes | bytearray | memoryview | NamedBlob) -> str:
         """Store a blob; see `put_all`. Its name: the SHA-256 in hex."""

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, final
 
+from pymongo import IndexModel
+
 from mongotorch.codecs import WRITTEN, check_format
 from mongotorch.errors import IntegrityError
 from mongotorch.mongo.driver_errors import repeated
-from mongotorch.mongo.server_features import ensure_index, records
+from mongotorch.mongo.server_features import ensure_indexes, records
 from mongotorch.store.blobs import BlobStore
 from mongotorch.store.jobs import COLLECTION as JOBS
 from mongotorch.store.jobs import running
@@ -44,7 +46,7 @@ class Checkpoints:
     @repeated("preparing the checkpoints")
     def ensure_indexes(self) -> None:
         """Create the indexes if they do not exist."""
-        ensure_index(self._documents, [("job", 1), *_NEWEST])
+        ensure_indexes(self._documents, IndexModel([("job", 1), *_NEWEST]))
 
     @repeated("writing a checkpoint")
     def put(

@@ -14,13 +14,14 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Final, final
 
+from pymongo import IndexModel
 from pymongo.errors import DuplicateKeyError
 
 from mongotorch.codecs import WRITTEN, check_format
 from mongotorch.component import is_refused
 from mongotorch.errors import ConflictError, IntegrityError, JobCancelledError, NotFoundError, TrustError
 from mongotorch.mongo.driver_errors import repeated
-from mongotorch.mongo.server_features import clock_of, ensure_index, in_transaction, records
+from mongotorch.mongo.server_features import clock_of, ensure_indexes, in_transaction, records
 from mongotorch.store.blobs import BlobStore
 from mongotorch.store.jobs import COLLECTION as JOBS
 from mongotorch.store.jobs import running
@@ -66,12 +67,15 @@ class Components:
     @repeated("preparing the components")
     def ensure_indexes(self) -> None:
         """Create the indexes if they do not exist."""
-        ensure_index(self._documents, [("type_id", 1), ("identifier", 1), ("version", 1)], unique=True)
-        # A job publishes one document without an anchor, and one for each anchor that it tried.
         of_job = {"job": {"$type": "string"}}
-        ensure_index(self._documents, [("job", 1), ("anchor", 1)], unique=True, partialFilterExpression=of_job)
-        ensure_index(self._documents, "blobs")
-        ensure_index(self._documents, "refs")
+        ensure_indexes(
+            self._documents,
+            IndexModel([("type_id", 1), ("identifier", 1), ("version", 1)], unique=True),
+            # A job publishes one document without an anchor, and one for each anchor that it tried.
+            IndexModel([("job", 1), ("anchor", 1)], unique=True, partialFilterExpression=of_job),
+            IndexModel("blobs"),
+            IndexModel("refs"),
+        )
 
     @repeated("publishing a component")
     def publish(

@@ -20,14 +20,14 @@ from datetime import datetime
 from typing import Any, Final, final
 
 from bson import ObjectId
-from pymongo import ReturnDocument
+from pymongo import IndexModel, ReturnDocument
 from pymongo.errors import DuplicateKeyError
 
 from mongotorch.codecs import READABLE, WRITTEN, check_format
 from mongotorch.errors import NotFoundError
 from mongotorch.mongo.change_stream import wait_until
 from mongotorch.mongo.driver_errors import redact, repeated
-from mongotorch.mongo.server_features import Later, LocalClock, Now, clock_of, ensure_index, records
+from mongotorch.mongo.server_features import Later, LocalClock, Now, clock_of, ensure_indexes, records
 
 COLLECTION: Final = "mt.jobs"
 KIND: Final = "job"
@@ -71,13 +71,16 @@ class Jobs:
     @repeated("preparing the jobs")
     def ensure_indexes(self) -> None:
         """Create the indexes if they do not exist."""
-        ensure_index(self._documents, [("component", 1), ("method", 1)], unique=True)
         with_key = {"key": {"$type": "string"}}
-        ensure_index(self._documents, "key", unique=True, partialFilterExpression=with_key)
-        # In the order of a claim, to its last field: the server takes the first that is ready, and sorts nothing.
-        ensure_index(self._documents, [("status", 1), ("priority", -1), ("created", 1), ("_id", 1)])
-        ensure_index(self._documents, [("identifier", 1), ("created", -1)])
-        ensure_index(self._documents, [("created", -1), ("_id", -1)])
+        ensure_indexes(
+            self._documents,
+            IndexModel([("component", 1), ("method", 1)], unique=True),
+            IndexModel("key", unique=True, partialFilterExpression=with_key),
+            # In the order of a claim, to its last field: the server takes the first that is ready, unsorted.
+            IndexModel([("status", 1), ("priority", -1), ("created", 1), ("_id", 1)]),
+            IndexModel([("identifier", 1), ("created", -1)]),
+            IndexModel([("created", -1), ("_id", -1)]),
+        )
 
     # Anybody: add, look, wait, cancel, queue again.
 

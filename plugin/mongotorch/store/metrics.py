@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final, final
 
-from pymongo import UpdateOne
+from pymongo import IndexModel, UpdateOne
 from pymongo.errors import PyMongoError
 
 from mongotorch.codecs import WRITTEN, check_format
 from mongotorch.mongo.change_stream import open_stream, poller
 from mongotorch.mongo.driver_errors import repeated
-from mongotorch.mongo.server_features import Later, clock_of, ensure_index, is_mock, records
+from mongotorch.mongo.server_features import Later, clock_of, ensure_indexes, is_mock, records
 from mongotorch.store.jobs import COLLECTION as JOBS
 from mongotorch.store.jobs import plain_key, running
 
@@ -62,8 +62,11 @@ class MetricLog:
     @repeated("preparing the metrics")
     def ensure_indexes(self) -> None:
         """Create the indexes if they do not exist."""
-        ensure_index(self._documents, [("job", 1), ("step", 1), ("kind", 1)], unique=True)
-        ensure_index(self._documents, [("component", 1), ("step", 1)])
+        ensure_indexes(
+            self._documents,
+            IndexModel([("job", 1), ("step", 1), ("kind", 1)], unique=True),
+            IndexModel([("component", 1), ("step", 1)]),
+        )
 
     def add(self, *, job: str, component: str, step: int, kind: str, values: Mapping[str, float]) -> None:
         """Write one entry, over the one of the same job, step and kind; see `write`."""

@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Final, final
 
+from pymongo import IndexModel
 from pymongo.errors import DuplicateKeyError
 
 from mongotorch.codecs import READABLE, WRITTEN, check_format
 from mongotorch.errors import NotFoundError
 from mongotorch.mongo.driver_errors import driver_errors
-from mongotorch.mongo.server_features import Later, Now, clock_of, ensure_index, records
+from mongotorch.mongo.server_features import Later, Now, clock_of, ensure_indexes, records
 
 COLLECTION: Final = "mt.schedules"
 KIND: Final = "schedule"
@@ -41,7 +42,7 @@ class Schedules:
     @driver_errors("preparing the schedules")
     def ensure_indexes(self) -> None:
         """Create the indexes if they do not exist."""
-        ensure_index(self._documents, "next_at")
+        ensure_indexes(self._documents, IndexModel("next_at"))
 
     @driver_errors("adding a schedule")
     def add(self, identifier: str, values: Mapping[str, Any]) -> bool:
