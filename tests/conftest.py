@@ -56,6 +56,7 @@ LONG = frozenset(
         "test_outage.py",
         "test_pages_in_order.py",
         "test_poison.py",
+        "test_public_reprs.py",
         "test_second_process.py",
         "test_server_binary.py",
         "test_server_faults.py",

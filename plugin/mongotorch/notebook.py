@@ -5,15 +5,43 @@ from __future__ import annotations
 import html
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final, TypeVar, final
 
+T = TypeVar("T")
+_MOST_ITEMS: Final = 10
 _LONGEST: Final = 300  # characters of a cell
 _MOST_ROWS: Final = 50
 _WIDTH: Final = 360
 _HEIGHT: Final = 120
 _MOST_DRAWN: Final = 400  # points of a curve
 _COLORS: Final = ("#13795b", "#b3541e", "#3f5bc0", "#9b2f8e")
+
+
+@final
+class ShownList(list[T]):
+    """A list that a notebook shows as a table, and that prints its first ten items at most.
+
+    Args:
+        items: The items.
+        table: Makes the HTML, when it is asked for.
+    """
+
+    def __init__(self, items: Iterable[T], table: Callable[[], str]) -> None:
+        super().__init__(items)
+        self._table = table
+
+    def __repr__(self) -> str:
+        if len(self) <= _MOST_ITEMS:
+            return super().__repr__()
+        first = ", ".join(map(repr, self[:_MOST_ITEMS]))
+        return f"[{first}, … and {len(self) - _MOST_ITEMS:,} more]"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return list, (list(self),)  # elsewhere there is nothing to read the table from
+
+    def _repr_html_(self) -> str:
+        return self._table()
 
 
 def is_notebook() -> bool:

@@ -62,6 +62,7 @@ _PLAIN = (
 )
 _RESERVED = frozenset({CODEC, REFERENCE})
 _INT64 = range(-(2**63), 2**63)
+_MOST_DIGITS = 19  # of a number of 64 bits
 
 
 @final
@@ -116,6 +117,9 @@ class NewBlobs:
         self.blobs: dict[str, NamedBlob] = {}
         self.known = {} if known is None else known
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self.blobs)} blobs)"
+
     def __call__(self, data: bytes | memoryview) -> str:
         """Name a blob, and keep it."""
         view = memoryview(data).cast("B")
@@ -164,6 +168,9 @@ class Codecs:
         if twice:
             raise CodecError(f"two codecs are called {', '.join(map(repr, twice))}; give each a name of its own")
         self._codecs = {codec.name: codec.bound(self) for codec in codecs}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(self.names)})"
 
     @classmethod
     def builtin(cls, *more: Codec) -> Self:
@@ -346,6 +353,18 @@ def sequence_record(value: Sequence[Any], items: list[Any]) -> Any:
     return items if isinstance(value, list) else {CODEC: "tuple", "items": items}
 
 
+@final
+class PowerOfTen(int):
+    """A whole number that prints short: `10**100`. Any other number prints as it is."""
+
+    def __repr__(self) -> str:
+        digits = int.__repr__(self)
+        is_power = len(digits) > _MOST_DIGITS and digits == f"1{'0' * (len(digits) - 1)}"
+        return f"10**{len(digits) - 1}" if is_power else digits
+
+    __str__ = __repr__
+
+
 def describe(record: Any) -> Any:
     """A stored field in plain values, without reading a blob or importing anything.
 
@@ -364,7 +383,8 @@ def describe(record: Any) -> Any:
     if codec == "name":
         return current_name(record["name"])
     if codec == "int":
-        return int(record["value"])
+        number = PowerOfTen(record["value"])
+        return number if repr(number).startswith("10**") else int(number)
     if codec == "tuple":
         return tuple(describe(part) for part in record["items"])
     if codec in (None, "query", "value"):

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar, final, overload
 from mongotorch.component import Component, arguments_checked
 from mongotorch.data import DataCheck, Explanation, Stream
 from mongotorch.data.collection import Collection, read_documents
+from mongotorch.datalayer.shown import datalayer_html, job_list
 from mongotorch.datalayer.versions import Versions
 from mongotorch.errors import ParameterError
 from mongotorch.jobs import Job, RunMetrics
@@ -78,6 +79,9 @@ class Datalayer(Versions):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._connection!r})"
+
+    def _repr_html_(self) -> str:
+        return datalayer_html(self.uri, self.overview)
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise ParameterError("a Datalayer cannot be pickled; pass `db.uri`, and connect in the other process")
@@ -243,7 +247,7 @@ class Datalayer(Versions):
             limit: At most so many.
         """
         found = self._services.jobs.find(status=status, identifier=identifier, limit=limit)
-        return [self._services.applier.job(record["_id"]) for record in found]
+        return job_list([self._services.applier.job(record["_id"]) for record in found], found)
 
     @arguments_checked
     def metrics(self, what: Job[Any] | Component | str | tuple[Any, ...]) -> RunMetrics:

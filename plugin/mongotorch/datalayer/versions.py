@@ -8,6 +8,7 @@ from types import EllipsisType
 from typing import Any
 
 from mongotorch.component import arguments_checked
+from mongotorch.datalayer.shown import move_list, version_list
 from mongotorch.mongo.connection import Connection
 from mongotorch.resources import Owner
 from mongotorch.schedule import Schedule
@@ -49,7 +50,10 @@ class Versions(Owner):
             NotFoundError: There is no such version.
             TrustError: It is not signed by a trusted key.
         """
-        return self._services.catalog.show(type_id, identifier, version, uuid=uuid)
+        found = self._services.catalog.show(type_id, identifier, version, uuid=uuid)
+        if uuid is not None or type_id is None or identifier is None or version is not None:
+            return found
+        return version_list(found, type_id, identifier, self._services.overview)
 
     @arguments_checked
     def remove(self, type_id: str, identifier: str, version: int | None = None, force: bool = False) -> int:
@@ -149,7 +153,7 @@ class Versions(Owner):
         Raises:
             TrustError: A move is not signed by a trusted key.
         """
-        return self._services.catalog.aliases.history(type_id, identifier, alias, until=at)
+        return move_list(self._services.catalog.aliases.history(type_id, identifier, alias, until=at))
 
     @arguments_checked
     def live(

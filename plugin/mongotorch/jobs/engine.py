@@ -33,6 +33,9 @@ class Engine(abc.ABC):
 
     name: ClassVar[str]
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
     @abc.abstractmethod
     def submit(self, job_id: str, run: Callable[[str], None]) -> BaseException | None:
         """Have a job run.

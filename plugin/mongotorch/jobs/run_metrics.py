@@ -12,6 +12,7 @@ from mongotorch.errors import UnsupportedError
 
 _SHOWN_ROWS: Final = 10
 _SHOWN_COLUMNS: Final = 6
+_WIDTH: Final = 80  # characters of a line of the text
 
 
 class MetricRow(NamedTuple):
@@ -132,7 +133,9 @@ class RunMetrics:
         cells = self._cells()
         if cells:
             widths = [max(len(line[n]) for line in cells) for n in range(len(cells[0]))]
-            lines += ["  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in cells]
+            fit = [n for n in range(len(widths)) if sum(widths[: n + 1]) + 2 * n <= _WIDTH]
+            cells = [line[: len(fit)] for line in cells]
+            lines += ["  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=False)) for line in cells]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:

@@ -160,6 +160,12 @@ class Overview:
         history.sort(key=lambda move: (move["when"] or "", move["n"] or 0), reverse=True)
         return {"identifier": identifier, "versions": versions, "history": history, "now": self._listing.now()}
 
+    def versions(self, type_id: str, identifier: str, *, limit: int = 200) -> list[Record]:
+        """The newest versions of a name of any kind, the newest first, each with the `aliases` that name it."""
+        named = _named(self._listing.moves(type_id, identifier))
+        found = self._listing.versions(type_id, identifier, limit=limit)
+        return [{**_version(document), "aliases": named.get(document["_id"], [])} for document in found]
+
     def lineage(self, uuid: str) -> Record:
         """Where a version comes from, as a graph of `nodes` and `edges`.
 

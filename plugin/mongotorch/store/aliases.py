@@ -26,6 +26,7 @@ from mongotorch.errors import ConflictError, IdentifierError, ParameterError, St
 from mongotorch.mongo.change_stream import Wake, open_stream, poller
 from mongotorch.mongo.driver_errors import driver_errors, repeated
 from mongotorch.mongo.server_features import Now, clock_of, ensure_indexes, records
+from mongotorch.notebook import cut
 from mongotorch.store.signing import Trust
 
 COLLECTION: Final = "mt.aliases"
@@ -35,7 +36,7 @@ _NAME: Final = ("type_id", "identifier", "alias")
 
 
 @final
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Move:
     """One move of an alias.
 
@@ -66,6 +67,12 @@ class Move:
     when: datetime
     why: str
     job: str | None = None
+
+    def __repr__(self) -> str:
+        ends = " -> ".join("nothing" if end is None else str(end) for end in (self.from_version, self.to_version))
+        why = f", why={cut(self.why, 100)!r}" if self.why else ""
+        what = f"{self.alias!r} of {self.type_id} {self.identifier!r}: {ends}"
+        return f"Move({what}, n={self.n}, when={self.when:%Y-%m-%dT%H:%M:%S}, who={cut(self.who, 60)!r}{why})"
 
     @property
     def name(self) -> tuple[str, str, str]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
+from mongotorch.codecs import PowerOfTen
 from mongotorch.component import ADDED, Component
 from mongotorch.errors import OptimizerError, ParameterError
 from mongotorch.loader_options import check_trainer_loader
@@ -53,7 +54,7 @@ from mongotorch.train.parallel import Lanes, check_compute
 from mongotorch.train.schedulers import INTERVALS, check_scheduler, is_plateau, make_scheduler, named_numbers
 from mongotorch.train.step import PRECISIONS, TrainingStep, counting
 
-UNLIMITED = 10**100
+UNLIMITED = PowerOfTen(10**100)
 _PLAIN = Lanes()
 
 
@@ -191,6 +192,8 @@ class TorchTrainer(TrainingStep, Component):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.max_iterations, PowerOfTen):  # the default, which prints short in signatures
+            object.__setattr__(self, "max_iterations", int(self.max_iterations))
         key = Key.parse(self.key)
         check_signature(self.signature)
         check_dtypes(self.dtypes, key.paths)

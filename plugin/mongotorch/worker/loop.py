@@ -41,10 +41,13 @@ class Worker:
     """
 
     def __init__(self, db: Datalayer, *, schedules: bool = True, report: Report | None = None) -> None:
-        self._runner, self._scheduler = db.runner, db.scheduler
+        self._db, self._runner, self._scheduler = db, db.runner, db.scheduler
         self._schedules, self._report = schedules, report or _ignore
         self._stop = threading.Event()
         self.failed = 0
+
+    def __repr__(self) -> str:
+        return f"Worker({self._db!r}, schedules={self._schedules}, failed={self.failed})"
 
     def run(self, until_idle: bool = False) -> int:
         """Run jobs and fire schedules until `stop` is called, or SIGTERM or SIGINT comes (in the main thread).

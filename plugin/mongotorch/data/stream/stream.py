@@ -150,6 +150,10 @@ class Stream(Owner, IterableDataset[Any]):
         self._running, self._taken = self._epoch(is_rest=True), False
         return self._running
 
+    def __repr__(self) -> str:
+        spec = self.spec
+        return f"Stream({spec.query!r}, fields={list(spec.key.paths)!r}, batch_size={spec.batch_size})"
+
     def __len__(self) -> int:
         """How many batches an epoch has for this shard, by the documents that there are now.
 
