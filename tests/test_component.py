@@ -49,7 +49,7 @@ class Database:
         document.update(type_id=component.type_id, identifier=component.identifier)
         encoder = Encoder(CODECS)
         document.update(encode_component(component, encoder, self.store))
-        self.blobs |= {name: bytes(blob.data) for name, blob in encoder.blobs.items()}
+        self.blobs |= {name: bytes(blob.data[:]) for name, blob in encoder.blobs.items()}
         return component.uuid
 
     def load(self, uuid: str, met: dict[str, Component] | None = None) -> Component:

@@ -133,7 +133,7 @@ def test_what_is_stored_comes_back(make: Make, trainer: TorchTrainer, gate: Any)
     schedule = make(trigger=AnyOf(Cron("0 3 * * *", "Europe/Berlin"), NewDocuments(9)), gate=gate, max_wait=9.5)
 
     body = bson.decode(bson.encode(encode_component(schedule, encoder, lambda child: child.uuid)))
-    blobs = {name: bytes(blob.data) for name, blob in encoder.blobs.items()}
+    blobs = {name: bytes(blob.data[:]) for name, blob in encoder.blobs.items()}
     document = {"_id": schedule.uuid, "identifier": "nightly", "version": 0, **body}
     again = begin_component(document, codecs, blobs.__getitem__)
     fill_component(again, document, codecs, blobs.__getitem__, lambda uuid: trainer)

@@ -22,9 +22,11 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, Final, Self, final
 
 from bson import Decimal128, Int64, MaxKey, MinKey, ObjectId, Regex, Timestamp
@@ -66,24 +68,50 @@ _MOST_DIGITS = 19  # of a number of 64 bits
 
 
 @final
+class FileBytes:
+    """The bytes of a file, of which a slice is read when it is taken, so that they are never in memory as a whole.
+
+    Args:
+        path: The file, which is complete. It is held open, so that it may be removed meanwhile.
+
+    Attributes:
+        nbytes: How many there are.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb", buffering=0)
+        self.nbytes = os.fstat(self._file.fileno()).st_size
+
+    def __getitem__(self, part: slice) -> bytes:
+        start, end, _ = part.indices(self.nbytes)
+        return os.pread(self._file.fileno(), end - start, start)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+@final
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class NamedBlob:
     """Bytes that are going to be stored, hashed already.
 
     Attributes:
         name: The SHA-256 in hex.
-        data: The bytes; they may be the memory of a tensor.
+        data: The bytes; they may be the memory of a tensor, or a file.
         checksums: The CRC-32 of each `PART_BYTES` of them when they were hashed; None where nothing can change
             them.
     """
 
     name: str
-    data: memoryview
+    data: memoryview | FileBytes
     checksums: tuple[int, ...] | None = dataclasses.field(default=None, repr=False)
 
     @classmethod
-    def of(cls, data: bytes | bytearray | memoryview) -> Self:
+    def of(cls, data: bytes | bytearray | memoryview | FileBytes) -> Self:
         """Name bytes. What can be written to is hashed from a copy of each part, and that copy is checksummed."""
+        if isinstance(data, FileBytes):
+            return cls._of_parts(data)
         view = memoryview(data).cast("B")
         if view.readonly:
             return cls(name=hashlib.sha256(view).hexdigest(), data=view)
@@ -95,6 +123,15 @@ class NamedBlob:
             digest.update(part)
             checksums.append(zlib.crc32(part))
         return cls(name=digest.hexdigest(), data=view, checksums=tuple(checksums))
+
+    @classmethod
+    def _of_parts(cls, data: FileBytes) -> Self:
+        digest, checksums = hashlib.sha256(), []
+        for start in range(0, data.nbytes, PART_BYTES):
+            part = data[start : start + PART_BYTES]
+            digest.update(part)
+            checksums.append(zlib.crc32(part))
+        return cls(name=digest.hexdigest(), data=data, checksums=tuple(checksums))
 
     def is_same(self, number: int, part: bytes) -> bool:
         """Whether a part, a copy of those `PART_BYTES` of the data, is still what was hashed."""
@@ -209,7 +246,7 @@ class Codecs:
             raise CodecError(f"{where} contains itself, or is nested too deeply", field=where) from error
         if new is not put:
             for blob in new.blobs.values():
-                put(blob.data)
+                put(blob.data[:])
         return record
 
     def _encode(self, value: Any, put: Put, codec: str | None, where: str) -> Any:

@@ -6,17 +6,22 @@ It knows MongoDB and torch, and nothing of components, training or jobs.
 from mongotorch.data.check import DataCheck, FieldCheck, check_documents
 from mongotorch.data.explain import Explanation, explain
 from mongotorch.data.read import RunDtypes, assign_folds, check_select, fold_of
+from mongotorch.data.stream.cache import working_folder
 from mongotorch.data.stream.epochs import Report
 from mongotorch.data.stream.spec import StreamSpec
 from mongotorch.data.stream.stream import Stream
 from mongotorch.data.training_set import (
     MOST_MEMBERS,
+    BackgroundScan,
     Delta,
     Difference,
     Hashes,
     Members,
+    ScannedMembers,
     StoredMembers,
+    can_scan_at,
     id_key,
+    is_large,
     scan_members,
     unseen,
     watermark,
@@ -24,6 +29,7 @@ from mongotorch.data.training_set import (
 
 __all__ = [
     "MOST_MEMBERS",
+    "BackgroundScan",
     "DataCheck",
     "Delta",
     "Difference",
@@ -33,16 +39,20 @@ __all__ = [
     "Members",
     "Report",
     "RunDtypes",
+    "ScannedMembers",
     "StoredMembers",
     "Stream",
     "StreamSpec",
     "assign_folds",
+    "can_scan_at",
     "check_documents",
     "check_select",
     "explain",
     "fold_of",
     "id_key",
+    "is_large",
     "scan_members",
     "unseen",
     "watermark",
+    "working_folder",
 ]

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
-from mongotorch.data.decode import Columns
 from mongotorch.data.prefetch import close_iterator
 from mongotorch.data.read import Reader, count
 from mongotorch.data.stream.batches import SampleBuilder, batch_of, gathered
@@ -84,12 +83,12 @@ def probe(windows: WindowReader, spec: StreamSpec, seconds: float) -> Probe:
     )
 
 
-def _kind(columns: Columns, path: str) -> tuple[str, bool]:
+def _kind(columns: Any, path: str) -> tuple[str, bool]:
     column = columns[path]
     return column.kind, column.kind == "number" and getattr(column.data, "ndim", 1) > 1
 
 
-def _batch(columns: Columns, spec: StreamSpec) -> Any:
+def _batch(columns: Any, spec: StreamSpec) -> Any:
     """What the stream makes of a range; it raises what the stream would raise."""
     if spec.builds_samples:
         return SampleBuilder(

@@ -52,6 +52,7 @@ _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.05, 2.0
 UNAUTHORIZED: Final = 13
 MAX_TIME_MS_EXPIRED: Final = 50
 NOT_YET_INITIALIZED: Final = 94  # of a replica set
+SNAPSHOT_TOO_OLD: Final = 239
 USER_EXISTS: Final = 51003
 NOT_AUTHENTICATED: Final = {18: "AuthenticationFailed", 8000: "AtlasError"}
 """The user name or password is wrong; hosted clusters answer with the second."""
@@ -124,7 +125,7 @@ def redact(text: str) -> str:
     return _SECRET_OPTIONS.sub(r"\1***", hidden)
 
 
-def has_code(error: BaseException, codes: int | Collection[int]) -> bool:
+def has_code(error: BaseException | None, codes: int | Collection[int]) -> bool:
     """Whether the server failed an operation with this code, or with one of these."""
     return isinstance(error, OperationFailure) and error.code in ({codes} if isinstance(codes, int) else codes)
 

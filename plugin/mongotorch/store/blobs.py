@@ -291,7 +291,7 @@ class BlobStore:
             self._files.update_one({"_id": file["_id"]}, {"$set": wrong})
         return bool(behind or bad or wrong)
 
-    def _holds(self, where: Mapping[str, Any], part: memoryview) -> bool:
+    def _holds(self, where: Mapping[str, Any], part: bytes | memoryview) -> bool:
         found = self._chunks.find_one(where, {"data": 1})
         return found is not None and isinstance(found["data"], bytes) and memoryview(found["data"]) == part
 

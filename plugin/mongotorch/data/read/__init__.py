@@ -11,7 +11,15 @@ from mongotorch.data.read.folds import (
 )
 from mongotorch.data.read.misfits import Form, decode_fitting
 from mongotorch.data.read.plan import MOST_SHUFFLED_RANGES, Plan, RunDtypes, Sizes, make_plan, resume_plan
-from mongotorch.data.read.reader import DatabaseAccess, IdRange, Reader, open_reader, regrouped
+from mongotorch.data.read.reader import (
+    DatabaseAccess,
+    IdRange,
+    Reader,
+    ServerReader,
+    is_snapshot_lost,
+    open_reader,
+    regrouped,
+)
 from mongotorch.data.read.weights import weights_of, with_weights
 
 __all__ = [
@@ -22,6 +30,7 @@ __all__ = [
     "Plan",
     "Reader",
     "RunDtypes",
+    "ServerReader",
     "Sizes",
     "assign_folds",
     "check_select",
@@ -29,6 +38,7 @@ __all__ = [
     "decode_fitting",
     "fold_by",
     "fold_of",
+    "is_snapshot_lost",
     "make_plan",
     "mock_documents",
     "open_reader",

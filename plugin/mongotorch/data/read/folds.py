@@ -182,14 +182,22 @@ def _at(value: Any, path: list[str]) -> Any:
     return value
 
 
-def check_select(database: Any, query: Query, *, folds: Iterable[Fold] = FOLDS, unassigned: bool = False) -> None:
-    """Refuse a select that cannot be trained on.
+def check_select(
+    database: Any,
+    query: Query,
+    *,
+    folds: Iterable[Fold] = FOLDS,
+    unassigned: bool = False,
+    seconds: float | None = None,
+) -> bool:
+    """Refuse a select that cannot be trained on; whether all of it was looked at.
 
     Args:
         database: A pymongo (or mongomock) database.
         query: The select; its fold does not matter, its split does.
         folds: The folds that are needed; none means that folds do not matter.
         unassigned: Whether documents that are in no fold are left out, and not refused.
+        seconds: How long a document that is in no fold is looked for, which can take a scan; None is to the end.
 
     Raises:
         EmptySelectError: It matches no document.
@@ -201,11 +209,13 @@ def check_select(database: Any, query: Query, *, folds: Iterable[Fold] = FOLDS, 
     needed = tuple(folds)
     if not needed:
         _refuse_empty(database, query)
-        return
+        return True
     query = query_for(database, query.fold("train", split=query.split))
     _refuse_empty(database, replace(query, fold_name=None, split=None))
     split = query.split or DEFAULT
-    undecided = None if unassigned else _first_undecided(database, query, split)
+    is_whole, undecided = True, None
+    if not unassigned:
+        is_whole, undecided = _first_undecided(database, query, split, seconds)
     if undecided is not None:
         raise _in_no_fold(query, split, undecided.get("_id"))
     for fold in needed:
@@ -215,6 +225,7 @@ def check_select(database: Any, query: Query, *, folds: Iterable[Fold] = FOLDS, 
                 "add documents, give a trainer `split=` with another share, or train without validation",
                 field=FOLD_FIELD,
             )
+    return is_whole
 
 
 def _refuse_empty(database: Any, query: Query) -> None:
@@ -225,13 +236,21 @@ def _refuse_empty(database: Any, query: Query) -> None:
         )
 
 
-def _first_undecided(database: Any, query: Query, split: Split) -> dict[str, Any] | None:
-    """A document that is in neither fold; None where there is none."""
+def _first_undecided(
+    database: Any, query: Query, split: Split, seconds: float | None
+) -> tuple[bool, dict[str, Any] | None]:
+    """Whether it was looked for to the end; a document that is in neither fold, None where none was found."""
     if split.undecided is None:
-        return None
-    if query.is_whole:
-        return first(database, replace(query, fold_name=None, split=None).filter(split.undecided))
-    return first(database, query, instead=split.undecided)
+        return True, None
+    if not query.is_whole:
+        return True, first(database, query, instead=split.undecided)
+    unfolded = replace(query, fold_name=None, split=None).filter(split.undecided)
+    try:
+        return True, first(database, unfolded, seconds=seconds)
+    except QueryError as error:
+        if seconds is None or not has_code(error.__cause__, MAX_TIME_MS_EXPIRED):
+            raise
+        return False, None
 
 
 def _in_no_fold(query: Query, split: Split, document_id: Any) -> FoldMissingError:
@@ -273,16 +292,19 @@ def query_for(database: Any, query: Query) -> Query:
     return query
 
 
-def first(database: Any, query: Query, *, instead: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+def first(
+    database: Any, query: Query, *, instead: Mapping[str, Any] | None = None, seconds: float | None = None
+) -> dict[str, Any] | None:
     """The first document of a query, `_id` and fold only where it is a find; None where there is none.
 
     Args:
         database: A pymongo (or mongomock) database.
         query: The query.
         instead: A condition that a document meets instead of that of the fold.
+        seconds: How long a server may take for a find; None is any time.
 
     Raises:
-        QueryError: The server refuses the query.
+        QueryError: The server refuses the query, or has taken longer.
         ServerUnavailableError: The server cannot be read.
     """
     source = database[query.collection]
@@ -294,7 +316,9 @@ def first(database: Any, query: Query, *, instead: Mapping[str, Any] | None = No
             condition = query.fold_condition if instead is None else instead
             matched = [] if condition is None else [{"$match": condition}]
             return next(iter(source.aggregate([*before, *matched, *after, {"$limit": 1}])), None)
-        return next(iter(source.find(query.where, {"_id": 1, FOLD_FIELD: 1}, skip=query.skipped, limit=1)), None)
+        limits = {} if seconds is None else {"max_time_ms": max(int(seconds * 1000), 1)}
+        shown = {"_id": 1, FOLD_FIELD: 1}
+        return next(iter(source.find(query.where, shown, skip=query.skipped, limit=1, **limits)), None)
     except PyMongoError as error:
         kind = ServerUnavailableError if is_transient(error) else QueryError
         raise kind(f"reading collection {query.collection!r} failed: {error}") from error

@@ -18,14 +18,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, final
 
-from bson import Int64, MaxKey
+from bson import Int64, MaxKey, Timestamp
 from bson.raw_bson import RawBSONDocument
 from pymongo.errors import PyMongoError
 
-from mongotorch.data.decode import Reply, encode, find_command, found, last_id, offsets, sort_key
+from mongotorch.data.decode import Reply, encode, find_command, found, last_id, offsets, same_type, sort_key
 from mongotorch.data.read.folds import mock_documents, query_for
 from mongotorch.errors import QueryError
-from mongotorch.mongo.driver_errors import RetryPolicy
+from mongotorch.mongo.driver_errors import SNAPSHOT_TOO_OLD, RetryPolicy, has_code
 from mongotorch.mongo.server_features import is_mock
 from mongotorch.query import Query
 
@@ -93,13 +93,16 @@ class Reader(abc.ABC):
         """The first documents by `_id`, or the last ones."""
 
     @abc.abstractmethod
-    def read(self, bounds: IdRange, expected: int, ids: list[Any] | None = None) -> list[Reply]:
+    def read(
+        self, bounds: IdRange, expected: int, ids: list[Any] | None = None, *, at: Timestamp | None = None
+    ) -> list[Reply]:
         """The documents of a range by `_id`; about `expected` of them.
 
         Args:
             bounds: The range.
             expected: About how many documents it has.
             ids: The only `_id`s that are looked for, in their order; none of them a regular expression.
+            at: The cluster time as of which they are read; None is now. mongomock has none.
         """
 
     @abc.abstractmethod
@@ -111,8 +114,11 @@ class Reader(abc.ABC):
         """About how many documents the collection has, without counting them."""
 
     @abc.abstractmethod
-    def count(self, bounds: IdRange | None) -> int:
-        """How many documents a range has now; without one, how many the query gives, which is no pipeline."""
+    def count(self, bounds: IdRange | None, *, at: Timestamp | None = None) -> int:
+        """How many documents a range has now, or had at a cluster time.
+
+        Without a range: how many the query gives, which is no pipeline.
+        """
 
     def row_bytes(self, count: int) -> float:
         """The mean size of the first `count` documents, as projected."""
@@ -216,26 +222,53 @@ class ServerReader(Reader):
             self._what(),
         )
 
-    def read(self, bounds: IdRange, expected: int, ids: list[Any] | None = None) -> list[Reply]:
+    def read(
+        self, bounds: IdRange, expected: int, ids: list[Any] | None = None, *, at: Timestamp | None = None
+    ) -> list[Reply]:
         """See `Reader.read`."""
-        replies: list[Reply] = []
+        return list(self._replies(bounds, max(2 * expected, 101), ids, at))
+
+    def snapshot(self, at: Timestamp, rows: int) -> Iterator[Reply]:
+        """The documents of the select as of a cluster time, by `_id`, about `rows` at a time.
+
+        Raises:
+            QueryError: The server has no snapshots, or none of that time any more; see `is_snapshot_lost`.
+            ServerUnavailableError: The server cannot be read.
+        """
+
+        def end(direction: int) -> list[Any]:
+            command = find_command(self.collection, self.query.where, {"_id": 1}, 1, limit=1, **_as_of(at))
+            command["sort"] = {"_id": direction}
+            return [document["_id"] for document in self._command(command, dict)["cursor"]["firstBatch"]]
+
+        first = self.retry.run(lambda: end(1), self._what())
+        last = self.retry.run(lambda: end(-1), self._what()) if first else []
+        if first:
+            whole = IdRange(lower=first[0], upper=last[0], closed=True, uniform=same_type(first[0], last[0]))
+            yield from self._replies(whole, rows, None, at)
+
+    def _replies(self, bounds: IdRange, most: int, ids: list[Any] | None, at: Timestamp | None) -> Iterator[Reply]:
+        after: tuple[Any] | None = None
         attempts = self.retry.attempts(self._what())
         while True:
             try:
-                for reply in self._range(bounds, replies, expected, ids):
+                for reply in self._range(bounds, after, most, ids, at):
                     attempts.succeeded()
-                    replies.append(reply)
+                    after = last_id(reply)
+                    yield reply
             except PyMongoError as error:
                 attempts.failed(error)
             else:
-                return replies
+                return
 
-    def _range(self, bounds: IdRange, seen: list[Reply], expected: int, ids: list[Any] | None) -> Iterator[Reply]:
+    def _range(
+        self, bounds: IdRange, after: tuple[Any] | None, most: int, ids: list[Any] | None, at: Timestamp | None
+    ) -> Iterator[Reply]:
         """What is left of a range, asked for with one command a reply: no cursor has to live on the server."""
-        after = next((last_id(reply) for reply in reversed(seen) if reply), None)
         while True:
             where, options = self._bounded(bounds, after) if ids is None else self._named(ids, after)
-            command = find_command(self.collection, where, self.projection, max(2 * expected, 101), **options)
+            options |= {} if at is None else _as_of(at)
+            command = find_command(self.collection, where, self.projection, most, **options)
             reply = found(self._command(command, RawBSONDocument).raw)
             if reply.documents:
                 yield reply.documents
@@ -319,9 +352,11 @@ class ServerReader(Reader):
         ) as cursor:  # fmt: skip
             yield from cursor
 
-    def count(self, bounds: IdRange | None) -> int:
+    def count(self, bounds: IdRange | None, *, at: Timestamp | None = None) -> int:
         """See `Reader.count`."""
         where, options = self.query.where, {}
+        if at is not None and bounds is not None:
+            return self._count_at(bounds, at)
         if bounds is not None:
             where, bounded = self._bounded(bounds)
             options = {"hint": bounded["hint"]} if "hint" in bounded else {}
@@ -334,12 +369,30 @@ class ServerReader(Reader):
             options = {name: value for name, value in bounded.items() if value}
         return int(self.retry.run(lambda: self.collection.count_documents(where, **options), self._what()))
 
+    def _count_at(self, bounds: IdRange, at: Timestamp) -> int:
+        where, options = self._bounded(bounds)
+        options.pop("min", None)
+        options.pop("max", None)
+        stages = [{"$match": where}, {"$count": "count"}]
+        command = {"aggregate": self.collection.name, "pipeline": stages, "cursor": {}, **options, **_as_of(at)}
+        answer = self.retry.run(lambda: self._command(command, dict), self._what())
+        return sum(int(one["count"]) for one in answer["cursor"]["firstBatch"])
+
     def size(self) -> int:
         """See `Reader.size`."""
         return int(self.retry.run(self.collection.estimated_document_count, self._what()))
 
     def _what(self) -> str:
         return f"reading collection {self.query.collection!r}"
+
+
+def is_snapshot_lost(error: BaseException) -> bool:
+    """Whether a read failed because its cluster time is longer ago than the server keeps what was overwritten."""
+    return has_code(error.__cause__, SNAPSHOT_TOO_OLD)
+
+
+def _as_of(at: Timestamp) -> dict[str, Any]:
+    return {"readConcern": {"level": "snapshot", "atClusterTime": at}}
 
 
 def _both(where: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
@@ -385,7 +438,14 @@ class MockReader(Reader):
         documents = self._snapshot()
         return [b"".join(map(encode, documents[-count:] if last else documents[:count]))]
 
-    def read(self, bounds: IdRange, expected: int, ids: list[Any] | None = None) -> list[Reply]:  # noqa: ARG002 - of the interface
+    def read(
+        self,
+        bounds: IdRange,
+        expected: int,  # noqa: ARG002 - of the interface
+        ids: list[Any] | None = None,  # noqa: ARG002
+        *,
+        at: Timestamp | None = None,  # noqa: ARG002
+    ) -> list[Reply]:
         """See `Reader.read`."""
         first, end = self._slice(bounds)
         return [b"".join(map(encode, self._snapshot()[first:end]))]
@@ -397,7 +457,7 @@ class MockReader(Reader):
         for first in range(skip, len(found), rows):
             yield b"".join(map(encode, found[first : first + rows]))
 
-    def count(self, bounds: IdRange | None) -> int:
+    def count(self, bounds: IdRange | None, *, at: Timestamp | None = None) -> int:  # noqa: ARG002 - of the interface
         """See `Reader.count`."""
         if bounds is not None:
             first, end = self._slice(bounds)

@@ -233,9 +233,7 @@ def download(reader: WindowReader, folder: Path, content: Callable[[], str], *pa
         target = folder / f"{prefix}-{_hash(content())[:32]}"
         if (target / "meta.json").exists():
             return _open(reader, target)
-    folder.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(folder)
-    with _building_folder(folder) as building:
+    with working_folder(folder) as building:
         meta, found = _write(reader, building)
         (building / "meta.json").write_text(json.dumps(meta))
         target = folder / f"{prefix}-{_hash(found)[:32]}"
@@ -249,8 +247,13 @@ def _hash(*parts: Any) -> str:
 
 
 @contextlib.contextmanager
-def _building_folder(folder: Path) -> Iterator[Path]:
-    """A folder for a download, locked as long as this process builds it; removed unless it was renamed."""
+def working_folder(folder: Path) -> Iterator[Path]:
+    """A folder in the cache, locked as long as this process needs it; removed then, unless it was renamed.
+
+    What processes left that were killed is removed first.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(folder)
     building = Path(tempfile.mkdtemp(prefix=_BUILDING, dir=folder))
     lock = os.open(building, os.O_RDONLY)
     try:

@@ -12,6 +12,7 @@ from typing import Any, Literal, final
 
 from mongotorch.data.decode import U64
 from mongotorch.data.read import DatabaseAccess, RunDtypes, Sizes
+from mongotorch.data.training_set import PendingMembers
 from mongotorch.errors import ParameterError
 from mongotorch.loader_options import check_stream_loader
 from mongotorch.query import Query
@@ -63,6 +64,7 @@ class StreamSpec:
             None: they are read once to compute it.
         members: Hashes of `_id`s, uint64, ascending: only the documents of this set are streamed, whatever else
             the query finds meanwhile; they take the place of a skip and a limit. None: what the query finds.
+        pending: The same, of a set whose scan has not ended, of a query without a skip, a limit or a pipeline.
         read_deadline_s: Seconds after which a broken read is given up.
         on_bad_document: `skip` leaves out documents that do not fit, and counts them.
         dtypes: The dtype of fields that is not left to a sample of the documents: numpy's name of a number.
@@ -95,6 +97,7 @@ class StreamSpec:
     cache_dir: Path | None = None
     content: str | None = None
     members: U64 | None = field(default=None, compare=False, repr=False)
+    pending: PendingMembers | None = field(default=None, compare=False, repr=False)
     read_deadline_s: float = 60.0
     on_bad_document: Literal["raise", "skip"] = "raise"
     dtypes: Mapping[str, str] | None = None

@@ -33,6 +33,7 @@ from mongotorch.data.read import (
     Reader,
     RunDtypes,
     decode_fitting,
+    is_snapshot_lost,
     make_plan,
     regrouped,
     resume_plan,
@@ -43,7 +44,7 @@ from mongotorch.data.stream.batches import NO_ROWS, Rows, TensorRows, gathered, 
 from mongotorch.data.stream.order import Order, WindowSpec, position_keys, row_weights
 from mongotorch.data.stream.spec import StreamSpec
 from mongotorch.data.training_set import only, only_once, scan_members
-from mongotorch.errors import DataError
+from mongotorch.errors import DataError, QueryError
 
 _FOUND_BYTES = 16 * 2**20  # of `_id`s that are kept for the next epoch
 _FOUND_BYTES_OF_RANGE = 2**20
@@ -135,6 +136,7 @@ class WindowReader(abc.ABC):
         paths: The fields.
         weight: The field with the weight of a document; None lets each document come once.
         members: The documents that are read, see `StreamSpec.members`.
+        pending: The same where they are being scanned, see `StreamSpec.pending`.
         dtypes: Those of the run, see `RunDtypes`.
         defaults: The values of fields that a document lacks.
         samples: Whether samples are built of the rows, which needs the values and not just tensors.
@@ -155,7 +157,7 @@ class WindowReader(abc.ABC):
         self.paths: tuple[str, ...] = spec.key.paths
         self.weight = spec.sample_weight
         self._read_paths = spec.read_key.paths
-        self.members = spec.members
+        self.members, self.pending = spec.members, spec.pending
         self._has_own_ids = access.query.keeps_ids
         self.defaults = dict(spec.defaults or {})
         self.dtypes = dict(spec.dtypes or {})
@@ -240,8 +242,9 @@ class WindowReader(abc.ABC):
         if self.skips:
             return self._fitting(self.kept(replies))
         columns = self._decoded(replies)
-        if self.members is not None:
-            kept = among(id_keys(columns.ids), self.members)
+        members = self.known_members()
+        if members is not None:
+            kept = among(id_keys(columns.ids), members)
             columns = columns if kept.all() else columns.take(np.flatnonzero(kept))
         return columns.typed(self.dtypes)
 
@@ -272,7 +275,14 @@ class WindowReader(abc.ABC):
 
     def kept(self, replies: list[Reply]) -> list[Reply]:
         """The members among the documents of a range."""
-        return replies if self.members is None else [only(reply, self.members) for reply in replies]
+        members = self.known_members()
+        return replies if members is None else [only(reply, members) for reply in replies]
+
+    def known_members(self) -> U64 | None:
+        """The members, where they are known and not everything: what was read before that has no others."""
+        if self.pending is None or not self.pending.is_known:
+            return self.members
+        return self.pending.ids
 
     @abc.abstractmethod
     def count_rows(self) -> int | None:
@@ -331,7 +341,7 @@ class PlannedWindows(WindowReader):
             known = None if self._found is None else self._found.get(number)
             if known is not None:
                 return reader.read(self.plan.bounds(number), self.plan.rows, decode([known], ()).ids.values())
-            replies = reader.read(self.plan.bounds(number), self.plan.rows)
+            replies = self._read(reader, number)
             self._keep(number, replies)
             return replies
 
@@ -347,6 +357,19 @@ class PlannedWindows(WindowReader):
             awaited=awaited,
         )
 
+    def _read(self, reader: Reader, number: int) -> list[Reply]:
+        """A range as it is; while the members are not known as it was when they were."""
+        bounds, pending = self.plan.bounds(number), self.pending
+        if pending is None or pending.is_known:
+            return reader.read(bounds, self.plan.rows)
+        try:
+            return reader.read(bounds, self.plan.rows, at=pending.at)
+        except QueryError as error:
+            if not is_snapshot_lost(error):
+                raise
+        pending.wait()
+        return reader.read(bounds, self.plan.rows)
+
     def _keep(self, number: int, replies: list[Reply]) -> None:
         if self._found is None or self._found_bytes > _FOUND_BYTES:
             return
@@ -360,7 +383,11 @@ class PlannedWindows(WindowReader):
 
     def count_rows(self) -> int | None:
         """See `WindowReader.count_rows`."""
-        return len(self.members) if self.members is not None else self._access.reader().count(self.plan.whole)
+        members = self.known_members()
+        if members is not None:
+            return len(members)
+        at = None if self.pending is None or self.pending.is_known else self.pending.at
+        return self._access.reader().count(self.plan.whole, at=at)
 
     def keys(self, number: int, columns: Columns) -> U64:  # noqa: ARG002 - of the interface
         """A hash of each `_id`."""

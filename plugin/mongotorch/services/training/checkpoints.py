@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self, final
 
-from mongotorch.codecs import Codecs, NewBlobs
+from mongotorch.codecs import Codecs, NamedBlob, NewBlobs
 from mongotorch.errors import CodecError, JobReleasedError
 from mongotorch.jobs import Lease
 from mongotorch.store import OVER, BlobStore, Checkpoints
@@ -76,7 +76,7 @@ class RunCheckpoints:
         state: Mapping[str, Any],
         *,
         run: Mapping[str, Any],
-        blobs: Mapping[str, bytes],
+        blobs: Mapping[str, bytes | NamedBlob],
         over: bool = False,
     ) -> bool:
         """Store a checkpoint: first its blobs, then the document that makes it visible.

@@ -10,22 +10,34 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, Self, final
+import functools
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self, final
 
+from bson import Timestamp
+
+from mongotorch.codecs import NamedBlob
 from mongotorch.data import (
+    BackgroundScan,
     DataCheck,
     Hashes,
     Members,
     RunDtypes,
+    ScannedMembers,
     StoredMembers,
     Stream,
     StreamSpec,
+    can_scan_at,
     check_documents,
     check_select,
     scan_members,
     watermark,
+    working_folder,
 )
+from mongotorch.errors import MongotorchError
 from mongotorch.mongo.connection import Connection
 from mongotorch.query import Query
 from mongotorch.settings import Settings
@@ -101,18 +113,37 @@ class TrainingRecipe:
             found |= {f"dataset {one.identifier}": one.select for one in self.model.validation.datasets}
         return found
 
-    def check(self, database: Any) -> None:
-        """Refuse selects that cannot be trained on. Raises: MongotorchError, see `check_select`."""
+    def check(self, database: Any, *, seconds: float | None = None) -> bool:
+        """Refuse selects that cannot be trained on; whether all was looked at.
+
+        Args:
+            database: The driver's database.
+            seconds: How long a document that is in no fold is looked for; None is to the end.
+
+        Raises:
+            MongotorchError: See `check_select`.
+        """
+        is_whole = True
         needed: dict[Fold, bool] = {
             "train": self.train_query is None,
             "valid": self.validation is not None or self.is_judged,
         }
         folds = [fold for fold, is_needed in needed.items() if is_needed]
         if folds:
-            check_select(database, self.trainer.fold("train"), folds=folds, unassigned=self.is_scheduled)
+            options: dict[str, Any] = {"unassigned": self.is_scheduled, "seconds": seconds}
+            is_whole = check_select(database, self.trainer.fold("train"), folds=folds, **options)
         for name, query in self.sets.items():
             if name not in ("train", "valid") or (name == "train" and self.train_query is not None):
                 check_select(database, query, folds=())
+        return is_whole
+
+
+class RunData(Protocol):
+    """Says which documents the streams of a run give."""
+
+    def fixed(self, spec: StreamSpec, name: str) -> StreamSpec:
+        """A stream of the documents of one set, and of no other ones."""
+        ...
 
 
 @contextlib.contextmanager
@@ -121,7 +152,7 @@ def opened_fit(
     connection: Connection,
     settings: Settings,
     *,
-    data: DataProvenance,
+    data: RunData,
     state: Mapping[str, Any] | None = None,
 ) -> Iterator[Fit]:
     """The fit of a recipe, ready for its first step; its streams are closed afterwards.
@@ -164,11 +195,13 @@ class DataProvenance:
         blobs: The blobs that it names, by name.
         members: The documents of each set, see `TrainingRecipe.sets`; without those that are not fixed: where the
             setting `lineage` is off, and of sets too large to be kept.
+        whole: The blobs of those sets that are in files, by the name of the set.
     """
 
     record: Mapping[str, Any]
-    blobs: Mapping[str, bytes] = dataclasses.field(default_factory=dict, repr=False)
+    blobs: Mapping[str, bytes | NamedBlob] = dataclasses.field(default_factory=dict, repr=False)
     members: Mapping[str, Members] = dataclasses.field(default_factory=dict, repr=False)
+    whole: Mapping[str, NamedBlob] = dataclasses.field(default_factory=dict, repr=False)
 
     def fixed(self, spec: StreamSpec, name: str) -> StreamSpec:
         """A stream of the documents of one set, and of no other ones."""
@@ -179,12 +212,22 @@ class DataProvenance:
         content = members.digest if "train" in self.record else None
         return dataclasses.replace(spec, members=members.ids, content=content)
 
-    def kept(self) -> tuple[dict[str, Any], dict[str, bytes]]:
+    def result(self, check: Callable[[], None]) -> Self:  # noqa: ARG002 - that of a scan in the background waits
+        """It is complete."""
+        return self
+
+    def close(self) -> None:
+        """Let go of files: there are none."""
+
+    def kept(self, *, over: bool = False) -> tuple[dict[str, Any], dict[str, bytes | NamedBlob]]:  # noqa: ARG002
         """What checkpoints keep, from which `resumed` makes it again: a record, and the blobs that it names."""
         blobs = dict(self.blobs)
         sets = {"train": self.record["members"]} if self.record.get("members") else {}
         for name, members in self.members.items():
-            if name not in sets:
+            if name not in sets and name in self.whole:
+                sets[name] = self.whole[name].name
+                blobs[sets[name]] = self.whole[name]
+            elif name not in sets:
                 stored = StoredMembers.made(members)
                 sets[name] = stored.name
                 blobs |= stored.blobs
@@ -203,6 +246,98 @@ class DataProvenance:
         stored = {name: StoredMembers.read(blob, get) for name, blob in sets.items()}
         own = stored["train"].blobs if data.get("members") else {}
         return cls(record=data, blobs=own, members={name: one.members for name, one in stored.items()})
+
+
+@final
+class PendingProvenance:
+    """The provenance of a run that begins before its documents are scanned; see `BackgroundScan`.
+
+    Args:
+        recipe: What is trained.
+        connection: The database.
+        settings: The datalayer's.
+        at: The watermark, and the cluster time of the scan.
+        before: What an earlier version was trained on: only what differs from that is stored.
+        is_checked: Whether the whole select was checked; else the scan begins with that.
+
+    Raises:
+        OSError: There is no folder for the files of the scan.
+    """
+
+    def __init__(
+        self,
+        recipe: TrainingRecipe,
+        connection: Connection,
+        settings: Settings,
+        *,
+        at: Timestamp,
+        before: StoredMembers | None,
+        is_checked: bool,
+    ) -> None:
+        self._recipe, self._settings, self._at, self._before = recipe, settings, at, before
+        self._result: DataProvenance | None = None
+        self._making = threading.Lock()
+        self._opened = contextlib.ExitStack()
+        folder = self._opened.enter_context(working_folder(settings.cache_dir or Path(".mongotorch/cache")))
+        self.scan = BackgroundScan(
+            connection.database,
+            recipe.sets,
+            recipe.trainer.key if settings.lineage else None,
+            at=at,
+            folder=folder,
+            read_deadline_s=settings.read_deadline_s,
+            before=(lambda: None) if is_checked else functools.partial(recipe.check, connection.database),
+        )
+        self._opened.callback(self.scan.close)
+
+    def fixed(self, spec: StreamSpec, name: str) -> StreamSpec:
+        """See `DataProvenance.fixed`."""
+        return dataclasses.replace(spec, pending=self.scan.pending(name))
+
+    def result(self, check: Callable[[], None]) -> DataProvenance:
+        """The provenance, when the scan has ended.
+
+        Args:
+            check: Called while it is waited for; what it raises ends that.
+
+        Raises:
+            MongotorchError: The scan has failed.
+        """
+        found = self.scan.result(check)
+        with self._making:
+            if self._result is None:
+                self._result = self._made(found)
+            return self._result
+
+    def kept(self, *, over: bool = False) -> tuple[dict[str, Any], dict[str, bytes | NamedBlob]]:
+        """See `DataProvenance.kept`; waits for the scan.
+
+        Args:
+            over: The run has made its last step: what was trained is kept also where the scan has failed.
+
+        Raises:
+            MongotorchError: The scan has failed.
+        """
+        try:
+            return self.result(lambda: None).kept()
+        except MongotorchError:
+            if not over:
+                raise
+        record = {"query": self._recipe.training.to_document(), "watermark": self._at}
+        return DataProvenance(record={**record, "members": None, "certain": False}).kept()
+
+    def close(self) -> None:
+        """End the scan, and remove its files."""
+        self._opened.close()
+
+    def _made(self, found: Mapping[str, ScannedMembers]) -> DataProvenance:
+        members = {name: one.members for name, one in found.items()}
+        whole = {name: NamedBlob.of(one.blob) for name, one in found.items() if one.blob is not None}
+        given: dict[str, Any] = {"before": self._before, "whole": whole}
+        made = provenance_of(self._recipe, self._settings, self._at, members, **given)
+        if not self.scan.uncertain:
+            return made
+        return dataclasses.replace(made, record={**made.record, "certain": False})
 
 
 def check_trainer(trainer: TorchTrainer, connection: Connection, settings: Settings) -> DataCheck:
@@ -247,16 +382,72 @@ def data_provenance(
         QueryError: The server refuses the query.
         ServerUnavailableError: The server could not be read for `read_deadline_s`.
     """
-    record: dict[str, Any] = {"query": recipe.training.to_document()}
     if not settings.lineage and not recipe.is_scheduled:
-        return DataProvenance(record=record)
-    record["watermark"] = watermark(connection.database, read_deadline_s=settings.read_deadline_s)
+        return DataProvenance(record={"query": recipe.training.to_document()})
+    begun = watermark(connection.database, read_deadline_s=settings.read_deadline_s)
     found = {name: scan(query, recipe, connection, settings, name=name) for name, query in recipe.sets.items()}
+    return provenance_of(recipe, settings, begun, found, before=before)
+
+
+def pending_provenance(
+    recipe: TrainingRecipe,
+    connection: Connection,
+    settings: Settings,
+    *,
+    before: StoredMembers | None,
+    is_checked: bool,
+) -> PendingProvenance | None:
+    """The provenance of a run that can begin before its documents are scanned; None where it cannot.
+
+    Args:
+        recipe: What is trained.
+        connection: The database.
+        settings: The datalayer's.
+        before: See `PendingProvenance`.
+        is_checked: See `PendingProvenance`.
+
+    Raises:
+        ServerUnavailableError: The server could not be read for `read_deadline_s`.
+    """
+    if recipe.trainer.download or recipe.only is not None or recipe.without is not None:
+        return None
+    database, deadline_s = connection.database, settings.read_deadline_s
+    at = watermark(database, read_deadline_s=deadline_s)
+    if not isinstance(at, Timestamp):
+        return None
+    if not can_scan_at(database, recipe.sets, recipe.trainer.key, at=at, read_deadline_s=deadline_s):
+        return None
+    with contextlib.suppress(OSError):  # there is no folder that could be written to
+        return PendingProvenance(recipe, connection, settings, at=at, before=before, is_checked=is_checked)
+    return None
+
+
+def provenance_of(
+    recipe: TrainingRecipe,
+    settings: Settings,
+    begun: Timestamp | datetime,
+    found: Mapping[str, Members],
+    *,
+    before: StoredMembers | None = None,
+    whole: Mapping[str, NamedBlob] | None = None,
+) -> DataProvenance:
+    """The provenance of a recipe's data, of sets that were scanned.
+
+    Args:
+        recipe: What is trained.
+        settings: The datalayer's.
+        begun: The watermark.
+        found: The sets, by name.
+        before: See `data_provenance`.
+        whole: The blobs of those that are in files.
+    """
+    whole = whole or {}
+    record: dict[str, Any] = {"query": recipe.training.to_document(), "watermark": begun}
     # What a random query gives again are other documents, and computed `_id`s may be other ones.
     are_fixed = {name: query.is_repeatable and query.keeps_ids for name, query in recipe.sets.items()}
     members = {name: one for name, one in found.items() if one.rows is not None and are_fixed[name]}
     if not settings.lineage:
-        return DataProvenance(record={"query": record["query"]}, members=members)
+        return DataProvenance(record={"query": record["query"]}, members=members, whole=whole)
     train, valid = found["train"], None if recipe.validation is None else found["valid"]
     if not recipe.training.is_repeatable:
         # What the run will read are other documents: only how many there are is known.
@@ -272,9 +463,19 @@ def data_provenance(
     if recipe.without is not None or recipe.only is not None:
         record["of_query"] = "members"  # and not all of it
     if train.rows is None:
-        return DataProvenance(record={**record, "members": None}, members=members)
+        return DataProvenance(record={**record, "members": None}, members=members, whole=whole)
+    name, blobs = _stored(train, before, whole.get("train"))
+    return DataProvenance(record={**record, "members": name}, blobs=blobs, members=members, whole=whole)
+
+
+def _stored(
+    train: Members, before: StoredMembers | None, whole: NamedBlob | None
+) -> tuple[str, Mapping[str, bytes | NamedBlob]]:
+    """The name of the blob of a set, and all blobs that it is made of."""
+    if before is None and whole is not None:
+        return whole.name, {whole.name: whole}
     stored = StoredMembers.made(train, before)
-    return DataProvenance(record={**record, "members": stored.name}, blobs=stored.blobs, members=members)
+    return stored.name, stored.blobs
 
 
 def scan(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import logging
 import re
@@ -16,7 +17,7 @@ import uuid as uuids
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, final
 
-from mongotorch.data import StoredMembers
+from mongotorch.data import StoredMembers, is_large
 from mongotorch.errors import (
     CodecError,
     ConflictError,
@@ -27,17 +28,26 @@ from mongotorch.errors import (
 from mongotorch.jobs import Lease, environment, log_job
 from mongotorch.mongo.connection import Connection
 from mongotorch.mongo.driver_errors import redact
+from mongotorch.mongo.server_features import is_mock
 from mongotorch.services.training.checkpoints import CheckpointWriter, Resumed, RunCheckpoints
 from mongotorch.services.training.observers import JobProgress, MetricRecorder, Observer, ProgressBar, observe
-from mongotorch.services.training.recipe import DataProvenance, TrainingRecipe, data_provenance, opened_fit
+from mongotorch.services.training.recipe import (
+    DataProvenance,
+    PendingProvenance,
+    TrainingRecipe,
+    data_provenance,
+    opened_fit,
+    pending_provenance,
+)
 from mongotorch.services.versions.catalog import Catalog, StoredFields
 from mongotorch.settings import Settings
 from mongotorch.store import Checkpoints, Jobs, MetricLog, plain
-from mongotorch.train import TorchModel, TorchTrainer, Trained, Validated, trainer_and_model
+from mongotorch.train import Stepped, TorchModel, TorchTrainer, Trained, Validated, trainer_and_model
 
 _log = logging.getLogger("mongotorch.jobs")
 # Of the trainer, where they cannot be stored.
 _LEFT_OUT: Final = ("optimizer_state", "metric_values", "training_state")
+_CHECK_S: Final = 0.5  # how long a large select is checked before a run that does so in the background too
 _FIRST_PAUSE_S: Final = 0.1  # before a publication is tried again; each pause is twice as long as the one before
 _LONGEST_PAUSE_S: Final = 5.0
 _SHOWN_MOST: Final = 10**9  # steps; a larger limit is no total that a bar could show
@@ -54,6 +64,7 @@ class TrainingResult:
         data: The provenance of its data.
         stored: `trainer` and `model`, with their fields as they were before the run.
         keep: Writes a checkpoint from which a later attempt can publish it.
+        close: Lets go of what the run has held for its publication.
         is_stopped: Whether somebody ended the run before its last step.
     """
 
@@ -61,11 +72,17 @@ class TrainingResult:
     data: DataProvenance
     stored: Mapping[str, StoredFields]
     keep: Callable[[], None]
+    close: Callable[[], None]
     is_stopped: bool = False
 
-    def kept(self) -> contextlib.AbstractContextManager[None]:
-        """A context that keeps what was trained, as a checkpoint, where something inside raises."""
-        return _kept(self.keep)
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keep what was trained, as a checkpoint, where something inside raises; `close` behind it."""
+        try:
+            with _kept(self.keep):
+                yield
+        finally:
+            self.close()
 
 
 @final
@@ -153,16 +170,32 @@ class TrainingRun:
             MongotorchError: The run failed.
         """
         trainer, resumed = recipe.trainer, None if _is_first(job) else self._checkpoints.load(job["_id"])
-        state = None if resumed is None else resumed.state
         self._is_stopped(job, is_begun=resumed is not None)
         # Before the run: what is not replaced in it is published as it was stored, whatever it holds by then.
         stored = {
             "trainer": self.catalog.stored_fields(trainer, without=(recipe.model,)),
             "model": self.catalog.stored_fields(recipe.model, without=(trainer,)),
         }
-        recipe.check(self._connection.database)
-        data, origin = self._data(recipe, resumed)
-        record, blobs = data.kept()
+        with contextlib.ExitStack() as failed:
+            data, origin = self._data(recipe, resumed)
+            failed.callback(data.close)
+            result = self._trained(recipe, job, lease, data=data, origin=origin, stored=stored, resumed=resumed)
+            failed.pop_all()
+        return result
+
+    def _trained(
+        self,
+        recipe: TrainingRecipe,
+        job: Mapping[str, Any],
+        lease: Lease,
+        *,
+        data: DataProvenance | PendingProvenance,
+        origin: Mapping[str, Any],
+        stored: Mapping[str, StoredFields],
+        resumed: Resumed | None,
+    ) -> TrainingResult:
+        trainer, state = recipe.trainer, None if resumed is None else resumed.state
+        kept = functools.cache(data.kept)
         recorder = MetricRecorder(
             self._metric_log,
             job=job,
@@ -173,6 +206,7 @@ class TrainingRun:
 
         def save(state: Mapping[str, Any], *, over: bool = False) -> None:
             recorder.flush()  # what was measured before a checkpoint is not measured again after it
+            record, blobs = kept(over=over)
             run = {"origin": dict(origin), **record}
             if self._checkpoints.save(job, state, run=run, blobs=blobs, over=over):
                 log_job(job, "checkpoint", f"at step {state['step']}", step=state["step"])
@@ -192,6 +226,7 @@ class TrainingRun:
                     lease=lease,
                     more=lambda: {"metrics": recorder.state_dict()},
                 ),
+                *([_ScanObserver(data)] if isinstance(data, PendingProvenance) else []),
             ]
             if resumed is None:
                 fit.check()
@@ -205,16 +240,42 @@ class TrainingRun:
             with _kept(keep):
                 trained = fit.trained()
                 lease.check()
+                provenance = data.result(lease.check)
         return TrainingResult(
-            trained=trained, data=data, stored=stored, keep=keep, is_stopped=progress.has_stopped
+            trained=trained,
+            data=provenance,
+            stored=stored,
+            keep=keep,
+            close=data.close,
+            is_stopped=progress.has_stopped,
         )
 
-    def _data(self, recipe: TrainingRecipe, resumed: Resumed | None) -> tuple[DataProvenance, Mapping[str, Any]]:
-        """The provenance of a run's data, and what its recipe was made of."""
+    def _data(
+        self, recipe: TrainingRecipe, resumed: Resumed | None
+    ) -> tuple[DataProvenance | PendingProvenance, Mapping[str, Any]]:
+        """The provenance of a run's data, and what its recipe was made of; refuses what cannot be trained on."""
+        database, large = self._connection.database, self._is_large(recipe)
+        is_checked = recipe.check(database, seconds=_CHECK_S if large else None)
         if resumed is not None:
             return DataProvenance.resumed(resumed.run, resumed.blobs), resumed.run.get("origin", {})
         before = self._members_before(recipe.model)
+        if large:
+            data = pending_provenance(
+                recipe, self._connection, self._settings, before=before, is_checked=is_checked
+            )
+            if data is not None:
+                return data, recipe.origin
+        if not is_checked:
+            recipe.check(database)
         return data_provenance(recipe, self._connection, self._settings, before=before), recipe.origin
+
+    def _is_large(self, recipe: TrainingRecipe) -> bool:
+        """Whether scanning the documents before the first step would be noticed."""
+        settings, database = self._settings, self._connection.database
+        if is_mock(database) or not (settings.lineage or recipe.is_scheduled):
+            return False
+        sets = recipe.sets.values()
+        return any(is_large(database, query, read_deadline_s=settings.read_deadline_s) for query in sets)
 
     def _is_stopped(self, job: Mapping[str, Any], *, is_begun: bool) -> bool:
         """Whether a job was asked to end; before its first step that cancels it. Raises: JobCancelledError."""
@@ -372,6 +433,20 @@ class _ValidationLog(Observer):
         shown = ", ".join(f"{name} {value:.6g}" for name, value in event.values.items())
         detail = f"at step {event.step}: {shown}"
         log_job(self._job, "validated", detail, step=event.step, values=dict(event.values))
+
+
+class _ScanObserver(Observer):
+    """Begins the scan of a run's documents at its first step, raises what fails in it, and ends it with a run."""
+
+    def __init__(self, data: PendingProvenance) -> None:
+        self._scan = data.scan
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._scan.end()
+
+    def on_step(self, event: Stepped) -> None:  # noqa: ARG002 - of the interface
+        self._scan.begin()
 
 
 def _shown_limit(steps: int | None) -> int | None:

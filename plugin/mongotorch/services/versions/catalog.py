@@ -397,7 +397,7 @@ class Catalog:
         *,
         partner: Component,
         records: Mapping[str, Mapping[str, Any]],
-        blobs: Mapping[str, bytes],
+        blobs: Mapping[str, bytes | NamedBlob],
         stored: Mapping[str, StoredFields] | None = None,
         attempt: int | None = None,
     ) -> None:
@@ -423,7 +423,10 @@ class Catalog:
             self._draft(root, draft, always=(root.uuid, partner.uuid))
         for uuid, record in records.items():
             draft.documents[uuid].update(record)
-        draft.blobs |= {name: NamedBlob(name=name, data=memoryview(data)) for name, data in blobs.items()}
+        draft.blobs |= {
+            name: data if isinstance(data, NamedBlob) else NamedBlob(name=name, data=memoryview(data))
+            for name, data in blobs.items()
+        }
         document = draft.documents.pop(root.uuid)
         document["blobs"] = sorted({*document["blobs"], *blobs})
         draft.documents[partner.uuid]["anchor"] = root.uuid

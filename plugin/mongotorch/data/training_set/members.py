@@ -42,7 +42,8 @@ DIGEST_BYTES: Final = 32
 MOST_MEMBERS: Final = 5_000_000
 """Documents, above which a set is known by its count and digest only."""
 _MAGIC: Final = b"mtmember"
-_HEAD: Final = struct.Struct(f"<8s{DIGEST_BYTES}s")
+MEMBERS_HEAD: Final = struct.Struct(f"<8s{DIGEST_BYTES}s")
+"""What the bytes of a set begin with."""
 
 
 @final
@@ -110,16 +111,21 @@ class Members:
 
     def to_bytes(self) -> bytes:
         """All of it, as a blob. Raises: DataError where the set is too large to be kept."""
-        return _HEAD.pack(_MAGIC, bytes.fromhex(self.digest)) + self._rows().astype("<u8").tobytes()
+        return MEMBERS_HEAD.pack(*self.head_of(self.digest)) + self._rows().astype("<u8").tobytes()
+
+    @staticmethod
+    def head_of(digest: str) -> tuple[bytes, bytes]:
+        """The values of `MEMBERS_HEAD` for the set of a digest."""
+        return _MAGIC, bytes.fromhex(digest)
 
     @classmethod
     def from_bytes(cls, blob: bytes) -> Self:
         """The set that `to_bytes` gave. Raises: DataError for anything else."""
-        size = len(blob) - _HEAD.size
+        size = len(blob) - MEMBERS_HEAD.size
         if size < 0 or size % 16 or bytes(blob[:8]) != _MAGIC:
             raise DataError("these bytes are not the members of a set of documents")
-        rows = np.frombuffer(blob, "<u8", offset=_HEAD.size).reshape(-1, 2).astype(np.uint64)
-        return cls(count=len(rows), digest=_HEAD.unpack_from(blob)[1].hex(), rows=rows)
+        rows = np.frombuffer(blob, "<u8", offset=MEMBERS_HEAD.size).reshape(-1, 2).astype(np.uint64)
+        return cls(count=len(rows), digest=MEMBERS_HEAD.unpack_from(blob)[1].hex(), rows=rows)
 
     def _rows(self) -> Hashes:
         if self.rows is None:
@@ -340,6 +346,7 @@ def _by_id(rows: Hashes) -> tuple[Hashes, Hashes, NDArray[np.int64]]:
 
 _READ: Final = 5_000  # documents a reply
 _PREFETCH_BYTES: Final = 64 * 2**20
+_LARGE: Final = 250_000  # documents, which are scanned in about a second
 
 
 def scan_members(
@@ -385,7 +392,7 @@ def members_of(replies: Iterable[Reply], *, most: int = MOST_MEMBERS) -> Members
     for reply in replies:
         digests = content.add(reply)
         if kept is not None and content.count <= most:
-            kept.append(_hashes(reply, digests))
+            kept.append(rows_of(reply, digests))
         else:
             kept = None
     if kept is None:
@@ -459,6 +466,17 @@ def only_once(replies: Iterable[Reply], members: Hashes) -> Iterator[Reply]:
             return
 
 
+def is_large(database: Any, query: Query, *, read_deadline_s: float = 60.0) -> bool:
+    """Whether a scan of a query's collection takes a second or more, by the server's estimate of its size.
+
+    Raises:
+        QueryError: The server refuses the query.
+        ServerUnavailableError: The server could not be read for `read_deadline_s`.
+    """
+    reader = open_reader(database, query, {"_id": 1}, RetryPolicy(deadline_s=read_deadline_s))
+    return reader.size() > _LARGE
+
+
 def unseen(
     database: Any, query: Query, seen: Hashes, *, limit: int | None = None, read_deadline_s: float = 60.0
 ) -> list[Any]:
@@ -510,8 +528,8 @@ def _digests(reply: Reply) -> NDArray[np.uint32]:
     return np.frombuffer(b"".join(parts), "<u4").reshape(-1, 8)
 
 
-def _hashes(reply: Reply, digests: NDArray[np.uint32]) -> Hashes:
-    """The rows of a reply's documents."""
+def rows_of(reply: Reply, digests: NDArray[np.uint32]) -> Hashes:
+    """The rows of a reply's documents, whose digests `ContentDigest.add` gave; not sorted."""
     return np.stack([_ids(reply), _contents(digests)], axis=1)
 
 
