@@ -86,15 +86,15 @@ def data_of(db: Datalayer, version: int | None) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.parametrize("given", [{}, {"in_memory": True}, {"sample_weight": "n"}])
 @pytest.mark.usefixtures("watch")
 def test_the_record_and_the_weights_are_those_of_a_scan_before_the_first_step(
-    db: Datalayer, monkeypatch: pytest.MonkeyPatch, in_memory: bool
+    db: Datalayer, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]
 ) -> None:
     select = fill(db)
-    first = db.apply(streamed(select, in_memory=in_memory)).result()
+    first = db.apply(streamed(select, **given)).result()
     monkeypatch.setattr(members, "_LARGE", 10**9)
-    second = db.apply(streamed(select, in_memory=in_memory).replace(identifier="again")).result()
+    second = db.apply(streamed(select, **given).replace(identifier="again")).result()
 
     assert data_of(db, first.version) == data_of(db, second.version)
     assert same(state(first), state(second))

@@ -227,7 +227,7 @@ class BackgroundScan:
     Args:
         database: A pymongo database of a replica set.
         sets: The documents of each set, by name: queries without a skip, a limit or a pipeline.
-        key: The fields that count besides `_id`; None: no other field does.
+        keys: The fields of each set that count besides `_id`, by its name; None: no other field does.
         at: The cluster time.
         folder: Where the files are; whoever made it removes it.
         read_deadline_s: How long a broken read is tried again, in seconds.
@@ -241,14 +241,14 @@ class BackgroundScan:
         self,
         database: Any,
         sets: Mapping[str, Query],
-        key: Any,
+        keys: Mapping[str, Any],
         *,
         at: Timestamp,
         folder: Path,
         read_deadline_s: float,
         before: Callable[[], object] = lambda: None,
     ) -> None:
-        self._database, self._queries, self._key, self._at = database, dict(sets), key, at
+        self._database, self._queries, self._keys, self._at = database, dict(sets), keys, at
         self._read_deadline_s, self._before = read_deadline_s, before
         self._sets = {name: ScannedMembers(folder, f"set{n}") for n, name in enumerate(sets)}
         self.uncertain: set[str] = set()
@@ -338,7 +338,7 @@ class BackgroundScan:
         return done
 
     def _scan_at(self, name: str, at: Timestamp | None) -> bool:
-        reader = _reader(self._database, self._queries[name], self._key, self._read_deadline_s)
+        reader = _reader(self._database, self._queries[name], self._keys[name], self._read_deadline_s)
         source = reader.drain(0, _READ) if at is None else reader.snapshot(at, _READ)
         replies = ThreadPrefetcher(source, most=3, most_bytes=_PREFETCH_BYTES, weigh=len)
         try:
@@ -349,16 +349,22 @@ class BackgroundScan:
 
 
 def can_scan_at(
-    database: Any, sets: Mapping[str, Query], key: Any, *, at: Timestamp, read_deadline_s: float = 60.0
+    database: Any,
+    sets: Mapping[str, Query],
+    keys: Mapping[str, Any],
+    *,
+    at: Timestamp,
+    read_deadline_s: float = 60.0,
 ) -> bool:
     """Whether sets of documents can be scanned as of a cluster time, well before the server forgets it.
 
-    It needs queries that are all of what a filter matches, without an order of their own, and a server that has snapshots of the collection.
+    It needs queries that are all of what a filter matches, without an order of their own, and a server that has
+    snapshots of the collection.
 
     Args:
         database: A pymongo database of a replica set.
         sets: The documents of each set, by name.
-        key: The fields that count besides `_id`.
+        keys: The fields of each set that count besides `_id`, by its name.
         at: The cluster time.
         read_deadline_s: How long a broken read is tried again, in seconds.
 
@@ -370,8 +376,8 @@ def can_scan_at(
         if not (by_id and query.is_whole and query.is_repeatable and query.keeps_ids):
             return False
     seconds = 0.0
-    for query in sets.values():
-        reader = _reader(database, query, key, read_deadline_s)
+    for name, query in sets.items():
+        reader = _reader(database, query, keys[name], read_deadline_s)
         try:
             found = next(reader.snapshot(at, _TRIED), b"")
         except QueryError as error:

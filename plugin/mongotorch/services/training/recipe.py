@@ -113,6 +113,12 @@ class TrainingRecipe:
             found |= {f"dataset {one.identifier}": one.select for one in self.model.validation.datasets}
         return found
 
+    def hashed_key(self, settings: Settings, name: str) -> Any:
+        """The fields of a set that its digest covers besides `_id`; None without lineage: no other field."""
+        trainer = self.trainer
+        key = weighted_key(trainer.key, trainer.sample_weight if name == "train" else None)
+        return key if settings.lineage else None
+
     def check(self, database: Any, *, seconds: float | None = None) -> bool:
         """Refuse selects that cannot be trained on; whether all was looked at.
 
@@ -282,7 +288,7 @@ class PendingProvenance:
         self.scan = BackgroundScan(
             connection.database,
             recipe.sets,
-            recipe.trainer.key if settings.lineage else None,
+            {name: recipe.hashed_key(settings, name) for name in recipe.sets},
             at=at,
             folder=folder,
             read_deadline_s=settings.read_deadline_s,
@@ -415,7 +421,8 @@ def pending_provenance(
     at = watermark(database, read_deadline_s=deadline_s)
     if not isinstance(at, Timestamp):
         return None
-    if not can_scan_at(database, recipe.sets, recipe.trainer.key, at=at, read_deadline_s=deadline_s):
+    keys = {name: recipe.hashed_key(settings, name) for name in recipe.sets}
+    if not can_scan_at(database, recipe.sets, keys, at=at, read_deadline_s=deadline_s):
         return None
     with contextlib.suppress(OSError):  # there is no folder that could be written to
         return PendingProvenance(recipe, connection, settings, at=at, before=before, is_checked=is_checked)
@@ -485,12 +492,10 @@ def scan(
 
     Raises: as `data_provenance`.
     """
-    trainer = recipe.trainer
-    key = weighted_key(trainer.key, trainer.sample_weight if name == "train" else None)
     return scan_members(
         connection.database,
         query,
-        key if settings.lineage else None,
+        recipe.hashed_key(settings, name),
         read_deadline_s=settings.read_deadline_s,
         members=recipe.only if name == "train" else None,
         without=recipe.without if name == "train" else None,
