@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, NoReturn, Protocol, final
 
 import numpy as np
@@ -28,6 +28,7 @@ from mongotorch.train.parallel.lanes import Lanes
 # What the header holds, before the number of lanes in which each parameter has a gradient.
 _ROWS, _WEIGHT, _PARTIAL, _STOPS, _FAILED, _ENDED, _POSITION, _CHANGED = range(8)
 _NUMBERS: Final = 8
+_SUMMED: Final = (torch.float32, torch.float64)  # dtypes of gradients that are added up as they are
 
 Backward = Callable[[int, Any, float], tuple[Tensor, float]]
 """From the number of a lane, its batch and its share of the rows to the loss and the share of it that counts."""
@@ -65,70 +66,94 @@ class _Sum:
 
 
 @final
-@dataclass(kw_only=True)
 class _Buffers:
     """The buffers of modules, as they are when a step begins.
 
-    Attributes:
+    Args:
         modules: The modules, by names of their own.
+
+    Attributes:
         known: The names of the buffers that lane 0 was seen to change.
     """
 
-    modules: dict[str, nn.Module]
-    known: list[str] = field(default_factory=list)
-    _first: dict[str, tuple[nn.Module, str, Tensor, Tensor]] = field(default_factory=dict)
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        self._modules = [
+            (f"{outer}.{inner}", module)
+            for outer, root in modules.items()
+            for inner, module in root.named_modules()
+        ]
+        self.known: list[str] = []
+        self._owners: dict[str, tuple[nn.Module, str]] = {}
+        self._buffers: list[Tensor] = []
+        self._kept: list[Tensor] = []
 
     def begin(self) -> None:
         """Keep them."""
-        self._first = {
-            f"{outer}.{inner}.{name}": (module, name, buffer, buffer.detach().clone())
-            for outer, root in self.modules.items()
-            for inner, module in root.named_modules()
+        found = [
+            (f"{path}.{name}", module, name, buffer)
+            for path, module in self._modules
             for name, buffer in module._buffers.items()
             if buffer is not None and not _overlaps(buffer)
-        }
+        ]
+        if [id(buffer) for *_, buffer in found] != [id(buffer) for buffer in self._buffers]:
+            self._owners = {key: (module, name) for key, module, name, _ in found}
+            self._buffers = [buffer for *_, buffer in found]
+            self._kept = [buffer.detach().clone() for buffer in self._buffers]
+        elif found:
+            _copy(self._kept, self._buffers)
 
     def now(self) -> dict[str, Tensor]:
         """Copies of what they are."""
-        return {key: module._buffers[name].detach().clone() for key, (module, name, *_) in self._first.items()}  # type: ignore[union-attr]
+        return {key: module._buffers[name].detach().clone() for key, (module, name) in self._owners.items()}  # type: ignore[union-attr]
 
     def put_back(self) -> None:
         """Set them to what was kept."""
-        self.put({key: kept for key, (*_, kept) in self._first.items()})
+        for (module, name), buffer in zip(self._owners.values(), self._buffers, strict=True):
+            module._buffers[name] = buffer  # a module may have put another one there
+        if self._buffers:
+            _copy(self._buffers, self._kept)
 
     def put(self, values: dict[str, Tensor]) -> None:
         """Set some of them."""
-        with torch.no_grad():
-            for key, value in values.items():
-                module, name, buffer, _ = self._first[key]
-                module._buffers[name] = buffer.copy_(value)
+        buffers = dict(zip(self._owners, self._buffers, strict=True))
+        for key, (module, name) in self._owners.items():
+            module._buffers[name] = buffers[key]
+        if values:
+            _copy([buffers[key] for key in values], list(values.values()))
+
+    def _first(self) -> dict[str, Tensor]:
+        return dict(zip(self._owners, self._kept, strict=True))
 
     def changed(self, values: dict[str, Tensor]) -> list[str]:
         """The names of those that are not what was kept, without the known ones."""
+        first = self._first()
         return [
-            key
-            for key, value in values.items()
-            if key not in self.known and not _same_bytes(value, self._first[key][-1])
+            key for key, value in values.items() if key not in self.known and not _same_bytes(value, first[key])
         ]
 
     def as_numbers(
         self, values: dict[str, Tensor] | None, dtype: torch.dtype, device: torch.device
     ) -> list[Tensor]:
         """The bytes of the known ones as numbers, which a sum with zeros does not change; zeros without values."""
-        kept = [self._first[key][-1] for key in self.known]
+        kept = [self._first()[key] for key in self.known]
         if values is None:
             return [torch.zeros(one.numel() * one.element_size(), dtype=dtype, device=device) for one in kept]
         return [_bytes(values[key]).to(device=device, dtype=dtype) for key in self.known]
 
     def from_numbers(self, numbers: Tensor) -> dict[str, Tensor]:
         """The known ones out of what `as_numbers` gave."""
-        found, at = {}, 0
+        found, first, at = dict[str, Tensor](), self._first(), 0
         for key in self.known:
-            kept = self._first[key][-1]
+            kept = first[key]
             size = kept.numel() * kept.element_size()
             raw = numbers[at : at + size].to(torch.uint8).to(kept.device)
             found[key], at = raw.view(kept.dtype).view(kept.shape), at + size
         return found
+
+
+def _copy(into: list[Tensor], values: list[Tensor]) -> None:
+    with torch.no_grad():
+        torch._foreach_copy_(into, values)
 
 
 def _overlaps(buffer: Tensor) -> bool:
@@ -190,14 +215,16 @@ class LaneStep:
     ) -> None:
         self._lanes, self._group, self._seed = lanes, group, seed
         self._numbers = lanes.mine(group.rank, group.world)
-        self._buffers = _Buffers(modules=modules)
+        self._buffers = _Buffers(modules)
         self._parameters: Sequence[nn.Parameter] = ()
         self._dtype, self._device = torch.float32, torch.device("cpu")
+        self._adds_up = False  # whether torch may add up gradients: they have the dtype of the sums
         self.rows, self.is_empty, self.is_stopped = 0, False, False
 
     def begin(self, parameters: Sequence[nn.Parameter]) -> None:
         """Take in what is trained; before the first step."""
         self._parameters = parameters
+        self._adds_up = len({one.dtype for one in parameters}) == 1 and parameters[0].dtype in _SUMMED
         is_double = any(one.dtype in (torch.float64, torch.complex128) for one in parameters)
         self._dtype = torch.float64 if is_double else torch.float32
         self._device = parameters[0].device if parameters else torch.device("cpu")
@@ -218,20 +245,30 @@ class LaneStep:
         """
         self._buffers.begin()
         final: dict[str, Tensor] | None = None
+        each = 2 if self._adds_up and len(self._numbers) > 1 else 1
 
-        def made(lane: int) -> _Sum:
+        def lane(at: int, gradients: Sequence[Tensor | None]) -> _Sum:
             nonlocal final
-            at = lane - self._numbers.start
-            seed_generators(self._seed, number, lane)
-            found = self._lane(lane, step.batches[at], step.rows[at], step.planned, backward)
-            if lane == 0:
+            seed_generators(self._seed, number, at)
+            n = at - self._numbers.start
+            found = self._lane(at, step.batches[n], step.rows[n], step.planned, backward, gradients)
+            if at == 0:
                 final = self._buffers.now()
             self._buffers.put_back()
             return found
 
+        def pair(at: int) -> _Sum:
+            # The second lane adds its gradients to those of the first, each while it is in the processor's cache.
+            first = lane(at * each, self._nothing().gradients)
+            if each == 1:
+                return first
+            second = lane(at * each + 1, first.gradients[:-1])
+            first.gradients[:-1] = [None] * len(self._parameters)
+            return first.add(second)
+
         error: Exception | None = None
         try:
-            total = tree_sum(made, self._numbers.start, self._numbers.stop, _Sum.add)
+            total = tree_sum(pair, self._numbers.start // each, self._numbers.stop // each, _Sum.add)
         except Exception as raised:
             if self._group.world == 1:
                 raise
@@ -262,21 +299,33 @@ class LaneStep:
             self._summed(self._nothing(), None, error=error)
         raise error
 
-    def _lane(self, number: int, batch: Any, rows: int, planned: int, backward: Backward) -> _Sum:
-        for parameter in self._parameters:
-            parameter.grad = None
-        made = self._nothing()
-        if not rows:
-            return made
-        loss, counted = backward(number, batch, rows / planned)
+    def _lane(
+        self,
+        number: int,
+        batch: Any,
+        rows: int,
+        planned: int,
+        backward: Backward,
+        gradients: Sequence[Tensor | None],
+    ) -> _Sum:
+        """The gradients of a lane, added to those that are there already."""
+        before = []
+        for parameter, gradient in zip(self._parameters, gradients, strict=False):
+            parameter.grad = gradient
+            before.append(None if gradient is None else (gradient, gradient._version))
+        loss, counted = backward(number, batch, rows / planned) if rows else (torch.zeros(()), 0.0)
         weight = rows / planned * counted
-        for at, parameter in enumerate(self._parameters):
+        made = self._nothing()
+        numbers = [0.0] * len(made.header)
+        for at, (parameter, one) in enumerate(zip(self._parameters, before, strict=True)):
             if parameter.grad is not None:
+                numbers[_NUMBERS + at] = one is None or parameter.grad is not one[0] or one[0]._version != one[1]
                 made.gradients[at] = self._taken(parameter)
-                made.header[_NUMBERS + at] = 1
-        lost = torch.zeros(1, dtype=self._dtype, device=self._device)
-        made.gradients[-1] = loss.detach().reshape(1).to(lost) * weight if counted else lost
-        made.header[_ROWS], made.header[_WEIGHT], made.header[_PARTIAL] = rows, weight, counted != 1.0
+        if rows:
+            lost = torch.zeros(1, dtype=self._dtype, device=self._device)
+            made.gradients[-1] = loss.detach().reshape(1).to(lost) * weight if counted else lost
+        numbers[_ROWS], numbers[_WEIGHT], numbers[_PARTIAL] = rows, weight, bool(rows) and counted != 1.0
+        made.header = torch.tensor(numbers, dtype=self._dtype)
         return made
 
     def _taken(self, parameter: nn.Parameter) -> Tensor:
@@ -288,7 +337,7 @@ class LaneStep:
                 field="compute_kwargs",
             )
         real = torch.view_as_real(gradient) if gradient.is_complex() else gradient
-        return real.to(self._dtype)
+        return real if real.dtype == self._dtype else real.to(self._dtype)
 
     def _nothing(self) -> _Sum:
         header = torch.zeros(_NUMBERS + len(self._parameters), dtype=self._dtype)
