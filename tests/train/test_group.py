@@ -452,6 +452,8 @@ def test_parameters_that_cannot_go_with_lanes_are_refused() -> None:
         list(fitting(trainer(**given), embedding, Alone()).run())
     with pytest.raises(ParameterError, match="before its first batch"):
         list(fitting(trainer(), nn.Sequential(nn.LazyLinear(3)), Alone()).run())
+    with pytest.raises(ParameterError, match="as many lanes as workers"):
+        list(fitting(trainer(), nn.Sequential(nn.Linear(8, 3), nn.SyncBatchNorm(3)), thread_groups(2)[0]).run())
     with pytest.raises(ParameterError, match="possible are 1, 2, 4 workers"):
         fitting(trainer(), MLP, thread_groups(3)[0])
 

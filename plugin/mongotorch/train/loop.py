@@ -31,7 +31,7 @@ from mongotorch.train.evaluation import TRAINING, EarlyStopping, evaluate, try_f
 from mongotorch.train.generators import RunGenerators, seeded, set_generator_state
 from mongotorch.train.kept_state import KeptState, Unsaved, objectives_of
 from mongotorch.train.mapping import scalar
-from mongotorch.train.model import TorchModel, compiled, copied_state, training_device
+from mongotorch.train.model import TorchModel, check_state_is_taken, compiled, copied_state, training_device
 from mongotorch.train.optimizers import continue_from, load_state, state_of
 from mongotorch.train.parallel import Alone, Dealt, Group, LaneStep, first_rank, pinned_threads
 from mongotorch.train.schedulers import filled, is_plateau, named_numbers
@@ -157,6 +157,11 @@ class Fit:
         """
         self._is_asked_to_stop = True
         self._is_stopped = self._is_stopped or self._given.lanes.lanes == 1
+
+    @property
+    def rank(self) -> int:
+        """Which of the ranks that train the model this is; 0 where it is the only one."""
+        return self._group.rank
 
     @property
     def trainer(self) -> TorchTrainer:
@@ -307,22 +312,18 @@ class Fit:
             if self._state is not None:
                 self._restore(self._state)
             else:
-                self._check_state()
+                check_state_is_taken(self._model.object)
             self._call("on_start", self)
             yield from self._steps()
             self._call("on_end", self)
 
     def _made_lanes(self) -> LaneStep | None:
         """What makes the gradients of a step that is cut into lanes."""
-        lanes, module = self._given.lanes, self._model.object
+        lanes = self._given.lanes
         if lanes.lanes == 1:
             return None
-        if any(is_lazy(part) for part in (*module.parameters(), *module.buffers())):
-            raise ParameterError(
-                "the module has no parameters before its first batch, and each worker would make other ones; give "
-                "their sizes, or call the module once before it is applied",
-                field="object",
-            )
+        drops_last = bool((self._given.loader_kwargs or {}).get("drop_last"))
+        lanes.check_module(self._model.object, self._group.world, drops_last=drops_last)
         made = LaneStep(lanes, self._group, seed=self._given.seed, modules=all_modules(self._trainer, self._model))
         made.begin(trained_parameters(self._model, self._optimizers))
         return made
@@ -451,21 +452,6 @@ class Fit:
                 ) from error
             error.add_note(f"in training, at step {self.step + 1}")
             raise
-
-    def _check_state(self) -> None:
-        """Refuse a module that does not take its own state back: it could not be given the best weights either."""
-        module = self._model.object
-        if any(is_lazy(part) for part in (*module.parameters(), *module.buffers())):
-            return  # it has no state before its first batch
-        try:
-            module.load_state_dict(copied_state(module))
-        except Exception as error:  # a module's own code can raise anything
-            raise ParameterError(
-                f"the module does not take back what its state_dict() gives ({type(error).__name__}: {error}), so "
-                "the weights of its best validation could not be restored; register what it cannot load with "
-                "persistent=False, or keep it as a plain attribute",
-                field="object",
-            ) from error
 
     def _warn_of_untrained_objective(self) -> None:
         left = self._kept.untrained()

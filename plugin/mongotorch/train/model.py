@@ -382,6 +382,25 @@ def _shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "()"
 
 
+def check_state_is_taken(module: nn.Module) -> None:
+    """Refuse a module that does not take its own state back: it could not be given the best weights either.
+
+    Raises:
+        ParameterError: It does not; a lazy module, which has no state before its first batch, is not tried.
+    """
+    if any(is_lazy(part) for part in (*module.parameters(), *module.buffers())):
+        return
+    try:
+        module.load_state_dict(copied_state(module))
+    except Exception as error:  # a module's own code can raise anything
+        raise ParameterError(
+            f"the module does not take back what its state_dict() gives ({type(error).__name__}: {error}), so "
+            "the weights of its best validation could not be restored; register what it cannot load with "
+            "persistent=False, or keep it as a plain attribute",
+            field="object",
+        ) from error
+
+
 def check_compile(options: Any) -> None:
     """Refuse options that `torch.compile` does not have. Raises: ParameterError."""
     if isinstance(options, bool):

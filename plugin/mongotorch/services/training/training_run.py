@@ -354,6 +354,7 @@ class TrainingRun:
             "seed": plain(recipe.trainer.seed),  # a seed may be larger than BSON integers
             "metrics": result.trained.metrics,
             **({"stopped": True} if result.is_stopped else {}),
+            **({"compute": result.trained.compute} if result.trained.compute else {}),
             **record,
         }
         try:

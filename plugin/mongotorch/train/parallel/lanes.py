@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Self, final
 
 import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
 
 from mongotorch.errors import ParameterError
 from mongotorch.train.parallel.group import Reduce
@@ -124,6 +126,31 @@ class Lanes:
         """The numbers of the lanes of a rank."""
         each = self.lanes // world
         return range(rank * each, (rank + 1) * each)
+
+    def check_module(self, module: nn.Module, world: int, *, drops_last: bool) -> None:
+        """Refuse a module that several lanes cannot train.
+
+        Args:
+            module: What is trained.
+            world: How many workers there are.
+            drops_last: Whether a last batch that is not full is left out.
+
+        Raises:
+            ParameterError: It has no parameters yet, or waits in each lane for all workers.
+        """
+        if any(is_lazy(part) for part in (*module.parameters(), *module.buffers())):
+            raise ParameterError(
+                "the module has no parameters before its first batch, and each worker would make other ones; give "
+                "their sizes, or call the module once before it is applied",
+                field="object",
+            )
+        waits = any(isinstance(part, nn.SyncBatchNorm) for part in module.modules())
+        if waits and world > 1 and (self.lanes != world or not drops_last):
+            raise ParameterError(
+                f"SyncBatchNorm waits in each lane for all workers: give as many lanes as workers (there are "
+                f'{self.lanes} and {world}), and loader_kwargs={{"drop_last": True}}',
+                field="object",
+            )
 
     def check_world(self, world: int) -> None:
         """Refuse a number of workers that the lanes cannot be shared by. Raises: ParameterError."""
