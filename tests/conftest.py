@@ -58,6 +58,7 @@ LONG = frozenset(
         "test_poison.py",
         "test_public_reprs.py",
         "test_second_process.py",
+        "test_ray.py",
         "test_server_binary.py",
         "test_server_faults.py",
         "test_site.py",

@@ -26,7 +26,10 @@ class Settings(BaseSettings):
         mongod: The program that the embedded server runs; None is that of the extra `server`, else the `mongod` on
             `PATH`.
         cache_dir: Folder for the memory-mapped columns of `download=True`.
-        compute: The compute engine: `local` runs in the calling process, `queue` leaves it to workers.
+        compute: The compute engine: `local` runs in the calling process, `queue` leaves it to workers. The name of
+            a launcher, such as `ray`, is `local` with that launcher.
+        launcher: What starts the ranks of a run with several `workers`: `torchrun` on this machine, `ray` on the
+            nodes of a cluster. None is `torchrun`, where there are several.
         prefetch_bytes: Most bytes that a stream may read ahead.
         worker_niceness: What is added to the niceness of the processes that read for `num_workers`, 0 to 19: with
             fewer cores than processes they then give way to the training.
@@ -58,6 +61,7 @@ class Settings(BaseSettings):
     mongod: Path | None = None
     cache_dir: Path = Path(".mongotorch/cache")
     compute: str = "local"
+    launcher: str | None = Field(default=None, min_length=1)
     prefetch_bytes: int = Field(default=256 * 2**20, gt=0)
     worker_niceness: int = Field(default=0, ge=0, le=19)
     valid_fraction: float = Field(default=0.05, ge=0.0, le=1.0)

@@ -31,7 +31,8 @@ def main(
 
 # In the order in which the help lists them.
 for _command in (
-    *(demo.demo, jobs.train, jobs.jobs, jobs.job, jobs.watch, jobs.logs, jobs.stop, jobs.cancel, jobs.worker),
+    *(demo.demo, jobs.train, jobs.jobs, jobs.job, jobs.watch, jobs.logs, jobs.stop, jobs.cancel),
+    *(jobs.worker, jobs.run_job),
     *(metrics.metrics, metrics.mirror, dashboard.dashboard),
     *(versions.show, versions.compare, versions.predict, versions.promote, versions.rollback, versions.history),
     *(versions.diff, lineage.lineage, bundles.export),

@@ -17,8 +17,10 @@ from mongotorch.cli.logs import LogFormat, LogLevel, configure_logging, logging_
 from mongotorch.cli.output import (
     AsJson,
     Uri,
+    address_of,
     described,
     duration,
+    errors,
     iso,
     numbers,
     opened,
@@ -260,6 +262,30 @@ def stop(uuid: JobName, uri: Uri = None, as_json: AsJson = False) -> None:
     raise typer.Exit(0 if done else 1)
 
 
+def run_job(
+    uuid: JobName,
+    log_level: Annotated[LogLevel, typer.Option(help="What is logged, on stderr.")] = LogLevel.info,
+    log_format: Annotated[
+        LogFormat, typer.Option(help="Lines for people, or one JSON object each.")
+    ] = LogFormat.text,
+    uri: Uri = None,
+) -> None:
+    """Run one job in this process, or in all that torchrun, Slurm or Kubernetes has started with this command.
+
+    Several processes train one model together, if the trainer has lanes for so many; the variables RANK,
+    WORLD_SIZE and MASTER_ADDR of torch.distributed say which this is. Exit code 1 unless the job succeeded:
+    started again, it goes on from its checkpoint.
+    """
+    from mongotorch.worker.rank import run_job as run
+
+    with logging_to_stderr(log_level.value, log_format.value), errors():
+        address, settings = address_of(uri, writes=True)
+        given = settings.model_dump(exclude={"uri", "uri_file", "launcher"})
+        status = run(uuid, uri=address, **given)
+    typer.echo(f"job {uuid}: {status}", err=True)
+    raise typer.Exit(0 if status == "succeeded" else 1)
+
+
 def worker(
     once: Annotated[bool, typer.Option(help="Run one job, if there is one, and end.")] = False,
     until_idle: Annotated[bool, typer.Option(help="End when no schedule is due and no job waits.")] = False,
@@ -268,6 +294,9 @@ def worker(
     log_format: Annotated[
         LogFormat, typer.Option(help="Lines for people, or one JSON object each.")
     ] = LogFormat.text,
+    launcher: Annotated[
+        str | None, typer.Option(help="What starts runs with several workers: torchrun, or ray (RAY_ADDRESS).")
+    ] = None,
     uri: Uri = None,
 ) -> None:
     """Run queued jobs, watch the documents of schedules, and fire the schedules that are due.
@@ -280,7 +309,8 @@ def worker(
 
     configure = functools.partial(configure_logging, log_level.value, log_format.value)
     mode = "once" if once else "until_idle" if until_idle else "forever"
-    with logging_to_stderr(log_level.value, log_format.value), opened(uri, writes=True) as db:
+    given = {} if launcher is None else {"launcher": launcher}
+    with logging_to_stderr(log_level.value, log_format.value), opened(uri, writes=True, **given) as db:
         typer.echo(f"working on {described(db)}")
         if db.uri.startswith("mongomock:"):  # its data is in this process
             alone = Worker(db)

@@ -51,25 +51,27 @@ def errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def opened(uri: str | None, *, writes: bool = False) -> Iterator[Datalayer]:
+def opened(uri: str | None, *, writes: bool = False, **given: Any) -> Iterator[Datalayer]:
     """The database of an address; a `MongotorchError` is printed as one line.
 
     Args:
         uri: The address given behind the command; None is that before it, else the settings'.
         writes: Whether the command may make the database; without it, one that is not there is an error.
+        given: Settings that the command has options for.
     """
     with errors():
-        address, settings = address_of(uri, writes=writes)
+        address, settings = address_of(uri, writes=writes, **given)
         with _connected(address, settings, writes=writes) as db:
             yield db
 
 
-def address_of(uri: str | None, *, writes: bool = False) -> tuple[str, Settings]:
+def address_of(uri: str | None, *, writes: bool = False, **given: Any) -> tuple[str, Settings]:
     """The address that a command opens, and the settings.
 
     Args:
         uri: The address given behind the command; None is that before it, else the settings'.
         writes: Whether the command may make the folder of an embedded server.
+        given: Settings that the command has options for.
 
     Raises:
         NotFoundError: There is no such folder.
@@ -77,8 +79,8 @@ def address_of(uri: str | None, *, writes: bool = False) -> tuple[str, Settings]
     """
     from mongotorch.settings import read_settings
 
-    given = uri or given_before_command()
-    settings = read_settings(**({} if given is None else {"uri": given}))
+    named = uri or given_before_command()
+    settings = read_settings(**given, **({} if named is None else {"uri": named}))
     address = settings.address()
     if not writes:
         _require_folder(address)

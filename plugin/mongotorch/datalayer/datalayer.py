@@ -25,8 +25,7 @@ from mongotorch.services.composition import Services
 from mongotorch.services.overview import Overview
 from mongotorch.services.schedules.scheduler import Scheduler
 from mongotorch.services.training.job_runner import JobRunner
-from mongotorch.services.training.profile import checked, explained, summary_of
-from mongotorch.services.training.recipe import stream_spec
+from mongotorch.services.training.profile import checked, explained, stream_spec, summary_of
 from mongotorch.settings import Settings, read_settings
 from mongotorch.split import Fold, Split
 from mongotorch.store import Collected, RunLog, Verified

@@ -12,7 +12,13 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from mongotorch import errors
-from mongotorch.errors import JobProcessError, MongotorchError, ServerUnavailableError, TrainingError
+from mongotorch.errors import (
+    JobProcessError,
+    MongotorchError,
+    ServerUnavailableError,
+    TrainingError,
+    WorkerLostError,
+)
 from mongotorch.mongo.driver_errors import is_transient, redact
 
 _MOST_TEXT: Final = 30_000  # characters of a traceback that is carried on
@@ -77,7 +83,7 @@ def _of_name(name: str, message: str, *, transient: bool) -> MongotorchError:
 
 def _may_pass(error: BaseException) -> bool:
     """Whether the same job may succeed later: the database or the machine failed, not the run."""
-    passing = (ServerUnavailableError, JobProcessError, OSError, MemoryError)
+    passing = (ServerUnavailableError, JobProcessError, WorkerLostError, OSError, MemoryError)
     return isinstance(error, passing) or is_transient(error)
 
 

@@ -5,7 +5,8 @@ Guarantees: building them creates the indexes that their guarantees rest on. The
 
 from __future__ import annotations
 
-from typing import final
+from collections.abc import Mapping
+from typing import Any, final
 
 from mongotorch.jobs import engine_named, worker_name
 from mongotorch.mongo.connection import Connection
@@ -16,6 +17,8 @@ from mongotorch.services.schedules.register import Register
 from mongotorch.services.schedules.retraining import LiveMetrics, Retraining
 from mongotorch.services.schedules.scheduler import Scheduler
 from mongotorch.services.training.job_runner import JobRunner
+from mongotorch.services.training.ranks import RankRunner, Ranks
+from mongotorch.services.training.recipe import TrainingRecipe
 from mongotorch.services.training.training_run import TrainingRun
 from mongotorch.services.versions.bundles import Bundles
 from mongotorch.services.versions.catalog import Catalog
@@ -76,28 +79,27 @@ class Services:
         self.verifier = Verifier(database, trust)
         self.overview = Overview(Listing(database))
         training = TrainingRun(
-            connection, settings, self.catalog, jobs=self.jobs, metric_log=metric_log, checkpoints=checkpoints
+            connection,
+            settings,
+            self.catalog,
+            jobs=self.jobs,
+            metric_log=metric_log,
+            checkpoints=checkpoints,
+            ranks=Ranks(connection, settings, self.jobs),
         )
         self.register = Register(database, schedules, self.jobs, self.catalog)
         retraining = Retraining(connection, settings, training, record_outcome=self.register.record_outcome)
-        live_metrics = LiveMetrics(
-            connection,
-            settings,
-            load=self.catalog.load_uuid,
-            served_model=self.catalog.served_model,
-            trigger_of=self.register.trigger_of,
-        )
-        self.scheduler = Scheduler(
-            database,
-            schedules,
-            look=self.register.look,
-            measure=live_metrics.measure,
-            settle=self.register.settle,
-            lease_s=settings.lease_s,
-            name=worker_name(),
-        )
+        self.scheduler = self._make_scheduler(connection, settings, schedules)
+
+        def recipe(job: Mapping[str, Any]) -> TrainingRecipe:
+            return (retraining if job["type_id"] == Schedule.type_id else training).recipe(job)
+
         self.runner = JobRunner(
-            self.jobs, settings, train=training.run, handlers={Schedule.type_id: retraining.run}
+            self.jobs,
+            settings,
+            train=training.run,
+            handlers={Schedule.type_id: retraining.run},
+            train_rank=RankRunner(self.jobs, recipe=recipe, train=training.train_rank),
         )
         self.applier = Applier(
             self.catalog,
@@ -110,6 +112,24 @@ class Services:
             max_runtime_s=settings.max_runtime_s,
         )
         self._database, self._keep_jobs_days = database, settings.keep_jobs_days
+
+    def _make_scheduler(self, connection: Connection, settings: Settings, schedules: Schedules) -> Scheduler:
+        live_metrics = LiveMetrics(
+            connection,
+            settings,
+            load=self.catalog.load_uuid,
+            served_model=self.catalog.served_model,
+            trigger_of=self.register.trigger_of,
+        )
+        return Scheduler(
+            connection.database,
+            schedules,
+            look=self.register.look,
+            measure=live_metrics.measure,
+            settle=self.register.settle,
+            lease_s=settings.lease_s,
+            name=worker_name(),
+        )
 
     def collect(self, *, dry_run: bool, grace_s: float) -> Collected:
         """Remove what nothing refers to; see `Datalayer.gc`."""

@@ -40,6 +40,8 @@ MAX_LOSSES_IN_ALL: Final = 100
 """How many workers may vanish in all, with progress or without."""
 LEAST_PREFIX: Final = 4
 """Characters of a job's uuid that name it, at the least."""
+HAND_BACK: Final = "hand_back"
+"""The field with the attempt whose ranks were asked to end, with a checkpoint."""
 MAX_FAILURES: Final = 20
 """How often a run is tried without a further step where the database could not be reached."""
 _INT64: Final = range(-(2**63), 2**63)
@@ -403,7 +405,7 @@ class Jobs:
         job_id: str,
         attempt: int,
         *,
-        lease_s: float,
+        lease_s: float | None,
         progress: Mapping[str, Any] | None = None,
         reached: int | None = None,
     ) -> bool:
@@ -412,7 +414,7 @@ class Jobs:
         Args:
             job_id: The job.
             attempt: The fencing token of the claim.
-            lease_s: The length of the lease.
+            lease_s: The length of the lease; None leaves it as it is, to the process that has claimed the job.
             progress: What people read; None keeps what there is.
             reached: The step that the run has reached, if no attempt was there before: only that is progress, by
                 which the count of vanished workers starts anew.
@@ -423,7 +425,19 @@ class Jobs:
         made: dict[str, Any] = {} if progress is None else {"progress": plain(progress)}
         if reached is not None:
             made |= {"reached": reached, "seen": attempt}
-        return self._update(job_id, attempt, {"lease_until": Later(lease_s), **made})
+        renewed = {} if lease_s is None else {"lease_until": Later(lease_s)}
+        return (
+            self._update(job_id, attempt, {**renewed, **made}) if renewed or made else self.holds(job_id, attempt)
+        )
+
+    @repeated("asking a run to hand its job back")
+    def ask_to_hand_back(self, job_id: str, attempt: int) -> bool:
+        """Ask the ranks of an attempt to write a checkpoint and to end, as the job's worker has to stop.
+
+        Returns:
+            False: fenced out, nothing was changed.
+        """
+        return self._update(job_id, attempt, {HAND_BACK: attempt})
 
     def succeed(
         self, job_id: str, attempt: int, *, result: str, progress: Mapping[str, Any] | None = None

@@ -4,7 +4,14 @@ from mongotorch.train.callbacks import Stepped, Trained, Validated
 from mongotorch.train.evaluation import Scored, evaluate, score
 from mongotorch.train.loop import Batches, Event, Fit
 from mongotorch.train.metrics import Dataset, Metric, Validation
-from mongotorch.train.model import LayerSummary, ModelSummary, TorchModel, same_structure, summarize
+from mongotorch.train.model import (
+    LayerSummary,
+    ModelSummary,
+    TorchModel,
+    same_structure,
+    summarize,
+    training_device,
+)
 from mongotorch.train.parallel import Alone, Group, Lanes, ProcessGroup
 from mongotorch.train.tensor_codec import fill_module
 from mongotorch.train.trainer import TorchTrainer, trainer_and_model, warm_start
@@ -34,5 +41,6 @@ __all__ = [
     "score",
     "summarize",
     "trainer_and_model",
+    "training_device",
     "warm_start",
 ]

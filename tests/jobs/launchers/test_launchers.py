@@ -28,7 +28,7 @@ class TestLocal(LauncherSuite):
 
 
 def test_an_unknown_launcher_is_refused_with_the_names_of_those_there_are() -> None:
-    with pytest.raises(SettingError, match="joined, local, torchrun") as raised:
+    with pytest.raises(SettingError, match="joined, local, ray, torchrun") as raised:
         launcher_named("slurm")
     assert raised.value.setting == "launcher"
 

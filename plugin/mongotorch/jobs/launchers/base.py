@@ -22,6 +22,7 @@ GROUP: Final = "mongotorch.launchers"
 _BUILT_IN: Final = {
     "local": "mongotorch.jobs.launchers.base:LocalLauncher",
     "torchrun": "mongotorch.jobs.launchers.torchrun:TorchrunLauncher",
+    "ray": "mongotorch.jobs.launchers.ray:RayLauncher",
     "joined": "mongotorch.jobs.launchers.joined:JoinedLauncher",
 }
 

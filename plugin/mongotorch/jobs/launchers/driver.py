@@ -29,7 +29,7 @@ from typing import Any, Final, final
 
 import bson
 
-from mongotorch.errors import JobProcessError
+from mongotorch.errors import JobProcessError, WorkerLostError
 from mongotorch.jobs.failures import described, rebuilt
 from mongotorch.jobs.launchers.base import RankCall, imported
 from mongotorch.resources import die_with_parent
@@ -38,6 +38,7 @@ LOOK_S: Final = 0.1
 """How often the launching process looks at its driver, and whether the run may go on."""
 END_S: Final = 5.0
 """How long a driver that was told to end has to kill its ranks by itself."""
+_LAST_S: Final = 2.0  # how long a rank that has lost another one stays, for that one to be seen first
 _DRIVER: Final = "driver"  # in the name of its file, in place of the number of a rank
 
 
@@ -184,24 +185,30 @@ def run_rank(call: RankCall, folder: Path, rank: int) -> None:
     except BaseException as error:  # noqa: BLE001 - whatever it is, it is the error of the run
         leave(folder, str(rank), error, where=f"rank {rank} of {{workers}}")
         _flush()
+        if follows(error):
+            time.sleep(_LAST_S)
         # Not by an exception: at its exit, a process may wait for ranks that are gone.
         os._exit(1)
 
 
 def leave(folder: Path, name: str, error: BaseException, *, where: str) -> None:
     """Write the description of an error where the launching process finds it."""
+    write_description(folder, name, description_of(error, where=where))
+
+
+def description_of(error: BaseException, *, where: str) -> dict[str, Any]:
+    """An error as plain BSON, with where and when it was raised, and whether it follows from another one."""
     description = described(error)
-    content = {"where": where, "at": time.time(), "follows": follows(error), "error": description}
     try:
-        _write(folder, name, content)
+        bson.encode(description)
     except Exception:  # noqa: BLE001 - the `_id` of a document may be anything
         description["document_id"] = repr(description["document_id"])
-        _write(folder, name, content)
+    return {"where": where, "at": time.time(), "follows": follows(error), "error": description}
 
 
 def follows(error: BaseException) -> bool:
     """Whether an error only says that another rank is gone."""
-    return type(error).__name__ in ("RankLostError", "DistBackendError", "DistNetworkError")
+    return isinstance(error, WorkerLostError)
 
 
 def _flush() -> None:
@@ -222,14 +229,16 @@ def drive_ranks() -> None:
         imported(what.drive)(what)
         code = 0
     except RankEndedError as ended:
-        _write(what.folder, _DRIVER, {"codes": {str(rank): number for rank, number in ended.codes.items()}})
+        codes = {str(rank): number for rank, number in ended.codes.items()}
+        write_description(what.folder, _DRIVER, {"codes": codes})
     except BaseException as error:  # noqa: BLE001 - it is the error of the run
         leave(what.folder, _DRIVER, error, where="the process that watches the ranks")
     _flush()
     os._exit(code)
 
 
-def _write(folder: Path, name: str, content: Mapping[str, Any]) -> None:
+def write_description(folder: Path, name: str, content: Mapping[str, Any]) -> None:
+    """Write what a rank, or the driver, has to say where the launching process finds it."""
     data = bson.encode(content)
     with contextlib.suppress(OSError):  # the folder is gone: nobody asks any more
         (folder / f".{name}").write_bytes(data)

@@ -106,6 +106,19 @@ class Retraining:
                 self._record_outcome(job["identifier"], failure(job, f"{type(error).__name__}: {message}"))
             raise
 
+    def recipe(self, job: Document) -> TrainingRecipe:
+        """What the job of a firing trains, as the process that has claimed it has decided.
+
+        Raises:
+            JobCancelledError: Nothing is decided, or the job has published.
+        """
+        origin = self._training.origin(job)
+        if not origin:
+            raise JobCancelledError(f"job {job['_id']} has no checkpoint to begin with; it may have published")
+        schedule = self._catalog.load_uuid(job["component"])
+        assert isinstance(schedule, Schedule)  # noqa: S101 - for the type checker
+        return self._recipe(schedule, origin, None, self._catalog.load_model)
+
     def _run(self, job: Document, lease: Lease) -> str:
         published = self._training.published(job)
         if published is None:

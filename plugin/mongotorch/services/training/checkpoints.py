@@ -6,21 +6,24 @@ it is stored. Of several that wait to be written only the newest is. An error of
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, Self, final
+from typing import Any, Final, Self, final
 
 from mongotorch.codecs import Codecs, NamedBlob, NewBlobs
-from mongotorch.errors import CodecError, JobReleasedError
+from mongotorch.errors import CodecError, JobCancelledError, JobReleasedError
 from mongotorch.jobs import Lease
+from mongotorch.mongo.driver_errors import redact
 from mongotorch.store import OVER, BlobStore, Checkpoints
 from mongotorch.train import Fit, Stepped, Validated
 
 _log = logging.getLogger("mongotorch.jobs")
+_NOTHING: Final = {"step": 0}  # the state of a checkpoint before the first step
 
 
 @final
@@ -29,14 +32,16 @@ class Resumed:
     """The newest checkpoint of a run.
 
     Attributes:
-        state: What `Fit.capture` gave.
+        state: What `Fit.capture` gave; None where no step was made yet.
         run: The record that holds for the whole run.
         blobs: The blobs that `run` names, by name.
+        is_over: Whether the run has made its last step, and only has to be published.
     """
 
-    state: Mapping[str, Any]
+    state: Mapping[str, Any] | None
     run: Mapping[str, Any]
     blobs: Mapping[str, bytes]
+    is_over: bool = False
 
 
 @final
@@ -60,9 +65,10 @@ class RunCheckpoints:
         state: dict[str, Any] = self._codecs.decode(found["body"], self._blobs.get)
         run = found.get("run", {})
         return Resumed(
-            state=state,
+            state=None if state == _NOTHING else state,
             run=run.get("said", {}),  # the key in stored checkpoints
             blobs={name: self._blobs.get(name) for name in run.get("blobs", ())},
+            is_over=bool(run.get(OVER)),
         )
 
     def run(self, job_id: str) -> dict[str, Any] | None:
@@ -73,7 +79,7 @@ class RunCheckpoints:
     def save(
         self,
         job: Mapping[str, Any],
-        state: Mapping[str, Any],
+        state: Mapping[str, Any] | None,
         *,
         run: Mapping[str, Any],
         blobs: Mapping[str, bytes | NamedBlob],
@@ -83,7 +89,7 @@ class RunCheckpoints:
 
         Args:
             job: The claimed job document.
-            state: What `Fit.capture` gave.
+            state: What `Fit.capture` gave; None before the first step, where the record is to be kept.
             run: The record that holds for the whole run; plain BSON.
             blobs: The blobs that `run` names, by name.
             over: The run has made its last step, and only its publication is missing.
@@ -94,6 +100,7 @@ class RunCheckpoints:
         record: dict[str, Any] = {"said": dict(run), "blobs": self._blobs.put_all(blobs.values())}
         if over:
             record[OVER] = True
+        state = _NOTHING if state is None else state
         body, new = self._encoded(dict(state))
         names = [*record["blobs"], *self._blobs.put_all(new.blobs.values())]
         return self._checkpoints.put(
@@ -223,3 +230,18 @@ class CheckpointWriter:
             with self._changed:
                 self._busy = False
                 self._changed.notify_all()
+
+
+@contextlib.contextmanager
+def kept_where_failing(keep: Callable[[], None]) -> Iterator[None]:
+    """Keep what was trained, as a checkpoint, where something inside raises."""
+    try:
+        yield
+    except JobCancelledError:
+        raise
+    except Exception:
+        try:
+            keep()
+        except Exception as error:  # noqa: BLE001 - the first error says why nothing was published
+            _log.warning("what was trained could not be kept as a checkpoint: %s", redact(str(error)))
+        raise

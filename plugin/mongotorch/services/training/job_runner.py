@@ -30,6 +30,7 @@ from mongotorch.mongo.driver_errors import is_transient, redact
 from mongotorch.settings import Settings
 from mongotorch.store import Jobs
 from mongotorch.store.jobs import MAX_FAILURES, number
+from mongotorch.train import Group
 
 _log = logging.getLogger("mongotorch.jobs")
 PROGRESS_S: Final = 0.5
@@ -46,9 +47,19 @@ class JobRunner:
         settings: `lease_s`, and `max_runtime_s` for jobs that do not say it.
         train: The handler of every component that has no handler of its own.
         handlers: The others, by `type_id`.
+        train_rank: Runs one rank of the run of a claimed job.
     """
 
-    def __init__(self, jobs: Jobs, settings: Settings, *, train: Handler, handlers: Mapping[str, Handler]) -> None:
+    def __init__(
+        self,
+        jobs: Jobs,
+        settings: Settings,
+        *,
+        train: Handler,
+        handlers: Mapping[str, Handler],
+        train_rank: Callable[[Mapping[str, Any], Group], None],
+    ) -> None:
+        self._train_rank = train_rank
         self._jobs, self._lease_s, self._max_runtime_s = jobs, settings.lease_s, settings.max_runtime_s
         self._train, self._handlers = train, handlers
 
@@ -63,9 +74,9 @@ class JobRunner:
         if job is not None:
             self._run(job, stop=None)
 
-    def claim(self) -> dict[str, Any] | None:
-        """Claim the most urgent job; None where none waits."""
-        return self._claim(None)
+    def claim(self, job_id: str | None = None) -> dict[str, Any] | None:
+        """Claim one job, or the most urgent of all; None where it, or any, does not wait."""
+        return self._claim(job_id)
 
     def run_claimed(self, job: Mapping[str, Any], stop: threading.Event) -> str:
         """Run a claimed job and record how it ended; an error of the job is recorded and not raised.
@@ -86,6 +97,24 @@ class JobRunner:
         except BaseException:  # noqa: BLE001 - it is in the job's document, where people look
             return "failed"
         return "succeeded"
+
+    def run_rank(self, job_id: str, attempt: int, group: Group) -> None:
+        """Run one rank of a job that another process has claimed: as many processes call it as there are ranks.
+
+        Args:
+            job_id: The job.
+            attempt: The attempt that was claimed.
+            group: All ranks.
+
+        Raises:
+            NotFoundError: There is no such job in this database.
+            JobCancelledError: It was cancelled, or taken over.
+            MongotorchError: The run failed, here or on another rank.
+        """
+        job = self._jobs.get(job_id)
+        if (job["status"], job["attempt"]) != ("running", attempt):
+            raise JobCancelledError(f"job {job_id} does not run under attempt {attempt} any more")
+        self._train_rank(job, group)
 
     def is_idle(self) -> bool:
         """Whether no job waits, not even for a later time."""
@@ -113,6 +142,12 @@ class JobRunner:
         log_job(found, "failed", why, level=logging.ERROR, why=why, step=int(number(found, "reached")))
         description = described(error) | {"traceback": None}
         _recorded(lambda: self._jobs.fail(job_id, attempt, error=description, retry=retry))
+
+    def fail_rank(self, job_id: str, error: BaseException) -> None:
+        """Record what a rank has raised of which nobody else hears; nothing if the job has ended already."""
+        job, description = self._jobs.get(job_id), described(error)
+        retry = bool(description["transient"])
+        _recorded(lambda: self._jobs.fail(job_id, job["attempt"], error=description, retry=retry))
 
     def _claim(self, job_id: str | None) -> dict[str, Any] | None:
         return self._jobs.claim(

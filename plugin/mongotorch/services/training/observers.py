@@ -17,7 +17,8 @@ from typing import Any, Final, Protocol, Self, final
 
 from tqdm.auto import tqdm
 
-from mongotorch.jobs import Lease
+from mongotorch.data import BackgroundScan
+from mongotorch.jobs import Lease, log_job
 from mongotorch.mongo.driver_errors import redact
 from mongotorch.notebook import is_notebook
 from mongotorch.store import MetricEntry, MetricLog
@@ -25,6 +26,7 @@ from mongotorch.tensors import device_memory_bytes, to_floats
 from mongotorch.train import Fit, Stepped, Validated
 
 _log = logging.getLogger("mongotorch.jobs")
+_SHOWN_MOST: Final = 10**9  # steps; a larger limit is no total that a bar could show
 MOST_ENTRIES: Final = 2048
 """How many `train` entries a run may keep; the steps between them grow by powers of two."""
 _NORM: Final = "gradient_norm"
@@ -338,6 +340,41 @@ class MetricRecorder(Observer):
             self._has_failed = True
             return False
         return True
+
+
+@final
+class ValidationLog(Observer):
+    """Logs the validations of a job's run."""
+
+    def __init__(self, job: Mapping[str, Any]) -> None:
+        self._job = job
+
+    def on_validation(self, event: Validated) -> None:
+        """Log what was measured."""
+        shown = ", ".join(f"{name} {value:.6g}" for name, value in event.values.items())
+        detail = f"at step {event.step}: {shown}"
+        log_job(self._job, "validated", detail, step=event.step, values=dict(event.values))
+
+
+@final
+class ScanObserver(Observer):
+    """Begins the scan of a run's documents at its first step, raises what fails in it, and ends it with a run."""
+
+    def __init__(self, scan: BackgroundScan) -> None:
+        self._scan = scan
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._scan.end()
+
+    def on_step(self, event: Stepped) -> None:
+        """Begin the scan, if it has not begun."""
+        self._scan.begin()
+
+
+def shown_limit(steps: int | None) -> int | None:
+    """The most steps of a run, where a bar can show them as a total."""
+    return None if steps is None or steps > _SHOWN_MOST else steps
 
 
 class _Means:

@@ -1,5 +1,7 @@
 """Looks inside a trainer before it runs: its documents, the layers of its model, where the time of a step goes.
 
+`stream_spec` is for those who only look at the stream.
+
 Guarantees: what is trained here is a copy of the model; neither the model nor the trainer is changed, and nothing
 is stored but the plan of the ranges, as by every read.
 """
@@ -10,10 +12,10 @@ import contextlib
 import copy
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, Final, final
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final, Literal, final
 
-from mongotorch.data import DataCheck, Explanation, check_documents, explain
+from mongotorch.data import DataCheck, Explanation, StreamSpec, check_documents, explain
 from mongotorch.errors import ParameterError
 from mongotorch.mongo.connection import Connection
 from mongotorch.query import Query
@@ -30,6 +32,23 @@ from mongotorch.train import ModelSummary, Stepped, TorchModel, TorchTrainer, su
 
 _WARM_UP: Final = 3  # steps that are not counted: the first ones set up what later ones use
 _MOST_S: Final = 20.0
+_MODES: Final[dict[str, Literal["memory", "download"]]] = {"in_memory": "memory", "download": "download"}
+_STREAM_OPTIONS: Final = frozenset(
+    {
+        "drop_last",
+        "transform",
+        "signature",
+        "collate_fn",
+        "data_prefetch",
+        "across_epochs",
+        "prefetch_size",
+        "prefetch_factor",
+        "dtypes",
+        "defaults",
+        "on_bad_document",
+        "sample_weight",
+    }
+)
 _LARGE: Final = 0.3  # of a step
 
 
@@ -224,3 +243,31 @@ def _faster_data(trainer: TorchTrainer) -> str:
     if not trainer.in_memory:
         return "in_memory=True, or download=True, reads the documents once"
     return "a larger batch_size makes fewer batches"
+
+
+def stream_spec(settings: Settings, query: Query, options: Mapping[str, Any], **fields: Any) -> StreamSpec:
+    """How a query is streamed by `db.stream`.
+
+    Args:
+        settings: The datalayer's.
+        query: The documents.
+        options: The trainer's stream options and those of a DataLoader, in one mapping.
+        fields: Fields of the `StreamSpec`.
+
+    Raises:
+        ParameterError, LoaderOptionError: An option that does not exist, or a value that cannot be used.
+    """
+    own = {name: value for name, value in options.items() if name in _STREAM_OPTIONS}
+    loader = {name: value for name, value in options.items() if name not in {*_STREAM_OPTIONS, *_MODES}}
+    modes = [mode for name, mode in _MODES.items() if options.get(name)]
+    return StreamSpec(
+        query=query,
+        mode=modes[0] if modes else "stream",
+        prefetch_bytes=settings.prefetch_bytes,
+        worker_niceness=settings.worker_niceness,
+        loader=loader,
+        cache_dir=settings.cache_dir,
+        read_deadline_s=settings.read_deadline_s,
+        **{"data_prefetch": True, **own},
+        **fields,
+    )

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self, final
+from typing import Any, Protocol, Self, final
 
 from bson import Timestamp
 
@@ -33,35 +33,21 @@ from mongotorch.data import (
     can_scan_at,
     check_documents,
     check_select,
+    is_large,
     scan_members,
     watermark,
     working_folder,
 )
 from mongotorch.errors import MongotorchError
 from mongotorch.mongo.connection import Connection
+from mongotorch.mongo.server_features import is_mock
 from mongotorch.query import Query
 from mongotorch.settings import Settings
 from mongotorch.signature import weighted_key
 from mongotorch.split import Fold
-from mongotorch.train import Fit, TorchModel, TorchTrainer, trainer_and_model
+from mongotorch.train import Alone, Fit, Group, TorchModel, TorchTrainer, trainer_and_model, training_device
 
-_MODES: dict[str, Literal["memory", "download"]] = {"in_memory": "memory", "download": "download"}
-_STREAM_OPTIONS = frozenset(
-    {
-        "drop_last",
-        "transform",
-        "signature",
-        "collate_fn",
-        "data_prefetch",
-        "across_epochs",
-        "prefetch_size",
-        "prefetch_factor",
-        "dtypes",
-        "defaults",
-        "on_bad_document",
-        "sample_weight",
-    }
-)
+_ALONE = Alone()
 _OWN_PARAMETERS = ("batch_size", "shuffle", "drop_last")
 
 
@@ -113,6 +99,17 @@ class TrainingRecipe:
             found |= {f"dataset {one.identifier}": one.select for one in self.model.validation.datasets}
         return found
 
+    @property
+    def device_type(self) -> str:
+        """The type of device that it is trained on here, such as `cpu`. Raises: ParameterError."""
+        return training_device(self.trainer.compute_kwargs, self.model.preferred_devices).type
+
+    def on_cpu(self) -> Self:
+        """The same for the CPU."""
+        options = {**(self.trainer.compute_kwargs or {}), "device": "cpu"}
+        trainer = self.trainer.replace(uuid=self.trainer.uuid, compute_kwargs=options)
+        return dataclasses.replace(self, trainer=trainer)
+
     def hashed_key(self, settings: Settings, name: str) -> Any:
         """The fields of a set that its digest covers besides `_id`; None without lineage: no other field."""
         trainer = self.trainer
@@ -160,6 +157,7 @@ def opened_fit(
     *,
     data: RunData,
     state: Mapping[str, Any] | None = None,
+    group: Group = _ALONE,
 ) -> Iterator[Fit]:
     """The fit of a recipe, ready for its first step; its streams are closed afterwards.
 
@@ -169,17 +167,21 @@ def opened_fit(
         settings: The datalayer's.
         data: Which documents it is trained and validated on.
         state: What `Fit.capture` gave in an earlier run; None starts from the beginning.
+        group: The ranks that train it together; each opens a fit of its own.
 
     Raises:
         MongotorchError: An option cannot be used; no step was made.
     """
-    trainer = recipe.trainer
+    trainer, lanes = recipe.trainer, recipe.trainer.lanes
     run_dtypes = RunDtypes()  # one dtype a field, in all folds
     with contextlib.ExitStack() as opened:
 
         def stream(name: str, query: Query) -> Stream:
             spec = (training_spec if name == "train" else validation_spec)(trainer, settings, query)
-            spec = dataclasses.replace(data.fixed(spec, name), run_dtypes=run_dtypes)
+            share = (lanes.training_stream if name == "train" else lanes.validation_stream)(
+                group.rank, group.world
+            )
+            spec = dataclasses.replace(data.fixed(spec, name), run_dtypes=run_dtypes, **share)
             made = Stream(connection.opener, spec, database=connection.database)
             opened.callback(made.close)
             return made
@@ -188,7 +190,7 @@ def opened_fit(
         batches, valid = streams.pop("train"), streams.pop("valid", None)
         sets = {} if valid is None or recipe.validation is None else {"": valid}
         sets |= {name.removeprefix("dataset "): one for name, one in streams.items()}
-        yield Fit(trainer, recipe.model, batches=batches, sets=sets, state=state)
+        yield Fit(trainer, recipe.model, batches=batches, sets=sets, state=state, group=group)
 
 
 @final
@@ -373,6 +375,14 @@ def check_trainer(trainer: TorchTrainer, connection: Connection, settings: Setti
     return found
 
 
+def is_large_run(recipe: TrainingRecipe, connection: Connection, settings: Settings) -> bool:
+    """Whether scanning the documents of a run before its first step would be noticed."""
+    database, sets = connection.database, recipe.sets.values()
+    if is_mock(database) or not (settings.lineage or recipe.is_scheduled):
+        return False
+    return any(is_large(database, query, read_deadline_s=settings.read_deadline_s) for query in sets)
+
+
 def data_provenance(
     recipe: TrainingRecipe, connection: Connection, settings: Settings, *, before: StoredMembers | None = None
 ) -> DataProvenance:
@@ -533,34 +543,6 @@ def validation_spec(trainer: TorchTrainer, settings: Settings, query: Query) -> 
     if trainer.valid_transform is None:
         return spec
     return dataclasses.replace(spec, transform=trainer.valid_transform)
-
-
-def stream_spec(settings: Settings, query: Query, options: Mapping[str, Any], **fields: Any) -> StreamSpec:
-    """How a query is streamed by `db.stream`.
-
-    Args:
-        settings: The datalayer's.
-        query: The documents.
-        options: The trainer's stream options and those of a DataLoader, in one mapping.
-        fields: Fields of the `StreamSpec`.
-
-    Raises:
-        ParameterError, LoaderOptionError: An option that does not exist, or a value that cannot be used.
-    """
-    own = {name: value for name, value in options.items() if name in _STREAM_OPTIONS}
-    loader = {name: value for name, value in options.items() if name not in {*_STREAM_OPTIONS, *_MODES}}
-    modes = [mode for name, mode in _MODES.items() if options.get(name)]
-    return StreamSpec(
-        query=query,
-        mode=modes[0] if modes else "stream",
-        prefetch_bytes=settings.prefetch_bytes,
-        worker_niceness=settings.worker_niceness,
-        loader=loader,
-        cache_dir=settings.cache_dir,
-        read_deadline_s=settings.read_deadline_s,
-        **{"data_prefetch": True, **own},
-        **fields,
-    )
 
 
 def _spec(trainer: TorchTrainer, settings: Settings, query: Query, **order: Any) -> StreamSpec:

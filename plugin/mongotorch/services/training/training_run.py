@@ -15,34 +15,54 @@ import re
 import time
 import uuid as uuids
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final, final
+from contextlib import AbstractContextManager
+from typing import Any, Final, Protocol, final
 
-from mongotorch.data import StoredMembers, is_large
+from mongotorch.data import StoredMembers
 from mongotorch.errors import (
     CodecError,
     ConflictError,
     JobCancelledError,
+    JobProcessError,
     MongotorchError,
     ServerUnavailableError,
 )
 from mongotorch.jobs import Lease, environment, log_job
 from mongotorch.mongo.connection import Connection
 from mongotorch.mongo.driver_errors import redact
-from mongotorch.mongo.server_features import is_mock
-from mongotorch.services.training.checkpoints import CheckpointWriter, Resumed, RunCheckpoints
-from mongotorch.services.training.observers import JobProgress, MetricRecorder, Observer, ProgressBar, observe
+from mongotorch.services.training.checkpoints import CheckpointWriter, Resumed, RunCheckpoints, kept_where_failing
+from mongotorch.services.training.observers import (
+    JobProgress,
+    MetricRecorder,
+    Observer,
+    ProgressBar,
+    ScanObserver,
+    ValidationLog,
+    observe,
+    shown_limit,
+)
 from mongotorch.services.training.recipe import (
     DataProvenance,
     PendingProvenance,
     TrainingRecipe,
     data_provenance,
+    is_large_run,
     opened_fit,
     pending_provenance,
 )
 from mongotorch.services.versions.catalog import Catalog, StoredFields
 from mongotorch.settings import Settings
 from mongotorch.store import Checkpoints, Jobs, MetricLog, plain
-from mongotorch.train import Stepped, TorchModel, TorchTrainer, Trained, Validated, trainer_and_model
+from mongotorch.train import (
+    Fit,
+    Group,
+    Lanes,
+    ProcessGroup,
+    TorchModel,
+    TorchTrainer,
+    Trained,
+    trainer_and_model,
+)
 
 _log = logging.getLogger("mongotorch.jobs")
 # Of the trainer, where they cannot be stored.
@@ -50,7 +70,7 @@ _LEFT_OUT: Final = ("optimizer_state", "metric_values", "training_state")
 _CHECK_S: Final = 0.5  # how long a large select is checked before a run that does so in the background too
 _FIRST_PAUSE_S: Final = 0.1  # before a publication is tried again; each pause is twice as long as the one before
 _LONGEST_PAUSE_S: Final = 5.0
-_SHOWN_MOST: Final = 10**9  # steps; a larger limit is no total that a bar could show
+_STOPPED: Final = "stopped"  # in the record of a checkpoint: whether the run was ended before its last step
 _NAMESPACE: Final = uuids.UUID("a3f4c1de-6a0f-4b0e-9d0c-2f1f5e7f8b11")
 
 
@@ -79,10 +99,41 @@ class TrainingResult:
     def kept(self) -> Iterator[None]:
         """Keep what was trained, as a checkpoint, where something inside raises; `close` behind it."""
         try:
-            with _kept(self.keep):
+            with kept_where_failing(self.keep):
                 yield
         finally:
             self.close()
+
+
+class RankStarter(Protocol):
+    """Starts the processes that train one model together."""
+
+    def needed(self, lanes: Lanes, *, device: Callable[[], str]) -> int | None:
+        """How many a run gets; None where it runs in the calling process."""
+
+    def run(self, job: Mapping[str, Any], lanes: Lanes, lease: Lease, *, workers: int, device: str) -> None:
+        """Run the ranks of a claimed job, and return when they have ended: the last checkpoint has the result."""
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What is known of a run before its first step."""
+
+    job: Mapping[str, Any]
+    recipe: TrainingRecipe
+    data: DataProvenance | PendingProvenance
+    origin: Mapping[str, Any]
+    stored: Mapping[str, StoredFields]
+
+    def kept(self, *, over: bool = False) -> tuple[dict[str, Any], Mapping[str, Any]]:
+        """The record that all checkpoints keep, and the blobs that it names."""
+        record, blobs = self._data_kept(over=over)
+        return {"origin": dict(self.origin), **record}, blobs
+
+    @functools.cached_property
+    def _data_kept(self) -> Callable[..., tuple[dict[str, Any], Mapping[str, Any]]]:
+        return functools.cache(self.data.kept)
 
 
 @final
@@ -96,6 +147,7 @@ class TrainingRun:
         jobs: The job documents.
         metric_log: Where measurements go.
         checkpoints: The checkpoint documents.
+        ranks: Start the processes that train one model together.
 
     Attributes:
         catalog: The same.
@@ -110,9 +162,10 @@ class TrainingRun:
         jobs: Jobs,
         metric_log: MetricLog,
         checkpoints: Checkpoints,
+        ranks: RankStarter,
     ) -> None:
         self._connection, self._settings, self.catalog = connection, settings, catalog
-        self._jobs, self._metric_log = jobs, metric_log
+        self._jobs, self._metric_log, self._ranks = jobs, metric_log, ranks
         self._checkpoints = RunCheckpoints(checkpoints, catalog.blobs, catalog.codecs)
 
     def run(self, job: Mapping[str, Any], lease: Lease) -> str:
@@ -132,13 +185,16 @@ class TrainingRun:
         """
         published = None if _is_first(job) else self.published(job)
         if published is None:
-            trainer, model = trainer_and_model(self.catalog.load_uuid(job["component"]))
-            recipe = TrainingRecipe(trainer=trainer, model=model)
-            result = self.train(recipe, job, lease)
+            result = self.train(recipe := self.recipe(job), job, lease)
             with result.kept():
                 published = self.publish(job, recipe, result)
         self.drop_checkpoints(job)
         return str(published["_id"])
+
+    def recipe(self, job: Mapping[str, Any]) -> TrainingRecipe:
+        """What the job of a trainer trains."""
+        trainer, model = trainer_and_model(self.catalog.load_uuid(job["component"]))
+        return TrainingRecipe(trainer=trainer, model=model)
 
     def published(self, job: Mapping[str, Any]) -> dict[str, Any] | None:
         """The model's document that an earlier attempt of a job has published; None where none has."""
@@ -170,32 +226,102 @@ class TrainingRun:
             MongotorchError: The run failed.
         """
         trainer, resumed = recipe.trainer, None if _is_first(job) else self._checkpoints.load(job["_id"])
-        self._is_stopped(job, is_begun=resumed is not None)
+        self._is_stopped(job, is_begun=resumed is not None and resumed.state is not None)
         # Before the run: what is not replaced in it is published as it was stored, whatever it holds by then.
         stored = {
             "trainer": self.catalog.stored_fields(trainer, without=(recipe.model,)),
             "model": self.catalog.stored_fields(recipe.model, without=(trainer,)),
         }
+        by_ranks = trainer.lanes.workers != (1, 1) and resumed is not None and resumed.is_over
+        workers = None if by_ranks else self._workers(recipe)
         with contextlib.ExitStack() as failed:
-            data, origin = self._data(recipe, resumed)
+            data, origin = self._data(recipe, resumed, waits=workers is not None)
             failed.callback(data.close)
-            result = self._trained(recipe, job, lease, data=data, origin=origin, stored=stored, resumed=resumed)
+            run = _Run(job=job, recipe=recipe, data=data, origin=origin, stored=stored)
+            if workers is not None:
+                resumed = self._run_ranks(run, resumed, lease, workers)
+            if resumed is not None and (workers is not None or by_ranks):
+                result = self._finished(run, resumed, lease)
+            else:
+                result = self._trained(run, None if resumed is None else resumed.state, lease)
             failed.pop_all()
         return result
 
-    def _trained(
-        self,
-        recipe: TrainingRecipe,
-        job: Mapping[str, Any],
-        lease: Lease,
-        *,
-        data: DataProvenance | PendingProvenance,
-        origin: Mapping[str, Any],
-        stored: Mapping[str, StoredFields],
-        resumed: Resumed | None,
-    ) -> TrainingResult:
-        trainer, state = recipe.trainer, None if resumed is None else resumed.state
-        kept = functools.cache(data.kept)
+    def train_rank(
+        self, recipe: TrainingRecipe, job: Mapping[str, Any], group: Group, lease: Lease | None
+    ) -> None:
+        """Be one rank of the run of a claimed job: it ends with a checkpoint, which its claimant publishes.
+
+        Args:
+            recipe: What to train; its model is changed.
+            job: The claimed job document.
+            group: All ranks.
+            lease: What rank 0 holds; None on the others.
+
+        Raises:
+            JobReleasedError: The worker of the job has to stop; a checkpoint was written.
+            JobCancelledError: The job was cancelled, or another worker has it.
+            MongotorchError: The run failed, here or on another rank.
+        """
+        resumed = self._checkpoints.load(job["_id"])
+        steps = group.gather(0 if resumed is None or resumed.state is None else int(resumed.state["step"]))
+        if len(set(steps)) > 1:
+            raise JobProcessError(
+                f"the ranks of job {job['_id']} have read the checkpoints of the steps {steps}: an attempt that "
+                "had ended was still writing"
+            )
+        if resumed is None or resumed.is_over:
+            return  # a rank that runs a second time
+        if isinstance(group, ProcessGroup):
+            group = ProcessGroup(recipe.trainer.lanes.reduce)
+        data, state = DataProvenance.resumed(resumed.run, resumed.blobs), resumed.state
+        run = _Run(job=job, recipe=recipe, data=data, origin=resumed.run.get("origin", {}), stored={})
+        with self._opened(run, state, group=group) as fit:
+            if lease is not None:
+                progress, recorder = self._observe(run, fit, state, lease)
+                self._save(run, recorder, fit.capture(), over=True, is_stopped=progress.has_stopped)
+                return
+            if state is None:
+                fit.check()
+            for _ in fit.run():
+                pass
+
+    def _workers(self, recipe: TrainingRecipe) -> int | None:
+        """How many ranks a run gets; None where it runs in this process."""
+        lanes, settings = recipe.trainer.lanes, self._settings
+        if lanes.workers == (1, 1) and settings.launcher is None and settings.compute in ("local", "queue"):
+            return None
+        return self._ranks.needed(lanes, device=lambda: recipe.device_type)
+
+    def _opened(self, run: _Run, state: Mapping[str, Any] | None, **group: Group) -> AbstractContextManager[Fit]:
+        return opened_fit(run.recipe, self._connection, self._settings, data=run.data, state=state, **group)
+
+    def _trained(self, run: _Run, state: Mapping[str, Any] | None, lease: Lease) -> TrainingResult:
+        """Train in this process."""
+        with self._opened(run, state) as fit:
+            progress, recorder = self._observe(run, fit, state, lease)
+
+            def keep() -> None:
+                self._save(run, recorder, fit.capture(), over=True)
+
+            with kept_where_failing(keep):
+                trained = fit.trained()
+                lease.check()
+                provenance = run.data.result(lease.check)
+        return TrainingResult(
+            trained=trained,
+            data=provenance,
+            stored=run.stored,
+            keep=keep,
+            close=run.data.close,
+            is_stopped=progress.has_stopped,
+        )
+
+    def _observe(
+        self, run: _Run, fit: Fit, state: Mapping[str, Any] | None, lease: Lease
+    ) -> tuple[JobProgress, MetricRecorder]:
+        """Train to the end, with all that observes a run."""
+        job, trainer, limit = run.job, run.recipe.trainer, shown_limit(fit.most_steps)
         recorder = MetricRecorder(
             self._metric_log,
             job=job,
@@ -203,58 +329,86 @@ class TrainingRun:
             begun=0 if state is None else state["step"],
             state=None if state is None else state.get("metrics"),
         )
+        # In this order: a lost lease ends the run before anything is written for it.
+        progress = JobProgress(lease, limit=limit)
+        observers: list[Observer] = [
+            progress,
+            ProgressBar(trainer.identifier, limit=limit, show=self._settings.progress),
+            recorder,
+            ValidationLog(job),
+            CheckpointWriter(
+                functools.partial(self._save, run, recorder),
+                interval_s=self._settings.checkpoint_seconds,
+                lease=lease,
+                more=lambda: {"metrics": recorder.state_dict()},
+            ),
+            *([ScanObserver(run.data.scan)] if isinstance(run.data, PendingProvenance) else []),
+        ]
+        if state is None:
+            fit.check()
+        if self._is_stopped(job, is_begun=state is not None):
+            progress.stop(fit)
+        observe(fit, observers)
+        return progress, recorder
 
-        def save(state: Mapping[str, Any], *, over: bool = False) -> None:
-            recorder.flush()  # what was measured before a checkpoint is not measured again after it
-            record, blobs = kept(over=over)
-            run = {"origin": dict(origin), **record}
-            if self._checkpoints.save(job, state, run=run, blobs=blobs, over=over):
-                log_job(job, "checkpoint", f"at step {state['step']}", step=state["step"])
+    def _save(
+        self,
+        run: _Run,
+        recorder: MetricRecorder,
+        state: Mapping[str, Any],
+        *,
+        over: bool = False,
+        is_stopped: bool = False,
+    ) -> None:
+        recorder.flush()  # what was measured before a checkpoint is not measured again after it
+        record, blobs = run.kept(over=over)
+        stopped = {_STOPPED: True} if is_stopped else {}
+        if self._checkpoints.save(run.job, state, run=record | stopped, blobs=blobs, over=over):
+            log_job(run.job, "checkpoint", f"at step {state['step']}", step=state["step"])
 
-        with opened_fit(recipe, self._connection, self._settings, data=data, state=state) as fit:
-            limit = _shown_limit(fit.most_steps)
-            # In this order: a lost lease ends the run before anything is written for it.
-            progress = JobProgress(lease, limit=limit)
-            observers: list[Observer] = [
-                progress,
-                ProgressBar(trainer.identifier, limit=limit, show=self._settings.progress),
-                recorder,
-                _ValidationLog(job),
-                CheckpointWriter(
-                    save,
-                    interval_s=self._settings.checkpoint_seconds,
-                    lease=lease,
-                    more=lambda: {"metrics": recorder.state_dict()},
-                ),
-                *([_ScanObserver(data)] if isinstance(data, PendingProvenance) else []),
-            ]
-            if resumed is None:
-                fit.check()
-            if self._is_stopped(job, is_begun=resumed is not None):
-                progress.stop(fit)
-            observe(fit, observers)
+    def _run_ranks(self, run: _Run, resumed: Resumed | None, lease: Lease, workers: int) -> Resumed:
+        """Have ranks train to the end, and return their last checkpoint."""
+        job, recipe = run.job, run.recipe
+        if resumed is None:
+            record, blobs = run.kept()
+            self._checkpoints.save(job, None, run=record, blobs=blobs)  # what all ranks begin with
+        self._ranks.run(job, recipe.trainer.lanes, lease, workers=workers, device=recipe.device_type)
+        lease.check()
+        found = self._checkpoints.load(job["_id"])
+        if found is None or not found.is_over:
+            raise JobProcessError(f"the ranks of job {job['_id']} have ended, and left no result")
+        return found
 
-            def keep() -> None:
-                save(fit.capture(), over=True)
-
-            with _kept(keep):
-                trained = fit.trained()
-                lease.check()
-                provenance = data.result(lease.check)
+    def _finished(self, run: _Run, resumed: Resumed, lease: Lease) -> TrainingResult:
+        """What ranks have trained: their last checkpoint, read on the CPU, whatever they computed on."""
+        with self._opened(dataclasses.replace(run, recipe=run.recipe.on_cpu()), resumed.state) as fit:
+            for _ in fit.run():  # nothing is left to do but to restore it
+                raise AssertionError
+            trained = fit.trained()
+            lease.check()
         return TrainingResult(
             trained=trained,
-            data=provenance,
-            stored=stored,
-            keep=keep,
-            close=data.close,
-            is_stopped=progress.has_stopped,
+            data=run.data.result(lease.check),
+            stored=run.stored,
+            keep=lambda: None,  # the checkpoint is there
+            close=run.data.close,
+            is_stopped=bool(resumed.run.get(_STOPPED)),
         )
 
     def _data(
-        self, recipe: TrainingRecipe, resumed: Resumed | None
+        self, recipe: TrainingRecipe, resumed: Resumed | None, *, waits: bool
     ) -> tuple[DataProvenance | PendingProvenance, Mapping[str, Any]]:
-        """The provenance of a run's data, and what its recipe was made of; refuses what cannot be trained on."""
-        database, large = self._connection.database, self._is_large(recipe)
+        """The provenance of a run's data, and what its recipe was made of; refuses what cannot be trained on.
+
+        Args:
+            recipe: What is trained.
+            resumed: What it goes on from.
+            waits: Whether the documents are scanned before the first step, however many they are.
+        """
+        database, large = (
+            self._connection.database,
+            not waits and is_large_run(recipe, self._connection, self._settings),
+        )
         is_checked = recipe.check(database, seconds=_CHECK_S if large else None)
         if resumed is not None:
             return DataProvenance.resumed(resumed.run, resumed.blobs), resumed.run.get("origin", {})
@@ -268,14 +422,6 @@ class TrainingRun:
         if not is_checked:
             recipe.check(database)
         return data_provenance(recipe, self._connection, self._settings, before=before), recipe.origin
-
-    def _is_large(self, recipe: TrainingRecipe) -> bool:
-        """Whether scanning the documents before the first step would be noticed."""
-        settings, database = self._settings, self._connection.database
-        if is_mock(database) or not (settings.lineage or recipe.is_scheduled):
-            return False
-        sets = recipe.sets.values()
-        return any(is_large(database, query, read_deadline_s=settings.read_deadline_s) for query in sets)
 
     def _is_stopped(self, job: Mapping[str, Any], *, is_begun: bool) -> bool:
         """Whether a job was asked to end; before its first step that cancels it. Raises: JobCancelledError."""
@@ -424,36 +570,6 @@ def _is_first(job: Mapping[str, Any]) -> bool:
     return bool(job["attempt"] == 1)
 
 
-class _ValidationLog(Observer):
-    """Logs the validations of a job's run."""
-
-    def __init__(self, job: Mapping[str, Any]) -> None:
-        self._job = job
-
-    def on_validation(self, event: Validated) -> None:
-        shown = ", ".join(f"{name} {value:.6g}" for name, value in event.values.items())
-        detail = f"at step {event.step}: {shown}"
-        log_job(self._job, "validated", detail, step=event.step, values=dict(event.values))
-
-
-class _ScanObserver(Observer):
-    """Begins the scan of a run's documents at its first step, raises what fails in it, and ends it with a run."""
-
-    def __init__(self, data: PendingProvenance) -> None:
-        self._scan = data.scan
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self._scan.end()
-
-    def on_step(self, event: Stepped) -> None:  # noqa: ARG002 - of the interface
-        self._scan.begin()
-
-
-def _shown_limit(steps: int | None) -> int | None:
-    return None if steps is None or steps > _SHOWN_MOST else steps
-
-
 def _trained_pair(
     job: Mapping[str, Any], recipe: TrainingRecipe, trained: Trained, number: int
 ) -> tuple[TorchModel, TorchTrainer]:
@@ -481,17 +597,3 @@ def _attempt_uuid(job: Mapping[str, Any], what: str, number: int) -> str:
     """
     again = f":{number}" if number else ""
     return str(uuids.uuid5(_NAMESPACE, f"{job['_id']}:{job['attempt']}:{what}{again}"))
-
-
-@contextlib.contextmanager
-def _kept(keep: Callable[[], None]) -> Iterator[None]:
-    try:
-        yield
-    except JobCancelledError:
-        raise
-    except Exception:
-        try:
-            keep()
-        except Exception as error:  # noqa: BLE001 - the first error says why nothing was published
-            _log.warning("what was trained could not be kept as a checkpoint: %s", redact(str(error)))
-        raise

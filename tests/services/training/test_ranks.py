@@ -1,0 +1,131 @@
+"""Runs on several ranks: the same bits as one process, through kills, and what is refused before a rank starts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests import run_processes as runs
+
+from mongotorch import Datalayer, TorchTrainer
+from mongotorch.errors import JobProcessError, MongotorchError, ParameterError, UnsupportedError
+
+pytestmark = pytest.mark.fault
+
+
+def trainer(db: Datalayer, name: str, *, workers: Any, steps: int = 60, **changes: Any) -> TorchTrainer:
+    made = runs.trainer(db, name, in_memory=False, steps=steps)
+    loader = {"batch_size": 16, "shuffle": True, "drop_last": True}  # a batch norm needs two rows in each lane
+    compute = {"workers": workers, "lanes": 4, "device": "cpu"}
+    return made.replace(loader_kwargs=loader, compute_kwargs=compute, **changes)
+
+
+def ranks_of(job_id: str = "") -> list[int]:
+    """The processes that run ranks for this one."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            pid, parent = int(path.parent.name), int(path.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        children.setdefault(parent, []).append(pid)
+
+    def below(pid: int) -> list[int]:
+        return [found for child in children.get(pid, []) for found in (child, *below(child))]
+
+    return [pid for driver in children.get(os.getpid(), []) if _is_driver(driver) for pid in below(driver)]
+
+
+def _is_driver(pid: int) -> bool:
+    try:
+        return b"drive_ranks" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def kill_when(ready: Callable[[], bool], ended: threading.Event) -> threading.Thread:
+    """Kill the last rank when something is true."""
+
+    def watch() -> None:
+        while not ended.wait(0.02):
+            if ready() and (found := ranks_of()):
+                os.kill(max(found), signal.SIGKILL)
+                return
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+def test_two_ranks_of_which_one_is_killed_and_then_four_give_the_bits_of_one_process(server_uri: str) -> None:
+    settings = {**runs.SETTINGS, "compute": "local", "checkpoint_seconds": 0.0}
+    with Datalayer.connect(server_uri, **settings) as db, runs.one_thread():
+        runs.fill(db, 200)
+        alone = runs.weights(db.apply(trainer(db, "alone", workers=1)).result())
+
+        def has_stepped() -> bool:
+            return any((job.progress.get("step") or 0) >= 10 for job in db.jobs(status="running"))
+
+        ended = threading.Event()
+        watching = kill_when(has_stepped, ended)
+        job = db.apply(trainer(db, "shared", workers=2))
+        ended.set()
+        watching.join()
+        error = job.exception()
+        assert isinstance(error, JobProcessError), error
+        assert "was killed by SIGKILL" in str(error)
+        assert job.record["error"]["transient"]
+        assert ranks_of() == []
+        assert db.show("model", "shared") == [0]
+
+        again = db.apply(trainer(db, "shared", workers=2))
+        assert again.uuid == job.uuid
+        assert runs.same(runs.weights(again.result()), alone)
+        assert again.record["attempt"] == 2
+        assert again.progress["step"] == 60
+        assert db.show("model", "shared") == [0, 1]
+        assert db["mt.checkpoints"].count() == 0
+        kinds = {row.kind for row in again.metrics.rows}
+        assert kinds == {"train", "valid"}
+        assert [row.step for row in again.metrics.rows if row.kind == "valid"] == [25, 50, 60]
+
+
+def test_mongomock_is_refused_for_several_workers(tmp_path: Path) -> None:
+    with Datalayer.connect("mongomock://several", progress=False) as db:
+        runs.fill(db, 40)
+        error = db.apply(trainer(db, "several", workers=2)).exception()
+        assert isinstance(error, UnsupportedError)
+        assert error.setting == "uri"
+        assert db.show("model", "several") == [0]
+
+
+def test_a_rank_that_raises_fails_the_job_with_its_error_and_where(server_uri: str) -> None:
+    def fail_on_the_other(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if os.environ.get("RANK") == "1":
+            raise LookupError("no such sample")
+        return x, y
+
+    with Datalayer.connect(server_uri, **{**runs.SETTINGS, "compute": "local"}) as db:
+        runs.fill(db, 100)
+        begun = time.monotonic()
+        job = db.apply(trainer(db, "raising", workers=2, transform=fail_on_the_other))
+        error = job.exception()
+        assert isinstance(error, MongotorchError)
+        assert "no such sample" in str(error)
+        assert "rank 1 of 2" in job.record["error"]["traceback"]
+        assert time.monotonic() - begun < 120
+        assert db.show("model", "raising") == [0]
+        assert ranks_of() == []
+
+
+def test_more_workers_than_lanes_are_refused_at_construction(db: Datalayer) -> None:
+    with pytest.raises(ParameterError, match="more than lanes=4") as raised:
+        trainer(db, "many", workers=8)
+    assert raised.value.field == "compute_kwargs"
