@@ -18,7 +18,7 @@ ARGS ?=
 JOBS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test soak long mutation bench lint format docs site packages lowest clean
+.PHONY: chromium help install demo test soak long mutation bench lint format docs site packages lowest clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -31,7 +31,7 @@ demo: $(VENV)/.stamp-demo ## train on digits in a MongoDB, load the model in ano
 test: $(VENV)/.stamp-dev ## all tests, on mongomock and on a real mongod (more options: ARGS='-k query')
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS) -m "not soak and not long"
 
-long: $(VENV)/.stamp-dev ## the slow tests that `make test` leaves out and CI runs
+long: $(VENV)/.stamp-dev chromium ## the slow tests that `make test` leaves out and CI runs
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS) -m "long and not soak"
 
 soak: $(VENV)/.stamp-dev ## the long runs that `make test` leaves out
@@ -65,6 +65,12 @@ packages: $(VENV)/.stamp-dev ## the wheel and the source distribution, into dist
 
 lowest: ## the tests with the lowest versions that pyproject.toml allows, in build/lowest
 	@$(PYTHON) tests/packaging/lowest.py build/lowest
+
+# The tests of the dashboard need a browser. Who is not root, or not on Debian, sees them skipped, with this reason.
+chromium:
+	@command -v chromium > /dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null \
+	  && { apt-get -qq update; apt-get install -yqq --no-install-recommends chromium; } > /dev/null 2>&1; } \
+	  || echo 'chromium is missing: the tests in a browser are skipped (on Debian: apt-get install chromium)'
 
 clean: ## remove .venv and every cache (not .mongotorch, which holds data)
 	rm -rf $(VENV) build dist site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

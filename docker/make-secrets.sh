@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes the passwords of docker/compose.yaml and the addresses that contain them, as files in docker/secrets.
+# Makes the passwords and the token of docker/compose.yaml and the addresses that contain them, as files in docker/secrets.
 #
 #   sh docker/make-secrets.sh [FOLDER [HOST [DATABASE]]]
 #
@@ -16,8 +16,8 @@ mkdir -p "$folder"
 chmod 700 "$folder"
 umask 022
 
-for user in root reader worker trainer; do
-  file="$folder/${user}_password"
+for name in root_password reader_password worker_password trainer_password dashboard_token; do
+  file="$folder/$name"
   if [ ! -s "$file" ]; then
     # 48 hexadecimal digits: nothing in them has to be escaped in a URI.
     head -c 24 /dev/urandom | od -An -v -tx1 | tr -d ' \n' > "$file.new"

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 DOCKER = ROOT / "docker"
 COMPOSE = DOCKER / "compose.yaml"
 DOCKERFILE = DOCKER / "Dockerfile"
-OURS = ("initialise", "worker", "mongotorch")
+OURS = ("initialise", "worker", "dashboard", "mongotorch")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_the_member_is_reached_by_the_name_of_its_service(compose: Any) -> None:
 def test_each_service_waits_for_what_it_needs(compose: Any) -> None:
     services = compose["services"]
     assert services["initialise"]["depends_on"]["mongo"]["condition"] == "service_healthy"
-    for name in ("worker", "mongotorch"):
+    for name in ("worker", "dashboard", "mongotorch"):
         assert services[name]["depends_on"]["initialise"]["condition"] == "service_completed_successfully"
 
 
@@ -76,14 +76,16 @@ def test_secrets_are_files_and_nobody_gets_more_than_it_needs(compose: Any) -> N
             assert "://" not in str(value)
     assert services["worker"]["secrets"] == ["worker_uri"]
     assert services["mongotorch"]["secrets"] == ["trainer_uri"]
+    assert services["dashboard"]["secrets"] == ["reader_uri", "dashboard_token"]
     assert "docker/secrets/" in (ROOT / ".gitignore").read_text("utf-8").splitlines()
     assert "docker/secrets" not in (ROOT / ".dockerignore").read_text("utf-8")  # only what is named gets in
     assert (ROOT / ".dockerignore").read_text("utf-8").startswith("*\n")
 
 
 def test_server_is_published_on_this_machine_only(compose: Any) -> None:
-    assert [port.partition(":")[0] for port in compose["services"]["mongo"]["ports"]] == ["127.0.0.1"]
-    assert not any("ports" in compose["services"][name] for name in OURS)
+    for name in ("mongo", "dashboard"):
+        assert [port.partition(":")[0] for port in compose["services"][name]["ports"]] == ["127.0.0.1"]
+    assert not any("ports" in compose["services"][name] for name in {*OURS} - {"dashboard"})
 
 
 def test_memory_is_bounded_everywhere_and_above_the_cache(compose: Any) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pymongo
 import pytest
 import torch
@@ -174,3 +175,31 @@ def test_a_worker_with_the_environment_of_the_compose_file_trains_what_is_queued
         assert "claimed" in log or "succeeded" in log, log
         for secret in ("worker_password", "trainer_password"):
             assert (initialised / secret).read_text() not in log
+
+
+def test_the_dashboard_with_the_environment_of_the_compose_file_reads_alone_and_asks_for_the_token(
+    compose: Any, initialised: Path
+) -> None:
+    service, port = compose["services"]["dashboard"], _free_port()
+    given = {
+        name: value.replace("/run/secrets", str(initialised)) for name, value in service["environment"].items()
+    }
+    here = {"0.0.0.0": "127.0.0.1", "8265": str(port)}
+    command = [str(Path(sys.executable).with_name("mongotorch"))]
+    command += [here.get(part, part) for part in service["command"]]
+    token = (initialised / "dashboard_token").read_text()
+    assert re.fullmatch(r"[0-9a-f]{48}", token)
+    with Datalayer.connect((initialised / "trainer_uri").read_text().strip(), progress=False) as db:
+        db.apply(TorchModel("shown", object=torch.nn.Linear(2, 1)))
+    with subprocess.Popen(command, env={**os.environ, **given}, stdout=subprocess.PIPE, text=True) as served:
+        try:
+            assert served.stdout is not None
+            said = served.stdout.readline()
+            assert said.startswith("dashboard of mongodb://reader:***@"), said
+            address = f"http://127.0.0.1:{port}/models?format=json"
+            assert httpx2.get(address).status_code == 401
+            found = httpx2.get(address, headers={"Authorization": f"Bearer {token}"})
+            assert "shown" in [model["identifier"] for model in found.json()["models"]]
+        finally:
+            served.send_signal(signal.SIGTERM)
+            assert token not in served.communicate(timeout=60)[0]

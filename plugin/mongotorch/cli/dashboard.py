@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,6 +21,16 @@ def dashboard(
             help="What a browser has to give; needed where others can reach the host.",
         ),
     ] = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="MONGOTORCH_DASHBOARD_TOKEN_FILE",
+            show_envvar=True,
+            exists=True,
+            dir_okay=False,
+            help="A file that holds the token, as secrets of Docker are.",
+        ),
+    ] = None,
     uri: Uri = None,
 ) -> None:
     """Show runs, versions, schedules and data in a browser; it only reads. Ctrl-C ends it."""
@@ -30,6 +41,8 @@ def dashboard(
         typer.echo(missing, err=True)
         raise typer.Exit(1) from None
 
+    if token is None and token_file is not None:
+        token = token_file.read_text(encoding="utf-8").strip()
     with opened(uri) as db:
         shown = described(db)
         serve(db, host=host, port=port, token=token, say=lambda at: typer.echo(f"dashboard of {shown}: {at}"))
