@@ -46,8 +46,9 @@ class Cut:
             self.step += 1
             parts = [part for n, part in enumerate(chosen.tensor_split(self.count)) if n in self.lanes]
             batches = tuple(self.batch(part) if len(part) else None for part in parts)
+            rows = tuple(map(len, parts))
             yield LaneBatches(
-                batches=batches, rows=tuple(map(len, parts)), planned=len(chosen), position=self.step % 4096
+                batches=batches, rows=rows, planned=len(chosen), skipped=0, position=self.step % 4096
             )
         self.epoch, self.step = self.epoch + 1, 0
 
@@ -108,6 +109,49 @@ class Sparing(nn.Module):
         return found + self.two(x).clamp(min=0.0) if x[0, 0] > 0.8 else found
 
 
+class Own(TorchTrainer):
+    """Its own gradients, an update with noise, values logged in a step, and a validation of its own."""
+
+    def backward(self, model: TorchModel, batch: Any, share: float = 1.0) -> Tensor:
+        loss = super().backward(model, batch, share)
+        penalty = torch.stack([(one**2).sum() for one in model.parameters()]).sum() * 0.01
+        self.scale_loss(penalty * share).backward()  # type: ignore[no-untyped-call]
+        self.log("penalty", penalty)
+        return loss
+
+    def update(self, model: TorchModel, optimizers: Any) -> None:
+        for one in model.parameters():
+            one.grad = torch.randn_like(one).mul(0.01).add(one.grad)  # type: ignore[arg-type]
+        self.log("noise", torch.rand(()))
+        super().update(model, optimizers)
+
+    def validate(self, model: TorchModel, batch: Any) -> Any:
+        output = model.object(batch[0])
+        return {"objective": cross_entropy(output, batch[1]) + torch.rand(()), "largest": output.max()}
+
+
+class Halves:
+    """A callback that halves the rate after each second validation, and ends the run at a step."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def on_validation(self, fit: Fit, event: Validated) -> None:
+        self.seen += 1
+        for group in fit.optimizers[0].param_groups:
+            group["lr"] *= 0.5 if self.seen % 2 == 0 else 1.0
+
+    def on_step(self, fit: Fit, event: Stepped) -> None:
+        if event.step == 7:
+            fit.stop()
+
+    def state_dict(self) -> dict[str, int]:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.seen = state["seen"]
+
+
 RECIPES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "mlp, dropout, adam": (mlp, {"optimizer_kwargs": {"lr": 0.01}}),
     "cnn, norms, momentum": (cnn, {"optimizer_cls": "SGD", "optimizer_kwargs": {"lr": 0.05, "momentum": 0.9}}),
@@ -128,6 +172,19 @@ RECIPES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "parts that are not used": (
         Sparing,
         {"optimizer_cls": "SGD", "optimizer_kwargs": {"lr": 0.1, "momentum": 0.9}},
+    ),
+    "own methods, a callback": (mlp, {"cls": Own, "callbacks": Halves}),
+    "stops early, plateau": (
+        mlp,
+        {
+            "scheduler_cls": "ReduceLROnPlateau",
+            "scheduler_kwargs": {"patience": 0},
+            "optimizer_kwargs": {"lr": 0.2},
+            "validation_interval": 1,
+            "no_improve_then_stop": 3,
+            "max_iterations": 100,
+            "listen": "weighed",
+        },
     ),
     "doubles": (lambda: mlp().double(), {"optimizer_kwargs": {"lr": 0.01, "weight_decay": 0.1}}),
 }
@@ -176,6 +233,8 @@ def trainer(cls: type[TorchTrainer] = TorchTrainer, **given: Any) -> TorchTraine
         "max_iterations": 10,
         "validation_interval": 3,
     }
+    if "callbacks" in given:
+        given["callbacks"] = [given["callbacks"]()]
     return cls("t", **{**usual, **given})
 
 
@@ -224,7 +283,9 @@ def digest(value: Any) -> str:
 
 def events(fit: Fit) -> list[Any]:
     return [
-        (event.step, float(event.loss), event.rows) if isinstance(event, Stepped) else (event.step, event.values)
+        (event.step, float(event.loss), event.rows, {name: float(value) for name, value in event.values.items()})
+        if isinstance(event, Stepped)
+        else (event.step, event.values)
         for event in fit.run()
     ]
 
@@ -241,14 +302,20 @@ def ran(name: str, world: int) -> list[Any]:
     for one in results:
         if isinstance(one, Exception):
             raise one
-    assert all(same(one, results[0]) for one in results)
+    for one in results:  # what the first lane logs is on rank 0
+        assert [event[:2] for event in one[0]] == [event[:2] for event in results[0][0]]  # type: ignore[index]
+        assert same(one[1], results[0][1])  # type: ignore[index]
     return list(results[0])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_any_number_of_ranks_gives_the_same_bits(name: str) -> None:
     alone = ran(name, 1)
-    assert [event[2] for event in alone[0] if len(event) == 3] == [24, 24, 24, 7, 24, 24, 24, 7, 24, 24]
+    rows = [event[2] for event in alone[0] if len(event) == 4]
+    if name == "stops early, plateau":
+        assert 3 < len(rows) < 100
+    else:
+        assert rows == [24, 24, 24, 7, 24, 24, 24, 7, 24, 24][: 8 if "callback" in name else 10]
     for world in WORLDS[1:]:
         found = ran(name, world)
         assert found[0] == alone[0]

@@ -19,10 +19,9 @@ from mongotorch.errors import ParameterError, WorkerLostError
 from mongotorch.train import ProcessGroup
 
 
-@pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("worlds", [[(4, 100)], [(2, 3), (4, 7), (1, 100)]])
-def test_processes_give_the_bits_of_one(tmp_path: Path, name: str, worlds: list[tuple[int, int]]) -> None:
-    found = by_processes(worlds, tmp_path, name)
+@pytest.mark.parametrize("name", list(RECIPES)[:3])
+def test_processes_give_the_bits_of_one(tmp_path: Path, name: str) -> None:
+    found = by_processes([(2, 3), (4, 7), (1, 100)], tmp_path, name)
     assert [digest(one) for one in found[:2]] == [digest(one) for one in ran(name, 1)[1][:2]]
 
 

@@ -67,7 +67,8 @@ class Fit:
         sets: The validation batches by the name of their set; the empty name is the fold `valid`.
         state: What `capture` gave in a run that ended early, on any number of ranks; None starts.
         group: The ranks that train the model together. Each has a `Fit` of its own with the steps of its lanes and
-            its validation batches (see `Lanes`), and all iterate `run()`, which yields the same events on each.
+            its validation batches (see `Lanes`), and all iterate `run()`, which yields the same events on each;
+            what a step logs in its first lane is in those of rank 0. Rank 0 alone is captured.
 
     Raises:
         ParameterError: The device is not there, or the model does not go with the trainer, or the trainer's lanes
@@ -401,6 +402,10 @@ class Fit:
     def _step_on(self, step: MicroBatches) -> Stepped | None:
         """Make a step; None where all of its documents were left out, and there was none."""
         loss = scalar(self._take_step(step)).detach()
+        lanes = self._step_run.lane_step
+        elsewhere = step.planned - step.skipped - lanes.rows if lanes is not None else 0
+        if elsewhere and hasattr(self._batches, "skip_elsewhere"):
+            self._batches.skip_elsewhere(elsewhere)
         if self._step_run.is_empty:
             return None
         self.step, self._idle = self.step + 1, 0

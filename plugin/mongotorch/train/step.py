@@ -44,6 +44,7 @@ class MicroBatches:
         rows: How many samples each has.
         waited_s: Seconds that they were waited for.
         planned: Where they are those of lanes: documents of the whole step, on all ranks.
+        skipped: Documents of this rank that were left out.
         position: And a small number that all ranks have alike where they have read the same documents.
     """
 
@@ -51,6 +52,7 @@ class MicroBatches:
     rows: tuple[int, ...]
     waited_s: float = 0.0
     planned: int = 0
+    skipped: int = 0
     position: int = 0
 
 
@@ -90,7 +92,12 @@ def lane_steps(running: Iterator[Any], lane_step: LaneStep) -> Iterator[MicroBat
             return
         waited_s = time.perf_counter() - begun
         yield MicroBatches(
-            batches=step.batches, rows=step.rows, waited_s=waited_s, planned=step.planned, position=step.position
+            batches=step.batches,
+            rows=step.rows,
+            waited_s=waited_s,
+            planned=step.planned,
+            skipped=step.skipped,
+            position=step.position,
         )
 
 

@@ -400,12 +400,14 @@ class LaneBatches(NamedTuple):
         batches: The batches of its lanes; None for a lane without a row.
         rows: Samples in each of them.
         planned: Documents of the whole step, in all shards.
+        skipped: Documents of this shard that were left out.
         position: A small number that is the same in all shards that have read the same documents.
     """
 
     batches: tuple[Any, ...]
     rows: tuple[int, ...]
     planned: int
+    skipped: int
     position: int
 
 

@@ -114,6 +114,7 @@ class Stream(Owner, IterableDataset[Any]):
         self._ended = False  # and whether that worker had no batch left in its epoch
         self._taken = False  # whether a batch was asked for in this iteration
         self._found = False  # whether this iteration has found a batch, be it that of another worker
+        self._skipped_elsewhere = 0  # documents of this epoch that the transforms of other shards left out
         self.batch_rows: int | None = None
         self.is_epoch_over = False
 
@@ -269,6 +270,13 @@ class Stream(Owner, IterableDataset[Any]):
         self._own = True
         self._turn = None if turn is None else Turn(worker=turn[0], workers=turn[1], number=turn[2])
         self._ended = turn is not None and bool(turn[3])
+
+    def skip_elsewhere(self, count: int) -> None:
+        """Count documents that the `transform` of other shards has left out of the last step."""
+        self._reader.skip(count, "it is in the log of another worker")
+        self._skipped_elsewhere += count
+        if not self._pending:
+            self._position = replace(self._position, skipped=self._position.skipped + count)
 
     def close(self) -> None:
         """Stop threads and processes, release memory and files, and close the database if it was opened here."""
@@ -452,7 +460,7 @@ class Stream(Owner, IterableDataset[Any]):
                     seed = self._reader.lane_seed(self._seed, start.epoch, number, lane)
                     yield lane_of(slices, rows, lane, spec.lanes), seed
 
-        built, skipped = self._built_lanes(lanes(), start.epoch), 0
+        built, skipped, self._skipped_elsewhere = self._built_lanes(lanes(), start.epoch), 0, 0
         try:
             for one in built:
                 made = [one, *itertools.islice(built, each - 1)]
@@ -464,9 +472,11 @@ class Stream(Owner, IterableDataset[Any]):
                     batches=tuple(self._finished(lane.batch) if lane.rows else None for lane in made),
                     rows=tuple(lane.rows for lane in made),
                     planned=planned,
+                    skipped=left_out,
                     position=position.digest(planned) if spec.shard[1] > 1 else 0,
                 )
-                yield step, replace(position, skipped=position.skipped + skipped), planned
+                skipped_by_now = position.skipped + skipped + self._skipped_elsewhere
+                yield step, replace(position, skipped=skipped_by_now), planned
         finally:
             close_iterator(built)
             close_iterator(cuts)

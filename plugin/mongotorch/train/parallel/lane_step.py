@@ -28,7 +28,6 @@ from mongotorch.train.parallel.lanes import Lanes
 # What the header holds, before the number of lanes in which each parameter has a gradient.
 _ROWS, _WEIGHT, _PARTIAL, _STOPS, _FAILED, _ENDED, _POSITION, _CHANGED = range(8)
 _NUMBERS: Final = 8
-_SUMMED: Final = (torch.float32, torch.float64)  # dtypes of gradients that are added up as they are
 
 Backward = Callable[[int, Any, float], tuple[Tensor, float]]
 """From the number of a lane, its batch and its share of the rows to the loss and the share of it that counts."""
@@ -218,13 +217,11 @@ class LaneStep:
         self._buffers = _Buffers(modules)
         self._parameters: Sequence[nn.Parameter] = ()
         self._dtype, self._device = torch.float32, torch.device("cpu")
-        self._adds_up = False  # whether torch may add up gradients: they have the dtype of the sums
         self.rows, self.is_empty, self.is_stopped = 0, False, False
 
     def begin(self, parameters: Sequence[nn.Parameter]) -> None:
         """Take in what is trained; before the first step."""
         self._parameters = parameters
-        self._adds_up = len({one.dtype for one in parameters}) == 1 and parameters[0].dtype in _SUMMED
         is_double = any(one.dtype in (torch.float64, torch.complex128) for one in parameters)
         self._dtype = torch.float64 if is_double else torch.float32
         self._device = parameters[0].device if parameters else torch.device("cpu")
@@ -245,30 +242,20 @@ class LaneStep:
         """
         self._buffers.begin()
         final: dict[str, Tensor] | None = None
-        each = 2 if self._adds_up and len(self._numbers) > 1 else 1
 
-        def lane(at: int, gradients: Sequence[Tensor | None]) -> _Sum:
+        def made(lane: int) -> _Sum:
             nonlocal final
-            seed_generators(self._seed, number, at)
-            n = at - self._numbers.start
-            found = self._lane(at, step.batches[n], step.rows[n], step.planned, backward, gradients)
-            if at == 0:
+            seed_generators(self._seed, number, lane)
+            at = lane - self._numbers.start
+            found = self._lane(lane, step.batches[at], step.rows[at], step.planned, backward)
+            if lane == 0:
                 final = self._buffers.now()
             self._buffers.put_back()
             return found
 
-        def pair(at: int) -> _Sum:
-            # The second lane adds its gradients to those of the first, each while it is in the processor's cache.
-            first = lane(at * each, self._nothing().gradients)
-            if each == 1:
-                return first
-            second = lane(at * each + 1, first.gradients[:-1])
-            first.gradients[:-1] = [None] * len(self._parameters)
-            return first.add(second)
-
         error: Exception | None = None
         try:
-            total = tree_sum(pair, self._numbers.start // each, self._numbers.stop // each, _Sum.add)
+            total = tree_sum(made, self._numbers.start, self._numbers.stop, _Sum.add)
         except Exception as raised:
             if self._group.world == 1:
                 raise
@@ -299,32 +286,27 @@ class LaneStep:
             self._summed(self._nothing(), None, error=error)
         raise error
 
-    def _lane(
-        self,
-        number: int,
-        batch: Any,
-        rows: int,
-        planned: int,
-        backward: Backward,
-        gradients: Sequence[Tensor | None],
-    ) -> _Sum:
-        """The gradients of a lane, added to those that are there already."""
-        before = []
-        for parameter, gradient in zip(self._parameters, gradients, strict=False):
-            parameter.grad = gradient
-            before.append(None if gradient is None else (gradient, gradient._version))
-        loss, counted = backward(number, batch, rows / planned) if rows else (torch.zeros(()), 0.0)
-        weight = rows / planned * counted
+    def _lane(self, number: int, batch: Any, rows: int, planned: int, backward: Backward) -> _Sum:
+        """The gradients of a lane, taken from the parameters.
+
+        Torch could add them to those of the lane before; but where a step calls `backward()` several times, these
+        would be added up one by one, and in another order than on several ranks.
+        """
         made = self._nothing()
+        if not rows:
+            return made
+        for parameter in self._parameters:
+            parameter.grad = None
+        loss, counted = backward(number, batch, rows / planned)
+        weight = rows / planned * counted
         numbers = [0.0] * len(made.header)
-        for at, (parameter, one) in enumerate(zip(self._parameters, before, strict=True)):
+        for at, parameter in enumerate(self._parameters):
             if parameter.grad is not None:
-                numbers[_NUMBERS + at] = one is None or parameter.grad is not one[0] or one[0]._version != one[1]
+                numbers[_NUMBERS + at] = 1.0
                 made.gradients[at] = self._taken(parameter)
-        if rows:
-            lost = torch.zeros(1, dtype=self._dtype, device=self._device)
-            made.gradients[-1] = loss.detach().reshape(1).to(lost) * weight if counted else lost
-        numbers[_ROWS], numbers[_WEIGHT], numbers[_PARTIAL] = rows, weight, bool(rows) and counted != 1.0
+        lost = torch.zeros(1, dtype=self._dtype, device=self._device)
+        made.gradients[-1] = loss.detach().reshape(1).to(lost) * weight if counted else lost
+        numbers[_ROWS], numbers[_WEIGHT], numbers[_PARTIAL] = rows, weight, counted != 1.0
         made.header = torch.tensor(numbers, dtype=self._dtype)
         return made
 
