@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mongotorch.data import Delta, Members, StoredMembers
+from mongotorch.data.training_set import members as sets
 from mongotorch.errors import DataError
 
 
@@ -141,3 +142,23 @@ def test_a_chain_that_gives_another_number_of_documents_is_refused() -> None:
     swapped = {before.name: other.blobs[other.name], made.name: made.blobs[made.name]}
     with pytest.raises(DataError, match="1001 documents came out as one of 1000"):
         StoredMembers.read(made.name, Stored(swapped).get_many)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_set_that_is_compared_in_parts_is_stored_as_one_that_is_not(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = random.Random(seed)
+    most = 2 ** draw.choice([6, 64])  # the hashes of a part may lie close together, or begin with the bounds
+    first = {draw.randrange(most): draw.randrange(3) for _ in range(draw.randrange(1, 300))}
+    second = {key: draw.randrange(3) if draw.random() < 0.1 else value for key, value in first.items()}
+    second = {key: value for key, value in second.items() if draw.random() < 0.9}
+    second |= {draw.randrange(most): draw.randrange(3) for _ in range(draw.randrange(20))}
+    stored = StoredMembers.made(members(first))
+    expected = StoredMembers.made(members(second), stored)
+    monkeypatch.setattr(sets, "_COMPARED", draw.randrange(1, 40))
+    assert dict(StoredMembers.made(members(second), stored).blobs) == dict(expected.blobs)
+    assert equal(
+        StoredMembers.read(expected.name, lambda names: [(n, expected.blobs[n]) for n in names]).members,
+        members(second),
+    )

@@ -248,13 +248,13 @@ class ServerReader(Reader):
             yield from self._replies(whole, rows, None, at)
 
     def _replies(self, bounds: IdRange, most: int, ids: list[Any] | None, at: Timestamp | None) -> Iterator[Reply]:
-        after: tuple[Any] | None = None
+        seen: Reply = b""  # the last reply: where a read goes on that breaks
         attempts = self.retry.attempts(self._what())
         while True:
             try:
-                for reply in self._range(bounds, after, most, ids, at):
+                for reply in self._range(bounds, last_id(seen) if seen else None, most, ids, at):
                     attempts.succeeded()
-                    after = last_id(reply)
+                    seen = reply
                     yield reply
             except PyMongoError as error:
                 attempts.failed(error)

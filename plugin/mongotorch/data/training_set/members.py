@@ -124,7 +124,7 @@ class Members:
         size = len(blob) - MEMBERS_HEAD.size
         if size < 0 or size % 16 or bytes(blob[:8]) != _MAGIC:
             raise DataError("these bytes are not the members of a set of documents")
-        rows = np.frombuffer(blob, "<u8", offset=MEMBERS_HEAD.size).reshape(-1, 2).astype(np.uint64)
+        rows = np.frombuffer(blob, "<u8", offset=MEMBERS_HEAD.size).reshape(-1, 2).astype(np.uint64, copy=False)
         return cls(count=len(rows), digest=MEMBERS_HEAD.unpack_from(blob)[1].hex(), rows=rows)
 
     def _rows(self) -> Hashes:
@@ -139,6 +139,7 @@ _DELTA: Final = b"mtdelta1"
 _DELTA_HEAD: Final = struct.Struct(f"<8s{DIGEST_BYTES}sQIIQ")  # magic, digest, count, position, ancestors, removed
 _STEP: Final = 8  # a chain has at most 7 deltas for each power of 8 in its position
 _NAME_BYTES: Final = 32
+_COMPARED: Final = 250_000  # rows of two sets that are compared at a time
 
 
 @final
@@ -244,17 +245,24 @@ class StoredMembers:
         Raises:
             DataError: The set is too large to be kept.
         """
-        if before is not None and (members.digest, members.count) == (before.members.digest, before.members.count):
-            return cls(members=members, blobs=before.blobs)
+        if before is not None and (made := cls.after(members, before)) is not None:
+            return made
         whole = members.to_bytes()
-        found = None if before is None else _delta(members, before)
+        return cls(members=members, blobs={_name(whole): whole})
+
+    @classmethod
+    def after(cls, members: Members, before: StoredMembers) -> Self | None:
+        """A set as what differs from another one; None where it is better stored whole. Raises: see `made`."""
+        if (members.digest, members.count) == (before.members.digest, before.members.count):
+            return cls(members=members, blobs=before.blobs)
+        found = _delta(members, before)
         if found is None:
-            return cls(members=members, blobs={_name(whole): whole})
+            return None
         delta, chain = found
-        blob = delta.to_bytes()
+        blob, whole_bytes = delta.to_bytes(), MEMBERS_HEAD.size + 16 * members.count
         deltas = len(blob) + sum(len(one) for one in list(chain.values())[1:])
-        if 2 * len(blob) > len(whole) or deltas > len(whole):
-            return cls(members=members, blobs={_name(whole): whole})
+        if 2 * len(blob) > whole_bytes or deltas > whole_bytes:
+            return None
         return cls(members=members, blobs={**chain, _name(blob): blob})
 
     @classmethod
@@ -290,19 +298,36 @@ def _delta(members: Members, before: StoredMembers) -> tuple[Delta, dict[str, by
     base, rows = _composed([chain[name] for name in names])._rows(), members._rows()
     if any(len(one) == 0 or (one[1:, 0] == one[:-1, 0]).any() for one in (base, rows)):
         return None  # where an `_id` comes several times, it does not say which row went
-    _, here, there = np.intersect1d(base[:, 0], rows[:, 0], assume_unique=True, return_indices=True)
-    same = base[here, 1] == rows[there, 1]
-    removed, added = np.ones(len(base), np.bool_), np.ones(len(rows), np.bool_)
-    removed[here[same]], added[there[same]] = False, False
+    parts = [_differing(*pair) for pair in _aligned(base, rows)]
     delta = Delta(
         digest=members.digest,
         count=members.count,
         position=position,
         ancestors=tuple(names),
-        removed=np.ascontiguousarray(base[removed, 0]),
-        added=rows[added],
+        removed=np.concatenate([removed for removed, _ in parts]),
+        added=np.concatenate([added for _, added in parts]),
     )
     return delta, {name: before.blobs[name] for name in names}
+
+
+def _aligned(base: Hashes, rows: Hashes) -> Iterator[tuple[Hashes, Hashes]]:
+    """Two sets of rows, in parts of the same `_id`s, so that comparing them takes little memory."""
+    count = max(len(base) // _COMPARED, 1)
+    bounds = base[np.arange(1, count) * len(base) // count, 0]
+    yield from zip(
+        np.split(base, np.searchsorted(base[:, 0], bounds)),
+        np.split(rows, np.searchsorted(rows[:, 0], bounds)),
+        strict=True,
+    )
+
+
+def _differing(base: Hashes, rows: Hashes) -> tuple[Hashes, Hashes]:
+    """The hashes of the `_id`s that the second set lacks or has with other fields, and the rows it has besides."""
+    _, here, there = np.intersect1d(base[:, 0], rows[:, 0], assume_unique=True, return_indices=True)
+    same = base[here, 1] == rows[there, 1]
+    removed, added = np.ones(len(base), np.bool_), np.ones(len(rows), np.bool_)
+    removed[here[same]], added[there[same]] = False, False
+    return np.ascontiguousarray(base[removed, 0]), rows[added]
 
 
 def _composed(chain: list[Delta]) -> Members:

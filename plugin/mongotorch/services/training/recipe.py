@@ -265,7 +265,7 @@ class PendingProvenance:
         connection: The database.
         settings: The datalayer's.
         at: The watermark, and the cluster time of the scan.
-        before: What an earlier version was trained on: only what differs from that is stored.
+        before: Reads what an earlier version was trained on: only what differs from that is stored.
         is_checked: Whether the whole select was checked; else the scan begins with that.
 
     Raises:
@@ -279,7 +279,7 @@ class PendingProvenance:
         settings: Settings,
         *,
         at: Timestamp,
-        before: StoredMembers | None,
+        before: Callable[[], StoredMembers | None],
         is_checked: bool,
     ) -> None:
         self._recipe, self._settings, self._at, self._before = recipe, settings, at, before
@@ -341,7 +341,7 @@ class PendingProvenance:
     def _made(self, found: Mapping[str, ScannedMembers]) -> DataProvenance:
         members = {name: one.members for name, one in found.items()}
         whole = {name: NamedBlob.of(one.blob) for name, one in found.items() if one.blob is not None}
-        given: dict[str, Any] = {"before": self._before, "whole": whole}
+        given: dict[str, Any] = {"before": self._before(), "whole": whole}
         made = provenance_of(self._recipe, self._settings, self._at, members, **given)
         if not self.scan.uncertain:
             return made
@@ -410,7 +410,7 @@ def pending_provenance(
     connection: Connection,
     settings: Settings,
     *,
-    before: StoredMembers | None,
+    before: Callable[[], StoredMembers | None],
     is_checked: bool,
 ) -> PendingProvenance | None:
     """The provenance of a run that can begin before its documents are scanned; None where it cannot.
@@ -489,9 +489,10 @@ def _stored(
     train: Members, before: StoredMembers | None, whole: NamedBlob | None
 ) -> tuple[str, Mapping[str, bytes | NamedBlob]]:
     """The name of the blob of a set, and all blobs that it is made of."""
-    if before is None and whole is not None:
+    stored = None if before is None else StoredMembers.after(train, before)
+    if stored is None and whole is not None:
         return whole.name, {whole.name: whole}
-    stored = StoredMembers.made(train, before)
+    stored = stored or StoredMembers.made(train)
     return stored.name, stored.blobs
 
 

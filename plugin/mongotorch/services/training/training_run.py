@@ -412,7 +412,7 @@ class TrainingRun:
         is_checked = recipe.check(database, seconds=_CHECK_S if large else None)
         if resumed is not None:
             return DataProvenance.resumed(resumed.run, resumed.blobs), resumed.run.get("origin", {})
-        before = self._members_before(recipe.model)
+        before = functools.partial(self._members_before, recipe.model)
         if large:
             data = pending_provenance(
                 recipe, self._connection, self._settings, before=before, is_checked=is_checked
@@ -421,7 +421,7 @@ class TrainingRun:
                 return data, recipe.origin
         if not is_checked:
             recipe.check(database)
-        return data_provenance(recipe, self._connection, self._settings, before=before), recipe.origin
+        return data_provenance(recipe, self._connection, self._settings, before=before()), recipe.origin
 
     def _is_stopped(self, job: Mapping[str, Any], *, is_begun: bool) -> bool:
         """Whether a job was asked to end; before its first step that cancels it. Raises: JobCancelledError."""
