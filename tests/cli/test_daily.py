@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.cli.printed import columns_of, lines_of
 from tests.helpers import fill, trainer
 from typer.testing import CliRunner
 
-from mongotorch import Datalayer
+from mongotorch import Datalayer, TorchModel
 from mongotorch.cli import app
 
 Call = Callable[..., Any]
@@ -113,6 +114,33 @@ def test_versions_are_compared_by_a_metric(call: Call, db: Datalayer) -> None:
     assert set(columns) == {"version", "created", "live", "steps", "objective"}
     assert columns["live"][columns["version"].index("1")] == "live"
     assert [row["metrics"]["objective"] for row in by] == sorted(row["metrics"]["objective"] for row in by)
+
+
+class Named(torch.nn.Module):
+    """Takes its arguments by name, one of them ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(10, 2)
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"sum": x + self.embedding(ids), "odd": x / 0}
+
+
+def test_an_object_gives_arguments_by_name_and_ids_stay_whole(call: Call, db: Datalayer) -> None:
+    model = db.apply(TorchModel("named", object=Named())).result()
+    given = '{"x": [1.0, -1.0], "ids": 3}'
+
+    done = call("predict", "model", "named", '{"ids": [3, 4], "x": [[1.0, -1.0], [0.5, 0]]}', "--integers")
+    without = call("predict", "model", "named", '{"x": [[1, 2], [3, 4]], "ids": [3, 4]}')
+
+    assert call("predict", "model", "named", given).exit_code == 0
+    found = json.loads(done.stdout, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    expected = model.object.embedding(torch.tensor([3, 4])) + torch.tensor([[1.0, -1.0], [0.5, 0]])
+    assert torch.allclose(torch.tensor(found["sum"]), expected)
+    assert found["odd"] == [["inf", "-inf"], ["inf", "nan"]]
+    assert without.exit_code == 1
+    assert without.stderr.endswith("; with --integers whole numbers stay whole\n")
 
 
 def test_a_model_predicts_json(call: Call, db: Datalayer) -> None:

@@ -7,6 +7,7 @@ unpickles anything.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -159,9 +160,13 @@ def predict(
     data: Annotated[str, typer.Argument(help="The input as JSON, such as '[[0.1, 0.2]]'; - reads it from stdin.")],
     version: Annotated[int | None, typer.Option(help="The version; without it, the live one.")] = None,
     batch: Annotated[bool, typer.Option(help="The JSON is a list of inputs, predicted together.")] = False,
+    integers: Annotated[bool, typer.Option(help="Lists of whole numbers stay whole: int64, for ids.")] = False,
     uri: Uri = None,
 ) -> None:
-    """Predict with a stored model, and print the output as JSON. Lists of numbers become float32 tensors."""
+    """Predict with a stored model, and print the output as JSON. Lists of numbers become float32 tensors.
+
+    A JSON object gives the model its arguments by name.
+    """
     text = typer.get_text_stream("stdin").read() if data == "-" else data
     try:
         given = json.loads(text)
@@ -175,39 +180,44 @@ def predict(
             raise typer.BadParameter(f"a {type_id} does not predict")
         if batch and not isinstance(given, list):
             raise typer.BadParameter("with --batch the input is a JSON list of inputs")
-        inputs = [_input(one) for one in given] if batch else _input(given)
+        inputs = [_input(one, integers) for one in given] if batch else _input(given, integers)
         try:
             found = model.predict_batches(inputs) if batch else model.predict(inputs)
         except MongotorchError:
             raise
         except Exception as error:  # noqa: BLE001 - the model's own code, on what somebody typed
             why = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            typer.echo(f"{type_id} {identifier} does not take this input: {why}", err=True)
+            hint = "; with --integers whole numbers stay whole" if "Long" in why and not integers else ""
+            typer.echo(f"{type_id} {identifier} does not take this input: {why}{hint}", err=True)
             raise typer.Exit(1) from None
     typer.echo(json.dumps(_plain(found)))
 
 
-def _input(value: Any) -> Any:
+def _input(value: Any, integers: bool) -> Any:
     """A JSON value as a model takes it."""
     import torch
 
     if isinstance(value, dict):
-        return {name: _input(part) for name, part in value.items()}
+        return {name: _input(part, integers) for name, part in value.items()}
     if isinstance(value, list):
         try:
-            return torch.tensor(value, dtype=torch.float32)
-        except (TypeError, ValueError):  # text, or lists of unequal length
-            return [_input(part) for part in value]
+            floats = torch.tensor(value, dtype=torch.float32)
+            whole = torch.tensor(value) if integers else floats
+        except (TypeError, ValueError, RuntimeError):  # text, or lists of unequal length
+            return [_input(part, integers) for part in value]
+        return whole if whole.dtype == torch.int64 else floats
     return value
 
 
 def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
-        return value.tolist()
+        return _plain(value.tolist())
     if isinstance(value, Mapping):
         return {str(name): _plain(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no such number
     return value if isinstance(value, str | int | float | bool) or value is None else str(value)
 
 
