@@ -128,7 +128,7 @@ class Named(torch.nn.Module):
 
 
 def test_an_object_gives_arguments_by_name_and_ids_stay_whole(call: Call, db: Datalayer) -> None:
-    model = db.apply(TorchModel("named", object=Named())).result()
+    model: Any = db.apply(TorchModel("named", object=Named())).result()
     given = '{"x": [1.0, -1.0], "ids": 3}'
 
     done = call("predict", "model", "named", '{"ids": [3, 4], "x": [[1.0, -1.0], [0.5, 0]]}', "--integers")
