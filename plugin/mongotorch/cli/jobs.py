@@ -276,8 +276,10 @@ def run_job(
     WORLD_SIZE and MASTER_ADDR of torch.distributed say which this is. Exit code 1 unless the job succeeded:
     started again, it goes on from its checkpoint.
     """
+    from mongotorch.resources import die_with_parent
     from mongotorch.worker.rank import run_job as run
 
+    die_with_parent()  # torchrun may be killed, and then starts other processes
     with logging_to_stderr(log_level.value, log_format.value), errors():
         address, settings = address_of(uri, writes=True)
         given = settings.model_dump(exclude={"uri", "uri_file", "launcher"})

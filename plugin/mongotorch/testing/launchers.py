@@ -39,7 +39,15 @@ class LauncherSuite:
         check: Callable[[], None] = lambda: None,
         **given: object,
     ) -> None:
-        """Run a function of this module on all ranks."""
+        """Run a function of this module on all ranks.
+
+        Args:
+            launcher: The launcher.
+            name: The function.
+            folder: Its first argument.
+            check: As for `Launcher.run`.
+            given: Its other arguments.
+        """
         call = RankCall(function=f"{__name__}:{name}", arguments={"folder": str(folder), **given})
         launcher.run(call, workers=self.workers, resources={}, device="cpu", check=check)
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tests import run_processes as runs
 
 from mongotorch import Datalayer, TorchTrainer
-from mongotorch.errors import JobProcessError, MongotorchError, ParameterError, UnsupportedError
+from mongotorch.errors import JobProcessError, ParameterError, UnsupportedError
 
 pytestmark = pytest.mark.fault
 
@@ -104,25 +102,6 @@ def test_mongomock_is_refused_for_several_workers(tmp_path: Path) -> None:
         assert isinstance(error, UnsupportedError)
         assert error.setting == "uri"
         assert db.show("model", "several") == [0]
-
-
-def test_a_rank_that_raises_fails_the_job_with_its_error_and_where(server_uri: str) -> None:
-    def fail_on_the_other(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if os.environ.get("RANK") == "1":
-            raise LookupError("no such sample")
-        return x, y
-
-    with Datalayer.connect(server_uri, **{**runs.SETTINGS, "compute": "local"}) as db:
-        runs.fill(db, 100)
-        begun = time.monotonic()
-        job = db.apply(trainer(db, "raising", workers=2, transform=fail_on_the_other))
-        error = job.exception()
-        assert isinstance(error, MongotorchError)
-        assert "no such sample" in str(error)
-        assert "rank 1 of 2" in job.record["error"]["traceback"]
-        assert time.monotonic() - begun < 120
-        assert db.show("model", "raising") == [0]
-        assert ranks_of() == []
 
 
 def test_more_workers_than_lanes_are_refused_at_construction(db: Datalayer) -> None:

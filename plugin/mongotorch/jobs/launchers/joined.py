@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Final, final
 
-from mongotorch.errors import MongotorchError, UnsupportedError
+from mongotorch.errors import MongotorchError, UnsupportedError, WorkerLostError
 from mongotorch.jobs.launchers.base import Launcher, RankCall
 
 _LOOK_S: Final = 0.5
@@ -77,12 +77,16 @@ def follow() -> bool:
         Whether there was something to call.
 
     Raises:
+        WorkerLostError: Rank 0 is gone.
         Exception: What the function raised.
     """
     import torch.distributed as dist
 
     given: list[RankCall | None] = [None]
-    dist.broadcast_object_list(given)
+    try:
+        dist.broadcast_object_list(given)
+    except RuntimeError as error:  # what torch raises for a closed connection
+        raise WorkerLostError("rank 0 is gone: it has failed, or was killed; its output says more") from error
     if given[0] is None:
         return False
     given[0]()
