@@ -9,8 +9,11 @@ rank which adds up its own part as a binary tree gives the same bits on any numb
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import pickle
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any, Literal, Protocol, TypeVar, final
 
 import torch
@@ -81,13 +84,14 @@ class ProcessGroup:
 
     Args:
         reduce: How to add up: `exact`, by recursive doubling, which gives the same bits on 1, 2, 4 or 8 ranks, or
-            `fast`, by `all_reduce`.
+            `fast`, by one `all_reduce`.
+        timeout_s: How long the sum of a pair may take, where there are more than two ranks.
 
     Raises:
         ParameterError: `init_process_group` was not called, or there is no such way to add up.
     """
 
-    def __init__(self, reduce: Reduce = "exact") -> None:
+    def __init__(self, reduce: Reduce = "exact", timeout_s: float = 600.0) -> None:
         if not (dist.is_available() and dist.is_initialized()):
             raise ParameterError(
                 "there is no process group; call torch.distributed.init_process_group() first", field="group"
@@ -96,6 +100,21 @@ class ProcessGroup:
             raise ParameterError(f"reduce={reduce!r}: it must be 'exact' or 'fast'", field="reduce")
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self._reduce = reduce
+        self._timeout = timedelta(seconds=timeout_s)
+
+    @functools.cached_property
+    def _pairs(self) -> list[dist.ProcessGroup | None]:
+        """The pairs in which this rank adds up, twice as far apart each time; a sum of two has no order."""
+        if self.world <= 2:
+            return [None] * (self.world - 1)
+        pairs: list[dist.ProcessGroup | None] = []
+        distances = (1 << n for n in range(self.world.bit_length() - 1))
+        for distance, low in itertools.product(distances, range(self.world)):
+            if not low & distance:
+                made = dist.new_group([low, low | distance], timeout=self._timeout)
+                if self.rank in (low, low | distance):
+                    pairs.append(made)
+        return pairs
 
     def sum(self, flat: Tensor) -> Tensor:
         """See `Group.sum`."""
@@ -107,18 +126,9 @@ class ProcessGroup:
                 parts = [torch.empty_like(flat) for _ in range(self.world)]
                 dist.all_gather(parts, flat)
                 return tree_sum(parts.__getitem__, 0, self.world)
-            return self._doubled(flat)
-
-    def _doubled(self, flat: Tensor) -> Tensor:
-        """The sum by recursive doubling: pairs of ranks exchange what they have, twice as far apart each time."""
-        other, distance = torch.empty_like(flat), 1
-        while distance < self.world:
-            peer = self.rank ^ distance
-            pair = [dist.P2POp(dist.isend, flat, peer), dist.P2POp(dist.irecv, other, peer)]
-            for request in dist.batch_isend_irecv(pair):
-                request.wait()
-            flat, distance = flat.add_(other), 2 * distance
-        return flat
+            for pair in self._pairs:
+                dist.all_reduce(flat, group=pair)
+            return flat
 
     def share(self, value: T) -> T:
         """See `Group.share`."""
