@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from bson import Int64, ObjectId
 
 from mongotorch.data.read import Sizes, make_plan, open_reader, resume_plan
 from mongotorch.data.read import plan as sampling
@@ -57,13 +58,66 @@ def test_ranges_are_about_equal_where_records_tell_how_many_lie_between() -> Non
     assert reader.walked > 0
 
 
-def test_walking_ends_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_walking_has_no_time_left_wide_gaps_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "_WALK_S", -1.0)
     reader: Any = Clumped(numbers=list)
     found = sampled(reader, WHOLE, ROWS, SIZE, most=50_000)
     assert found is not None
     assert reader.walked == 0
-    assert max(sizes(found)) > 2 * ROWS
+    assert list(found) == sorted(set(found))
+    assert max(sizes(found)) <= 2 * ROWS
+    assert 0.8 < len(found) * ROWS / SIZE < 1.3
+
+
+class Counted:
+    """Ascending `_id`s of a large collection, each a number in another form."""
+
+    threads = 2
+
+    def __init__(self, form: Any, number: Any, size: int) -> None:
+        self._form, self._number, self._size = form, number, size
+        self.sampled: list[int] = []
+
+    def sample(self, count: int) -> list[Any]:
+        self.sampled.append(count)
+        draw = random.Random(len(self.sampled))
+        return [self._form(draw.randrange(self._size)) for _ in range(count)]
+
+    def record_numbers(self, ids: list[Any]) -> list[int]:
+        return [self._number(one) + 1 for one in ids]
+
+    def walk(self, span: IdRange, step: int) -> Iterator[Any]:
+        yield from (self._form(n) for n in range(self._number(span.lower) + step, self._number(span.upper), step))
+
+
+def object_id(number: int) -> ObjectId:
+    return ObjectId(b"\x60" + number.to_bytes(11, "big"))
+
+
+FORMS: dict[str, tuple[Any, Any]] = {
+    "int": (int, int),
+    "int64": (Int64, int),
+    "ObjectId": (object_id, lambda one: int.from_bytes(one.binary[1:], "big")),
+    "str": ("{:012}".format, int),
+}
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_the_number_of_samples_does_not_grow_with_the_collection(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "_WALK_S", 0.02)
+    form, number = FORMS[kind]
+    size, most = 40_000_000, 0
+    reader: Any = Counted(form, number, size)
+    whole = IdRange(lower=form(0), upper=form(size - 1), closed=True, uniform=True)
+    found = sampled(reader, whole, 1000, size, most=50_000)
+    assert found is not None
+    numbers = [number(one) for one in found]
+    assert numbers == sorted(set(numbers))
+    assert all(type(one) in (type(form(0)), int) for one in found)
+    most = max(after - before for before, after in pairwise([*numbers, size]))
+    assert (most <= 2500, sum(reader.sampled)) == ((True, 5_000) if kind != "str" else (False, 100_000))
 
 
 @pytest.mark.parametrize("numbers", [lambda ids: [], lambda ids: random.Random(1).sample(range(SIZE), len(ids))])

@@ -7,7 +7,8 @@ by digest.
 `$sample` picks documents by a random walk down a tree, which visits a part of a collection that grew unevenly far
 too seldom: of a million documents inserted in one go it leaves ranges of 50,000 where there should be 1,000. Where
 `_id`s ascend as documents were inserted, the server's record numbers say how many documents lie between two of
-them: bounds are chosen by those, and the gaps that are still too wide are walked, for a limited time.
+them: bounds are chosen by those, and the gaps that are still too wide are walked, for a limited time. What is left
+of them is cut at equal distances, which needs no document: a bound is any value that an `_id` may have.
 
 Guarantees: the ranges of a plan do not overlap and leave no gap between the first and the last `_id` that the
 select had when the plan was made; a plan is never changed; finding one takes a bounded time, whatever the
@@ -27,6 +28,7 @@ from datetime import datetime, timedelta
 from typing import Any, final
 
 import bson
+from bson import Int64, ObjectId
 from pymongo.errors import DuplicateKeyError, PyMongoError
 
 from mongotorch.codecs import WRITTEN, check_format
@@ -48,9 +50,10 @@ from mongotorch.mongo.server_features import Later, clock_of, records, utc_now
 from mongotorch.query import Query
 from mongotorch.split import ByStoredFold
 
-_SAMPLES = 8  # a range: with fewer the ranges differ too much in size
+_SAMPLES = 5  # a range: with fewer the ranges differ too much in size
 _SHARE = 0.04  # of a collection that is sampled at most: from 5 % on the server scans it all
-_MOST = 100_000  # samples; each costs about 10 microseconds
+_MOST = 5_000  # samples, where gaps can be cut; each costs some 40 microseconds
+_MOST_UNCUT = 100_000  # samples, where they cannot
 _FEWEST = 8  # samples; with fewer the select is walked
 _ASCENDING = 0.95  # of neighbours, for record numbers to mean something
 _WIDE = 1.75  # times the wanted size, from where on a gap is walked
@@ -68,22 +71,30 @@ def sampled(reader: Reader, whole: IdRange, rows: int, size: int, *, most: int) 
         most: Ranges, at most.
     """
     rows = max(rows, -(-size // most))
-    sample_size = max(min(_SAMPLES * size // rows, int(size * _SHARE), _MOST), _FEWEST)
+    wanted = max(min(_SAMPLES * size // rows, int(size * _SHARE), _MOST_UNCUT), _FEWEST)
+    sample_size = min(wanted, _MOST) if _can_be_cut(whole.lower, whole.upper) else wanted
     ids = reader.sample(sample_size)
     if len(ids) < _FEWEST:
         return None
-    low, high = sort_key(whole.lower), sort_key(whole.upper)
-    keyed = {sort_key(document_id): document_id for document_id in ids}
-    inside = [whole.lower, *(keyed[key] for key in sorted(keyed) if low < key < high)]
+    inside = _inside(whole, ids)
     numbers = reader.record_numbers([*inside, whole.upper])
     gaps = [after - before for before, after in itertools.pairwise(numbers)]
     if not gaps or sum(gap > 0 for gap in gaps) < _ASCENDING * len(gaps):
-        step = max(round(sample_size * rows / size), 1)
+        if sample_size < wanted:
+            inside = _inside(whole, [*ids, *reader.sample(wanted - sample_size)])
+        step = max(round(wanted * rows / size), 1)
         return tuple(inside[::step])
     # Record numbers count the documents of the collection, of which the select may have a part only.
     target = rows * sample_size / len(ids)
     chosen, sizes = _evenly(inside, gaps, target)
     return tuple(_walked(reader, whole, chosen, sizes, target, rows))
+
+
+def _inside(whole: IdRange, ids: list[Any]) -> list[Any]:
+    """The first `_id` and those of a sample that lie inside, ascending."""
+    low, high = sort_key(whole.lower), sort_key(whole.upper)
+    keyed = {sort_key(document_id): document_id for document_id in ids}
+    return [whole.lower, *(keyed[key] for key in sorted(keyed) if low < key < high)]
 
 
 def _evenly(ids: list[Any], gaps: list[int], target: float) -> tuple[list[Any], list[int]]:
@@ -101,19 +112,25 @@ def _evenly(ids: list[Any], gaps: list[int], target: float) -> tuple[list[Any], 
 def _walked(
     reader: Reader, whole: IdRange, starts: list[Any], sizes: list[int], target: float, rows: int
 ) -> Iterator[Any]:
-    """The same starts, and more of them in wide gaps, the widest first as long as there is time."""
+    """The same starts, and more of them in wide gaps, the widest first as long as there is time; see `_cut`."""
     wide = sorted((n for n, size in enumerate(sizes) if size > _WIDE * target), key=lambda n: -sizes[n])
     deadline = time.monotonic() + _WALK_S
 
     def more(n: int) -> tuple[int, list[Any]]:
         found: list[Any] = []
+        upper = starts[n + 1] if n + 1 < len(starts) else whole.upper
+        is_walked = False
         if time.monotonic() < deadline:
-            upper = starts[n + 1] if n + 1 < len(starts) else whole.upper
             gap = IdRange(lower=starts[n], upper=upper, closed=False, uniform=whole.uniform)
+            is_walked = True
             for start in reader.walk(gap, rows):
                 found.append(start)
                 if time.monotonic() > deadline:
+                    is_walked = False
                     break
+        if not is_walked:
+            left = sizes[n] / target - len(found)
+            found += _cut(found[-1] if found else starts[n], upper, round(left))
         return n, found
 
     results = map_ordered(more, iter(wide), threads=reader.threads, most=64, most_bytes=64, weigh=lambda _: 1)
@@ -121,6 +138,22 @@ def _walked(
     for n, start in enumerate(starts):
         yield start
         yield from between.get(n, [])
+
+
+def _can_be_cut(lower: Any, upper: Any) -> bool:
+    kinds = {int if type(value) is Int64 else type(value) for value in (lower, upper)}
+    return kinds in ({int}, {ObjectId})
+
+
+def _cut(lower: Any, upper: Any, count: int) -> list[Any]:
+    """What cuts the values between two `_id`s into so many parts of the same length; none where nothing can."""
+    if not _can_be_cut(lower, upper):
+        return []
+    is_number = not isinstance(lower, ObjectId)
+    first, last = (int(value) if is_number else int.from_bytes(value.binary, "big") for value in (lower, upper))
+    values = [first + (last - first) * n // count for n in range(1, count)]
+    inside = [value for value in dict.fromkeys(values) if first < value < last]
+    return inside if is_number else [ObjectId(value.to_bytes(12, "big")) for value in inside]
 
 
 _log = logging.getLogger("mongotorch.data")
