@@ -107,6 +107,7 @@ class Fit:
         self.epoch, self._epoch_ended = 0, 0
         self._is_epoch_over = False  # whether the epoch of a resumed run had ended, and nobody has counted it
         self._is_stopped = self._is_asked_to_stop = False
+        self._has_ended = False  # whether callbacks have heard of the end
         self._spent_s = 0.0
         self._begun: float | None = None  # on the monotonic clock
         self._known: dict[str, int] = {}  # numbers of this run
@@ -261,6 +262,7 @@ class Fit:
             "recipe": self._step_run.state_dict(),
             "callbacks": [] if self._callbacks is None else self._callbacks.state_dict(),
             **({"skipped": self._skipped} if self._skipped else {}),
+            **({"ended": True} if self._has_ended else {}),
         }
         if not self._is_checked and self._last is not None:
             self._is_checked = True
@@ -284,7 +286,7 @@ class Fit:
         self._batches.load_state_dict(state["batches"])
         self._values = {name: list(values) for name, values in state["values"].items()}
         self._measured = dict(state.get("measured", {}))
-        self._skipped = state.get("skipped", 0)
+        self._skipped, self._has_ended = state.get("skipped", 0), state.get("ended", False)
         self._best.load_state_dict(state["best"])
         if self._callbacks is not None:
             self._callbacks.load_state_dict(state.get("callbacks", []))
@@ -314,9 +316,12 @@ class Fit:
                 self._restore(self._state)
             else:
                 check_state_is_taken(self._model.object)
-            self._call("on_start", self)
+            if not self._has_ended:
+                self._call("on_start", self)
             yield from self._steps()
-            self._call("on_end", self)
+            if not self._has_ended:
+                self._call("on_end", self)
+            self._has_ended = True
 
     def _made_lanes(self) -> LaneStep | None:
         """What makes the gradients of a step that is cut into lanes."""

@@ -134,7 +134,6 @@ def test_another_database_than_that_of_the_nodes_is_named(nodes: TwoNodes, serve
 
 def test_more_ranks_than_there_is_room_for_are_refused(nodes: TwoNodes, uri: str) -> None:
     with Datalayer.connect(uri, **{**runs.SETTINGS, "compute": "ray"}) as db:
-        runs.fill(db, 40)
         made = trainer(db, "many", workers=4).replace(compute_kwargs={"workers": 8, "lanes": 8, "device": "cpu"})
         error = db.apply(made).exception()
         assert isinstance(error, UnsupportedError)

@@ -62,7 +62,26 @@ def kill_when(ready: Callable[[], bool], ended: threading.Event) -> threading.Th
     return thread
 
 
-def test_two_ranks_of_which_one_is_killed_and_then_four_give_the_bits_of_one_process(server_uri: str) -> None:
+class Heard:
+    """A callback that writes what it hears of, and where."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def on_start(self, fit: Any) -> None:
+        self.write(fit, "start")
+
+    def on_end(self, fit: Any) -> None:
+        self.write(fit, "end")
+
+    def write(self, fit: Any, what: str) -> None:
+        with (Path(self.folder) / str(fit.rank)).open("a") as file:
+            file.write(f"{what} ")
+
+
+def test_two_ranks_of_which_one_is_killed_and_that_go_on_give_the_bits_of_one_process(
+    server_uri: str, tmp_path: Path
+) -> None:
     settings = {**runs.SETTINGS, "compute": "local", "checkpoint_seconds": 0.0}
     with Datalayer.connect(server_uri, **settings) as db, runs.one_thread():
         runs.fill(db, 200)
@@ -73,7 +92,8 @@ def test_two_ranks_of_which_one_is_killed_and_then_four_give_the_bits_of_one_pro
 
         ended = threading.Event()
         watching = kill_when(has_stepped, ended)
-        job = db.apply(trainer(db, "shared", workers=2))
+        made = trainer(db, "shared", workers=2, callbacks=(Heard(str(tmp_path)),))
+        job = db.apply(made)
         ended.set()
         watching.join()
         error = job.exception()
@@ -83,7 +103,7 @@ def test_two_ranks_of_which_one_is_killed_and_then_four_give_the_bits_of_one_pro
         assert ranks_of() == []
         assert db.show("model", "shared") == [0]
 
-        again = db.apply(trainer(db, "shared", workers=2))
+        again = db.apply(made)
         assert again.uuid == job.uuid
         assert runs.same(runs.weights(again.result()), alone)
         assert again.record["attempt"] == 2
@@ -93,6 +113,10 @@ def test_two_ranks_of_which_one_is_killed_and_then_four_give_the_bits_of_one_pro
         kinds = {row.kind for row in again.metrics.rows}
         assert kinds == {"train", "valid"}
         assert [row.step for row in again.metrics.rows if row.kind == "valid"] == [25, 50, 60]
+        # Twice begun, and ended once: not again where it is published.
+        assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(
+            "01", "start start end "
+        )
 
 
 def test_mongomock_is_refused_for_several_workers(tmp_path: Path) -> None:
