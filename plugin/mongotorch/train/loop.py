@@ -359,7 +359,7 @@ class Fit:
                 whole = epochs * steps
                 if trainer.sample_weight is not None:  # epochs differ
                     lengths = self._batches.lengths(epochs)  # type: ignore[attr-defined]
-                    whole = sum(-(-count // trainer.gradient_accumulation_steps) for count in lengths)
+                    whole = sum(-(-count // each) for count in lengths)
                 most = min(trainer.max_iterations, whole)
                 known = {"max_iterations": most, "max_epochs": epochs, "steps_per_epoch": steps}
         self._known = known

@@ -9,7 +9,8 @@ import pytest
 import torch
 from tests.helpers import COLLECTION, fill, same, state, trainer
 
-from mongotorch import Datalayer, Worker
+from mongotorch import ByHash, Datalayer, Worker
+from mongotorch.errors import DataError
 from mongotorch.train import Fit, Stepped, Validated
 
 RECIPE: dict[str, Any] = {
@@ -178,6 +179,20 @@ def test_weighted_documents_train_the_same_however_they_are_read_and_resumed(
     one, two = records
     assert one["train"]["count"] == two["train"]["count"]  # each document once
     assert one["valid"] == two["valid"]
+
+
+@pytest.mark.parametrize("given", [{}, {"compute_kwargs": {"lanes": 4}}])
+def test_a_schedule_over_weighted_documents_has_as_many_steps_as_the_run(
+    db: Datalayer, given: dict[str, Any]
+) -> None:
+    select = fill(db)
+    db[COLLECTION].update_many({}, {"$set": {"w": 1.5}})
+    trained = db.apply(trainer(select, **{**WEIGHTED, "in_memory": False, **given})).result()
+    (schedule,) = trained.trainer.training_state["schedulers"]
+    assert schedule["last_epoch"] == schedule["total_steps"]
+    db[COLLECTION].update_many({"_id": 3}, {"$set": {"w": "much"}})
+    with pytest.raises(DataError, match="field 'w' of document 3"):
+        db.check(trainer(select, split=ByHash(valid=0.01), **WEIGHTED))
 
 
 def doubled(x: Any, y: Any) -> Any:
