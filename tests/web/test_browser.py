@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from tests.helpers import COLLECTION, fill, trainer
-from tests.web.pages import fill_with_runs
+from tests.web.pages import fill_with_runs, insert_runs
 
 from mongotorch import Better, Datalayer, NewDocuments, Schedule, Worker
 from mongotorch.web.server import serving
@@ -213,6 +213,40 @@ def test_nothing_is_wider_than_a_phone(shop: Datalayer, browser: Any, scheme: st
             tab.shot("dashboard-narrow-dark")
             assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 25, 27)"
         tab.close()
+
+
+def lay_all_out(route: Any) -> None:
+    every = "#runs .cards tbody tr { content-visibility: visible !important; }"
+    route.fulfill(body=every, content_type="text/css")
+
+
+def test_of_a_thousand_runs_only_those_in_sight_are_laid_out(shop: Datalayer, browser: Any) -> None:
+    insert_runs(shop, 1000)
+    spent = {}
+    with serving(shop) as address:
+        for way in ("plain", "as it is"):
+            tab = Tab(browser, address)
+            if way == "plain":
+                tab.page.route("**/uplot.css", lay_all_out)
+            session = tab.page.context.new_cdp_session(tab.page)
+            session.send("Performance.enable", {"timeDomain": "threadTicks"})  # not what others compute meanwhile
+            page = tab.open("/?limit=1000")
+            found = {one["name"]: one["value"] for one in session.send("Performance.getMetrics")["metrics"]}
+            spent[way] = found["LayoutDuration"]
+        assert page.locator("#runs tbody tr").count() == 1000
+        lefts = (
+            "[...document.querySelectorAll('#runs {}')].map((one) => Math.round(one.getBoundingClientRect().left))"
+        )
+        assert page.evaluate(lefts.format("thead th")) == page.evaluate(lefts.format("tbody tr:first-child td"))
+        last = page.locator("#runs tbody tr").last
+        last.scroll_into_view_if_needed()
+        assert last.get_by_text("trainer-").is_visible()
+        tab.close()
+        for width in (720, 900, 1120, 1600):
+            tab = Tab(browser, address, viewport={"width": width, "height": 800})
+            assert tab.open("/").evaluate("document.documentElement.scrollWidth") <= width
+            tab.close()
+    assert spent["as it is"] < spent["plain"] / 3, spent
 
 
 def test_stored_script_does_not_run(shop: Datalayer, browser: Any) -> None:

@@ -39,11 +39,14 @@ class RunGenerators:
         """The items of a source that draws from these generators, each made in a turn of this run."""
         try:
             while True:
-                with _turns.turn(self):
-                    try:
-                        item = next(source)
-                    except StopIteration:
-                        return
+                turns = _turns
+                before = turns.begin(self)
+                try:
+                    item = next(source)
+                except StopIteration:
+                    return
+                finally:
+                    turns.leave(before)
                 yield item
         finally:
             source.close()
@@ -84,17 +87,33 @@ class _Turns:
 
     @contextlib.contextmanager
     def turn(self, run: RunGenerators) -> Iterator[None]:
-        """Let a run draw; waits while a run of another thread has its turn."""
-        with self._lock:
+        """Let a run draw inside; waits while a run of another thread has its turn."""
+        before = self.begin(run)
+        try:
+            yield
+        finally:
+            self.leave(before)
+
+    def begin(self, run: RunGenerators) -> RunGenerators:
+        """Let a run draw until `leave`, and return the one that drew before; as `turn`, for each step of a run."""
+        self._lock.acquire()
+        try:
             before = self._active
             self._switch(run)
-            self._depth, self._owner = self._depth + 1, threading.get_ident()
-            try:
-                yield
-            finally:
-                self._depth -= 1
-                if self._depth:  # a run inside a step of another one, which goes on now
-                    self._switch(before)
+        except BaseException:
+            self._lock.release()
+            raise
+        self._depth, self._owner = self._depth + 1, threading.get_ident()
+        return before
+
+    def leave(self, before: RunGenerators) -> None:
+        """End the turn that `begin` gave."""
+        try:
+            self._depth -= 1
+            if self._depth:  # a run inside a step of another one, which goes on now
+                self._switch(before)
+        finally:
+            self._lock.release()
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:

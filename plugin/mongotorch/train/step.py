@@ -64,14 +64,19 @@ def grouped(batches: Iterable[Any], running: Iterator[Any], count: int) -> Itera
         running: An iteration over them.
         count: Batches of a group.
     """
-    while True:
-        begun, found, rows = time.perf_counter(), [], []
+    begun = time.perf_counter()
+    for batch in running if count == 1 else ():  # the usual case, without lists
+        rows = (batch_rows(batches, batch),)
+        yield MicroBatches(batches=(batch,), rows=rows, waited_s=time.perf_counter() - begun)
+        begun = time.perf_counter()
+    while count > 1:
+        begun, found, counts = time.perf_counter(), [], []
         for batch in itertools.islice(running, count):
             found.append(batch)
-            rows.append(batch_rows(batches, batch))
+            counts.append(batch_rows(batches, batch))
         if not found:
             return
-        yield MicroBatches(batches=tuple(found), rows=tuple(rows), waited_s=time.perf_counter() - begun)
+        yield MicroBatches(batches=tuple(found), rows=tuple(counts), waited_s=time.perf_counter() - begun)
 
 
 def lane_steps(running: Iterator[Any], lane_step: LaneStep) -> Iterator[MicroBatches]:
@@ -532,7 +537,7 @@ class StepRun:
 
 
 def _rates(optimizers: Sequence[torch.optim.Optimizer]) -> tuple[float, ...]:
-    return tuple(float(group.get("lr", "nan")) for optimizer in optimizers for group in optimizer.param_groups)
+    return tuple([float(group.get("lr", "nan")) for optimizer in optimizers for group in optimizer.param_groups])
 
 
 def _continued(rate: float, first: float, last: float) -> float:
