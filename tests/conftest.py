@@ -52,6 +52,8 @@ LONG = frozenset(
         "test_live.py",
         "test_loaders.py",
         "test_maintenance_killed.py",
+        "test_many_weights.py",
+        "test_mlflow.py",
         "test_newcomer.py",
         "test_other_loops.py",
         "test_outage.py",

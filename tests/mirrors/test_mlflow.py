@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -14,13 +15,25 @@ from mongotorch.errors import SettingError
 from mongotorch.mirrors import open_mirror
 
 pytest.importorskip("mlflow")
+pytest.importorskip("alembic")
+from mlflow import MlflowClient
+
+# Of SQLAlchemy, about what MLflow asks it for.
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``")
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty store, whose tables take MLflow seconds to make."""
+    path = tmp_path_factory.mktemp("mlflow") / "runs.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments(max_results=1)
+    return path
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def store(empty_store: Path, tmp_path: Path) -> str:
     """The address of an empty store."""
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    return f"file://{tmp_path / 'mlruns'}"
+    return f"sqlite:///{shutil.copy(empty_store, tmp_path / 'runs.db')}"
 
 
 def test_a_run_is_mirrored_with_parameters_and_its_end(db: Datalayer, uri: str, store: str) -> None:
@@ -64,9 +77,11 @@ def test_a_store_that_cannot_be_used_is_refused(db: Datalayer) -> None:
 
 
 def test_a_parameter_that_was_half_written_does_not_keep_values_back(
-    db: Datalayer, uri: str, store: str, tmp_path: Path
+    db: Datalayer, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Written(db)
+    """In a store of files, which MLflow still has where one asks for it."""
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    run, store = Written(db), f"file://{tmp_path / 'mlruns'}"
     run.measure(1)
     update(uri, f"mlflow:{store}")
     (kept,) = (tmp_path / "mlruns").rglob("params/max_iterations")

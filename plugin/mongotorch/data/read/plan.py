@@ -56,7 +56,7 @@ _MOST = 5_000  # samples, where gaps can be cut; each costs some 40 microseconds
 _MOST_UNCUT = 100_000  # samples, where they cannot
 _FEWEST = 8  # samples; with fewer the select is walked
 _ASCENDING = 0.95  # of neighbours, for record numbers to mean something
-_WIDE = 1.75  # times the wanted size, from where on a gap is walked
+_WIDE = 1.75  # times the size that a range is to have, from where on a gap is walked
 _WALK_S = 0.25  # seconds that walking may take
 
 
@@ -71,8 +71,8 @@ def sampled(reader: Reader, whole: IdRange, rows: int, size: int, *, most: int) 
         most: Ranges, at most.
     """
     rows = max(rows, -(-size // most))
-    wanted = max(min(_SAMPLES * size // rows, int(size * _SHARE), _MOST_UNCUT), _FEWEST)
-    sample_size = min(wanted, _MOST) if _can_be_cut(whole.lower, whole.upper) else wanted
+    asked = max(min(_SAMPLES * size // rows, int(size * _SHARE), _MOST_UNCUT), _FEWEST)
+    sample_size = min(asked, _MOST) if _can_be_cut(whole.lower, whole.upper) else asked
     ids = reader.sample(sample_size)
     if len(ids) < _FEWEST:
         return None
@@ -80,9 +80,9 @@ def sampled(reader: Reader, whole: IdRange, rows: int, size: int, *, most: int) 
     numbers = reader.record_numbers([*inside, whole.upper])
     gaps = [after - before for before, after in itertools.pairwise(numbers)]
     if not gaps or sum(gap > 0 for gap in gaps) < _ASCENDING * len(gaps):
-        if sample_size < wanted:
-            inside = _inside(whole, [*ids, *reader.sample(wanted - sample_size)])
-        step = max(round(wanted * rows / size), 1)
+        if sample_size < asked:
+            inside = _inside(whole, [*ids, *reader.sample(asked - sample_size)])
+        step = max(round(asked * rows / size), 1)
         return tuple(inside[::step])
     # Record numbers count the documents of the collection, of which the select may have a part only.
     target = rows * sample_size / len(ids)
