@@ -16,7 +16,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-EXTRAS = ("demo", "trust")
+EXTRAS = ("demo", "trust", "web")
 TESTS = (
     "tests/test_component.py",
     "tests/test_query.py",
