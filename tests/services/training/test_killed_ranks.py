@@ -38,6 +38,7 @@ def when_at(db: Datalayer, step: int, do: Callable[[Any], object], ended: thread
     return thread
 
 
+@pytest.mark.timeout(1800)
 def test_a_rank_killed_at_twenty_random_moments_with_another_number_each_time(
     server_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,14 +95,16 @@ def test_a_stopped_run_publishes_the_best_so_far_and_a_cancelled_one_nothing(ser
         ended = threading.Event()
         stopping = when_at(db, 5, lambda job: job.stop(), ended)
         job = db.apply(trainer(db, "stopped", workers=2, steps=100_000))
+        ended.set()
         stopping.join()
         model = job.result()
         found = db.show(uuid=model.uuid)
         assert found["stopped"]
         assert 5 <= found["steps"] < 100_000
-        begun = time.monotonic()
+        begun, ended = time.monotonic(), threading.Event()
         cancelling = when_at(db, 5, lambda job: job.cancel(), ended)
         job = db.apply(trainer(db, "cancelled", workers=2, steps=100_000))
+        ended.set()
         cancelling.join()
         assert isinstance(job.exception(), JobCancelledError)
         assert db.show("model", "cancelled") == [0]
@@ -116,6 +119,7 @@ def test_a_worker_that_has_to_stop_hands_its_job_back_with_a_checkpoint(server_u
         worker, ended = Worker(db), threading.Event()
         stopping = when_at(db, 5, lambda _: worker.stop(), ended)
         worker.run()
+        ended.set()
         stopping.join()
         assert job.status == "queued"
         (kept,) = db["mt.checkpoints"].raw.find({"step": {"$gt": 0}})
