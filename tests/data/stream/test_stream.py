@@ -344,7 +344,7 @@ def test_what_a_killed_download_leaves_is_removed_by_the_next(
         import os, sys, tempfile
         from pathlib import Path
         from mongotorch.data.stream import cache
-        with cache._building_folder(Path(sys.argv[1])) as building:
+        with cache.working_folder(Path(sys.argv[1])) as building:
             (building / "field-0").write_bytes(bytes(100))
             print(building, flush=True)
             sys.stdin.read()
