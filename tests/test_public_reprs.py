@@ -30,7 +30,7 @@ WIDTH, MOST_LINES = 80, 14
 NOT_SHOWN = {
     *("Codec", "Component", "Engine", "Gate", "JobRecords", "Lease", "MetricMirror", "Mirror", "Split", "Trigger"),
     *("CodecSuite", "EngineSuite", "LauncherSuite", "ProcessLauncherSuite", "StoreSuite", "TriggerSuite"),
-    *("WaitingEngineSuite", "Thing", "ArrayParts", "Pickled", "Scores", "State"),
+    *("WaitingEngineSuite", "Thing", "ArrayParts", "FileBytes", "Pickled", "Scores", "State"),
 }
 
 

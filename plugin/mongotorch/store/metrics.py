@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any, Final, final
 
 from pymongo import IndexModel, UpdateOne
-from pymongo.errors import PyMongoError
+from pymongo.errors import BulkWriteError, PyMongoError
 
 from mongotorch.codecs import WRITTEN, check_format
 from mongotorch.mongo.change_stream import open_stream, poller
@@ -24,6 +24,7 @@ from mongotorch.store.jobs import plain_key, running
 
 COLLECTION: Final = "mt.metrics"
 _POLL_S: Final = 0.5
+_DUPLICATE_KEY: Final = 11000
 
 
 @final
@@ -126,8 +127,13 @@ class MetricLog:
         there = {entry["_id"] for entry in self._documents.find({"job": job}, {"_id": 1})}
         new = [entry for _id, entry in found.items() if _id not in there]
         if new:
-            with self._clock.alone():
-                self._documents.insert_many(new)
+            try:
+                with self._clock.alone():
+                    self._documents.insert_many(new, ordered=False)
+            except BulkWriteError as error:
+                # Another process imports the same version: its entries are these.
+                if any(one.get("code") != _DUPLICATE_KEY for one in error.details["writeErrors"]):
+                    raise
 
     @repeated("reading metrics")
     def of(self, job: str) -> list[dict[str, Any]]:
