@@ -29,7 +29,7 @@ from typing import Any, Final, final
 
 import bson
 
-from mongotorch.errors import JobProcessError, WorkerLostError
+from mongotorch.errors import JobProcessError, MongotorchError, WorkerLostError
 from mongotorch.jobs.failures import described, rebuilt
 from mongotorch.jobs.launchers.base import RankCall, imported
 from mongotorch.resources import die_with_parent
@@ -228,11 +228,15 @@ def drive_ranks() -> None:
     try:
         imported(what.drive)(what)
         code = 0
-    except RankEndedError as ended:
-        codes = {str(rank): number for rank, number in ended.codes.items()}
+    except RankEndedError as failed:
+        codes = {str(rank): number for rank, number in failed.codes.items()}
         write_description(what.folder, _DRIVER, {"codes": codes})
-    except BaseException as error:  # noqa: BLE001 - it is the error of the run
+    except MongotorchError as error:
         leave(what.folder, _DRIVER, error, where="the process that watches the ranks")
+    except BaseException as error:  # noqa: BLE001 - such as that a process which starts ranks was killed
+        ended = JobProcessError(f"the ranks could not be started or watched: {type(error).__name__}: {error}")
+        ended.__cause__ = error
+        leave(what.folder, _DRIVER, ended, where="the process that watches the ranks")
     _flush()
     os._exit(code)
 
