@@ -178,10 +178,10 @@ def opened_fit(
 
         def stream(name: str, query: Query) -> Stream:
             spec = (training_spec if name == "train" else validation_spec)(trainer, settings, query)
-            share = (lanes.training_stream if name == "train" else lanes.validation_stream)(
-                group.rank, group.world
-            )
-            spec = dataclasses.replace(data.fixed(spec, name), run_dtypes=run_dtypes, **share)
+            spec = dataclasses.replace(data.fixed(spec, name), run_dtypes=run_dtypes)
+            if lanes.lanes > 1:
+                own = lanes.training_stream if name == "train" else lanes.validation_stream
+                spec = dataclasses.replace(spec, **own(group.rank, group.world))
             made = Stream(connection.opener, spec, database=connection.database)
             opened.callback(made.close)
             return made
