@@ -56,7 +56,8 @@ def test_a_run_is_a_record_an_event_each_with_job_component_and_step(queue: Data
         ("published", queue.show("model", "m", 1)["best_step"]),
         ("succeeded", 12),
     ]
-    assert ("checkpoint", 4) in lines.events("step")
+    # One that is due while the one before it is still being written takes its place.
+    assert {step for event, step in lines.events("step") if event == "checkpoint"} & {4, 8}
     of_job = [line for line in lines.all() if "event" in line]
     assert {line["job"] for line in of_job} == {job.uuid}
     assert {line["component"] for line in of_job} == {"trainer t"}
