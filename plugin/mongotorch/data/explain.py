@@ -17,7 +17,7 @@ from typing import Any, final
 from mongotorch.data.prefetch import close_iterator
 from mongotorch.data.read import Reader, count
 from mongotorch.data.stream.batches import SampleBuilder, batch_of, gathered
-from mongotorch.data.stream.order import Order
+from mongotorch.data.stream.shuffle import Order
 from mongotorch.data.stream.spec import StreamSpec
 from mongotorch.data.stream.stream import Stream
 from mongotorch.data.stream.windows import WindowReader, open_windows

@@ -28,10 +28,10 @@ from mongotorch.errors import MongotorchError, NotFoundError, ParameterError, Qu
 from mongotorch.mongo.driver_errors import redact
 from mongotorch.services.overview import MOST_COMPARED
 from mongotorch.store.listing import shown
-from mongotorch.web.access import AccessControl
 from mongotorch.web.events import ChangeEvents
 from mongotorch.web.formatting import FILTERS, short
 from mongotorch.web.graph import layout
+from mongotorch.web.security import AccessControl
 
 PAGE_RUNS: Final = 200
 MOST_RUNS: Final = 1000

@@ -12,8 +12,8 @@ import uvicorn
 
 from mongotorch.datalayer import Datalayer
 from mongotorch.errors import SettingError
-from mongotorch.web.access import check_token
 from mongotorch.web.app import create_app
+from mongotorch.web.security import check_token
 
 HOST = "127.0.0.1"
 PORT = 8265

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from mongotorch.data import Stream, StreamSpec
 from mongotorch.data.decode import build, decode, id_keys
 from mongotorch.data.read import weights_of, with_weights
-from mongotorch.data.stream.order import Order, row_weights
+from mongotorch.data.stream.shuffle import Order, row_weights
 from mongotorch.errors import DataError, FieldMissingError, LengthUnknownError, ParameterError
 from mongotorch.mongo.connection import open_address
 from mongotorch.query import Query

@@ -14,7 +14,7 @@ from mongotorch.data.decode.columns import Columns
 from mongotorch.data.decode.ids import U64
 from mongotorch.data.prefetch import ReadPressure
 from mongotorch.data.stream.epochs import most_together, requests, windows_from
-from mongotorch.data.stream.order import Order, WindowSpec
+from mongotorch.data.stream.shuffle import Order, WindowSpec
 from mongotorch.data.stream.windows import WindowReader
 from mongotorch.query import Query
 

@@ -35,7 +35,7 @@ from torch import Tensor
 from mongotorch.data.decode import U64, Columns, decode, pack_ids
 from mongotorch.data.prefetch import close_iterator
 from mongotorch.data.stream.batches import CachedRows, Rows, layout, ordered, tensor_of
-from mongotorch.data.stream.order import ROW_WEIGHT, Order, WindowSpec
+from mongotorch.data.stream.shuffle import ROW_WEIGHT, Order, WindowSpec
 from mongotorch.data.stream.windows import Window, WindowReader
 from mongotorch.data.training_set import ContentDigest
 

@@ -24,7 +24,7 @@ from mongotorch.data.prefetch import ReadPressure, ThreadPrefetcher, WorkerPool,
 from mongotorch.data.read import DatabaseAccess
 from mongotorch.data.stream.batches import Rows
 from mongotorch.data.stream.cache import CachedSelect, download, load
-from mongotorch.data.stream.order import Order, WindowSpec, lane_seed, worker_seed
+from mongotorch.data.stream.shuffle import Order, WindowSpec, lane_seed, worker_seed
 from mongotorch.data.stream.spec import StreamSpec
 from mongotorch.data.stream.windows import Window, WindowReader, content_of, count_drawn, open_windows
 from mongotorch.errors import DataError

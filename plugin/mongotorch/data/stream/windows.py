@@ -41,7 +41,7 @@ from mongotorch.data.read import (
     with_weights,
 )
 from mongotorch.data.stream.batches import NO_ROWS, Rows, TensorRows, gathered, ordered
-from mongotorch.data.stream.order import Order, WindowSpec, position_keys, row_weights
+from mongotorch.data.stream.shuffle import Order, WindowSpec, position_keys, row_weights
 from mongotorch.data.stream.spec import StreamSpec
 from mongotorch.data.training_set import only, only_once, scan_members
 from mongotorch.errors import DataError, QueryError

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from mongotorch.data.decode.columns import build
 from mongotorch.data.decode.ids import sort_key
 from mongotorch.data.stream.batches import CachedRows, cut
-from mongotorch.data.stream.order import Order
 from mongotorch.data.stream.position import HashMarkers, IdMarkers, Position
+from mongotorch.data.stream.shuffle import Order
 
 pytestmarker = pytest.mark.property
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from mongotorch.data.decode.ids import mix, salt, same_type, sort_key
-from mongotorch.data.stream.order import Order
+from mongotorch.data.stream.shuffle import Order
 
 
 def test_the_generator_is_splitmix64() -> None:

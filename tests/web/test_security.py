@@ -7,7 +7,7 @@ from tests.web.pages import client
 
 from mongotorch import Datalayer
 from mongotorch.errors import SettingError
-from mongotorch.web.access import COOKIE, HEADERS, check_token, is_loopback
+from mongotorch.web.security import COOKIE, HEADERS, check_token, is_loopback
 from mongotorch.web.server import serve
 
 TOKEN = "correct-horse-battery-staple"
