@@ -77,16 +77,25 @@ def _readable(value: Any) -> Any:
     return redact(value) if isinstance(value, str) else value
 
 
+class _OwnHandler(logging.StreamHandler[Any]):
+    """A handler that this module has set up."""
+
+
 def configure_logging(level: str, form: str) -> None:
-    """Write what mongotorch logs to stderr, in place of what an earlier call set up.
+    """Write what mongotorch logs to stderr, and the warnings of others, in place of what an earlier call set up.
+
+    What the driver, torch and `warnings` have to say goes the same way, so that every line has one format and no
+    password of an address.
 
     Args:
-        level: The name of the least level.
+        level: The name of the least level of mongotorch's own records.
         form: `text` or `json`.
     """
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _OwnHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
-    logger = logging.getLogger("mongotorch")
+    root, logger = logging.getLogger(), logging.getLogger("mongotorch")
+    root.handlers = [*(one for one in root.handlers if not isinstance(one, _OwnHandler)), handler]
+    logging.captureWarnings(True)
     logger.handlers = [handler]
     logger.setLevel(level.upper())
     logger.propagate = False
@@ -94,11 +103,13 @@ def configure_logging(level: str, form: str) -> None:
 
 @contextlib.contextmanager
 def logging_to_stderr(level: str, form: str) -> Iterator[None]:
-    """Write what mongotorch logs to stderr inside; see `configure_logging`."""
-    logger = logging.getLogger("mongotorch")
-    before = logger.handlers, logger.level, logger.propagate
+    """Write what is logged to stderr inside; see `configure_logging`."""
+    root, logger = logging.getLogger(), logging.getLogger("mongotorch")
+    before, of_root = (logger.handlers, logger.level, logger.propagate), root.handlers
     configure_logging(level, form)
     try:
         yield
     finally:
         logger.handlers, logger.level, logger.propagate = before
+        root.handlers = of_root
+        logging.captureWarnings(False)

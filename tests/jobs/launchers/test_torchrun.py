@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -20,9 +22,14 @@ class TestTorchrun(ProcessLauncherSuite):
         return launcher_named("torchrun")
 
     def test_nothing_is_left_behind_and_nothing_secret_is_shown(
-        self, launcher: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self,
+        launcher: Launcher,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        request: pytest.FixtureRequest,
     ) -> None:
-        (own := tmp_path / "own").mkdir()
+        own = Path(tempfile.mkdtemp(dir="/tmp", prefix="mt-"))  # a socket's path has at most 107 characters
+        request.addfinalizer(lambda: shutil.rmtree(own))
         (ranks := tmp_path / "ranks").mkdir()
         monkeypatch.setenv("TMPDIR", str(own))
         monkeypatch.setattr("tempfile.tempdir", None)

@@ -177,7 +177,7 @@ def raise_first(group: Group, error: Exception | None, errors: Sequence[Exceptio
         raise error
     for rank, one in enumerate(errors):
         if one is not None:
-            one.add_note(f"on worker {rank} of {group.world}")
+            one.add_note(f"on rank {rank} of {group.world}")
             raise one
 
 
