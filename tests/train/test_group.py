@@ -439,7 +439,7 @@ def test_an_error_on_one_rank_is_raised_on_all(kind: str) -> None:
 
     results = run_ranks(4, rank_main, timeout_s=20)
     assert [type(one) for one in results] == [OwnError] * 4
-    assert any("on worker" in note for one in results for note in getattr(one, "__notes__", []))
+    assert any("on rank" in note for one in results for note in getattr(one, "__notes__", []))
 
 
 @pytest.mark.parametrize(
