@@ -53,7 +53,7 @@ def test_apply_and_result_enter_few_files(db: Datalayer) -> None:
     applied = trainer(fill(db))
     with Entered() as entered:
         db.apply(applied).result()
-    expect(entered, 56)
+    expect(entered, 54)
 
 
 def test_load_enters_few_files(db: Datalayer) -> None:
@@ -66,12 +66,13 @@ def test_load_enters_few_files(db: Datalayer) -> None:
 def test_from_a_change_to_a_live_version_few_files_are_entered(db: Datalayer) -> None:
     select = fill(db)
     db.apply(Schedule("s", trainer=trainer(select), trigger=NewDocuments(30), gate=Always()))
+    others = db[COLLECTION].raw  # the driver's collection, as whoever else writes has it
     with Entered() as entered:
-        db[COLLECTION].raw.insert_many([{**row, "_id": 1000 + row["_id"]} for row in points(30)])
+        others.insert_many([{**row, "_id": 1000 + row["_id"]} for row in points(30)])
         Worker(db).run(until_idle=True)
         live = db.load("model", "m")
     assert live.version == 1
-    expect(entered, 68)
+    expect(entered, 65)
 
 
 def test_a_streamed_epoch_with_a_thread_enters_few_files(db: Datalayer) -> None:

@@ -2,7 +2,8 @@
 
 A structure is a tensor, or a list, tuple, mapping or dataclass of structures; everything else in it is left as it
 is. What comes out has the same types as what went in: namedtuples, `OrderedDict`s and other subclasses are
-rebuilt, a dict's with its attributes, and a mapping that cannot be rebuilt becomes a dict.
+rebuilt, a dict's with its attributes, and a mapping that cannot be rebuilt becomes a dict. `map_contained` also
+looks into functions and objects: a partial, a closure or attributes may hold tensors and modules.
 
 Dtypes: plain floats and lists of them become torch's default dtype, integers int64, booleans bool; arrays and
 tensors keep theirs.
@@ -14,9 +15,10 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import types
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Final, Protocol, final
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +27,9 @@ from torch import Tensor, nn
 
 from mongotorch.codecs.arrays import BFloat16
 from mongotorch.errors import DataError, ShapeError
+
+_MOST_DEEP: Final = 8
+_MOST_PARTS: Final = 10_000
 
 
 class Indexed(Protocol):
@@ -165,6 +170,115 @@ def _rebuild_dataclass(value: Any, parts: Mapping[str, Any]) -> Any:
     for name, part in changed.items():
         object.__setattr__(built, name, part)  # it may be frozen
     return built
+
+
+def map_contained(
+    value: Any,
+    tensor: Callable[[Tensor], Any],
+    module: Callable[[nn.Module], Any],
+    *,
+    leave: type | tuple[type, ...] = (),
+) -> Any:
+    """The same function or object with functions applied to the tensors and modules that it holds.
+
+    It is looked into partials, closures, default arguments, bound methods, attributes and containers, eight deep,
+    and at 10,000 things at most.
+
+    Args:
+        value: An objective, say. It is not changed: where something in it is replaced, it is rebuilt.
+        tensor: Applied to tensors and parameters.
+        module: Applied to modules.
+        leave: Classes whose objects are not looked into.
+    """
+    return _ContainedWalk(tensor, module, leave).mapped(value, 0)
+
+
+@final
+class _ContainedWalk:
+    """One walk of `map_contained`, which comes to everything once."""
+
+    def __init__(
+        self, tensor: Callable[[Tensor], Any], module: Callable[[nn.Module], Any], leave: type | tuple[type, ...]
+    ) -> None:
+        self._tensor, self._module = tensor, module
+        self._leave = (str, bytes, int, float, type, leave)
+        self._seen: dict[int, tuple[Any, Any]] = {}  # with what it was found for, which so keeps its id
+
+    def mapped(self, value: Any, deep: int) -> Any:
+        if value is None or isinstance(value, self._leave):
+            return value
+        if id(value) in self._seen:
+            return self._seen[id(value)][1]
+        if deep > _MOST_DEEP or len(self._seen) > _MOST_PARTS:
+            return value
+        self._seen[id(value)] = (value, value)  # what refers to itself is not followed again
+        result = self._mapped(value, lambda part: self.mapped(part, deep + 1))
+        self._seen[id(value)] = (value, result)
+        return result
+
+    def _mapped(self, value: Any, inside: Callable[[Any], Any]) -> Any:
+        if isinstance(value, Tensor):
+            return self._tensor(value)
+        if isinstance(value, nn.Module):
+            return self._module(value)
+        if isinstance(value, functools.partial):
+            parts = [value.func, value.args, value.keywords]
+            made = [inside(part) for part in parts]
+            return value if _are_same(made, parts) else functools.partial(made[0], *made[1], **made[2])
+        if isinstance(value, list | tuple | Mapping):
+            parts = list(value.values()) if isinstance(value, Mapping) else list(value)
+            same = _are_same([inside(part) for part in parts], parts)
+            return value if same else map_tensors(inside, value, inside)
+        if isinstance(value, types.MethodType):
+            owner = inside(value.__self__)
+            return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
+        if isinstance(value, types.FunctionType):
+            return _map_function(value, inside)
+        return _map_attributes(value, inside)
+
+
+def _are_same(first: Sequence[Any], second: Sequence[Any]) -> bool:
+    return all(one is other for one, other in zip(first, second, strict=True))
+
+
+def _map_function(function: types.FunctionType, inside: Callable[[Any], Any]) -> Any:
+    parts = [_content(cell) for cell in function.__closure__ or ()]
+    made = [inside(part) for part in parts]
+    defaults, named = inside(function.__defaults__), inside(function.__kwdefaults__)
+    if _are_same([*made, defaults, named], [*parts, function.__defaults__, function.__kwdefaults__]):
+        return function
+    closure = tuple(
+        cell if new is old else types.CellType(new)
+        for cell, new, old in zip(function.__closure__ or (), made, parts, strict=True)
+    )
+    rebuilt: Any = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, defaults, closure
+    )
+    rebuilt.__kwdefaults__ = named
+    functools.update_wrapper(rebuilt, function)
+    del rebuilt.__wrapped__  # it holds what was replaced
+    return rebuilt
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing was assigned yet
+        return None
+
+
+def _map_attributes(value: Any, inside: Callable[[Any], Any]) -> Any:
+    attributes = getattr(value, "__dict__", None)
+    if not isinstance(attributes, dict) or isinstance(value, type | types.ModuleType):
+        return value
+    made = {name: inside(part) for name, part in attributes.items() if part is not value}
+    changed = {name: part for name, part in made.items() if part is not attributes[name]}
+    if not changed:
+        return value
+    rebuilt = copy.copy(value)
+    for name, part in changed.items():
+        object.__setattr__(rebuilt, name, part)
+    return rebuilt
 
 
 def from_array(values: npt.NDArray[Any], *, plain: bool) -> Tensor:

@@ -29,8 +29,8 @@ from mongotorch import (
     Worker,
 )
 from mongotorch.train import Fit, Stepped
-from mongotorch.train.contained import on_device
 from mongotorch.train.model import copied_state
+from mongotorch.train.optimizers import on_device
 from mongotorch.train.tensor_codec import TorchCodec
 
 entropy = nn.functional.cross_entropy

@@ -195,6 +195,7 @@ class ArrayCodec(Codec):
     """
 
     name = "array"
+    types = (np.ndarray, np.generic)
 
     def handles(self, value: Any) -> bool:
         """Whether it is a plain array or a scalar, of a dtype that can be described."""

@@ -33,6 +33,8 @@ class Codec(abc.ABC):
     """One way to store a value. A new one is a class and an entry point in `mongotorch.codecs`."""
 
     name: ClassVar[str]
+    types: ClassVar[tuple[type, ...] | None] = None
+    """The classes whose objects `handles` is asked about; None asks it about every value."""
 
     @abc.abstractmethod
     def handles(self, value: Any) -> bool:

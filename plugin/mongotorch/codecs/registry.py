@@ -255,9 +255,11 @@ class Codecs:
         plain, record = _plain(value)
         if plain:
             return record
-        if type(value) in (list, tuple, dict) and not any(c.handles(value) for c in self._special):
+        chosen = next((codec for codec in self._codecs.values() if _handles(codec, value)), None)
+        if type(value) in (list, tuple, dict) and (chosen is None or isinstance(chosen, DillCodec)):
             return self._container(value, put, where)
-        chosen = next(c for c in self._codecs.values() if c.handles(value))
+        if chosen is None:
+            raise CodecError(f"{where}: no codec stores a {type(value).__name__}", field=where)
         return {CODEC: chosen.name, **chosen.encode(value, put, where=where)}
 
     def claimed_by(self, part: Any) -> str | None:
@@ -290,10 +292,6 @@ class Codecs:
             return {self._decode(key, get): self._decode(part, get) for key, part in record["items"]}
         return self._named(name, "record").decode(record, get)
 
-    @property
-    def _special(self) -> list[Codec]:
-        return [c for c in self._codecs.values() if not isinstance(c, DillCodec)]
-
     def _container(self, value: Any, put: Put, where: str) -> Any:
         if isinstance(value, dict):
             if all(_is_field(key) for key in value):
@@ -311,6 +309,10 @@ class Codecs:
         if name not in self._codecs:
             raise CodecError(f"{where}: no codec {name!r}; there are {', '.join(self._codecs)}", field=where)
         return self._codecs[name]
+
+
+def _handles(codec: Codec, value: Any) -> bool:
+    return (codec.types is None or isinstance(value, codec.types)) and codec.handles(value)
 
 
 def _is_field(key: Any) -> bool:

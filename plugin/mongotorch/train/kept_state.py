@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mongotorch.tensors import copied_values, differences, to_device
-from mongotorch.train.contained import Contained, map_contained
+from mongotorch.component import Component
+from mongotorch.tensors import copied_values, differences, map_contained, to_device
 from mongotorch.train.generators import seeded
 from mongotorch.train.mapping import scalar
 from mongotorch.train.model import TorchModel
+from mongotorch.train.optimizers import Contained
 from mongotorch.train.trainer import SETTINGS, TorchTrainer, evaluating_all, parameter_fields
 
 _log = logging.getLogger("mongotorch")
@@ -102,8 +103,11 @@ class KeptState:
                 return tensor
             return nn.Parameter(tensor.detach().clone().to(cpu), requires_grad=tensor.requires_grad)
 
+        def module(part: nn.Module) -> nn.Module:
+            return copy.copy(part.to(cpu))
+
         return {
-            name: map_contained(getattr(trainer, name), parameter, lambda module: copy.copy(module.to(cpu)))
+            name: map_contained(getattr(trainer, name), parameter, module, leave=Component)
             for name in self.trained_fields()
         }
 

@@ -1,6 +1,7 @@
 """Makes optimizers by name, checked before any data is read, and saves and loads their states.
 
 The state of one optimizer is its `state_dict`, that of several is `{"optimizers": [state_dict, ...]}`.
+`Contained` finds what may be trained besides the model: the modules and parameters that an objective holds.
 """
 
 from __future__ import annotations
@@ -8,14 +9,15 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from mongotorch.codecs import resolve_in
+from mongotorch.component import Component
 from mongotorch.errors import CodecError, OptimizerError
-from mongotorch.tensors import copy_tensors
+from mongotorch.tensors import copied_values, copy_tensors, map_contained
 
 # What torch's optimizers hold in the shape of the parameter.
 _PARAMETER_SHAPED = frozenset(
@@ -234,3 +236,71 @@ def _check_shapes(optimizer: torch.optim.Optimizer) -> None:
             if isinstance(kept[name], Tensor) and kept[name].shape != parameter.shape:
                 shapes = f"{tuple(kept[name].shape)} for a parameter of shape {tuple(parameter.shape)}"
                 raise ValueError(f"{name!r} has shape {shapes}")
+
+
+def on_device(value: Any, device: torch.device) -> Any:
+    """A function or object with the tensors that it holds on a device; modules and parameters move in place."""
+    return map_contained(
+        value, lambda tensor: _moved(tensor, device), lambda module: module.to(device), leave=Component
+    )
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    moved = tensor.to(device)
+    if isinstance(tensor, nn.Parameter) and moved is not tensor:
+        tensor.data = moved.detach()  # an optimizer has this object
+        return tensor
+    return moved
+
+
+@final
+class Contained:
+    """The modules and parameters that a function or object holds.
+
+    Args:
+        value: The function or object.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.modules: list[nn.Module] = []
+        self._parameters: list[nn.Parameter] = []
+        map_contained(value, self._take, self._take, leave=Component)
+
+    def _take(self, part: Any) -> Any:
+        if isinstance(part, nn.Module) and not any(part is one for one in self.modules):
+            self.modules.append(part)
+        elif isinstance(part, nn.Parameter) and not any(part is one for one in self._parameters):
+            self._parameters.append(part)
+        return part
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters, by names of their own; those of a single module by the names that it gives."""
+        several = len(self.modules) > 1
+        named = {
+            f"{n}.{name}" if several else name: parameter
+            for n, module in enumerate(self.modules)
+            for name, parameter in module.named_parameters()
+        }
+        return named | {f"parameter {n}": parameter for n, parameter in enumerate(self._parameters)}
+
+    def shapes(self) -> dict[str, Any]:
+        """The shapes of the parameters that want a gradient, with the number of modules; empty without any."""
+        named = self.parameters().items()
+        found: dict[str, Any] = {name: part.shape for name, part in named if part.requires_grad}
+        return {**found, "": len(self.modules)} if found else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of the modules, without frozen parameters, and the parameters."""
+        frozen = [{n for n, p in module.named_parameters() if not p.requires_grad} for module in self.modules]
+        states = [
+            {name: part for name, part in module.state_dict().items() if name not in left_out}
+            for module, left_out in zip(self.modules, frozen, strict=True)
+        ]
+        return {"modules": states, "parameters": [parameter.data for parameter in self._parameters]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state of the same modules."""
+        for module, part in zip(self.modules, state["modules"], strict=True):
+            module.load_state_dict(copied_values(part), strict=False)
+        for parameter, value in zip(self._parameters, state["parameters"], strict=True):
+            parameter.data.copy_(value)

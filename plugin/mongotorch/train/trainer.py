@@ -38,15 +38,17 @@ from mongotorch.signature import (
     weighted_key,
 )
 from mongotorch.split import Fold, Split, as_split
+from mongotorch.tensors import map_contained
 from mongotorch.train.callbacks import check_callbacks
-from mongotorch.train.contained import Contained, map_contained, on_device
 from mongotorch.train.mapping import BatchMapping, Passed, check_key, counted_share, scalar
 from mongotorch.train.model import TorchModel, check_compile, evaluating
 from mongotorch.train.optimizers import (
+    Contained,
     check_optimizer,
     check_state,
     grouped_parameters,
     make_optimizer,
+    on_device,
     optimizer_class,
     optimizer_name,
 )
@@ -553,7 +555,7 @@ def trainer_of(model: TorchModel, trainer: TorchTrainer) -> TorchTrainer:
     fields = {}
     for name in learned_fields(trainer, own):
         if getattr(own, name) is not getattr(trainer, name):
-            fields[name] = map_contained(getattr(trainer, name), copy.deepcopy, copy.deepcopy)
+            fields[name] = map_contained(getattr(trainer, name), copy.deepcopy, copy.deepcopy, leave=Component)
             Contained(fields[name]).load_state_dict(Contained(getattr(own, name)).state_dict())
     return changed_trainer(trainer, fields)
 
