@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar, final, overload
 from mongotorch.component import Component, arguments_checked
 from mongotorch.data import DataCheck, Explanation, Stream
 from mongotorch.data.collection import Collection, read_documents
-from mongotorch.datalayer.shown import datalayer_html, job_list
+from mongotorch.datalayer.reprs import datalayer_html, job_list
 from mongotorch.datalayer.versions import Versions
 from mongotorch.errors import ParameterError
 from mongotorch.jobs import Job, RunMetrics

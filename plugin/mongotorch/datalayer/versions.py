@@ -8,7 +8,7 @@ from types import EllipsisType
 from typing import Any
 
 from mongotorch.component import arguments_checked
-from mongotorch.datalayer.shown import move_list, version_list
+from mongotorch.datalayer.reprs import move_list, version_list
 from mongotorch.mongo.connection import Connection
 from mongotorch.resources import Owner
 from mongotorch.schedule import Schedule

@@ -13,7 +13,7 @@ from mongotorch.store.jobs import Jobs, plain
 from mongotorch.store.listing import Listing
 from mongotorch.store.maintenance import Collected, GarbageCollector, Verified, Verifier
 from mongotorch.store.metrics import MetricEntry, MetricLog
-from mongotorch.store.run_log import MirrorPositions, RunEvent, RunLog
+from mongotorch.store.run_events import MirrorPositions, RunEvent, RunLog
 from mongotorch.store.schedules import Schedules
 from mongotorch.store.signing import Trust, trust_of
 

@@ -16,7 +16,7 @@ from mongotorch.store.checkpoints import COLLECTION as CHECKPOINTS
 from mongotorch.store.components import COLLECTION as COMPONENTS
 from mongotorch.store.jobs import COLLECTION as JOBS
 from mongotorch.store.metrics import COLLECTION as METRICS
-from mongotorch.store.run_log import COLLECTION as MIRRORS
+from mongotorch.store.run_events import COLLECTION as MIRRORS
 from mongotorch.store.schedules import COLLECTION as SCHEDULES
 
 _READ: Final = ["find", "listCollections", "listIndexes", "collStats", "dbStats", "changeStream"]

@@ -28,8 +28,8 @@ from mongotorch.errors import EmptySelectError, NonFiniteLossError, ParameterErr
 from mongotorch.tensors import copied_values, copy_tensors, to_device
 from mongotorch.train.callbacks import Callbacks, Stepped, Trained, Validated
 from mongotorch.train.evaluation import TRAINING, EarlyStopping, evaluate, try_first_batch
+from mongotorch.train.extra_state import ExtraState, Unsaved, objectives_of
 from mongotorch.train.generators import RunGenerators, seeded, set_generator_state
-from mongotorch.train.kept_state import KeptState, Unsaved, objectives_of
 from mongotorch.train.mapping import scalar
 from mongotorch.train.model import TorchModel, check_state_is_taken, compiled, copied_state, training_device
 from mongotorch.train.optimizers import continue_from, load_state, state_of
@@ -199,7 +199,7 @@ class Fit:
         module, self._is_checked = self._model.object, True
         if self._best.state is not None:
             module.load_state_dict(self._best.state["model"])
-            self._kept.load_learned(self._best.state.get("learned", {}))
+            self._extra.load_learned(self._best.state.get("learned", {}))
             if self._unsaved_at_best is not None and self._best.step != self.step:
                 self._unsaved.restore(self._unsaved_at_best, modules_only=True)
             best = self._best.state
@@ -219,7 +219,7 @@ class Fit:
             best_step=step,
             eval_modules=self._eval_modules,
             metrics=dict(metrics),
-            fields=self._kept.published_fields(self._given),
+            fields=self._extra.published_fields(self._given),
             training_state=_on_cpu(training_state) or None,
             skipped=self._skipped,
             compute=self._compute(),
@@ -258,7 +258,7 @@ class Fit:
             "numbers": dict(self._known),
             "measured": self._measured,
             "best": self._best.state_dict(),
-            "kept": self._kept.state_dict(),
+            "kept": self._extra.state_dict(),
             "recipe": self._step_run.state_dict(),
             "callbacks": [] if self._callbacks is None else self._callbacks.state_dict(),
             **({"skipped": self._skipped} if self._skipped else {}),
@@ -270,9 +270,9 @@ class Fit:
         return captured
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        if self._kept.load_state_dict(state.get("kept", {})):
+        if self._extra.load_state_dict(state.get("kept", {})):
             self._make_parts()
-        missing = self._kept.load_state_dict(state.get("kept", {}))
+        missing = self._extra.load_state_dict(state.get("kept", {}))
         if missing:
             _log.warning("the checkpoint has a state of %s, which this run does not have", ", ".join(missing))
         self.step, self._validated = state["step"], state["validated"]
@@ -307,7 +307,7 @@ class Fit:
             self._step_run.continue_from(given.training_state, schedulers=not whole)
             if self._callbacks is not None:
                 self._callbacks.load_state_dict(given.training_state.get("callbacks", []))
-        self._kept = KeptState(self._trainer, self._model, self._optimizers)
+        self._extra = ExtraState(self._trainer, self._model, self._optimizers)
         self._warn_of_untrained_objective()
         self._eval_modules = self._model.start_training()
         self._unsaved = Unsaved(self._trainer, self._model)
@@ -464,7 +464,7 @@ class Fit:
             raise
 
     def _warn_of_untrained_objective(self) -> None:
-        left = self._kept.untrained()
+        left = self._extra.untrained()
         if left:
             warnings.warn(
                 f"the objective has parameters that no optimizer trains: {', '.join(left)}; return an optimizer "
@@ -536,7 +536,7 @@ class Fit:
                     "model": copied_state(self._model.object),
                     "optimizer": state_of(self._optimizers),
                     "metrics": values,
-                    "learned": self._kept.learned(),
+                    "learned": self._extra.learned(),
                 }
                 self._unsaved_at_best = self._unsaved.changes(modules_only=True)
         self._step_run.end_validation(values[self._trainer.listen])

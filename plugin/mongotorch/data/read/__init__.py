@@ -1,5 +1,6 @@
 """Which documents are read, in ranges and folds, and how they are read from a server or from mongomock."""
 
+from mongotorch.data.read.bad_documents import Form, decode_fitting
 from mongotorch.data.read.folds import (
     assign_folds,
     check_select,
@@ -9,7 +10,6 @@ from mongotorch.data.read.folds import (
     mock_documents,
     query_for,
 )
-from mongotorch.data.read.misfits import Form, decode_fitting
 from mongotorch.data.read.plan import MOST_SHUFFLED_RANGES, Plan, RunDtypes, Sizes, make_plan, resume_plan
 from mongotorch.data.read.reader import (
     DatabaseAccess,

@@ -43,7 +43,7 @@ from mongotorch.data.decode import (
     sort_key,
 )
 from mongotorch.data.prefetch import close_iterator, map_ordered
-from mongotorch.data.read.misfits import Form, common_forms, decode_fitting
+from mongotorch.data.read.bad_documents import Form, common_forms, decode_fitting
 from mongotorch.data.read.reader import DatabaseAccess, IdRange, Reader
 from mongotorch.errors import DataError, EmptySelectError, FieldMissingError
 from mongotorch.mongo.server_features import Later, clock_of, records, utc_now

@@ -1,7 +1,7 @@
 """Finds what a run learns or counts outside the weights and the optimizers, for checkpoints and for publication.
 
 A loss with parameters, a scheduler that a subclass of the trainer keeps, a counter or a cache of a module:
-`KeptState` saves what has a state, and `Unsaved` finds what has none.
+`ExtraState` saves what has a state, and `Unsaved` finds what has none.
 
 Guarantees: a part with `state_dict` and `load_state_dict` comes back in a resumed run as it was. Looking at a
 module leaves nothing behind in it.
@@ -39,7 +39,7 @@ _OF_MODULES: Final = frozenset(vars(nn.Module()))
 
 
 @final
-class KeptState:
+class ExtraState:
     """What of a run has a state besides the model and the optimizers.
 
     These are the objects with `state_dict` and `load_state_dict` that are attributes of the trainer, the model,
