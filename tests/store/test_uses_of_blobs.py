@@ -161,7 +161,7 @@ def test_a_mark_that_a_dead_collection_left_is_waited_for_and_no_longer(
 
     begun = time.monotonic()
     assert BlobStore(database).touch([old]) == []
-    assert 0.3 < time.monotonic() - begun < 5
+    assert 0.3 < time.monotonic() - begun < 20
     assert BlobStore(database).touch([old]) == []
     assert GarbageCollector(database).collect().blobs == ()
 

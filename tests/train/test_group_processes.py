@@ -42,7 +42,7 @@ def test_the_others_hear_at_once_that_a_rank_was_killed(tmp_path: Path) -> None:
     context.processes[1].join(60)
     killed = time.monotonic()
     context.processes[0].join(60)
-    assert time.monotonic() - killed < 5
+    assert time.monotonic() - killed < 20  # gloo itself would wait 30 s
     assert "rank 0 of 2 lost another worker" in (tmp_path / "error").read_text(encoding="utf-8")
 
 

@@ -135,7 +135,7 @@ def test_a_clock_that_jumps_ten_years_ahead_fires_once_and_at_once(trigger: Trig
 
     decision, state = trigger.due(now, State(since=START))
 
-    assert time.perf_counter() - began < 1  # five million moments are not walked over
+    assert time.perf_counter() - began < 5  # five million moments are not walked over
     assert decision.fire
     assert "1,000 or more moments" in decision.reason
     assert decision.next_at is not None

@@ -205,7 +205,7 @@ def test_closing_ends_the_thread_and_a_closed_datalayer_does_too(uri: str, versi
         began = time.monotonic()
         closed.close()
         closed.close()
-        assert time.monotonic() - began < 2.5
+        assert time.monotonic() - began < 10
         assert not closed._thread.is_alive()
         assert (closed.error, said(closed.predict(ONES))) == (None, 0)
 
