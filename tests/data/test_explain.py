@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import uuid
 from typing import Any
 
 import pytest
 from bson import Binary
 from bson.binary import BinaryVectorDtype
-from tests.helpers import fill, fold_ids, trainer
+from tests.helpers import COLLECTION, fill, fold_ids, trainer
 
 from mongotorch import Datalayer
 from mongotorch.data import StreamSpec
@@ -19,6 +20,7 @@ from mongotorch.settings import read_settings
 
 COUNT = 1200
 SELECT = Query.find("documents")
+TENANT = uuid.UUID(int=7)
 
 
 @pytest.fixture
@@ -127,4 +129,13 @@ def test_a_datalayer_tells_of_the_training_documents_of_a_trainer(db: Datalayer)
     select = fill(db)
     found = db.explain(trainer(select))
     assert found.documents == len(fold_ids(db, "train"))
+    assert found.documents_per_second > 0
+
+
+def test_identifiers_that_are_uuids_are_explained(server_uri: str) -> None:
+    with Datalayer.connect(server_uri, progress=False) as db:
+        rows = [{"_id": uuid.uuid4(), "tenant": TENANT, "x": [0.5] * 4, "y": 0} for _ in range(90)]
+        db[COLLECTION].insert_many(rows)
+        found = db.explain(trainer(db[COLLECTION].find({"tenant": TENANT})))
+    assert 0 < found.documents < 90
     assert found.documents_per_second > 0

@@ -187,6 +187,7 @@ def _count_at(database: Any, query: Query, at: Timestamp) -> int:
         pipeline=[{"$match": where}, {"$count": "n"}],
         cursor={},
         readConcern={"level": "snapshot", "atClusterTime": at},
+        codec_options=database.codec_options,  # a command does not take those of its database
     )
     first = reply["cursor"]["firstBatch"]
     return int(first[0]["n"]) if first else 0

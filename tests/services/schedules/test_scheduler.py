@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,18 @@ def test_history_lost_in_the_middle_is_counted_anew(db: Datalayer) -> None:
         stop.set()
         thread.join()
     assert _state(db)["inserted"] == 500
+
+
+def test_a_select_by_uuid_is_counted(db: Datalayer) -> None:
+    tenant = uuid.UUID(int=7)
+    rows = [{**row, "_id": uuid.UUID(int=row["_id"] + 1), "tenant": tenant} for row in points(60)]
+    db[COLLECTION].insert_many(rows[:40])
+    select = db[COLLECTION].find({"tenant": tenant})
+    db.apply(Schedule("s", trainer=trainer(select), trigger=NewDocuments(10**6)))
+    other = {**rows[0], "_id": uuid.UUID(int=9999), "tenant": uuid.UUID(int=8)}
+    db[COLLECTION].raw.insert_many([*rows[40:], other])
+    db.scheduler.step()
+    assert _state(db)["inserted"] == 20
 
 
 def test_a_document_counts_when_an_update_brings_it_into_the_select(db: Datalayer) -> None:

@@ -284,7 +284,7 @@ class ServerReader(Reader):
         command = find_command(self.collection, where, self.projection, 101, **options)
         command.pop("readConcern", None)
         try:
-            answer = self.collection.database.command("explain", command, verbosity="executionStats")
+            answer = self._command({"explain": command, "verbosity": "executionStats"}, dict)
         except PyMongoError:
             return None
         return dict(answer)
