@@ -226,9 +226,19 @@ class Sizes:
 
         One window is served while the next is put together, so each may have half of the bounds.
         """
-        most = max(int(self.prefetch_bytes / 2 / max(row_bytes, 1.0)), 1)
+        most = self._most(row_bytes)
         rows = max(min(self.prefetch_size, most // 2), 1)
-        return rows, max(min(MOST_SHUFFLED_RANGES, self.prefetch_factor // 2, most // rows), 1)
+        return rows, self._together(rows, most)
+
+    def window(self, rows: int, row_bytes: float) -> int:
+        """How many ranges of so many documents are shuffled together, for documents of so many bytes."""
+        return self._together(rows, self._most(row_bytes))
+
+    def _most(self, row_bytes: float) -> int:
+        return max(int(self.prefetch_bytes / 2 / max(row_bytes, 1.0)), 1)
+
+    def _together(self, rows: int, most: int) -> int:
+        return max(min(MOST_SHUFFLED_RANGES, self.prefetch_factor // 2, most // rows), 1)
 
 
 def make_plan(database: Any, reader: Reader, sizes: Sizes) -> Plan:
@@ -241,7 +251,8 @@ def make_plan(database: Any, reader: Reader, sizes: Sizes) -> Plan:
     ends = reader.ends()
     if ends is None:
         raise EmptySelectError(f"the select matches no document in collection {reader.query.collection!r}")
-    rows, window = sizes.cut(reader.row_bytes(_PROBED))
+    row_bytes = reader.row_bytes(_PROBED)
+    rows, window = sizes.cut(row_bytes)
     whole = IdRange(lower=ends[0], upper=ends[1], closed=True, uniform=same_type(*ends))
     size = reader.size()
     if size > _WALKED:
@@ -250,15 +261,22 @@ def make_plan(database: Any, reader: Reader, sizes: Sizes) -> Plan:
         if stored is not None and (stored.starts[0], stored.last) == ends:
             return stored
         if (found := sampled(reader, whole, rows, size, most=_RANGES)) is not None:
+            rows, window = _widened(sizes, row_bytes, rows, -(-size // _RANGES), window)
             plan = Plan(digest=request, starts=found, last=ends[1], rows=rows, window=window)
             return _store(database, plan, reader.query)
     walked = (whole.lower, *reader.walk(whole, rows))
     # More ranges than a document can hold become fewer, larger ones.
     step = -(-len(walked) // _RANGES)
-    starts, rows = walked[::step], rows * step
+    starts = walked[::step]
+    rows, window = _widened(sizes, row_bytes, rows, rows * step, window)
     digest = _digest(reader.query, [*starts, ends[1], rows, window])
     plan = Plan(digest=digest, starts=starts, last=ends[1], rows=rows, window=window, exact=True)
     return _store(database, plan, reader.query)
+
+
+def _widened(sizes: Sizes, row_bytes: float, rows: int, least: int, window: int) -> tuple[int, int]:
+    """Documents a range and ranges a window, where a range has to have so many documents at least."""
+    return (rows, window) if least <= rows else (least, sizes.window(least, row_bytes))
 
 
 def load_plan(database: Any, digest: str, query: Query) -> Plan | None:
