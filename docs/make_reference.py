@@ -49,6 +49,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
             "services.lineage:TrainedOn",
             "services.lineage:Reproduction",
             "services.versions.bundles:Bundle",
+            "services.prediction:Predicted",
         ),
         "schedules": (
             "Schedule",

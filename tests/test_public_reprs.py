@@ -74,6 +74,7 @@ def from_a_run(db: Datalayer, folder: Path) -> Iterator[Any]:
     summary = db.summary(version)
     yield from (summary, summary.layers[0], db[COLLECTION])
     yield db.promote("model", "m", 1, why="w" * 2000)
+    yield db.predict("model", "m", select=db[COLLECTION].find(), into="guess", key="x")
     check = db.check(select)
     yield from (check, check.fields[0], db.explain(run))
     with db.stream(select, key=("x", "y"), batch_size=8) as stream:

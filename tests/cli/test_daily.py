@@ -143,6 +143,25 @@ def test_an_object_gives_arguments_by_name_and_ids_stay_whole(call: Call, db: Da
     assert without.stderr.endswith("; with --integers whole numbers stay whole\n")
 
 
+def test_documents_are_predicted_into_a_field(call: Call, db: Datalayer) -> None:
+    db.apply(trainer(fill(db))).result()
+    into = ("predict", "model", "m", "--collection", "points", "--into", "guess")
+    given = (*into, "--filter", '{"n": {"$lt": 50}}')
+
+    done = call(*given)
+    again = call(*given)
+    db["points"].raw.update_one({"_id": 110}, {"$set": {"x": [1.0]}})
+    broken = call(*into)
+
+    assert done.stdout == "m 1 predicted 50 documents of points into guess\n", done.output
+    assert "0 documents" in again.stdout
+    assert "already" in again.stdout
+    assert (broken.exit_code, broken.stdout) == (1, "")
+    assert "document 110" in broken.stderr
+    assert "the same call goes on" in broken.stderr
+    assert db["points"].count({"guess.version": 1}) >= 50
+
+
 def test_a_model_predicts_json(call: Call, db: Datalayer) -> None:
     model = db.apply(trainer(fill(db))).result()
     rows = [[0.0, 1.0, 2.0, 3.0], [1.0, 0.0, 0.0, 0.0]]

@@ -16,7 +16,7 @@ import torch
 from pymongo.errors import PyMongoError
 from tests.helpers import COLLECTION, fill, points, trainer
 
-from mongotorch import Datalayer, NewDocuments, Schedule, Worker
+from mongotorch import Datalayer, NewDocuments, Schedule, TorchModel, Worker
 from mongotorch.component import Component
 from mongotorch.errors import IntegrityError, MongotorchError, ServerUnavailableError, SettingError
 from mongotorch.mongo.connection import Connection, open_address
@@ -315,6 +315,22 @@ def test_a_worker_trains_on_documents_that_it_may_only_read_and_nobody_gave_a_fo
         counted = owner.show("model", "m", 2)["data"]
         assert counted["train"]["count"] + counted["valid"]["count"] == len(before)
         assert list(owner[COLLECTION].raw.find()) == before
+
+
+def test_who_may_not_write_documents_cannot_write_predictions(secured: Secured) -> None:
+    given: dict[str, Any] = {"progress": False, "server_timeout_s": 3}
+    with Datalayer.connect(secured.uri("trainer"), **given) as owner:
+        owner["inbox"].raw.insert_many([{"_id": n, "x": [float(n)] * 4} for n in range(20)])
+        owner.apply(TorchModel("guesses", object=torch.nn.Linear(4, 1)))
+        before = list(owner["inbox"].raw.find())
+        for user in ("reader", "worker", "onlooker"):
+            with (
+                Datalayer.connect(secured.uri(user), **given) as db,
+                pytest.raises(SettingError, match="does not allow it"),
+            ):
+                db.predict("model", "guesses", 0, select=db["inbox"].find(), into="p", key="x")
+        assert list(owner["inbox"].raw.find()) == before
+        assert owner.predict("model", "guesses", 0, select=owner["inbox"].find(), into="p", key="x").written == 20
 
 
 def test_who_may_only_read_streams_the_folds_of_documents_without_one(secured: Secured) -> None:

@@ -41,7 +41,10 @@ VALUES: dict[str, Any] = {
     "controls": "a\x00\x1b[31m\u202e\ud7ff\r\n\tb",
 }
 BROKEN = "\x01BROKEN\x01"  # eight bytes
-RECORDS = ("mt.jobs", "mt.components", "mt.aliases", "mt.metrics", "mt.schedules", "mt.checkpoints")
+RECORDS = (
+    *("mt.jobs", "mt.components", "mt.aliases", "mt.metrics", "mt.schedules", "mt.checkpoints"),
+    "mt.predictions",
+)
 KEPT = {"_id", "format"}
 # mongomock itself cannot sort or group by values of several types.
 SORTED = {"created", "identifier", "type_id", "version", "n", "step", "kind", "alias", "attempt"}
@@ -71,7 +74,16 @@ def own_key(name: str, record: dict[str, Any], field: str, kind: str) -> dict[st
         keys |= {"version": abs(hash(tail)) % 10**9, "job": tail}
     elif name == "mt.aliases":
         keys |= {"n": abs(hash(tail)) % 10**9, "job": tail}
+    elif name == "mt.predictions":
+        keys |= {"_id": f"{str(record['_id']).partition(' ')[0]} {tail}"}  # those of a version begin with its uuid
     return {**record, **{key: part for key, part in keys.items() if key != field or key == "_id"}}
+
+
+def fill_with_predictions(db: Datalayer) -> tuple[str, TorchModel]:
+    """The first job's id and its model, which has also predicted the documents."""
+    job, model = fill_with_runs(db)
+    db.predict("model", "m", select=db[COLLECTION].find(), into="guess")
+    return job, model
 
 
 def spoil(db: Datalayer, kind: str) -> None:
@@ -106,13 +118,13 @@ def look_at_all(db: Datalayer, job: str, model: TorchModel) -> None:
 
 @pytest.mark.parametrize("kind", VALUES)
 def test_no_value_breaks_a_page(db: Datalayer, kind: str) -> None:
-    job, model = fill_with_runs(db)
+    job, model = fill_with_predictions(db)
     spoil(db, kind)
     look_at_all(db, job, model)
 
 
 def test_no_missing_field_breaks_a_page(db: Datalayer) -> None:
-    job, model = fill_with_runs(db)
+    job, model = fill_with_predictions(db)
     database = db[COLLECTION].raw.database
     for name in RECORDS:
         for record in list(database[name].find().limit(1)):
@@ -126,11 +138,11 @@ def test_no_missing_field_breaks_a_page(db: Datalayer) -> None:
 
 def test_broken_bson_breaks_no_page(server_uri: str) -> None:
     with Datalayer.connect(server_uri, valid_fraction=0.2, progress=False) as db:
-        job, model = fill_with_runs(db)
+        job, model = fill_with_predictions(db)
         database = db[COLLECTION].raw.database
         far = bson.DatetimeMS(253402300800000)  # the year 10000
-        for name in ("mt.jobs", "mt.components", "mt.aliases", "mt.metrics", "mt.schedules"):
-            record = database[name].find_one({})
+        for name in RECORDS:
+            record = database[name].find_one({}) or {}  # the checkpoints are gone
             for number, field in enumerate([field for field in record if field not in KEPT]):
                 for value in (BROKEN, far):
                     tail = f"broken-{number}-{type(value).__name__}"

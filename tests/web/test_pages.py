@@ -197,6 +197,24 @@ def test_a_lineage_goes_from_the_query_to_the_alias(db: Datalayer) -> None:
     assert len(re.findall(r"<path ", svg)) == len(found["edges"])
 
 
+def test_a_lineage_ends_in_the_predictions(db: Datalayer) -> None:
+    _, model = fill_with_runs(db)
+    db.predict("model", "m", select=db[COLLECTION].find(), into="guess")
+    db.predict("model", "m", 0, select=db[COLLECTION].find({"n": {"$lt": 9}}), into="first.guess", key="x")
+    with client(db) as web:
+        found = web.get(f"/lineage/{model.uuid}?format=json").json()
+        page = web.get(f"/lineage/{model.uuid}").text
+    given = db.show("model", "m", 0)["_id"]
+    predictions = {node["title"]: node for node in found["nodes"] if node["kind"] == "predictions"}
+    assert set(predictions) == {f"{COLLECTION}.guess", f"{COLLECTION}.first.guess"}
+    assert predictions[f"{COLLECTION}.guess"]["lines"][:2] == ["120 written in 1 runs", "succeeded"]
+    edges = {tuple(edge) for edge in found["edges"]}
+    assert (f"alias {model.uuid} live", predictions[f"{COLLECTION}.guess"]["id"]) in edges  # chosen by the alias
+    assert (given, predictions[f"{COLLECTION}.first.guess"]["id"]) in edges  # and named by its number
+    assert page.count(f"{COLLECTION}.first.guess") == 2  # in the graph and in the list
+    assert f'href="/data/{COLLECTION}"' in page
+
+
 def test_a_schedule_shows_what_counts(db: Datalayer) -> None:
     fill_with_runs(db)
     with client(db) as web:

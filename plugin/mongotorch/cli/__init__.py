@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from mongotorch._version import __version__
-from mongotorch.cli import bundles, dashboard, demo, doctor, jobs, lineage, metrics, schedules, versions
+from mongotorch.cli import bundles, dashboard, demo, doctor, jobs, lineage, metrics, predict, schedules, versions
 from mongotorch.cli.output import Uri, remember_uri
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -34,7 +34,7 @@ for _command in (
     *(demo.demo, jobs.train, jobs.jobs, jobs.job, jobs.watch, jobs.logs, jobs.stop, jobs.cancel),
     *(jobs.worker, jobs.run_job),
     *(metrics.metrics, metrics.mirror, dashboard.dashboard),
-    *(versions.show, versions.compare, versions.predict, versions.promote, versions.rollback, versions.history),
+    *(versions.show, versions.compare, predict.predict, versions.promote, versions.rollback, versions.history),
     *(versions.diff, lineage.lineage, bundles.export),
     *(versions.gc, versions.verify, versions.resign, doctor.doctor),
 ):

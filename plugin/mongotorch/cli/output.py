@@ -42,11 +42,12 @@ _UNITS: Final = ((86_400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 
 @contextlib.contextmanager
 def errors() -> Iterator[None]:
-    """Print a `MongotorchError` as one line, and exit with code 1."""
+    """Print a `MongotorchError` with its notes as one line, and exit with code 1."""
     try:
         yield
     except MongotorchError as error:
-        typer.echo(f"{type(error).__name__}: {' '.join(error.message.split())}", err=True)
+        text = "; ".join([error.message, *getattr(error, "__notes__", ())])
+        typer.echo(f"{type(error).__name__}: {' '.join(text.split())}", err=True)
         raise typer.Exit(1) from None
 
 

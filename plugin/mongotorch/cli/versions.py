@@ -1,13 +1,10 @@
 """The commands of what is stored and which version is live.
 
-`show`, `compare`, `predict`, `promote`, `rollback`, `history`, `diff`, `gc`, `verify`, `resign`. Only `predict`
-unpickles anything.
+`show`, `compare`, `promote`, `rollback`, `history`, `diff`, `gc`, `verify`, `resign`. They unpickle nothing.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -30,14 +27,13 @@ from mongotorch.cli.output import (
     time_of,
     when,
 )
-from mongotorch.errors import MongotorchError
 
 if TYPE_CHECKING:
     from mongotorch.datalayer import Datalayer
     from mongotorch.store import Move
 
 LIVE = "live"
-_KINDS = ("dataset", "metric", "model", "schedule", "trainer", "validation")
+KINDS = ("dataset", "metric", "model", "schedule", "trainer", "validation")
 Kind = Annotated[str, typer.Argument(metavar="TYPE", help="The kind: model.")]
 Identifier = Annotated[str, typer.Argument(help="The name.")]
 Alias = Annotated[str, typer.Option(help="The alias.")]
@@ -58,7 +54,7 @@ def show(
         if type_id is None:
             _print_names(db.show(), as_json=as_json)
             return
-        one_of("kind", type_id, {*_KINDS, *db.show()})
+        one_of("kind", type_id, {*KINDS, *db.show()})
         if identifier is None:
             _print_names(db.show(type_id), as_json=as_json)
             return
@@ -131,7 +127,7 @@ def compare(
 ) -> None:
     """The trained versions of a name side by side: a column for each metric."""
     with opened(uri) as db:
-        one_of("kind", type_id, {*_KINDS, *db.show()})
+        one_of("kind", type_id, {*KINDS, *db.show()})
         one_of(type_id, identifier, db.show(type_id))
         rows = [row for row in _versions(db, type_id, identifier) if row["trained"]]
         names = sorted({name for row in rows for name in row["metrics"]})
@@ -152,73 +148,6 @@ def compare(
         for row in rows
     )
     print_table(("version", "created", "live", "steps", *names), cells, whole=["version"])
-
-
-def predict(
-    type_id: Kind,
-    identifier: Identifier,
-    data: Annotated[str, typer.Argument(help="The input as JSON, such as '[[0.1, 0.2]]'; - reads it from stdin.")],
-    version: Annotated[int | None, typer.Option(help="The version; without it, the live one.")] = None,
-    batch: Annotated[bool, typer.Option(help="The JSON is a list of inputs, predicted together.")] = False,
-    integers: Annotated[bool, typer.Option(help="Lists of whole numbers stay whole: int64, for ids.")] = False,
-    uri: Uri = None,
-) -> None:
-    """Predict with a stored model, and print the output as JSON. Lists of numbers become float32 tensors.
-
-    A JSON object gives the model its arguments by name.
-    """
-    text = typer.get_text_stream("stdin").read() if data == "-" else data
-    try:
-        given = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise typer.BadParameter(f"the input is no JSON: {error}") from error
-    with opened(uri) as db:
-        one_of("kind", type_id, {*_KINDS, *db.show()})
-        one_of(type_id, identifier, db.show(type_id))
-        model = db.load(type_id, identifier, version)
-        if not hasattr(model, "predict"):
-            raise typer.BadParameter(f"a {type_id} does not predict")
-        if batch and not isinstance(given, list):
-            raise typer.BadParameter("with --batch the input is a JSON list of inputs")
-        inputs = [_input(one, integers) for one in given] if batch else _input(given, integers)
-        try:
-            found = model.predict_batches(inputs) if batch else model.predict(inputs)
-        except MongotorchError:
-            raise
-        except Exception as error:  # noqa: BLE001 - the model's own code, on what somebody typed
-            why = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            hint = "; with --integers whole numbers stay whole" if "Long" in why and not integers else ""
-            typer.echo(f"{type_id} {identifier} does not take this input: {why}{hint}", err=True)
-            raise typer.Exit(1) from None
-    typer.echo(json.dumps(_plain(found)))
-
-
-def _input(value: Any, integers: bool) -> Any:
-    """A JSON value as a model takes it."""
-    import torch
-
-    if isinstance(value, dict):
-        return {name: _input(part, integers) for name, part in value.items()}
-    if isinstance(value, list):
-        try:
-            floats = torch.tensor(value, dtype=torch.float32)
-            whole = torch.tensor(value) if integers else floats
-        except (TypeError, ValueError, RuntimeError):  # text, or lists of unequal length
-            return [_input(part, integers) for part in value]
-        return whole if whole.dtype == torch.int64 else floats
-    return value
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    if isinstance(value, Mapping):
-        return {str(name): _plain(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)  # JSON has no such number
-    return value if isinstance(value, str | int | float | bool) or value is None else str(value)
 
 
 def promote(

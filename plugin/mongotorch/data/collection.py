@@ -11,20 +11,25 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, final
+from typing import Any, Final, final
 
+import bson
 import numpy as np
 import torch
 from bson import ObjectId
-from pymongo.errors import BulkWriteError
+from bson.binary import UuidRepresentation
+from bson.codec_options import CodecOptions
+from bson.errors import BSONError
+from pymongo import UpdateOne
+from pymongo.errors import BulkWriteError, OperationFailure
 from torch import Tensor
 
 from mongotorch.codecs import ArrayParts
 from mongotorch.codecs import decode_document as _decode
 from mongotorch.codecs import encode_document as _encode
 from mongotorch.data.read import assign_folds, fold_of, mock_documents, query_for
-from mongotorch.errors import CodecError, ConflictError, DataError, MongotorchError, StoreError
-from mongotorch.mongo.driver_errors import driver_errors, redact
+from mongotorch.errors import CodecError, ConflictError, DataError, EmptySelectError, MongotorchError, StoreError
+from mongotorch.mongo.driver_errors import driver_errors, is_transient, redact, repeated
 from mongotorch.mongo.server_features import is_mock
 from mongotorch.notebook import cut
 from mongotorch.query import Query, checked_filter
@@ -263,6 +268,96 @@ def read_documents(database: Any, query: Query) -> Iterator[dict[str, Any]]:
             yield decode_document(document)
     finally:
         cursor.close()
+
+
+_UUIDS: Final[CodecOptions[dict[str, Any]]] = CodecOptions(uuid_representation=UuidRepresentation.STANDARD)
+_NOT_UPDATED: Final = {"view": "is a view", "timeseries": "is a time series collection"}
+
+
+def check_updatable(database: Any, name: str) -> None:
+    """Refuse a collection that has no document, or whose documents cannot be updated.
+
+    Raises:
+        StoreError: It is a view or a time series collection.
+        EmptySelectError: It is empty, or there is none of this name.
+    """
+    kind = "collection"
+    with driver_errors(f"looking at collection {name!r}"):
+        if not is_mock(database):
+            with contextlib.suppress(OperationFailure):  # who may not list collections finds out by an update
+                kind = next((found["type"] for found in database.list_collections(filter={"name": name})), kind)
+        if kind in _NOT_UPDATED:
+            raise StoreError(f"{name!r} {_NOT_UPDATED[kind]}, whose documents cannot be updated")
+        if database[name].find_one({}, {"_id": 1}) is None:
+            raise EmptySelectError(f"collection {name!r} has no document, or there is none of this name")
+
+
+@repeated("writing a field of documents")
+def write_field(
+    database: Any, name: str, path: str, ids: Sequence[Any], values: Sequence[Any]
+) -> tuple[int, StoreError | None]:
+    """Set one field of some documents, each to a value of its own; arrays in them are encoded.
+
+    Args:
+        database: The driver's database.
+        name: The collection.
+        path: The field, dotted where it is inside of others.
+        ids: The `_id`s; one that is not there is passed over.
+        values: As many values.
+
+    Returns:
+        How many documents were there and have it now, and what was wrong with the first of the others.
+
+    Raises:
+        CodecError: A value that BSON cannot hold; `document_id` names the document, and none was written.
+        SettingError: The user may not write.
+        ServerUnavailableError: The server cannot be reached.
+    """
+    fields = [_storable(document_id, path, value, name) for document_id, value in zip(ids, values, strict=True)]
+    pairs = list(zip(ids, fields, strict=True))
+    if is_mock(database):  # its bulk writes do not take those of this driver
+        return sum(
+            database[name].update_one({"_id": one}, {"$set": field}).matched_count for one, field in pairs
+        ), None
+    updates = [UpdateOne({"_id": one}, {"$set": field}) for one, field in pairs]
+    try:
+        return int(database[name].bulk_write(updates, ordered=False).matched_count), None
+    except BulkWriteError as error:
+        details: Mapping[str, Any] = error.details or {}
+        if is_transient(error) or not details.get("writeErrors"):
+            raise
+        first: Mapping[str, Any] = details["writeErrors"][0]
+        document_id = ids[int(first.get("index", 0))]
+        refused = StoreError(
+            f"document {document_id!r} of collection {name!r} was refused: {redact(str(first.get('errmsg')))}",
+            document_id=document_id,
+            field=path,
+        )
+        refused.__cause__ = error
+        return int(details.get("nMatched", 0)), refused
+
+
+def _storable(document_id: Any, path: str, value: Any, name: str) -> dict[str, Any]:
+    try:
+        field = encode_document({path: _plain(value)})
+        bson.encode({"": field[path]}, codec_options=_UUIDS)
+    except (CodecError, BSONError, OverflowError, TypeError, ValueError) as error:
+        why = error.message if isinstance(error, CodecError) else str(error)
+        raise CodecError(
+            f"document {document_id!r} of collection {name!r}: BSON cannot hold the value for {path!r}: {why}",
+            document_id=document_id,
+            field=path,
+        ) from error
+    return field
+
+
+def _plain(value: Any) -> Any:
+    """Single numbers in tensors and numpy's own as Python's, so that every client can read them."""
+    if isinstance(value, Tensor | np.ndarray | np.generic) and value.ndim == 0:
+        return value.item()
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def _refused(error: BulkWriteError, name: str, *, before: int) -> MongotorchError:

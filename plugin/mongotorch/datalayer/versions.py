@@ -10,10 +10,12 @@ from typing import Any
 from mongotorch.component import arguments_checked
 from mongotorch.datalayer.reprs import move_list, version_list
 from mongotorch.mongo.connection import Connection
+from mongotorch.query import Query
 from mongotorch.resources import Owner
 from mongotorch.schedule import Schedule
 from mongotorch.services.composition import Services
 from mongotorch.services.lineage import Diff, Reproduction, TrainedOn, diff, reproduce, trained_on
+from mongotorch.services.prediction import Predicted, Predictor
 from mongotorch.services.versions.bundles import Bundle
 from mongotorch.services.versions.live import Live, OnPromote
 from mongotorch.settings import Settings
@@ -181,6 +183,68 @@ class Versions(Owner):
         """
         name = (type_id, identifier, alias)
         return Live(self._connection, self._services.catalog, name, on_promote=on_promote)
+
+    @arguments_checked
+    def predict(
+        self,
+        type_id: str,
+        identifier: str,
+        version: int | None = None,
+        *,
+        alias: str | None = None,
+        select: Query,
+        into: str,
+        key: Any = None,
+        batch_size: int = 256,
+        force: bool = False,
+    ) -> Predicted:
+        """Predict the documents of a query, and write the predictions into them.
+
+        A document gets `{"value": …, "model": identifier, "version": number, "uuid": …}` in the field `into`. A
+        call that ended in the middle is continued by the same call, since documents with a prediction by this very
+        version are left out; a query with a skip, a limit or a pipeline is predicted as a whole each time.
+
+        Args:
+            type_id: The kind: `model`.
+            identifier: The name.
+            version: The version; None is the live one, or else the newest that was trained.
+            alias: The version that this alias names.
+            select: The documents.
+            into: The field for the prediction, dotted where it is inside of others.
+            key: The fields of one input, in the structure that the model's `predict` takes; None is the trainer's
+                key without the target.
+            batch_size: Documents that are predicted and written together.
+            force: Predict again what this version has predicted, such as documents that were changed since.
+
+        Returns:
+            How many documents were written, and by which version.
+
+        Raises:
+            NotFoundError: There is no such version; none was trained and none is live.
+            ParameterError: It is no model; `into` is or overlaps with a field that is read; the trainer does not
+                tell the fields of an input.
+            QueryError: A pipeline that gives other documents than those of the collection.
+            EmptySelectError: The collection has no document.
+            StoreError: It is a view or a time series collection; or the server refuses a document.
+            SettingError: The user may not write.
+            DataError: A document lacks a field, or cannot be predicted; `document_id` names it. Notes of this and
+                the other errors that come later say how many were written before.
+        """
+        catalog = self._services.catalog
+        predictor = Predictor(
+            self._connection, self.settings, find=catalog.find, load=catalog.load, head=catalog.aliases.head
+        )
+        return predictor.predict(
+            type_id,
+            identifier,
+            version,
+            alias,
+            select=select,
+            into=into,
+            key=key,
+            batch_size=batch_size,
+            force=force,
+        )
 
     # Lineage
 

@@ -169,9 +169,10 @@ class Overview:
     def lineage(self, uuid: str) -> Record:
         """Where a version comes from, as a graph of `nodes` and `edges`.
 
-        A node has an `id`, a `kind` (`query`, `run`, `version`, `alias`, or `gone` for a removed version), a
-        `title`, further `lines`, the `generation` (0 for the version itself, 1 for what it began from, …), and
-        what it links to: the `job` of a run, the `uuid` of a version.
+        A node has an `id`, a `kind` (`query`, `run`, `version`, `alias`, `predictions` for a field that a version
+        has predicted, or `gone` for a removed version), a `title`, further `lines`, the `generation` (0 for the
+        version itself, 1 for what it began from, …), and what it links to: the `job` of a run, the `uuid` of a
+        version, the `collection` of predictions.
 
         Raises:
             NotFoundError: There is no such version.
@@ -193,6 +194,7 @@ class Overview:
             document = self._listing.components([origin]).get(origin)
             if document is None:
                 graph.add_gone(origin, generation + 1)
+        graph.add_predictions(self._listing.predictions(graph.versions))
         return {"uuid": uuid, **title, "nodes": graph.nodes, "edges": graph.edges}
 
     # Schedules, data, what is kept, and what changes
@@ -316,6 +318,26 @@ class _Graph:
             self._add(f"alias {uuid} {alias}", "alias", generation, alias, [])
             self.edges.append([uuid, f"alias {uuid} {alias}"])
         self._connect_parent(uuid, generation)
+
+    @property
+    def versions(self) -> list[str]:
+        """The uuids of the versions."""
+        return [node["id"] for node in self.nodes if node["kind"] == "version"]
+
+    def add_predictions(self, records: Iterable[Record]) -> None:
+        """Add the fields that versions have predicted; behind the alias by which a version was chosen."""
+        generations = {node["id"]: node["generation"] for node in self.nodes}
+        for record in records:
+            uuid, collection = _text(record, "uuid") or "", _text(record, "collection") or ""
+            if uuid not in generations:
+                continue
+            node, alias = f"predictions {record.get('_id')}", f"alias {uuid} {_text(record, 'alias')}"
+            written, runs = _number(record, "written") or 0, _number(record, "runs") or 0
+            lines = [f"{written:,.0f} written in {runs:,.0f} runs", _text(record, "status") or ""]
+            lines += [_text(record, "changed") or "", _text(record, "select") or "", _text(record, "error") or ""]
+            title = f"{collection}.{_text(record, 'into')}"
+            self._add(node, "predictions", generations[uuid], title, lines, collection=collection)
+            self.edges.append([alias if alias in generations else uuid, node])
 
     def _connect_parent(self, uuid: str, generation: int) -> None:
         runs = [node["id"] for node in self.nodes if (node["kind"], node["generation"]) == ("run", generation - 1)]

@@ -31,6 +31,8 @@ from mongotorch.store.checkpoints import COLLECTION as CHECKPOINTS
 from mongotorch.store.components import COLLECTION as COMPONENTS
 from mongotorch.store.jobs import COLLECTION as JOBS
 from mongotorch.store.metrics import COLLECTION as METRICS
+from mongotorch.store.predictions import COLLECTION as PREDICTIONS
+from mongotorch.store.predictions import of_versions
 from mongotorch.store.schedules import COLLECTION as SCHEDULES
 
 MOST_TEXT: Final = 20_000
@@ -56,7 +58,7 @@ _VERSION_FIELDS: Final = (
     *("data.read_at", "fields.trainer"),
 )
 Document = dict[str, Any]
-FOLLOWED: Final = (JOBS, METRICS, COMPONENTS, ALIASES, SCHEDULES)
+FOLLOWED: Final = (JOBS, METRICS, COMPONENTS, ALIASES, SCHEDULES, PREDICTIONS)
 """The collections whose changes `Listing.follow` tells."""
 _GATHER_S: Final = 0.25
 
@@ -274,6 +276,11 @@ class Listing:
         return {
             str(file.get("filename")): length for file in found if isinstance(length := file.get("length"), int)
         }
+
+    @repeated("reading the predictions")
+    def predictions(self, uuids: Sequence[str], *, limit: int = 200) -> list[Document]:
+        """Into which fields these versions have written predictions, by version, collection and field."""
+        return self._read(PREDICTIONS, of_versions(uuids), (), sort=[("_id", 1)], limit=limit) if uuids else []
 
     # Schedules, the user's collections, and what is kept
 

@@ -49,6 +49,7 @@ from mongotorch.store.components import KIND
 from mongotorch.store.jobs import COLLECTION as JOBS
 from mongotorch.store.jobs import FINAL_STATUSES
 from mongotorch.store.metrics import COLLECTION as METRICS
+from mongotorch.store.predictions import COLLECTION as PREDICTIONS
 from mongotorch.store.signing import FIELD, Trust
 
 COLLECTION: Final = "mt.garbage"
@@ -105,7 +106,7 @@ class GarbageCollector:
         self._files, self._chunks = records(database, f"{BUCKET}.files"), records(database, f"{BUCKET}.chunks")
         self._components, self._checkpoints = records(database, COMPONENTS), records(database, CHECKPOINTS)
         self._jobs, self._unreachable = records(database, JOBS), records(database, COLLECTION)
-        self._plans = records(database, _PLANS)
+        self._plans, self._predictions = records(database, _PLANS), records(database, PREDICTIONS)
         self._metrics, self._uses = records(database, METRICS), records(database, USES)
         self._grace_s, self._keep_jobs_s = grace_s, keep_jobs_s
         self._clock = clock_of(database, now)
@@ -134,6 +135,7 @@ class GarbageCollector:
             for upload in uploads:
                 self._chunks.delete_many({"files_id": upload})
             self._forget("upload", uploads)
+            self._forget_predictions()
         return Collected(
             jobs=0 if self._keep_jobs_s is None else self._remove_jobs(self._keep_jobs_s, dry_run),
             blobs=tuple(blobs),
@@ -144,6 +146,12 @@ class GarbageCollector:
             plans=tuple(self._collect_plans(dry_run)),
             waiting=young_components + young_blobs + young_uploads,
         )
+
+    def _forget_predictions(self) -> None:
+        """Remove the records of predictions by versions that are gone; the documents keep the predictions."""
+        for version in self._predictions.distinct("uuid"):
+            if self._components.find_one({"_id": version}, {"_id": 1}) is None:
+                self._predictions.delete_many({"uuid": version})
 
     def _refuse_newer(self) -> None:
         for collection in (self._components, self._checkpoints, self._jobs):

@@ -90,6 +90,32 @@ class BatchMapping:
             )
         return Passed(args=(self._forward(model, args, mine),), kwargs=rest)
 
+    def input_key(self, model: TorchModel) -> Key | None:
+        """The fields of the key that a model is given, without the targets; `predict` takes a sample of it.
+
+        Returns:
+            None where the key does not tell: the training method gets the whole batch or sample, or some inputs by
+            name and others by position.
+        """
+        fields = self.key.fields
+        if len(fields) == 1:
+            return Key(form="single", positional=fields)
+        if self.signature == "singleton" or model.takes_batch:
+            return None
+        if self.signature == "*args" or (self.signature == "*args,**kwargs" and not self.key.named):
+            return Key(form="single" if len(fields) == 2 else "tuple", positional=fields[:-1])
+        by_name = self.signature == "**kwargs"
+        paths = dict(zip(self.key.names(), fields, strict=True)) if by_name else {n: p for p, n in self.key.named}
+        named = tuple((path, name) for name, path in self._split(model, paths)[0].items())
+        positional = () if by_name else self.key.positional
+        if positional and named:
+            return None
+        if positional:
+            return Key(form="single" if len(positional) == 1 else "tuple", positional=positional)
+        if len(named) == 1 and model.preprocess is not None:  # which takes an item, and not an argument by name
+            return Key(form="single", positional=(named[0][0],))
+        return Key(form="dict", named=named) if named else None
+
     def _forward(self, model: TorchModel, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         name = model.train_forward_method if model.takes_batch else "forward"
         takes = getattr(model.object, name, model.object)

@@ -1,7 +1,7 @@
 """Lays out the graph of a lineage for drawing: where each box and each line is, in pixels of an SVG.
 
-A column is a kind of node (data, run, version, alias), a row is a generation: the version itself is on top, what
-it began from is below.
+A column is a kind of node (data, run, version, alias, predictions), a row is a generation: the version itself is
+on top, what it began from is below.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from mongotorch.web.formatting import short
 
-_COLUMNS: Final = {"query": 0, "run": 1, "version": 2, "gone": 2, "alias": 3}
+_COLUMNS: Final = {"query": 0, "run": 1, "version": 2, "gone": 2, "alias": 3, "predictions": 4}
 _WIDTH: Final = 190
 _GAP: Final = 46
 _LINE: Final = 17
@@ -50,7 +50,8 @@ def layout(nodes: Iterable[Mapping[str, Any]], edges: Iterable[Sequence[str]]) -
         top += tallest + _ROWS
     by_id = {box["id"]: box for box in boxes}
     paths = [_path(by_id[one], by_id[other]) for one, other in edges if one in by_id and other in by_id]
-    width = 4 * _WIDTH + 3 * _GAP + 8
+    columns = 5 if any(box["kind"] == "predictions" for box in boxes) else 4
+    width = columns * _WIDTH + (columns - 1) * _GAP + 8
     return {"width": width, "height": max(top - _ROWS + 4, 40), "boxes": boxes, "paths": paths}
 
 

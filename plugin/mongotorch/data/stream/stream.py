@@ -151,6 +151,21 @@ class Stream(Owner, IterableDataset[Any]):
         self._running, self._taken = self._epoch(is_rest=True), False
         return self._running
 
+    def samples(self) -> Iterator[tuple[list[Any], list[Any]]]:
+        """The documents of one epoch as samples in place of batches, for a spec whose `collate_fn` is `list`.
+
+        Yields:
+            The `_id`s of up to `batch_size` documents, exactly as they are stored, and their samples in the same
+            order. The position of the stream stays where it is.
+        """
+        cuts = self._cuts(Position())
+        try:
+            for slices, _ in cuts:
+                columns = columns_of(slices)
+                yield columns.ids.values(), self._builder(columns).batch
+        finally:
+            close_iterator(cuts)
+
     def __repr__(self) -> str:
         spec = self.spec
         return f"Stream({spec.query!r}, fields={list(spec.key.paths)!r}, batch_size={spec.batch_size})"
