@@ -139,3 +139,10 @@ def test_identifiers_that_are_uuids_are_explained(server_uri: str) -> None:
         found = db.explain(trainer(db[COLLECTION].find({"tenant": TENANT})))
     assert 0 < found.documents < 90
     assert found.documents_per_second > 0
+
+
+def test_it_prints_as_lines_that_fit_a_terminal(documents: Any, database: Any) -> None:
+    text = str(told(database))
+    assert "  documents " in text
+    assert "1,200" in text
+    assert max(map(len, text.splitlines())) <= 80

@@ -9,10 +9,11 @@ Guarantees: nothing of the user's data is changed; only the plan of ranges is st
 from __future__ import annotations
 
 import itertools
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Final, final
 
 from mongotorch.data.prefetch import close_iterator
 from mongotorch.data.read import Reader, count
@@ -23,6 +24,8 @@ from mongotorch.data.stream.stream import Stream
 from mongotorch.data.stream.windows import WindowReader, open_windows
 from mongotorch.mongo.server_features import is_mock
 from mongotorch.notebook import html_pairs
+
+_WIDTH: Final = 80  # characters of a line of the text
 
 
 @final
@@ -194,6 +197,14 @@ class Explanation:
             ("bottleneck", self.bottleneck),
             *(("hint", hint) for hint in self.hints),
         ]
+
+    def __str__(self) -> str:
+        width = max(len(what) for what, _ in self.rows())
+        lines = ["What reading costs"]
+        for what, how_much in self.rows():
+            first, *more = textwrap.wrap(how_much, _WIDTH - width - 4) or [""]
+            lines += [f"  {what.ljust(width)}  {first}", *(f"{'':{width + 4}}{line}" for line in more)]
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         return html_pairs("What reading costs", self.rows())
