@@ -140,8 +140,22 @@ def test_the_documents_of_a_reply_come_out_byte_for_byte(count: int, alike: bool
     cursor = {"ns": "d.c", "firstBatch": documents, "id": Int64(2**40)}
     reply = {"ok": 1.0, "$clusterTime": {"at": 1}, "cursor": cursor, "operationTime": Int64(3)}
     part = found(bson.encode(reply))
-    assert part.documents == b"".join(map(bson.encode, documents))
+    assert bytes(part.documents) == b"".join(map(bson.encode, documents))
     assert part.cursor == 2**40
+    assert [bytes(part.documents[a:b]) for a, b in offsets(part.documents)] == list(map(bson.encode, documents))
+    assert len(part.documents) == sum(map(len, map(bson.encode, documents)))
+    assert not count or last_id(part.documents) == (count - 1,)
+
+
+@pytest.mark.parametrize("wrong", [-(2**31), -1, 0, 4, 2**20, 2**31 - 1])
+def test_a_document_in_a_reply_that_is_not_as_long_as_it_says_is_refused(wrong: int) -> None:
+    documents = [{"_id": n, "x": "text" * n} for n in range(5)]
+    cursor = {"id": Int64(0), "firstBatch": documents}
+    reply = bytearray(bson.encode({"cursor": cursor}))
+    at = reply.index(bson.encode(documents[2]))
+    reply[at : at + 4] = wrong.to_bytes(4, "little", signed=True)
+    with pytest.raises(DataError, match="longer or shorter than it says"):
+        found(bytes(reply))
 
 
 @pytest.mark.parametrize("reply", [{"ok": 1.0}, {"cursor": {"id": Int64(0)}}, {"cursor": {"firstBatch": []}}])

@@ -35,6 +35,7 @@ from mongotorch.data.decode.raw_bson import (
     SMALLEST_SIZES,
     Array,
     Bytes,
+    Documents,
     Field,
     Mask,
     Octets,
@@ -43,9 +44,11 @@ from mongotorch.data.decode.raw_bson import (
     Rows,
     header,
     kept,
+    offsets,
     other_names,
     sizes,
     starts_of,
+    together,
 )
 from mongotorch.data.decode.values import DOCUMENT, NULL, NUMBER_SIZES, Part, matching, number_columns, read_field
 from mongotorch.errors import DataError, FieldMissingError
@@ -63,7 +66,7 @@ _MISSING = object()
 
 
 def decode(
-    raw: bytes | memoryview | Sequence[Reply],
+    raw: Reply | Sequence[Reply],
     paths: Sequence[str],
     *,
     defaults: Mapping[str, Any] | None = None,
@@ -72,7 +75,8 @@ def decode(
     """Decode documents into columns.
 
     Args:
-        raw: Concatenated BSON documents, as `find_raw_batches` gives them, or a sequence of such.
+        raw: BSON documents, one after the other as `find_raw_batches` gives them or as `found` does, or a
+            sequence of such.
         paths: Dotted paths of the fields to read. A path reaches into sub-documents, not into lists.
         defaults: Values of paths that a document lacks, or has as null.
         few: Fewer documents than that go through `bson`.
@@ -81,11 +85,8 @@ def decode(
         FieldMissingError: A document lacks a path without a default; names the first such document and path.
         DataError: The bytes are not BSON documents.
     """
-    if isinstance(raw, bytes | memoryview):
-        content: bytes | memoryview = raw
-    else:
-        content = raw[0] if len(raw) == 1 else b"".join(raw)
-    decoder = _Decoder(content, tuple(dict.fromkeys(paths)), defaults or {})
+    documents = raw if isinstance(raw, bytes | memoryview | Documents) else together(raw)
+    decoder = _Decoder(documents, tuple(dict.fromkeys(paths)), defaults or {})
     try:
         decoder.run(few)
     except (BSONError, struct.error, UnicodeDecodeError) as error:
@@ -97,24 +98,24 @@ def without_missing(
     raw: Sequence[Reply], paths: Sequence[str], *, defaults: Mapping[str, Any]
 ) -> tuple[list[Reply], int]:
     """The documents that have all of the paths, as `decode` takes them, and how many have not."""
-    content = raw[0] if len(raw) == 1 else b"".join(raw)
-    decoder = _Decoder(content, tuple(dict.fromkeys(paths)), defaults)
+    documents = together(raw)
+    decoder = _Decoder(documents, tuple(dict.fromkeys(paths)), defaults)
     decoder.run(_FEW)
-    starts = [*starts_of(content), len(content)]
-    kept = [content[starts[row] : starts[row + 1]] for row in range(len(starts) - 1) if row not in decoder.lacking]
-    return [b"".join(kept)], len(starts) - 1 - len(kept)
+    cut = enumerate(offsets(documents))
+    kept = [documents[start:end] for row, (start, end) in cut if row not in decoder.lacking]
+    return [b"".join(kept)], len(decoder.lacking)
 
 
 class _Decoder:
     """Collects the parts of the columns of one `decode`, each with the positions of its rows."""
 
-    def __init__(self, content: bytes | memoryview, paths: tuple[str, ...], defaults: Mapping[str, Any]) -> None:
-        self._octets = Octets(content)
+    def __init__(self, raw: Reply, paths: tuple[str, ...], defaults: Mapping[str, Any]) -> None:
+        self._octets = Octets(raw.content if isinstance(raw, Documents) else raw)
         self._paths = paths
         self._defaults = defaults if ID in paths else {ID: None, **defaults}
         self._tree = path_tree((*paths, ID))
         self._parts: dict[str, list[Part]] = {path: [] for path in (*paths, ID)}
-        self._starts, self._lengths = _found(content)
+        self._starts, self._lengths = _found(raw)
         self._missing: tuple[int, str, Any] | None = None
         self.lacking: set[int] = set()  # the documents that lack a field
 
@@ -219,23 +220,26 @@ class _Decoder:
             self._missing = (row, path, document)
 
 
-def _found(content: bytes | memoryview) -> tuple[Positions, int | np.ndarray[Any, Any]]:
+def _found(raw: Reply) -> tuple[Positions, int | np.ndarray[Any, Any]]:
     """Where each document starts, and its length: one number where all have the same.
 
     Raises:
         DataError: The lengths in the documents do not add up.
     """
-    if not len(content):
+    if isinstance(raw, Documents):
+        base = np.array(raw.starts, np.int64)
+        return Positions(len(base), 0, base=base), np.array(raw.ends, np.int64) - base
+    if not len(raw):
         return Positions(0, 0), 0
-    (length,) = _INT32.unpack_from(content) if len(content) > 4 else (0,)
-    count, rest = divmod(len(content), length) if length > 4 else (0, 1)
+    (length,) = _INT32.unpack_from(raw) if len(raw) > 4 else (0,)
+    count, rest = divmod(len(raw), length) if length > 4 else (0, 1)
     if not rest:
         starts = Positions(count, 0, stride=length)
-        matrix = Octets(content).rows(starts, 4)
+        matrix = Octets(raw).rows(starts, 4)
         if (matrix == matrix[0]).all():
             return starts, length
-    base = np.array(starts_of(content), np.int64)
-    return Positions(len(base), 0, base=base), np.diff(base, append=len(content))
+    base = np.array(starts_of(raw), np.int64)
+    return Positions(len(base), 0, base=base), np.diff(base, append=len(raw))
 
 
 def _lacking(parts: list[Part], count: int) -> Rows:

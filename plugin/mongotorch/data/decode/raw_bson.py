@@ -1,7 +1,8 @@
 """Takes BSON apart as bytes: a reply into its documents, and the same field of many documents at a time.
 
 The driver's `find_raw_batches` makes a Python object of each document before it hands over their bytes. Here the
-reply stays bytes: its array of documents is cut out, and the array's own headers are removed.
+reply stays bytes. Documents of one length are put one behind the other, without the headers that their array has
+between them; others stay where they are in the reply, and where that is is found once.
 
 A field is read at a position in each document. Documents of one layout keep one distance: positions are then a
 start and a stride, and reading copies nothing.
@@ -25,7 +26,6 @@ from numpy.typing import NDArray
 
 from mongotorch.errors import DataError
 
-Reply = bytes | memoryview  # concatenated BSON documents
 Array = NDArray[Any]
 Bytes = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
@@ -52,12 +52,51 @@ _INT64 = struct.Struct("<q")
 _SMALLEST_DOCUMENT = 5
 
 
+@final
+class Documents:
+    """BSON documents in a buffer that has other bytes between them; what is cut out of it are bytes of the buffer.
+
+    Args:
+        content: The buffer.
+        starts: Where each document starts; one at least.
+        ends: Where each ends.
+    """
+
+    def __init__(self, content: bytes | memoryview, starts: list[int], ends: list[int]) -> None:
+        self.content, self.starts, self.ends = content, starts, ends
+
+    def __len__(self) -> int:
+        """Bytes of all documents."""
+        return sum(self.ends) - sum(self.starts)
+
+    def __getitem__(self, part: slice) -> bytes | memoryview:
+        return self.content[part]
+
+    def __bytes__(self) -> bytes:
+        """The documents, one after the other."""
+        view = memoryview(self.content)
+        return b"".join([view[start:end] for start, end in offsets(self)])
+
+
+Reply = bytes | memoryview | Documents
+"""BSON documents: one after the other, or where a reply of the server has them."""
+
+
+def together(replies: Sequence[Reply]) -> Reply:
+    """The documents of several replies; those of a single one as they are."""
+    if len(replies) == 1:
+        return replies[0]
+    return b"".join([bytes(one) if isinstance(one, Documents) else one for one in replies])
+
+
 def starts_of(raw: Reply) -> list[int]:
-    """Where each document of concatenated BSON starts.
+    """Where each document starts.
 
     Raises:
         DataError: A document is longer or shorter than it says.
     """
+    if isinstance(raw, Documents):
+        return raw.starts
     length_at, start, size = _INT32.unpack_from, 0, len(raw)
     starts = []
     try:
@@ -70,18 +109,25 @@ def starts_of(raw: Reply) -> list[int]:
     except struct.error:
         pass
     if start != size:
-        raise DataError("documents that are not valid BSON: one is longer or shorter than it says")
+        raise _wrong_lengths()
     return starts
 
 
+def _wrong_lengths() -> DataError:
+    return DataError("documents that are not valid BSON: one is longer or shorter than it says")
+
+
 def offsets(raw: Reply) -> Iterator[tuple[int, int]]:
-    """Where each document of concatenated BSON starts and ends. Raises: see `starts_of`."""
+    """Where each document starts and ends. Raises: see `starts_of`."""
+    if isinstance(raw, Documents):
+        return zip(raw.starts, raw.ends, strict=True)
     return pairwise([*starts_of(raw), len(raw)])
 
 
 def last_id(raw: Reply) -> tuple[Any]:
-    """The `_id` of the last document of concatenated BSON, in a tuple because it may be None."""
-    return (bson.decode(raw[starts_of(raw)[-1] :])["_id"],)
+    """The `_id` of the last document, in a tuple because it may be None."""
+    end = raw.ends[-1] if isinstance(raw, Documents) else len(raw)
+    return (bson.decode(raw[starts_of(raw)[-1] : end])["_id"],)
 
 
 @final
@@ -90,7 +136,7 @@ class Found:
     """The content of a reply to `find`.
 
     Attributes:
-        documents: Concatenated BSON, in memory of its own.
+        documents: Its documents: one after the other in memory of their own, or in that of the reply.
         cursor: The id of the cursor that has more; 0 where there is no more.
     """
 
@@ -102,24 +148,24 @@ def found(reply: bytes | memoryview) -> Found:
     """The content of the reply to a `find` command.
 
     Raises:
-        DataError: It is no such reply.
+        DataError: It is no such reply, or a document is longer or shorter than it says.
     """
     try:
         view = memoryview(reply)
         _, start, _ = _element(view, 0, b"cursor")
         _, number, _ = _element(view, start, b"id")
         _, first, stop = _element(view, start, b"firstBatch")
-        return Found(documents=documents(view[first:stop]), cursor=int(_INT64.unpack_from(view, number)[0]))
+        return Found(documents=documents(reply, first, stop), cursor=int(_INT64.unpack_from(view, number)[0]))
     except (struct.error, IndexError, KeyError) as error:
         raise DataError(f"the server's reply to a find is not understood: {error!r}") from error
 
 
-def documents(array: memoryview) -> Reply:
-    """The documents of a BSON array of documents, one after the other."""
-    if len(array) == 5:
+def documents(reply: bytes | memoryview, start: int, stop: int) -> Reply:
+    """The documents of the BSON array of documents that a reply has there. Raises: see `found`."""
+    if stop - start == 5:
         return b""
-    alike = _alike(array)
-    return alike if alike is not None else b"".join(_each(array))
+    alike = _alike(memoryview(reply)[start:stop])
+    return alike if alike is not None else _each(reply, start, stop)
 
 
 def _alike(array: memoryview) -> Reply | None:
@@ -148,19 +194,25 @@ def _alike(array: memoryview) -> Reply | None:
     return whole.reshape(-1).data
 
 
-def _each(array: memoryview) -> Iterator[memoryview]:
-    length_at = _INT32.unpack_from
-    at, end, number, digits = 4, len(array) - 1, 0, 1
+def _each(reply: bytes | memoryview, start: int, stop: int) -> Documents:
+    length_at, end = _INT32.unpack_from, stop - 1
+    starts: list[int] = []
+    ends: list[int] = []
+    at, number, digits = start + 4, 0, 1
     while at < end:
         head = 2 + digits  # the type and the key, which is the number
         for _ in range(10**digits - number):
-            start = at + head
-            (length,) = length_at(array, start)
-            at = start + length
-            yield array[start:at]
-            if at >= end:
-                return
+            first = at + head
+            (length,) = length_at(reply, first)
+            at = first + length
+            if length < _SMALLEST_DOCUMENT or at > end:
+                raise _wrong_lengths()
+            starts.append(first)
+            ends.append(at)
+            if at == end:
+                break
         number, digits = 10**digits, digits + 1
+    return Documents(reply, starts, ends)
 
 
 def _element(view: memoryview, at: int, field: bytes) -> tuple[int, int, int]:

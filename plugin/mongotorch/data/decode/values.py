@@ -168,9 +168,11 @@ def _binary(octets: Octets, field: Field) -> tuple[list[Part], Rows]:
         return _stored(octets, field, _vector_front)
     rows = np.flatnonzero(plain)
     content = octets.content
-    values = [
-        bytes(content[start:end]) for start, end in _spans(field if plain.all() else field.part(rows, rows), 5, 0)
-    ]
+    spans = _spans(field if plain.all() else field.part(rows, rows), 5, 0)
+    if isinstance(content, bytes):
+        values = [content[start:end] for start, end in spans]
+    else:
+        values = [bytes(content[start:end]) for start, end in spans]
     parts: list[Part] = [(rows, build(values))]
     rest = np.flatnonzero(~plain)
     if not len(rest):

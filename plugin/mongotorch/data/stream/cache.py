@@ -355,7 +355,7 @@ def _write_bson(reader: WindowReader, folder: Path) -> tuple[dict[str, Any], str
                 weights.tofile(weight_file)
             lengths.append(len(columns))
             skipped.append((columns.skipped, columns.why))
-            bson_file.writelines(replies)
+            bson_file.writelines(map(bytes, replies))
             ends.append(bson_file.tell())
     return {"lengths": lengths, "ends": ends, "fields": None, "skipped": skipped}, content.hex
 

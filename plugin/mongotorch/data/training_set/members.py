@@ -28,7 +28,7 @@ from bson.errors import BSONError
 from bson.raw_bson import RawBSONDocument
 from numpy.typing import NDArray
 
-from mongotorch.data.decode import Reply, among, decode, encode, id_keys, offsets
+from mongotorch.data.decode import Documents, Reply, among, decode, encode, id_keys, offsets
 from mongotorch.data.prefetch import ThreadPrefetcher
 from mongotorch.data.read import open_reader
 from mongotorch.errors import DataError
@@ -548,7 +548,7 @@ def _replies(database: Any, query: Query, projection: dict[str, int], deadline_s
 
 def _digests(reply: Reply) -> NDArray[np.uint32]:
     """BLAKE2b-256 of each document, as (n, 8) words."""
-    view, blake = memoryview(reply), hashlib.blake2b
+    view, blake = reply if isinstance(reply, Documents) else memoryview(reply), hashlib.blake2b
     parts = [blake(view[start:end], digest_size=DIGEST_BYTES).digest() for start, end in offsets(reply)]
     return np.frombuffer(b"".join(parts), "<u4").reshape(-1, 8)
 
