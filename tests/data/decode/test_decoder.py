@@ -150,6 +150,50 @@ def test_lists_of_different_lengths_are_a_list() -> None:
     assert columns["x"].numbers() is None
 
 
+LENGTHS = [0, 1, 9, 10, 11, 15, 16, 99, 100, 101, 999, 1000, 1001]
+
+
+@pytest.mark.parametrize("longest", [16, 101, 1001])
+@pytest.mark.parametrize("number", [float, int, bson.Int64, bool])
+def test_lists_of_one_type_and_any_lengths_are_read_without_decoding_any(
+    longest: int, number: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = [length for length in LENGTHS if length <= longest] * 3 + [5] * 40
+    random.Random(0).shuffle(lengths)
+    values = [[number((row + n) % 3) for n in range(length)] for row, length in enumerate(lengths)]
+    content = raw([{"_id": row, "x": value} for row, value in enumerate(values)])
+    monkeypatch.setattr(bson, "decode_all", refuse)
+    column = decode(content, ["x"])["x"]
+    assert column.kind == "ragged"
+    assert column.values() == values
+
+
+@pytest.mark.parametrize("lengths", [[3, 12, 7, 9, 4, 12], [2, 300, 4, 5, 3, 40]])
+@pytest.mark.parametrize("wrong", ["name", "type", "end", "bool"])
+def test_a_list_that_only_has_the_length_of_such_a_list_is_read_as_bson_reads_it(
+    lengths: list[int], wrong: str
+) -> None:
+    number = float if wrong != "bool" else bool
+    documents = [{"_id": row, "x": [number(n % 2) for n in range(length)]} for row, length in enumerate(lengths)]
+    parts = [bytearray(bson.encode(document)) for document in documents]
+    old, new = {
+        "name": (b"\x011\0", b"\x017\0"),
+        "type": (b"\x011\0", b"\x091\0"),  # a date of as many bytes
+        "end": (b"\0\0", b"\1\0"),  # of the list, before that of the document
+        "bool": (b"\x081\0\1", b"\x081\0\2"),
+    }[wrong]
+    start = parts[1].rindex(old)
+    parts[1][start : start + len(new)] = new
+    content = b"".join(map(bytes, parts))
+    try:
+        expected = [document["x"] for document in bson.decode_all(content)]
+    except bson.errors.BSONError:
+        with pytest.raises(DataError):
+            decode(content, ["x"], few=0)
+        return
+    assert decode(content, ["x"], few=0)["x"].values() == expected
+
+
 @pytest.mark.parametrize("count", [1, 50])
 def test_a_missing_field_names_the_first_document_that_lacks_it(count: int) -> None:
     good = [{"_id": row, "n": {"x": 1}} for row in range(count)]

@@ -140,7 +140,8 @@ class Column:
             return self._like(self.data.take(rows, axis=0), _taken(self.whole, rows))
         starts, lengths = self.offsets[:-1][rows], np.diff(self.offsets)[rows]
         offsets = ends_of(lengths)
-        at = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
+        at = np.repeat(starts - offsets[:-1], lengths)
+        at += np.arange(len(at))
         return ragged(numbers(self.data.take(at), _taken(self.whole, at)), offsets)
 
     def slice(self, start: int, stop: int, *, identity: bool = False) -> Column:

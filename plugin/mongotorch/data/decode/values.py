@@ -2,9 +2,9 @@
 
 Numbers, dates and ObjectIds are taken out as numpy arrays, text and bytes as slices, and arrays stored as BSON by
 what is in front of their data, which is the same in all of one shape. Lists of numbers of one type and length have
-their values at equal distances: they are compared with what such a list looks like. Of one type and different
-lengths, the position of each value follows from its number. Lists of mixed types are walked, one element of every
-list at a time. What is left is cut out as a small document of its own and decoded by `bson`.
+their values at equal distances: they are compared with what such a list looks like. Those of different lengths are
+read as if they were as long as the longest, and what is behind each is left out. Lists of mixed types are walked,
+one element of every list at a time. What is left is cut out as a small document of its own and decoded by `bson`.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ _LARGEST = 15 * 100_000  # bytes of a list whose elements have numbers of at mos
 _EMPTY = 5  # bytes of an empty list
 _WORTH = 700  # bytes of elements of one number, below which a walk costs more than `bson`
 _DEEPEST = 32  # dimensions
+_PADDED = 3  # times the elements that there are, which lists of different lengths may be read as
+_SHORT = 4  # bits of the length of lists that are short
 _COMPARED = 2**18  # bytes at a time, so that they stay in the cache
 _TOGETHER = 2**13  # elements at a time, for which no memory has to be asked of the system
 _LONGEST = 100_000  # elements whose number has at most five digits
@@ -382,29 +384,54 @@ def _alike_lists(octets: Octets, starts: Array, lengths: Array) -> tuple[Column,
     longest = int(lengths.max())
     if kind not in NUMBERS or longest > 4 * _LONGEST:
         return None
-    offsets, headers, bits = _elements(kind, 1 << (longest // (3 + NUMBERS[kind].itemsize)).bit_length())
+    offsets = _elements(kind, 1 << (longest // (3 + NUMBERS[kind].itemsize)).bit_length())[0]
     counts = np.searchsorted(offsets, lengths - 5)
     fit: Mask = ((kinds == kind) | empty) & (offsets.take(counts, mode="clip") == lengths - 5)
     if np.count_nonzero(fit) * 2 < len(fit):  # mixed types, some of which have such a length by chance
         return None
     fit &= octets.rows(Positions(len(starts), 0, base=starts + lengths - 1), 1)[:, 0] == 0
-    counts = np.where(fit, counts, 0)
-    ends = ends_of(counts)
-    number = np.arange(ends[-1]) - np.repeat(ends[:-1], counts)
-    matrix = octets.rows(Positions(len(number), 4, base=np.repeat(starts, counts) + offsets.take(number)), 16)
-    first, size = word(matrix, 0), bits.take(number)
-    # The header is the lowest bits of the first eight bytes, and the value comes behind.
-    same = ((first ^ headers.take(number)) << (np.uint64(64) - size)) == 0
-    values = (first >> size) | (word(matrix, 8) << (np.uint64(56) - size) << np.uint64(8))
-    column = number_column(kind, values.view(np.uint8).reshape(-1, 8))
-    if np.count_nonzero(same) < len(same):
-        fit[np.repeat(np.arange(len(starts)), counts)[~same]] = False
-    if column is None:
-        return None
-    if np.count_nonzero(fit) == len(fit):
-        return ragged(column, ends), None
-    kept = np.flatnonzero(np.repeat(fit, counts))
-    return ragged(column.take(kept), ends_of(counts[fit])), fit
+    parts: list[Part] = []
+    # Lists of about one length together.
+    scale = np.frexp(counts)[1].clip(min=_SHORT) * (len(counts) * int(counts.max()) > _PADDED * int(counts.sum()))
+    for size in np.flatnonzero(np.bincount(scale[fit])).tolist():
+        rows = np.flatnonzero(fit & (scale == size))
+        column, same = _side_by_side(octets, starts[rows], kind, offsets, counts[rows])
+        fit[rows[~same]] = False
+        parts.append((rows[same], column))
+    column = parts[0][1] if len(parts) == 1 else merge(parts)
+    return column, None if np.count_nonzero(fit) == len(fit) else fit
+
+
+def _side_by_side(octets: Octets, starts: Array, kind: int, offsets: Array, counts: Array) -> tuple[Column, Mask]:
+    """The column of lists of one type, read as if they all were as long as the longest; and which lists are such.
+
+    Args:
+        octets: The bytes.
+        starts: Where each list starts.
+        kind: The type of its numbers.
+        offsets: Where each element is behind the length of a list, see `_elements`.
+        counts: How many elements each list has.
+    """
+    most, dtype = int(counts.max()), NUMBERS[kind]
+    known = _looks(kind, int(offsets[most + 1]) + _EMPTY)
+    assert known is not None  # noqa: S101 - for the type checker; there is a list of that size
+    # As far as the type of the element behind the last one, which the end of every list differs from.
+    size = int(offsets[most]) + 1
+    content, mask, runs = known[0][4 : size + 4], known[1][4 : size + 4], known[2]
+    name, plain = PLAIN[dtype.char]
+    data, same = np.empty((len(starts), most), plain), np.empty(len(starts), np.bool_)
+    step = max(_COMPARED // size, 1)
+    for start in range(0, len(starts), step):
+        part = slice(start, start + step)
+        lists = octets.rows(Positions(len(starts[part]), 4, base=starts[part]), size)
+        for at, first, count, stride in runs:
+            count = min(count, most - first)
+            elements = lists[:, at - 4 : at - 4 + count * stride].reshape(len(lists), count, stride)
+            data[part, first : first + count] = elements[:, :, stride - dtype.itemsize :].view(dtype)[:, :, 0]
+        differing = np.bitwise_and(lists, mask) != content
+        same[part] = differing.argmax(axis=1) == offsets.take(counts[part])
+    there = np.arange(most, dtype=np.int32) < np.where(same, counts, 0).astype(np.int32)[:, None]
+    return ragged(Column(kind="number", data=data[there], dtype=name), ends_of(counts[same])), same
 
 
 @lru_cache(maxsize=16)
