@@ -87,8 +87,12 @@ def _copied_other(value: Any) -> Any:
 
 def to_device(value: Any, device: torch.device) -> Any:
     """The same structure with its tensors on a device."""
-    if type(value) is tuple and all(type(part) is Tensor and part.device == device for part in value):
-        return value  # as most batches are where there is no accelerator
+    if type(value) is tuple:
+        for part in value:
+            if type(part) is not Tensor or part.device != device:
+                break
+        else:
+            return value  # as most batches are where there is no accelerator
     return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), value)
 
 

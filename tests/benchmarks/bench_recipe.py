@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +25,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mongotorch import Query, TorchModel, TorchTrainer
-from mongotorch.services.training.observers import JobProgress, MetricRecorder, Observer, ProgressBar
+from mongotorch.services.training.checkpoints import CheckpointWriter
+from mongotorch.services.training.observers import (
+    JobProgress,
+    MetricRecorder,
+    Observer,
+    ProgressBar,
+    ValidationLog,
+)
 from mongotorch.train import Fit, Stepped
 
 STEPS = 10**9
@@ -87,8 +96,8 @@ def groups(_: str, parameter: nn.Parameter) -> dict[str, Any]:
     return {"weight_decay": 0.0} if parameter.ndim == 1 else {}
 
 
-def by_hand(module: nn.Module, batches: list[Any], recipe: str) -> Iterator[float]:
-    """The loop that one writes; yields the objective of each step, as a run does."""
+def by_hand(module: nn.Module, batches: list[Any], recipe: str) -> Iterator[None]:
+    """The loop that one writes: it stops at an objective that is not finite, and keeps its mean of 50 steps."""
     full, plain = recipe == WHOLE, recipe == PLAIN
     decayed = [one for one in module.parameters() if one.ndim > 1]
     others = [one for one in module.parameters() if one.ndim == 1]
@@ -101,11 +110,13 @@ def by_hand(module: nn.Module, batches: list[Any], recipe: str) -> Iterator[floa
     if full:
         average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.999))  # type: ignore[no-untyped-call]
     running, micro = iter(Repeated(batches)), 4 if full else 1
-    while True:
+    history, since, rows, begun_s = list[dict[str, float]](), 0.0, 0, time.perf_counter()
+    for step in itertools.count(1):
         optimizer.zero_grad()
         total = 0.0
         for _ in range(micro):
             x, y = next(running)
+            rows += len(y)
             with torch.autocast("cpu", dtype=torch.bfloat16) if full else contextlib.nullcontext():
                 loss = cross_entropy(module(x), y)
             (loss / micro if full else loss).backward()  # type: ignore[no-untyped-call]
@@ -117,13 +128,21 @@ def by_hand(module: nn.Module, batches: list[Any], recipe: str) -> Iterator[floa
             scheduler.step()
         if average is not None:
             average.update_parameters(module)
-        yield total
+        if not math.isfinite(total):
+            raise RuntimeError(f"the objective is {total} at step {step}")
+        since += total
+        if step % 50 == 0:
+            passed_s = time.perf_counter() - begun_s
+            rates = [group["lr"] for group in optimizer.param_groups]
+            history.append({"step": step, "objective": since / 50, "lr": rates[0], "rows_per_s": rows / passed_s})
+            since, rows, begun_s = 0.0, 0, time.perf_counter()
+        yield
 
 
 class Unwritten:
     """A lease and a log of metrics that keep nothing."""
 
-    is_asked_to_end = False
+    is_asked_to_end = is_stopping = False
     progress: Any = None
 
     def check(self) -> None:
@@ -157,7 +176,7 @@ RECIPES[WHOLE] = {
 }
 
 
-def by_run(module: nn.Module, batches: list[Any], recipe: str) -> Iterator[float]:
+def by_run(module: nn.Module, batches: list[Any], recipe: str) -> Iterator[None]:
     """The same, as a run."""
     trainer = TorchTrainer(
         "t",
@@ -175,19 +194,22 @@ def by_run(module: nn.Module, batches: list[Any], recipe: str) -> Iterator[float
         JobProgress(cast(Any, nothing), limit=None),
         ProgressBar("t", limit=None, show=False),
         MetricRecorder(cast(Any, nothing), job=job, interval=trainer.log_interval),
+        ValidationLog(job),
+        CheckpointWriter(cast(Any, nothing.write), interval_s=1e9, lease=cast(Any, nothing)),
     ]
+    on_steps = [one.on_step for one in observers if type(one).on_step is not Observer.on_step]  # as `observe`
     with contextlib.ExitStack() as stack:
         for observer in observers:
             stack.enter_context(observer)
             observer.on_start(fit)
         for event in fit.run():
             assert isinstance(event, Stepped)
-            for observer in observers:
-                observer.on_step(event)
-            yield event.loss.item()
+            for on_step in on_steps:
+                on_step(event)
+            yield
 
 
-def seconds(steps: Iterator[float], count: int) -> float:
+def seconds(steps: Iterator[None], count: int) -> float:
     """How long so many steps take."""
     begun = time.process_time()
     for _ in range(count):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -379,3 +382,49 @@ def test_what_cannot_be_used_is_refused_at_construction(given: dict[str, Any], f
     with pytest.raises(ParameterError, match=field) as caught:
         trainer(SELECT, **given)
     assert caught.value.field == field
+
+
+class OwnClearing(torch.optim.SGD):
+    """Keeps the memory of its gradients, and says how often it was asked to clear them."""
+
+    cleared = 0
+
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        OwnClearing.cleared += 1
+        super().zero_grad(set_to_none=set_to_none)
+
+
+def test_an_optimizer_that_clears_gradients_by_itself_is_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OwnClearing, "cleared", 0)
+    found = []
+    for cls in (OwnClearing, torch.optim.SGD):
+        of = trainer(
+            SELECT, optimizer_cls=cls, optimizer_kwargs={"lr": 0.1}, max_iterations=3, validation_interval=None
+        )
+        run = fit(of)
+        list(run.run())
+        found.append(state(run.model))
+    assert OwnClearing.cleared == 3
+    assert same(*found)
+
+
+def test_a_step_calls_few_functions_of_the_package() -> None:
+    """Small models notice each of them: they are counted, since times differ from machine to machine."""
+    of = trainer(SELECT, max_iterations=64, validation_interval=None)
+    events, calls = fit(of, batches=BATCHES).run(), 0
+
+    def count(frame: FrameType, event: str, _: Any) -> None:
+        nonlocal calls
+        calls += event == "call" and f"{os.sep}mongotorch{os.sep}" in frame.f_code.co_filename
+
+    for _ in range(20):
+        next(events)
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        for _ in range(40):
+            next(events)
+    finally:
+        sys.setprofile(before)
+    events.close()
+    assert 20 < calls / 40 < 46  # 42, of which a dozen count the rows of a batch that no stream has counted

@@ -21,7 +21,7 @@ _log = logging.getLogger("mongotorch")
 
 
 @final
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, init=False)
 class Stepped:
     """An optimizer step is done.
 
@@ -39,11 +39,28 @@ class Stepped:
     step: int
     loss: Tensor = field(repr=False)
     rows: int
-    values: Mapping[str, float | Tensor] = field(default_factory=dict, repr=False)
-    gradient_norm: Tensor | None = field(default=None, repr=False)
-    learning_rates: tuple[float, ...] = ()
-    waited_s: float = 0.0
-    skipped: int = 0
+    values: Mapping[str, float | Tensor] = field(repr=False)
+    gradient_norm: Tensor | None = field(repr=False)
+    learning_rates: tuple[float, ...]
+    waited_s: float
+    skipped: int
+
+    def __init__(
+        self,
+        *,
+        step: int,
+        loss: Tensor,
+        rows: int,
+        values: Mapping[str, float | Tensor] | None = None,
+        gradient_norm: Tensor | None = None,
+        learning_rates: tuple[float, ...] = (),
+        waited_s: float = 0.0,
+        skipped: int = 0,
+    ) -> None:
+        own = self.__dict__  # a third of what a frozen dataclass takes; every step makes one
+        own["step"], own["loss"], own["rows"] = step, loss, rows
+        own["values"], own["gradient_norm"] = {} if values is None else values, gradient_norm
+        own["learning_rates"], own["waited_s"], own["skipped"] = learning_rates, waited_s, skipped
 
 
 @final

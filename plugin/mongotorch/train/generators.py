@@ -39,7 +39,7 @@ class RunGenerators:
         """The items of a source that draws from these generators, each made in a turn of this run."""
         try:
             while True:
-                turns = _turns
+                turns = _turns  # another one in a new process
                 before = turns.begin(self)
                 try:
                     item = next(source)
@@ -97,12 +97,13 @@ class _Turns:
     def begin(self, run: RunGenerators) -> RunGenerators:
         """Let a run draw until `leave`, and return the one that drew before; as `turn`, for each step of a run."""
         self._lock.acquire()
-        try:
-            before = self._active
-            self._switch(run)
-        except BaseException:
-            self._lock.release()
-            raise
+        before = self._active
+        if before is not run:
+            try:
+                self._switch(run)
+            except BaseException:
+                self._lock.release()
+                raise
         self._depth, self._owner = self._depth + 1, threading.get_ident()
         return before
 

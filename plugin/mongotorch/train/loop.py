@@ -16,7 +16,6 @@ import math
 import time
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Protocol, final
 
 import torch
@@ -34,7 +33,7 @@ from mongotorch.train.mapping import scalar
 from mongotorch.train.model import TorchModel, check_state_is_taken, compiled, copied_state, training_device
 from mongotorch.train.optimizers import continue_from, load_state, state_of
 from mongotorch.train.parallel import Alone, Dealt, Group, LaneStep, first_rank, pinned_threads
-from mongotorch.train.schedulers import filled, is_plateau, named_numbers
+from mongotorch.train.schedulers import filled, is_plateau, named_numbers, run_numbers
 from mongotorch.train.step import MicroBatches, StepRun, grouped, lane_steps, trained_parameters
 from mongotorch.train.trainer import UNLIMITED, TorchTrainer, all_modules, changed_trainer, trainer_on_device
 
@@ -101,6 +100,8 @@ class Fit:
         self._values = {name: list(v) for name, v in (trainer.metric_values or {}).items()}
         self._measured: dict[str, float] = {}  # by the last validation
         self._unchecked: list[Tensor] = []
+        self._is_checked_at_once = self.device.type == "cpu"
+        self._may_skip = trainer.on_bad_document == "skip"
         self._generators = RunGenerators(trainer.seed)
         self.step, self._validated = 0, 0
         self._idle = 0  # epochs begun since the last step
@@ -111,7 +112,7 @@ class Fit:
         self._spent_s = 0.0
         self._begun: float | None = None  # on the monotonic clock
         self._known: dict[str, int] = {}  # numbers of this run
-        self._callbacks = Callbacks(trainer.callbacks) if trainer.callbacks else None
+        self._callbacks = Callbacks(trainer.callbacks)
         self._trainer = trainer_on_device(trainer, self.device)
         self._skipped = 0
 
@@ -229,17 +230,13 @@ class Fit:
         lanes = self._given.lanes
         if lanes.lanes == 1:
             return {}
-        return {
-            "workers": self._group.world,
-            "lanes": lanes.lanes,
-            "reduce": lanes.reduce,
-            "threads": lanes.threads,
-        }
+        own = {"lanes": lanes.lanes, "reduce": lanes.reduce, "threads": lanes.threads}
+        return {"workers": self._group.world, **own}
 
     def capture(self) -> dict[str, Any]:
         """Everything that a resumed run needs, as copies. Call it between two events."""
         self._check_losses()
-        self._call("on_checkpoint", self)
+        self._callbacks.call("on_checkpoint", self)
         now = self._best.state if self._best.step == self.step else None  # copied by the validation just now
         if now is not None and self._is_changed_by_validation:
             now = None
@@ -260,7 +257,7 @@ class Fit:
             "best": self._best.state_dict(),
             "kept": self._extra.state_dict(),
             "recipe": self._step_run.state_dict(),
-            "callbacks": [] if self._callbacks is None else self._callbacks.state_dict(),
+            "callbacks": self._callbacks.state_dict(),
             **({"skipped": self._skipped} if self._skipped else {}),
             **({"ended": True} if self._has_ended else {}),
         }
@@ -288,8 +285,7 @@ class Fit:
         self._measured = dict(state.get("measured", {}))
         self._skipped, self._has_ended = state.get("skipped", 0), state.get("ended", False)
         self._best.load_state_dict(state["best"])
-        if self._callbacks is not None:
-            self._callbacks.load_state_dict(state.get("callbacks", []))
+        self._callbacks.load_state_dict(state.get("callbacks", []))
         set_generator_state(state["random"])
 
     def _events(self) -> Generator[Event]:
@@ -305,8 +301,7 @@ class Fit:
             # Schedules that name how long the run is are of one run.
             whole = named_numbers(given.scheduler_kwargs or {}) != set()
             self._step_run.continue_from(given.training_state, schedulers=not whole)
-            if self._callbacks is not None:
-                self._callbacks.load_state_dict(given.training_state.get("callbacks", []))
+            self._callbacks.load_state_dict(given.training_state.get("callbacks", []))
         self._extra = ExtraState(self._trainer, self._model, self._optimizers)
         self._warn_of_untrained_objective()
         self._eval_modules = self._model.start_training()
@@ -317,10 +312,10 @@ class Fit:
             else:
                 check_state_is_taken(self._model.object)
             if not self._has_ended:
-                self._call("on_start", self)
+                self._callbacks.call("on_start", self)
             yield from self._steps()
             if not self._has_ended:
-                self._call("on_end", self)
+                self._callbacks.call("on_end", self)
             self._has_ended = True
 
     def _made_lanes(self) -> LaneStep | None:
@@ -353,15 +348,13 @@ class Fit:
         if set(names) - set(known):
             known = {"max_iterations": trainer.max_iterations}
             if trainer.max_epochs is not None or set(names) != set(known):
-                each = 1 if trainer.lanes.lanes > 1 else trainer.gradient_accumulation_steps
-                steps = -(-len(self._batches) // each)  # type: ignore[arg-type]
-                epochs = trainer.max_epochs or -(-trainer.max_iterations // steps)
-                whole = epochs * steps
-                if trainer.sample_weight is not None:  # epochs differ
-                    lengths = self._batches.lengths(epochs)  # type: ignore[attr-defined]
-                    whole = sum(-(-count // each) for count in lengths)
-                most = min(trainer.max_iterations, whole)
-                known = {"max_iterations": most, "max_epochs": epochs, "steps_per_epoch": steps}
+                known = run_numbers(
+                    self._batches,
+                    max_iterations=trainer.max_iterations,
+                    max_epochs=trainer.max_epochs,
+                    batches_per_step=1 if trainer.lanes.lanes > 1 else trainer.gradient_accumulation_steps,
+                    is_weighted=trainer.sample_weight is not None,
+                )
         self._known = known
         return known
 
@@ -376,15 +369,19 @@ class Fit:
             self._begin_epoch()
             batches = self._batches.rest() if is_rest and hasattr(self._batches, "rest") else iter(self._batches)
             is_rest = False
+            busy_until = self._next_due()
             for step in self._grouped(batches):
                 event = self._step_on(step)
                 if event is None:
                     continue
                 yield event
+                if self.step < busy_until and not self._is_stopped:
+                    continue
                 if self._is_validation_due():
                     yield self._validate()
                 if self.is_over:
                     return
+                busy_until = self._next_due()
             if self._end_epoch():
                 yield self._validate()
 
@@ -406,53 +403,56 @@ class Fit:
 
     def _step_on(self, step: MicroBatches) -> Stepped | None:
         """Make a step; None where all of its documents were left out, and there was none."""
+        run, rows = self._step_run, sum(step.rows)
         loss = scalar(self._take_step(step)).detach()
-        lanes = self._step_run.lane_step
-        elsewhere = step.planned - step.skipped - lanes.rows if lanes is not None else 0
-        if elsewhere and hasattr(self._batches, "skip_elsewhere"):
-            self._batches.skip_elsewhere(elsewhere)
-        if self._step_run.is_empty:
-            return None
+        if run.lane_step is not None:
+            self._skip_elsewhere(step, rows := run.lane_step.rows)
+            if run.lane_step.is_empty:
+                return None
         self.step, self._idle = self.step + 1, 0
         self._unchecked.append(loss)
-        if self.device.type == "cpu" or len(self._unchecked) >= _MOST_UNCHECKED:
+        if self._is_checked_at_once or len(self._unchecked) >= _MOST_UNCHECKED:
             self._check_losses()
-        limit_s = self._trainer.max_seconds
-        if limit_s is not None and self._elapsed_s() >= limit_s:
+        if self._trainer.max_seconds is not None and self._elapsed_s() >= self._trainer.max_seconds:
             self.stop()
-        run = self._step_run
         if run.lane_step is not None:
             self._is_stopped = self._is_stopped or run.lane_step.is_stopped
-        self._skipped = max(self._skipped, getattr(getattr(self._batches, "report", None), "skipped", 0))
+        if self._may_skip:
+            self._skipped = max(self._skipped, getattr(getattr(self._batches, "report", None), "skipped", 0))
         event = Stepped(
             step=self.step,
             loss=loss,
-            rows=sum(step.rows) if run.lane_step is None else run.lane_step.rows,
-            values=run.values(),
+            rows=rows,
+            values=run.values() if run.logged else {},
             gradient_norm=run.gradient_norm,
             learning_rates=run.learning_rates,
             waited_s=step.waited_s,
             skipped=self._skipped,
         )
-        self._call("on_step", self, event)
+        if self._given.callbacks:
+            self._callbacks.call("on_step", self, event)
         return event
 
-    def _call(self, method: str, *args: Any) -> None:
-        if self._callbacks is not None:
-            self._callbacks.call(method, *args)
+    def _skip_elsewhere(self, step: MicroBatches, rows: int) -> None:
+        """Let the stream know what other ranks have left out of a step that had so many rows."""
+        elsewhere = step.planned - step.skipped - rows
+        if elsewhere and hasattr(self._batches, "skip_elsewhere"):
+            self._batches.skip_elsewhere(elsewhere)
 
     def _elapsed_s(self) -> float:
         """Seconds that this run took, those of the runs that it goes on from included."""
         return self._spent_s + (time.monotonic() - self._begun if self._begun is not None else 0.0)
 
     def _take_step(self, step: MicroBatches) -> Tensor:
-        self._last = next((batch for batch in reversed(step.batches) if batch is not None), self._last)
-        self._step_run.number, self._step_run.stops = self.step + 1, self._is_asked_to_stop
+        run = self._step_run
+        run.number, run.stops = self.step + 1, self._is_asked_to_stop
         try:
-            moved = tuple(to_device(batch, self.device) for batch in step.batches)
-            if self._trainer.gradient_accumulation_steps > 1 or self._step_run.lane_step is not None:
-                return self._step_run.take(replace(step, batches=moved))
-            return self._step_run.take(moved[0])
+            if not run.accumulates:
+                self._last = step.batches[0]
+                return run.take(to_device(self._last, self.device))
+            self._last = next((batch for batch in reversed(step.batches) if batch is not None), self._last)
+            moved = tuple([to_device(batch, self.device) for batch in step.batches])
+            return run.take(step._replace(batches=moved))
         except Exception as error:
             if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
                 raise ParameterError(
@@ -496,6 +496,13 @@ class Fit:
         if interval is None or self.step <= self._validated:
             return False
         return self._is_last_step or (interval != "epoch" and self.step % int(interval) == 0)
+
+    def _next_due(self) -> int:
+        """The next step after which a validation or the end may be due, as long as nobody asks for the end."""
+        interval, most = self._trainer.validation_interval, self._trainer.max_iterations
+        if interval is None or interval == "epoch":
+            return most
+        return min(most, (self.step // int(interval) + 1) * int(interval))
 
     def _begin_epoch(self) -> None:
         """The rest of a resumed epoch may be empty; a whole epoch may not, or the run would never end."""
@@ -541,7 +548,7 @@ class Fit:
                 self._unsaved_at_best = self._unsaved.changes(modules_only=True)
         self._step_run.end_validation(values[self._trainer.listen])
         event = Validated(step=self.step, values=values, improved=improved)
-        self._call("on_validation", self, event)
+        self._callbacks.call("on_validation", self, event)
         if improved and self._best.state is not None:
             self._best.state["training"] = self._outcome()
         return event
@@ -554,7 +561,7 @@ class Fit:
 
     def _outcome(self) -> dict[str, Any]:
         """What another run goes on from besides the optimizer state; empty where there is nothing."""
-        states = [] if self._callbacks is None else self._callbacks.state_dict()
+        states = self._callbacks.state_dict()
         callbacks = {"callbacks": states} if any(one["state"] is not None for one in states) else {}
         return {**self._step_run.outcome(), **callbacks}
 
@@ -568,12 +575,12 @@ class Fit:
         """Check the losses so far: several at once, since reading one makes an accelerator catch up."""
         if not self._unchecked:
             return
-        losses = [loss.item() for loss in self._unchecked]
-        self._unchecked = []
-        for behind, value in enumerate(reversed(losses)):
-            if not math.isfinite(value):
+        unchecked, self._unchecked = self._unchecked, []
+        first = self.step - len(unchecked) + 1
+        for number, loss in enumerate(unchecked, first):
+            if not math.isfinite(value := loss.item()):
                 raise NonFiniteLossError(
-                    f"the objective is {value} at step {self.step - behind}; nothing is published. "
+                    f"the objective is {value} at step {number}; nothing is published. "
                     "Try a lower learning rate, scale the inputs, or look at the data"
                 )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, final
 
 import torch
@@ -25,7 +25,7 @@ _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONL
 
 
 @final
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, init=False)
 class Passed:
     """The arguments of the objective for one batch, after the model's forward pass.
 
@@ -34,8 +34,13 @@ class Passed:
         kwargs: Arguments by name.
     """
 
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __init__(self, *, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> None:
+        # Half as long as what a frozen dataclass does; every step makes one.
+        self.__dict__["args"] = args
+        self.__dict__["kwargs"] = {} if kwargs is None else kwargs
 
     def into(self, function: Callable[..., Any], part: str = "the objective") -> Any:
         """Call a function with them.
@@ -47,7 +52,11 @@ class Passed:
         Raises:
             SignatureError: It does not take such arguments.
         """
-        return call(part, function, self.args, self.kwargs)
+        try:
+            return function(*self.args, **self.kwargs)
+        except Exception as error:
+            explain(error, part, function, self.args, self.kwargs)
+            raise
 
     def for_metrics(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a metric: `(output, target)` also where the one target has a name of its own."""
@@ -71,6 +80,8 @@ class BatchMapping:
         Raises:
             SignatureError: The batch does not have the structure that the signature needs.
         """
+        if self._is_plain and type(batch) is tuple and not model.takes_batch:
+            return self._positional(model, batch)
         if self.signature == "singleton":
             return _as_arguments(self._forward(model, (batch,), {}), as_one=not model.takes_batch)
         args, kwargs = self._arguments(batch)
@@ -116,11 +127,19 @@ class BatchMapping:
             return Key(form="single", positional=(named[0][0],))
         return Key(form="dict", named=named) if named else None
 
+    @functools.cached_property
+    def _is_plain(self) -> bool:
+        """Whether a batch that is a tuple has the positional arguments of the model, and then the target."""
+        return self.signature == "*args" and self.key.form != "both"
+
     def _forward(self, model: TorchModel, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        name = model.train_forward_method if model.takes_batch else "forward"
-        takes = getattr(model.object, name, model.object)
-        hint = _HINTS[self.signature]
-        return call(f"the model's {name}", model.train_forward, args, kwargs, takes=takes, hint=hint)
+        try:
+            return getattr(model.object, model.train_forward_method)(*args, **kwargs)
+        except Exception as error:
+            name = model.train_forward_method if model.takes_batch else "forward"
+            takes = getattr(model.object, name, model.object)
+            explain(error, f"the model's {name}", takes, args, kwargs, hint=_HINTS[self.signature])
+            raise
 
     def _positional(self, model: TorchModel, args: Sequence[Any]) -> Passed:
         if len(args) < 2:
@@ -183,44 +202,49 @@ _HINTS = {
 }
 
 
-def call(
+def call(part: str, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Call a function of the user; see `explain` for its errors. Raises: SignatureError."""
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:
+        explain(error, part, function, args, kwargs)
+        raise
+
+
+def explain(
+    error: Exception,
     part: str,
     function: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     *,
-    takes: Callable[..., Any] | None = None,
     hint: str = "",
-) -> Any:
-    """Call a function of the user; an error of its own keeps its type, and gets a note of what it was given.
+) -> None:
+    """Add to an error that a function of the user raised a note of what it was given; the error keeps its type.
 
     Args:
-        part: What the function is, for errors.
-        function: What to call.
-        args: Positional arguments.
+        error: What it raised. Errors of mongotorch say enough.
+        part: What the function is.
+        function: The function.
+        args: Positional arguments that it was called with.
         kwargs: Arguments by name.
-        takes: The function whose arguments these are, where `function` only hands them on.
         hint: What decides the arguments, for the error about them.
 
     Raises:
         SignatureError: It does not take such arguments.
     """
-    try:
-        return function(*args, **kwargs)
-    except MongotorchError:
-        raise
-    except Exception as error:
-        names, problem = _bound(takes or function, args, kwargs)
-        given = ", ".join([*map(_shown, args), *(f"{name}={_shown(value)}" for name, value in kwargs.items())])
-        if isinstance(error, TypeError) and problem:
-            hint = hint or "name the parts in `key` as it names its arguments, or use another `signature`"
-            raise SignatureError(
-                f"{part} takes {names} and was given ({given}): {problem}; {hint}", field="signature"
-            ) from error
-        error.add_note(f"in {part}{names}, given ({given})")
-        if any(isinstance(value, Tensor) and value.dtype == torch.bool for value in [*args, *kwargs.values()]):
-            error.add_note("one of these is bool, which few objectives take: convert it in `transform`")
-        raise
+    if isinstance(error, MongotorchError):
+        return
+    names, problem = _bound(function, args, kwargs)
+    given = ", ".join([*map(_shown, args), *(f"{name}={_shown(value)}" for name, value in kwargs.items())])
+    if isinstance(error, TypeError) and problem:
+        hint = hint or "name the parts in `key` as it names its arguments, or use another `signature`"
+        raise SignatureError(
+            f"{part} takes {names} and was given ({given}): {problem}; {hint}", field="signature"
+        ) from error
+    error.add_note(f"in {part}{names}, given ({given})")
+    if any(isinstance(value, Tensor) and value.dtype == torch.bool for value in [*args, *kwargs.values()]):
+        error.add_note("one of these is bool, which few objectives take: convert it in `transform`")
 
 
 def _bound(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str, str]:

@@ -41,6 +41,29 @@ _NOT_COUNTED: Final = frozenset(
 )
 
 
+def run_numbers(
+    batches: Any, *, max_iterations: int, max_epochs: int | None, batches_per_step: int, is_weighted: bool
+) -> dict[str, int]:
+    """The numbers of a run, by name.
+
+    Args:
+        batches: Its training batches, which know how many an epoch has.
+        max_iterations: The most optimizer steps.
+        max_epochs: The most epochs; None: as many as the steps need.
+        batches_per_step: How many batches a step has; the last one of an epoch may have fewer.
+        is_weighted: Whether epochs differ in length, which `batches.lengths` tells.
+
+    Raises:
+        LengthUnknownError: The batches do not know it.
+    """
+    steps = -(-len(batches) // batches_per_step)
+    epochs = max_epochs or -(-max_iterations // steps)
+    whole = epochs * steps
+    if is_weighted:
+        whole = sum(-(-count // batches_per_step) for count in batches.lengths(epochs))
+    return {"max_iterations": min(max_iterations, whole), "max_epochs": epochs, "steps_per_epoch": steps}
+
+
 def scheduler_maker(given: Any) -> Callable[..., Any]:
     """The class or function of a scheduler.
 

@@ -12,19 +12,18 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any, Final, final
+from typing import Any, Final, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mongotorch.errors import ParameterError
 from mongotorch.tensors import copied_values, count_rows
 from mongotorch.train.model import TorchModel
+from mongotorch.train.optimizers import WeightAverage
 from mongotorch.train.parallel import LaneStep
 from mongotorch.train.schedulers import go_on, scheduler_name, set_rates
 
@@ -35,8 +34,7 @@ _running: ContextVar[StepRun | None] = ContextVar("mongotorch_step", default=Non
 
 
 @final
-@dataclass(frozen=True, kw_only=True)
-class MicroBatches:
+class MicroBatches(NamedTuple):
     """The batches of one step, whose gradients are added up.
 
     Attributes:
@@ -64,19 +62,21 @@ def grouped(batches: Iterable[Any], running: Iterator[Any], count: int) -> Itera
         running: An iteration over them.
         count: Batches of a group.
     """
-    begun = time.perf_counter()
+    clock = time.perf_counter
+    begun = clock()
     for batch in running if count == 1 else ():  # the usual case, without lists
-        rows = (batch_rows(batches, batch),)
-        yield MicroBatches(batches=(batch,), rows=rows, waited_s=time.perf_counter() - begun)
-        begun = time.perf_counter()
+        rows = getattr(batches, "batch_rows", None)
+        rows = count_rows(batch) if rows is None else rows
+        yield MicroBatches(batches=(batch,), rows=(rows,), waited_s=clock() - begun)
+        begun = clock()
     while count > 1:
-        begun, found, counts = time.perf_counter(), [], []
+        begun, found, counts = clock(), [], []
         for batch in itertools.islice(running, count):
             found.append(batch)
             counts.append(batch_rows(batches, batch))
         if not found:
             return
-        yield MicroBatches(batches=tuple(found), rows=tuple(counts), waited_s=time.perf_counter() - begun)
+        yield MicroBatches(batches=tuple(found), rows=tuple(counts), waited_s=clock() - begun)
 
 
 def lane_steps(running: Iterator[Any], lane_step: LaneStep) -> Iterator[MicroBatches]:
@@ -125,6 +125,7 @@ class TrainingStep:
     precision: str
     scheduler_interval: str | None
     ema_decay: float | None
+    gradient_accumulation_steps: int
 
     def take_step(self, model: TorchModel, batch: Any, optimizers: Sequence[torch.optim.Optimizer]) -> Tensor:
         """One step: `backward`, then `update`. A subclass that overrides it may do without both.
@@ -138,10 +139,13 @@ class TrainingStep:
             The objective before the step, a scalar tensor.
         """
         for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss = self._make_gradients(model, batch, optimizers)
+            clear_gradients(optimizer)
+        if isinstance(batch, MicroBatches):
+            loss = self._add_up(model, batch, optimizers)
+        else:
+            loss = self.backward(model, batch)
         run = _running.get()
-        if run is None or not run.is_empty:
+        if run is None or run.lane_step is None or not run.lane_step.is_empty:
             self.update(model, optimizers)
         return loss
 
@@ -203,7 +207,7 @@ class TrainingStep:
     def scale_loss(self, loss: Tensor) -> Tensor:
         """A loss to call `backward` on: multiplied by the scale of fp16; with another precision as it is."""
         run = _running.get()
-        return loss if run is None else run.scaled(loss)
+        return run.scaled(loss) if run is not None and run.is_scaling else loss
 
     def log(self, name: str, value: float | Tensor) -> None:
         """Add a value to what is known of the step that is being made; the mean of several of one name.
@@ -238,15 +242,14 @@ class TrainingStep:
             return contextlib.nullcontext()
         return torch.autocast(device.type, dtype=dtype)
 
-    def _make_gradients(
-        self, model: TorchModel, batch: Any, optimizers: Sequence[torch.optim.Optimizer]
+    def _add_up(
+        self, model: TorchModel, step: MicroBatches, optimizers: Sequence[torch.optim.Optimizer]
     ) -> Tensor:
+        """Add up the gradients of the batches of a step; its objective."""
         run = _running.get()
         if run is not None and run.lane_step is not None:
-            return self._add_lanes(model, batch, run, run.lane_step, optimizers)
-        if isinstance(batch, MicroBatches):
-            return self._accumulate(model, batch, optimizers)
-        return self.backward(model, batch)
+            return self._add_lanes(model, step, run, run.lane_step, optimizers)
+        return self._accumulate(model, step, optimizers)
 
     def _add_lanes(
         self,
@@ -297,16 +300,28 @@ class TrainingStep:
         return norm
 
 
-def counting(share: Callable[[], float]) -> None:
-    """Take in the share of the targets of a batch that its objective is a mean over, where a step needs it.
+def clear_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """What `optimizer.zero_grad()` does, without the entry for torch's profiler that costs more than the rest."""
+    if type(optimizer).zero_grad is not torch.optim.Optimizer.zero_grad or "zero_grad" in vars(optimizer):
+        optimizer.zero_grad()
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
 
-    Args:
-        share: Computes it.
-    """
+
+def is_accumulating() -> bool:
+    """Whether the step that is being made has several batches."""
     run = _running.get()
-    if run is not None and run.is_accumulating:
-        run.counted_share = share()
-        run.counts_targets = run.counts_targets or run.counted_share != 1.0
+    return run is not None and run.accumulates
+
+
+def count_share(share: float) -> None:
+    """Take in the share of the targets of a batch that its objective is a mean over, where a step accumulates."""
+    run = _running.get()
+    if run is not None:
+        run.counted_share = share
+        run.counts_targets = run.counts_targets or share != 1.0
 
 
 def trained_parameters(model: TorchModel, optimizers: Sequence[torch.optim.Optimizer]) -> list[nn.Parameter]:
@@ -339,7 +354,8 @@ class StepRun:
         logged: By name, what `TrainingStep.log` got in the last step.
         gradient_norm: The norm of the gradients in the last step, where they were clipped by it.
         learning_rates: Those of all groups of the optimizers in the last step.
-        is_accumulating: Whether the step has micro-batches.
+        accumulates: Whether steps are made of `MicroBatches`.
+        is_scaling: Whether a loss may have to be multiplied before `backward`.
         counted_share: The share of the last micro-batch's targets that its objective is a mean over.
         counts_targets: Whether that was not 1 in this step.
         overflowed: The ids of the optimizers whose turn in this step fp16 left out.
@@ -364,7 +380,9 @@ class StepRun:
         decay = trainer.ema_decay
         self.average = None if decay is None else WeightAverage(decay, lambda: self.parameters(optimizers))
         self._parameters: dict[Any, list[nn.Parameter]] = {}
-        self.is_accumulating, self.counted_share, self.counts_targets = False, 1.0, False
+        self.counted_share, self.counts_targets = 1.0, False
+        self.accumulates = lane_step is not None or trainer.gradient_accumulation_steps > 1
+        self.is_scaling = self._scaler is not None or self.accumulates
         self._is_updated, self._is_scaled = False, False
         self.overflowed: set[int] = set()
         self.logged: dict[str, list[float | Tensor]] = {}
@@ -378,15 +396,15 @@ class StepRun:
             ParameterError: A step of the trainer's own does not do what the trainer's parameters say.
         """
         self.logged, self.gradient_norm, self.learning_rates = {}, None, _rates(self._optimizers)
-        self.is_accumulating = isinstance(batch, MicroBatches)
         self.counted_share, self.counts_targets, self._is_updated, self._is_scaled = 1.0, False, False, False
-        self.overflowed.clear()
+        if self.overflowed:
+            self.overflowed.clear()
         before = _running.set(self)
         try:
             loss = self._trainer.take_step(self._model, batch, self._optimizers)
         finally:
             _running.reset(before)
-        if self.is_empty:
+        if self.lane_step is not None and self.lane_step.is_empty:
             return loss
         if not self._is_updated:
             self._check_unused()
@@ -395,11 +413,6 @@ class StepRun:
         if self.average is not None:
             self.average.update()
         return loss
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether the last step had no row, in any lane, and changed nothing."""
-        return self.lane_step is not None and self.lane_step.is_empty
 
     def end_epoch(self) -> None:
         """Let the schedulers of epochs make a step."""
@@ -537,7 +550,11 @@ class StepRun:
 
 
 def _rates(optimizers: Sequence[torch.optim.Optimizer]) -> tuple[float, ...]:
-    return tuple([float(group.get("lr", "nan")) for optimizer in optimizers for group in optimizer.param_groups])
+    rates = []
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            rates.append(float(group.get("lr", "nan")))
+    return tuple(rates)
 
 
 def _continued(rate: float, first: float, last: float) -> float:
@@ -545,53 +562,3 @@ def _continued(rate: float, first: float, last: float) -> float:
     if rate == first or not first:
         return last if rate == first else rate
     return rate * (last / first)
-
-
-@final
-class WeightAverage:
-    """The exponential mean of the trained parameters over the steps; buffers are those of the last step.
-
-    Args:
-        decay: What part of the mean a step keeps.
-        parameters: Gives the parameters.
-    """
-
-    def __init__(self, decay: float, parameters: Callable[[], list[nn.Parameter]]) -> None:
-        self._blend = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-        self._current = parameters
-        self._means: list[Tensor] = []
-
-    def update(self) -> None:
-        """Take in the parameters as they are; the first time they are the mean."""
-        current = [parameter.detach() for parameter in self._current()]
-        if self._means:
-            self._blend(self._means, current, 0)
-        else:
-            self._means = [parameter.clone() for parameter in current]
-
-    @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
-        """Put the mean in place of the parameters inside; without a step so far there is nothing to put."""
-        before = [parameter.detach().clone() for parameter in self._current()] if self._means else []
-        self.apply()
-        try:
-            yield
-        finally:
-            self._put(before)
-
-    def apply(self) -> None:
-        """Put the mean in place of the parameters."""
-        self._put(self._means)
-
-    def state_dict(self) -> list[Tensor]:
-        """Copies of the means, in the order of the parameters."""
-        return [mean.clone() for mean in self._means]
-
-    def load_state_dict(self, state: Sequence[Tensor]) -> None:
-        """Go on from what `state_dict` gave."""
-        self._means = [mean.to(one.device).clone() for mean, one in zip(state, self._current(), strict=False)]
-
-    def _put(self, values: Sequence[Tensor]) -> None:
-        with torch.no_grad():
-            for parameter, value in zip(self._current(), values, strict=False):
-                parameter.copy_(value)

@@ -54,10 +54,11 @@ from mongotorch.train.optimizers import (
 )
 from mongotorch.train.parallel import Lanes, check_compute
 from mongotorch.train.schedulers import INTERVALS, check_scheduler, is_plateau, make_scheduler, named_numbers
-from mongotorch.train.step import PRECISIONS, TrainingStep, counting
+from mongotorch.train.step import PRECISIONS, TrainingStep, count_share, is_accumulating
 
 UNLIMITED = PowerOfTen(10**100)
 _PLAIN = Lanes()
+_autocasting = TrainingStep.autocasting
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -264,6 +265,8 @@ class TorchTrainer(TrainingStep, Component):
 
     def forward(self, model: TorchModel, batch: Any) -> Passed:
         """Run the model on a batch; the result holds the objective's arguments. Raises: SignatureError."""
+        if self.precision == "fp32" and type(self).autocasting is _autocasting:  # small models notice a context
+            return self.mapping(model, batch)
         with self.autocasting(model):
             return self.mapping(model, batch)
 
@@ -274,10 +277,15 @@ class TorchTrainer(TrainingStep, Component):
             SignatureError: The batch does not have the structure that the signature needs.
             ParameterError: The objective gave no scalar, or one without a graph.
         """
-        with self.autocasting(model):
+        if self.precision == "fp32" and type(self).autocasting is _autocasting:
             passed = self.forward(model, batch)
             loss = scalar(passed.into(self.objective))
-        counting(lambda: counted_share(self.objective, passed))
+        else:
+            with self.autocasting(model):
+                passed = self.forward(model, batch)
+                loss = scalar(passed.into(self.objective))
+        if is_accumulating():
+            count_share(counted_share(self.objective, passed))
         if not loss.requires_grad:
             raise ParameterError(
                 "objective gave a number that depends on no weight; do not detach what it is computed from, "

@@ -83,6 +83,23 @@ def test_a_lost_lease_ends_the_run_before_anything_is_written() -> None:
     )
 
 
+def test_progress_of_fast_steps_changes_now_and_then_and_is_complete_at_the_end() -> None:
+    lease, seen, now_s = FakeLease(), list[int](), iter(range(100))
+    progress = JobProgress(lease, limit=60, clock=lambda: next(now_s) / 45)
+
+    class Watching(Observer):
+        def on_step(self, event: Stepped) -> None:
+            seen.append(event.step - lease.progress["step"])
+
+    observe(fit(trainer(SELECT, max_iterations=57, validation_interval=None)), [progress, Watching()])
+    assert (seen[0], max(seen)) == (0, 4)
+    assert (lease.progress["step"], lease.progress["left_s"], lease.progress["samples_per_s"] > 0) == (
+        57,
+        0.1,
+        True,
+    )
+
+
 def test_a_stop_writes_a_checkpoint_of_the_step_and_releases_the_job() -> None:
     written: list[Any] = []
     lease = FakeLease()

@@ -175,7 +175,9 @@ class CheckpointWriter:
 
     def on_step(self, event: Stepped) -> None:
         """Write a checkpoint if one is due. Raises: JobReleasedError if the process has to stop."""
-        self._after(event, is_due=self._clock() - self._last >= self._interval_s)
+        is_due = self._clock() - self._last >= self._interval_s
+        if is_due or (self._lease is not None and self._lease.is_stopping):
+            self._after(event, is_due=is_due)
 
     def on_validation(self, event: Validated) -> None:
         """Write a checkpoint. Raises: JobReleasedError if the process has to stop."""

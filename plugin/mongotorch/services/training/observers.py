@@ -33,6 +33,7 @@ _NORM: Final = "gradient_norm"
 _MOST_PENDING: Final = 64  # steps whose values stay where they are, before they are added up
 _WRITE_S: Final = 1.0  # between two writes of what is measured
 _PAUSE_S: Final = 0.1  # between two writes at the least, however often a run validates
+_SHOW_S: Final = 0.1  # between two changes of a job's progress, which a heartbeat writes less often
 
 
 class Observer(Protocol):
@@ -83,11 +84,13 @@ def observe(fit: Fit, observers: Sequence[Observer]) -> None:
         events = stack.enter_context(contextlib.closing(fit.run()))
         for observer in observers:
             observer.on_start(fit)
+        on_steps = [one.on_step for one in observers if type(one).on_step is not Observer.on_step]
         for event in events:
-            for observer in observers:
-                if isinstance(event, Stepped):
-                    observer.on_step(event)
-                else:
+            if isinstance(event, Stepped):
+                for on_step in on_steps:
+                    on_step(event)
+            else:
+                for observer in observers:
                     observer.on_validation(event)
         for observer in observers:
             observer.on_end()
@@ -97,7 +100,8 @@ def observe(fit: Fit, observers: Sequence[Observer]) -> None:
 class JobProgress(Observer):
     """Ends the run when its lease is lost or it is asked to end, and hands the heartbeat its `progress`.
 
-    The rate and the remaining time are in it from the second step of this attempt on.
+    The rate and the remaining time are in it from the second step of this attempt on. Where steps are fast it
+    changes ten times a second, and at the end.
 
     Args:
         lease: The attempt's hold on its job.
@@ -111,11 +115,18 @@ class JobProgress(Observer):
 
     def __init__(self, lease: Lease, *, limit: int | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._lease, self._clock, self._limit = lease, clock, limit
-        self._begun: float | None = None
-        self._first_step = 0
+        self._begun_s: float | None = None
+        self._now_s, self._due_s = 0.0, 0.0
+        self._first_step, self._samples = 0, 0
+        self._last: Stepped | None = None  # that is not in the progress yet
         self._fit: Fit | None = None
         self.has_stopped = False
         self.progress: dict[str, Any] = {"step": 0, "samples": 0, "max_steps": limit}
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._show()
 
     def on_start(self, fit: Fit) -> None:
         """Say that the run has begun."""
@@ -127,23 +138,34 @@ class JobProgress(Observer):
         self._lease.check()
         if self._lease.is_asked_to_end and self._fit is not None:
             self.stop(self._fit)
-        now = self._clock()
-        if self._begun is None:
-            self._begun, self._first_step = now, event.step
-        samples = self.progress["samples"] + event.rows
-        self.progress = {**self.progress, "step": event.step, "samples": samples}
+        self._last, self._now_s = event, self._clock()
+        self._samples += event.rows
+        if self._begun_s is None:
+            self._begun_s, self._first_step = self._now_s, event.step
+            self._show()
+        elif self._now_s >= self._due_s:
+            self._show()
+
+    def _show(self) -> None:
+        """Bring the progress up to the last step."""
+        event, self._last = self._last, None
+        if event is None or self._begun_s is None:
+            return
+        self._due_s = self._now_s + _SHOW_S
+        progress = {**self.progress, "step": event.step, "samples": self._samples}
         if event.skipped:
-            self.progress["skipped"] = event.skipped
-        elapsed, steps = now - self._begun, event.step - self._first_step
-        if elapsed > 0 and steps > 0:
-            self.progress["samples_per_s"] = round(samples / elapsed, 1)
+            progress["skipped"] = event.skipped
+        elapsed_s, steps = self._now_s - self._begun_s, event.step - self._first_step
+        if elapsed_s > 0 and steps > 0:
+            progress["samples_per_s"] = round(self._samples / elapsed_s, 1)
             if self._limit is not None:
-                self.progress["left_s"] = round(elapsed / steps * (self._limit - event.step), 1)
-        self._lease.progress = self.progress
+                progress["left_s"] = round(elapsed_s / steps * (self._limit - event.step), 1)
+        self._lease.progress = self.progress = progress
 
     def on_validation(self, event: Validated) -> None:
         """Keep what was measured. Raises: JobCancelledError when the lease is lost."""
         self._lease.check()
+        self._show()
         self.progress = {**self.progress, "values": event.values, "validated_step": event.step}
         self._lease.progress = self.progress
 
@@ -177,7 +199,8 @@ class ProgressBar(Observer):
 
     def on_step(self, event: Stepped) -> None:
         """Move the bar; a resumed run starts where the earlier one ended."""
-        self._bar.update(event.step - self._bar.n)
+        if not self._bar.disable:
+            self._bar.update(event.step - self._bar.n)
 
     def on_validation(self, event: Validated) -> None:
         """Show the measured values beside the bar."""
@@ -221,10 +244,8 @@ class MetricRecorder(Observer):
             self._interval *= 2
         self._due = self._next(begun)
         self._means = _Means(state or {})
-        self._elapsed_s, self._waited_s = 0.0, 0.0
+        self._elapsed_s = 0.0
         self._last_s: float | None = None  # when the last step or validation ended
-        self._step = begun
-        self._rates: tuple[float, ...] = ()
         self._device: Any = None
         self._waiting: list[tuple[float, MetricEntry]] = []
         self._thin_to: int | None = None
@@ -258,8 +279,6 @@ class MetricRecorder(Observer):
         now = self._clock()
         self._elapsed_s += now - (self._last_s or now)
         self._last_s = now
-        self._waited_s += event.waited_s
-        self._step, self._rates = event.step, event.learning_rates
         self._means.add(event)
         if event.step >= self._due:
             self._measure(now)
@@ -297,23 +316,24 @@ class MetricRecorder(Observer):
                 self._try(lambda: self._metric_log.thin(self._job["_id"], thin_to))
 
     def _measure(self, now: float) -> None:
+        waited_s, last = self._means.waited_s, self._means.last
         means, rows, steps = self._means.take()
-        rates = self._rates
+        step, rates = (self._begun, ()) if last is None else (last.step, last.learning_rates)
         names = ("learning_rate",) if len(rates) == 1 else [f"learning_rate/{n}" for n in range(len(rates))]
         # An optimizer without a learning rate has NaN.
         values = {**means, **{name: rate for name, rate in zip(names, rates, strict=True) if rate == rate}}
         if self._elapsed_s > 0:
             values["samples_per_s"] = rows / self._elapsed_s
-            values["waited_share"] = min(self._waited_s / self._elapsed_s, 1.0)
+            values["waited_share"] = min(waited_s / self._elapsed_s, 1.0)
         memory = None if self._device is None else device_memory_bytes(self._device)
         if memory is not None:
             values["device_memory_bytes"] = memory
-        self._elapsed_s, self._waited_s = 0.0, 0.0
-        self._put(now, MetricEntry(step=self._step, kind="train", values=values, steps=steps))
-        if self._step >= MOST_ENTRIES * self._interval:
+        self._elapsed_s = 0.0
+        self._put(now, MetricEntry(step=step, kind="train", values=values, steps=steps))
+        if step >= MOST_ENTRIES * self._interval:
             self._interval *= 2
             self._thin_to = self._interval
-        self._due = self._next(self._step)
+        self._due = self._next(step)
 
     def _next(self, step: int) -> int:
         return (step // self._interval + 1) * self._interval if self._interval else 0
@@ -384,35 +404,48 @@ class _Means:
         state: What `state_dict` gave.
 
     Attributes:
-        steps: How many steps they are of.
+        last: The last step, since this was made.
     """
 
     def __init__(self, state: Mapping[str, Any]) -> None:
         self._rows = int(state.get("rows", 0))
-        self.steps = int(state.get("steps", 0))
+        self._steps, self._waited_s = int(state.get("steps", 0)), 0.0
         self._sums: dict[str, list[float]] = {name: list(pair) for name, pair in state.get("sums", {}).items()}
         self._pending: list[Stepped] = []
+        self.last: Stepped | None = None
 
     def add(self, event: Stepped) -> None:
         """Add a step."""
-        self._pending.append(event)
-        self.steps += 1
-        if len(self._pending) >= _MOST_PENDING:
+        self.last = event
+        pending = self._pending
+        pending.append(event)
+        if len(pending) >= _MOST_PENDING:
             self._sum_up()
+
+    @property
+    def steps(self) -> int:
+        """How many steps they are of."""
+        return self._steps + len(self._pending)
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds that these steps waited for data."""
+        self._sum_up()
+        return self._waited_s
 
     def take(self) -> tuple[dict[str, float], int, int]:
         """The means by name, the rows and the steps that they are of; all begins anew."""
         self._sum_up()
         means = {name: total / weight for name, (total, weight) in self._sums.items() if weight}
-        rows, steps = self._rows, self.steps
-        self._sums, self._rows, self.steps = {}, 0, 0
+        rows, steps = self._rows, self._steps
+        self._sums, self._rows, self._steps, self._waited_s = {}, 0, 0, 0.0
         return means, rows, steps
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, as plain values."""
         self._sum_up()
         sums = {name: list(pair) for name, pair in self._sums.items()}
-        return {"rows": self._rows, "steps": self.steps, "sums": sums}
+        return {"rows": self._rows, "steps": self._steps, "sums": sums}
 
     def _sum_up(self) -> None:
         pending, self._pending = self._pending, []
@@ -420,6 +453,8 @@ class _Means:
             return
         rows = [event.rows for event in pending]
         self._rows += sum(rows)
+        self._steps += len(pending)
+        self._waited_s += sum(event.waited_s for event in pending)
         self._add("objective", [event.loss for event in pending], rows)
         given: dict[str, tuple[list[Any], list[int]]] = {}
         for event in pending:
