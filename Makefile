@@ -64,8 +64,8 @@ packages: $(VENV)/.stamp-dev ## the wheel and the source distribution, into dist
 	@$(PIP) install --quiet build
 	@$(BIN)/python -m build --outdir dist .
 
-lowest: ## the tests with the lowest versions that pyproject.toml allows, in build/lowest
-	@$(PYTHON) tests/packaging/lowest.py build/lowest
+lowest: ## the tests with the lowest versions that pyproject.toml allows, in build/lowest (ARGS='--pin torch==2.13.0')
+	@$(PYTHON) tests/packaging/lowest.py build/lowest $(ARGS)
 
 # The tests of the dashboard need a browser. Who is not root, or not on Debian, sees them skipped, with this reason.
 chromium:

@@ -61,6 +61,7 @@ LONG = frozenset(
         "test_mlflow.py",
         "test_modes.py",
         "test_newcomer.py",
+        "test_open_tabs.py",
         "test_other_loops.py",
         "test_outage.py",
         "test_pages_in_order.py",

@@ -1,8 +1,9 @@
 """Installs the lowest versions that pyproject.toml allows into a new environment, and tests the package there.
 
-    python tests/packaging/lowest.py FOLDER [--only-install] [--newest torch]
+    python tests/packaging/lowest.py FOLDER [--only-install] [--newest NAME] [--pin torch==2.13.0]
 
 Direct dependencies have exactly their lower bounds; what those need themselves is as new as they let it be.
+`--pin` names another version of one of them, such as a build of torch that is at hand; it is installed first.
 """
 
 from __future__ import annotations
@@ -52,14 +53,21 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only-install", action="store_true")
     parser.add_argument("--newest", nargs="*", default=[], metavar="NAME", help="dependencies that are not held")
+    parser.add_argument(
+        "--pin", nargs="*", default=[], metavar="NAME==VERSION", help="other versions than the lowest"
+    )
     arguments = parser.parse_args()
+    pinned = dict(one.split("==", 1) for one in arguments.pin)
     folder = arguments.folder.absolute()
     venv.create(folder, with_pip=True, clear=True)
     constraints = folder / "lowest.txt"
-    held = {name: version for name, version in lower_bounds().items() if name not in arguments.newest}
+    lowest = {name: version for name, version in lower_bounds().items() if name not in arguments.newest}
+    held = {**lowest, **pinned}
     constraints.write_text("".join(f"{name}=={version}\n" for name, version in held.items()))
     extras = ",".join((*EXTRAS, "server"))
     pip = [folder / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check", "-c", constraints]
+    if pinned:
+        run([*pip, *arguments.pin])
     run([*pip, f"{ROOT}[{extras}]", "pytest", "pytest-timeout", "hypothesis", "time-machine"])
     run([folder / "bin" / "mongotorch", "--version"])
     if arguments.only_install:
