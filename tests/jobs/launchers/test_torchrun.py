@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import pytest
@@ -50,3 +54,43 @@ class TestTorchrun(ProcessLauncherSuite):
             path.name for path in own.iterdir() if "mongotorch" in path.name or "torchelastic" in path.name
         ] == []
         assert os.environ.get("RANK") is None
+
+
+RANKS = """
+import sys
+from mongotorch.cli.logs import logging_to_stderr
+from mongotorch.jobs.launchers import RankCall, launcher_named
+def launch():
+    given = {"text": "mongodb://u:secret@h says"}
+    call = RankCall(function="tests.jobs.launchers.test_torchrun:speak", arguments=given)
+    launcher_named("torchrun").run(call, workers=2, resources={}, device="cpu", check=lambda: None)
+if sys.argv[1] == "json":
+    with logging_to_stderr("info", "json"):
+        launch()
+else:
+    launch()
+"""
+
+
+def speak(text: str) -> None:
+    """What a rank has to say, in the ways of libraries."""
+    sys.stderr.write("0%\r50%\r100%\n\n" + "x" * 100_000 + "\n")
+    logging.getLogger("pymongo").warning(text)
+    warnings.warn("of torch", stacklevel=1)
+    os.write(2, b"\xff no text\n")
+
+
+@pytest.mark.parametrize("form", ["json", "none"])
+def test_what_ranks_say_is_in_the_format_of_the_log(form: str) -> None:
+    command = [sys.executable, "-c", RANKS, form]
+    done = subprocess.run(command, capture_output=True, check=True, cwd=Path(__file__).parents[3], timeout=300)
+    lines = done.stderr.decode(errors="replace").splitlines()
+    if form == "none":  # a script that has set up no log reads what ranks print
+        assert len([line for line in lines if line == "mongodb://u:secret@h says"]) == 2
+        return
+    messages = [json.loads(line)["message"] for line in lines]
+    assert len([one for one in messages if "says" in one]) == 2
+    assert len([one for one in messages if one == "100%"]) == 2
+    assert any("of torch" in one for one in messages)
+    assert any("no text" in one for one in messages)
+    assert b"secret" not in done.stderr

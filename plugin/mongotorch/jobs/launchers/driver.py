@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import logging
 import os
 import pickle
 import select
@@ -25,7 +26,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, final
+from typing import IO, Any, Final, final
 
 import bson
 
@@ -39,6 +40,8 @@ LOOK_S: Final = 0.1
 END_S: Final = 5.0
 """How long a driver that was told to end has to kill its ranks by itself."""
 _LAST_S: Final = 2.0  # how long a rank that has lost another one stays, for that one to be seen first
+_LONGEST_LINE: Final = 64 * 2**10  # bytes of what a rank prints
+_log = logging.getLogger("mongotorch.ranks")
 _DRIVER: Final = "driver"  # in the name of its file, in place of the number of a rank
 
 
@@ -113,8 +116,12 @@ def run_driver(
 def _driven(what: Drive, check: Callable[[], None]) -> int:
     """Start a driver, and wait for its end; it is ended where `check` raises. Returns its exit code."""
     command = [sys.executable, "-c", f"from {__name__} import drive_ranks; drive_ranks()"]
+    # What ranks print goes where this process logs, so that the log has one format; else straight to stderr.
+    stderr = subprocess.PIPE if logging.getLogger("mongotorch").handlers else None
     # A session of its own: Ctrl-C is for the launching process, and all of the group can be killed at once.
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)  # noqa: S603
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=stderr, start_new_session=True)  # noqa: S603
+    reader = threading.Thread(target=_log_lines, args=(process.stderr,), daemon=True)
+    reader.start()
     try:
         with contextlib.suppress(BrokenPipeError):
             assert process.stdin is not None  # noqa: S101 - for the type checker
@@ -127,6 +134,19 @@ def _driven(what: Drive, check: Callable[[], None]) -> int:
         return process.returncode
     finally:
         _end(process)
+        reader.join(END_S)
+
+
+def _log_lines(stream: IO[bytes] | None) -> None:
+    """Log what ranks and their driver write to stderr, line by line, to its end."""
+    if stream is None:
+        return
+    with stream, contextlib.suppress(OSError):
+        # A progress bar writes all its lines over each other: only the last one is read.
+        while line := stream.readline(_LONGEST_LINE):
+            text = line.decode(errors="replace").rstrip().rpartition("\r")[2]
+            if text:
+                _log.warning("%s", text)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
