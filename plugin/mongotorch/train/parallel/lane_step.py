@@ -217,6 +217,7 @@ class LaneStep:
         self._buffers = _Buffers(modules)
         self._parameters: Sequence[nn.Parameter] = ()
         self._dtype, self._device = torch.float32, torch.device("cpu")
+        self._flat_buffer: Tensor | None = None  # memory that is had anew each step has to be cleared each step
         self.rows, self.is_empty, self.is_stopped = 0, False, False
 
     def begin(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -335,7 +336,7 @@ class LaneStep:
         flat = self._flat(total, final)
         with waiting():
             flat = self._group.sum(flat)
-        total, numbers = self._unflat(flat)
+        total, numbers = self._unflat(flat, total.gradients)
         if total.header[_FAILED]:
             with waiting():
                 errors = self._group.gather(portable(error))
@@ -359,19 +360,33 @@ class LaneStep:
             for part, size in zip(total.gradients, [*sizes, 1], strict=True)
         ]
         buffers = self._buffers.as_numbers(final, self._dtype, self._device)
-        return torch.cat([*parts, total.header.to(self._device), *buffers])
+        parts += [total.header.to(self._device), *buffers]
+        size = sum(map(len, parts))
+        if self._flat_buffer is None or len(self._flat_buffer) != size:
+            self._flat_buffer = torch.empty(size, dtype=self._dtype, device=self._device)
+        with torch.no_grad():
+            return torch.cat(parts, out=self._flat_buffer)
 
-    def _unflat(self, flat: Tensor) -> tuple[_Sum, Tensor]:
-        """What `_flat` was made of, with zeros for what no lane had, and the numbers of the buffers."""
-        gradients: list[Tensor | None] = []
+    def _unflat(self, flat: Tensor, into: Sequence[Tensor | None]) -> tuple[_Sum, Tensor]:
+        """What `_flat` was made of, with zeros for what no lane had, and the numbers of the buffers.
+
+        Args:
+            flat: It is used again in the next step.
+            into: The gradients of this rank, in whose place those of all ranks are.
+        """
+        gradients: list[Tensor] = []
         at = 0
         for one in self._parameters:
             size = one.numel() * (2 if one.is_complex() else 1)
             gradients.append(flat[at : at + size].view(*one.shape, *((2,) if one.is_complex() else ())))
             at += size
         gradients.append(flat[at : at + 1])
+        own = [
+            torch.empty_like(a) if b is None or _overlaps(b) else b for a, b in zip(gradients, into, strict=True)
+        ]
+        _copy(own, gradients)
         stop = at + 1 + _NUMBERS + len(self._parameters)
-        return _Sum(gradients=gradients, header=flat[at + 1 : stop].cpu()), flat[stop:]
+        return _Sum(gradients=list(own), header=flat[at + 1 : stop].to("cpu", copy=True)), flat[stop:]
 
     def _check_alike(self, header: Tensor, position: int) -> None:
         world = self._group.world
