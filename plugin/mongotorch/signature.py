@@ -86,6 +86,16 @@ class Key:
         values = [value(path) for path in self.positional]
         return tuple(values) if self.form == "tuple" else (values, named)
 
+    def arrange_parts(self, values: Sequence[Any]) -> Any:
+        """A sample: the structure, filled by as many values as it has `fields`, in their order."""
+        count = len(self.positional)
+        named = {argument: value for (_, argument), value in zip(self.named, values[count:], strict=True)}
+        if self.form == "single":
+            return values[0]
+        if self.form == "dict":
+            return named
+        return tuple(values) if self.form == "tuple" else (list(values[:count]), named)
+
     def samples(self, values: Mapping[str, Sequence[Any]]) -> list[Any]:
         """Samples, of the values of each path in as many documents."""
         positional = [values[path] for path in self.positional]

@@ -74,6 +74,12 @@ class Applier:
         if runs:
             trainer, model = trainer_and_model(component)
             trainer.check_model(model)
+        elif getattr(component, "preprocess", None) == "trainer":
+            raise ParameterError(
+                'preprocess="trainer": no trainer is there to publish this model; apply its trainer, or give it a '
+                "function of the inputs",
+                field="preprocess",
+            )
         uuid = self._catalog.store(component, exact=force)
         if not runs:
             return self._done(uuid)

@@ -15,9 +15,9 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor, nn
 
-from mongotorch.errors import MongotorchError, ParameterError, SignatureError
-from mongotorch.signature import Key
-from mongotorch.train.model import TorchModel
+from mongotorch.errors import MongotorchError, ParameterError, SignatureError, TransformError
+from mongotorch.signature import Key, call_with_sample
+from mongotorch.train.model import TRAINER, TorchModel
 
 _MOST_DEEP: Final = 8
 _MOST_PARTS: Final = 10_000
@@ -93,12 +93,7 @@ class BatchMapping:
             return self._positional(model, args)
         mine, rest = self._split(model, kwargs)
         if not args and not mine:
-            takes, _ = _bound(model.object, (), {})
-            raise SignatureError(
-                f"none of the names {sorted(kwargs)} is an argument of the model's forward{takes}; "
-                "name them so in `key`, or in what transform returns",
-                field="signature",
-            )
+            raise self._no_name(model, kwargs)
         return Passed(args=(self._forward(model, args, mine),), kwargs=rest)
 
     def input_key(self, model: TorchModel) -> Key | None:
@@ -112,7 +107,7 @@ class BatchMapping:
         if len(fields) == 1:
             return Key(form="single", positional=fields)
         if self.signature == "singleton" or model.takes_batch:
-            return None
+            return self.key if model.preprocess == TRAINER and not model.takes_batch else None
         if self.signature == "*args" or (self.signature == "*args,**kwargs" and not self.key.named):
             return Key(form="single" if len(fields) == 2 else "tuple", positional=fields[:-1])
         by_name = self.signature == "**kwargs"
@@ -123,9 +118,106 @@ class BatchMapping:
             return None
         if positional:
             return Key(form="single" if len(positional) == 1 else "tuple", positional=positional)
-        if len(named) == 1 and model.preprocess is not None:  # which takes an item, and not an argument by name
+        if len(named) == 1 and callable(model.preprocess):  # which takes an item, and not an argument by name
             return Key(form="single", positional=(named[0][0],))
         return Key(form="dict", named=named) if named else None
+
+    def served_input(self, model: TorchModel, item: Any, transform: Callable[..., Any] | None) -> Any:
+        """The input that validations make of a sample, of an item that has no target: `preprocess="trainer"`.
+
+        Args:
+            model: What gets it.
+            item: The value of the one input; a tuple of the values of several; where parts go by name a dict of
+                those that there are; with `singleton` the whole sample.
+            transform: What validations apply to a sample; it gets None in place of each target.
+
+        Returns:
+            A tuple of positional arguments, or a dict of arguments by name.
+
+        Raises:
+            ParameterError: The item has other parts, or the key does not say which of them are inputs.
+            TransformError: `transform` raised, gave nothing, or made an input of the target.
+            SignatureError: `transform` does not take the sample, or the model not what it made.
+        """
+        sample = self._sample_of(item)
+        try:
+            made = sample if transform is None else call_with_sample(transform, sample, self.key, self.signature)
+        except MongotorchError:
+            raise
+        except Exception as error:
+            raise TransformError(
+                f"{_SERVED}: the trainer's transform failed ({type(error).__name__}: {error}); it gets None in "
+                f"place of a target, so let it pass the target on as it is, {_OR_FUNCTION}",
+                field="preprocess",
+            ) from error
+        args, kwargs = self._inputs(model, made)
+        if args and kwargs:
+            raise ParameterError(
+                f"{_SERVED}: the model takes inputs by position and by name, and predict only one of both; "
+                f"name all of them in `key`, {_OR_FUNCTION}",
+                field="preprocess",
+            )
+        if any(part is None for part in (made, *args, *kwargs.values())):
+            raise TransformError(
+                f"{_SERVED}: an input is None, since it is made of a target, or transform gave nothing; let "
+                f"transform make inputs of inputs alone, {_OR_FUNCTION}",
+                field="preprocess",
+            )
+        return kwargs or tuple(args)
+
+    def _no_name(self, model: TorchModel, kwargs: Mapping[str, Any]) -> SignatureError:
+        takes, _ = _bound(model.object, (), {})
+        return SignatureError(
+            f"none of the names {sorted(kwargs)} is an argument of the model's forward{takes}; "
+            "name them so in `key`, or in what transform returns",
+            field="signature",
+        )
+
+    def _sample_of(self, item: Any) -> Any:
+        """The sample of an item, with None in place of what it does not have."""
+        key, names = self.key, self.key.names()
+        if self.signature == "singleton" and len(names) > 1:
+            return item
+        is_named = self.signature == "**kwargs" or (bool(key.named) and self.signature != "*args")
+        if len(names) == 1:
+            values = {0: item}
+        elif self.signature == "**kwargs" or (is_named and not key.positional):
+            if not isinstance(item, Mapping) or not item or set(item) - set(names):
+                raise ParameterError(
+                    f"{_SERVED}: it takes a dict of {', '.join(map(repr, names))}, without the target, and got "
+                    f"{_shown(item)}",
+                    field="item",
+                )
+            values = {n: item[name] for n, name in enumerate(names) if name in item}
+        else:
+            count = len(key.positional) if is_named else len(names) - 1
+            parts = (item,) if count == 1 else item
+            if not isinstance(parts, tuple | list) or len(parts) != count:
+                raise ParameterError(
+                    f"{_SERVED}: it takes a tuple of {', '.join(map(repr, names[:count]))}, "
+                    f"and got {_shown(item)}",
+                    field="item",
+                )
+            values = dict(enumerate(parts))
+        return key.arrange_parts([values.get(n) for n in range(len(names))])
+
+    def _inputs(self, model: TorchModel, sample: Any) -> tuple[Sequence[Any], dict[str, Any]]:
+        """What a model gets of a sample, as positional arguments and arguments by name, without the targets."""
+        if self.signature == "singleton":
+            return (sample,), {}
+        args, kwargs = self._arguments(sample)
+        if kwargs or self.signature == "**kwargs":
+            mine = self._split(model, kwargs)[0]
+            if not args and not mine:
+                raise self._no_name(model, kwargs)
+            return args, mine
+        if len(args) < 2:
+            raise SignatureError(
+                f"{_SERVED}: signature {self.signature!r} needs an input and a target, and transform gave "
+                f"{len(args)} part(s); let it pass the target on, {_OR_FUNCTION}",
+                field="preprocess",
+            )
+        return args[:-1], {}
 
     @functools.cached_property
     def _is_plain(self) -> bool:
@@ -193,6 +285,8 @@ class BatchMapping:
         )
 
 
+_SERVED: Final = 'preprocess="trainer"'
+_OR_FUNCTION: Final = "or give the model a function of the inputs as `preprocess`"
 _HINTS = {
     "singleton": "signature 'singleton' gives it the whole sample",
     "*args": "signature '*args' gives it every part of a sample but the last, which is the target; with several "
@@ -271,6 +365,23 @@ def _shown(value: Any) -> str:
     if isinstance(value, list | tuple) and len(value) <= 8:
         return f"[{', '.join(map(_shown, value))}]"
     return type(value).__name__
+
+
+def check_served(model: TorchModel, *, has_collate: bool) -> None:
+    """Refuse a model that is to get its inputs from a trainer which does not make them one at a time.
+
+    Args:
+        model: The model.
+        has_collate: Whether the trainer has a `collate_fn`.
+
+    Raises:
+        ParameterError: It does not.
+    """
+    if model.takes_batch or has_collate:
+        why = f"{model.train_forward_method} gets the whole batch, and which part of it is the input is not known"
+        if has_collate:
+            why = "collate_fn makes batches of samples and their targets, and predict stacks single inputs"
+        raise ParameterError(f"{_SERVED}: {why}; give the model a function of the inputs", field="preprocess")
 
 
 def check_key(key: Key, signature: str, *, takes_batch: bool) -> None:

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from mongotorch.tensors import copied_values, leaves, stack_inputs, to_device, u
 from mongotorch.train.metrics import Validation
 
 CALL = "__call__"
+TRAINER = "trainer"
+"""The `preprocess` of a model that gets its inputs as the validations of its trainer do."""
 
 
 @final
@@ -40,6 +42,8 @@ class TorchModel(Component):
         trainer: What trains it when it is applied; None applies it as it is.
         validation: What is measured besides the objective, and on which further datasets.
         preprocess: Turns an item into what the module takes, without the batch dimension; None takes it as it is.
+            `"trainer"`: what the trainer's `valid_transform`, else its `transform`, makes of the item, without the
+            target. The item is what the trainer's `key` cuts from a document, without the target too.
         postprocess: Turns the output for one item into what `predict` returns; None returns it as it is.
         forward_method: The method of `object` that predicts.
         train_forward_method: The method of `object` that trains; another than `__call__` receives the whole batch.
@@ -57,7 +61,7 @@ class TorchModel(Component):
     object: nn.Module
     trainer: Any = None  # a TorchTrainer, whose module imports this one
     validation: Validation | None = None
-    preprocess: Callable[[Any], Any] | None = None
+    preprocess: Callable[[Any], Any] | Literal["trainer"] | None = None
     postprocess: Callable[[Any], Any] | None = None
     forward_method: str = CALL
     train_forward_method: str = CALL
@@ -70,9 +74,10 @@ class TorchModel(Component):
             raise ParameterError(
                 f"object is a {type(self.object).__name__}; it must be a torch.nn.Module", field="object"
             )
-        for field in ("preprocess", "postprocess"):
-            if getattr(self, field) is not None and not callable(getattr(self, field)):
-                raise ParameterError(f"{field} must be a function or None", field=field)
+        if self.preprocess is not None and self.preprocess != TRAINER and not callable(self.preprocess):
+            raise ParameterError('preprocess must be a function, "trainer" or None', field="preprocess")
+        if self.postprocess is not None and not callable(self.postprocess):
+            raise ParameterError("postprocess must be a function or None", field="postprocess")
         for field in ("forward_method", "train_forward_method"):
             _check_method(field, getattr(self, field), self.object)
         if self.trainer is not None and getattr(self.trainer, "type_id", None) != "trainer":
@@ -152,7 +157,17 @@ class TorchModel(Component):
         return [self.postprocess(one) for one in found] if self.postprocess is not None else found
 
     def _prepared(self, item: Any) -> Any:
-        return item if self.preprocess is None else self.preprocess(item)
+        if callable(self.preprocess):
+            return self.preprocess(item)
+        if self.preprocess is None:
+            return item
+        if self.trainer is None:
+            raise ParameterError(
+                'preprocess="trainer": no trainer has published this version of the model; load one that was '
+                "trained, or give it a function of the inputs",
+                field="preprocess",
+            )
+        return self.trainer.served_input(self, item)
 
     def _forward(self, batch: Any) -> Any:
         method = getattr(self.object, self.forward_method)

@@ -40,8 +40,8 @@ from mongotorch.signature import (
 from mongotorch.split import Fold, Split, as_split
 from mongotorch.tensors import map_contained
 from mongotorch.train.callbacks import check_callbacks
-from mongotorch.train.mapping import BatchMapping, Passed, check_key, counted_share, scalar
-from mongotorch.train.model import TorchModel, check_compile, evaluating
+from mongotorch.train.mapping import BatchMapping, Passed, check_key, check_served, counted_share, scalar
+from mongotorch.train.model import TRAINER, TorchModel, check_compile, evaluating
 from mongotorch.train.optimizers import (
     Contained,
     check_optimizer,
@@ -130,7 +130,8 @@ class TorchTrainer(TrainingStep, Component):
         callbacks: Objects with some of the methods `on_start(fit)`, `on_step(fit, event)`,
             `on_validation(fit, event)`, `on_checkpoint(fit)` and `on_end(fit)`. Their `state_dict` is in
             checkpoints. An error in one ends the run unless it has `may_fail = True`.
-        valid_transform: In place of `transform` in validations, where training augments.
+        valid_transform: In place of `transform` in validations, where training augments, and in serving where the
+            model has `preprocess="trainer"`; there it gets None in place of the target.
         training_state: What an earlier run ended with besides `optimizer_state`: counters of schedulers, the
             scale of fp16, states of callbacks. A run stores it; None starts anew.
         on_bad_document: What is done with a document that lacks a field, has a value of another dtype or shape
@@ -232,6 +233,8 @@ class TorchTrainer(TrainingStep, Component):
             SignatureError: The key has no input or no target.
             ParameterError: `listen` is nothing that the model's validation measures.
         """
+        if model.preprocess == TRAINER:
+            check_served(model, has_collate=self.collate_fn is not None)
         if self.transform is None and self.collate_fn is None:
             check_key(key or Key.parse(self.key), self.signature, takes_batch=model.takes_batch)
         validation = model.validation
@@ -269,6 +272,11 @@ class TorchTrainer(TrainingStep, Component):
             return self.mapping(model, batch)
         with self.autocasting(model):
             return self.mapping(model, batch)
+
+    def served_input(self, model: TorchModel, item: Any) -> Any:
+        """What a model with `preprocess="trainer"` gets of an item; see `BatchMapping.served_input`."""
+        transform = self.transform if self.valid_transform is None else self.valid_transform
+        return self.mapping.served_input(model, item, transform)
 
     def compute_objective(self, model: TorchModel, batch: Any) -> Tensor:
         """The objective of a batch, a scalar tensor with its graph.

@@ -220,7 +220,8 @@ def test_a_scheduled_run_is_stopped_and_judged(
 def test_a_run_of_another_process_is_stopped_from_a_third(server_uri: str) -> None:
     with Datalayer.connect(server_uri, **runs.SETTINGS) as db:
         runs.fill(db, 100)
-        job = db.apply(runs.trainer(db, "long", in_memory=True, steps=10**6))
+        endless = runs.trainer(db, "long", in_memory=True, steps=10**6).replace(no_improve_then_stop=10**6)
+        job = db.apply(endless)
         process = runs.start(runs.work, server_uri)
         while not job.progress.get("step"):
             time.sleep(0.05)

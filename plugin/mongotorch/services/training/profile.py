@@ -22,11 +22,11 @@ from mongotorch.query import Query
 from mongotorch.services.training.recipe import (
     DataProvenance,
     TrainingRecipe,
-    check_trainer,
     opened_fit,
     training_spec,
 )
 from mongotorch.settings import Settings
+from mongotorch.signature import weighted_key
 from mongotorch.tensors import synchronize
 from mongotorch.train import ModelSummary, Stepped, TorchModel, TorchTrainer, summarize, trainer_and_model
 
@@ -52,12 +52,39 @@ _STREAM_OPTIONS: Final = frozenset(
 _LARGE: Final = 0.3  # of a step
 
 
+def _check_trainer(trainer: TorchTrainer, connection: Connection, settings: Settings) -> DataCheck:
+    """Look at a sample of a trainer's documents, and try one batch of each fold and validation set.
+
+    A batch goes through transform, model, objective and metrics; nothing is trained.
+
+    Raises:
+        MongotorchError: What a run would end in; other errors of the trainer's own functions have a note of where.
+    """
+    trainer, model = trainer_and_model(trainer)
+    found = check_documents(
+        connection.database,
+        trainer.select,
+        paths=weighted_key(trainer.key, trainer.sample_weight).paths,
+        split=trainer.fold("train").split,
+    )
+    before = next((parameter.device for parameter in model.object.parameters()), None)
+    recipe = TrainingRecipe(trainer=trainer, model=model)
+    recipe.check(connection.database)
+    try:
+        with opened_fit(recipe, connection, settings, data=DataProvenance(record={})) as fit:
+            fit.check(training=True)
+    finally:
+        if before is not None:
+            model.object.to(before)
+    return found
+
+
 def checked(what: Query | TorchTrainer, connection: Connection, settings: Settings) -> DataCheck:
     """What documents hold, and whether a trainer can be trained on them; see `Datalayer.check`."""
     if isinstance(what, Query):
         return check_documents(connection.database, what)
     if isinstance(what, TorchTrainer):
-        return check_trainer(what, connection, settings)
+        return _check_trainer(what, connection, settings)
     raise ParameterError(f"check a query or a trainer, not a {type(what).__name__}", field="what")
 
 

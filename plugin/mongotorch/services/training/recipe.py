@@ -22,7 +22,6 @@ from bson import Timestamp
 from mongotorch.codecs import NamedBlob
 from mongotorch.data import (
     BackgroundScan,
-    DataCheck,
     Hashes,
     Members,
     RunDtypes,
@@ -31,21 +30,20 @@ from mongotorch.data import (
     Stream,
     StreamSpec,
     can_scan_at,
-    check_documents,
     check_select,
     is_large,
     scan_members,
     watermark,
     working_folder,
 )
-from mongotorch.errors import MongotorchError
+from mongotorch.errors import EmptySelectError, MongotorchError
 from mongotorch.mongo.connection import Connection
 from mongotorch.mongo.server_features import is_mock
 from mongotorch.query import Query
 from mongotorch.settings import Settings
 from mongotorch.signature import weighted_key
 from mongotorch.split import Fold
-from mongotorch.train import Alone, Fit, Group, TorchModel, TorchTrainer, trainer_and_model, training_device
+from mongotorch.train import Alone, Fit, Group, TorchModel, TorchTrainer, training_device
 
 _ALONE = Alone()
 _OWN_PARAMETERS = ("batch_size", "shuffle", "drop_last")
@@ -173,6 +171,8 @@ def opened_fit(
         MongotorchError: An option cannot be used; no step was made.
     """
     trainer, lanes = recipe.trainer, recipe.trainer.lanes
+    if state is None and recipe.model.preprocess == "trainer":
+        _check_served(recipe, connection, settings)
     run_dtypes = RunDtypes()  # one dtype a field, in all folds
     with contextlib.ExitStack() as opened:
 
@@ -348,33 +348,6 @@ class PendingProvenance:
         return dataclasses.replace(made, record={**made.record, "certain": False})
 
 
-def check_trainer(trainer: TorchTrainer, connection: Connection, settings: Settings) -> DataCheck:
-    """Look at a sample of a trainer's documents, and try one batch of each fold and validation set.
-
-    A batch goes through transform, model, objective and metrics; nothing is trained.
-
-    Raises:
-        MongotorchError: What a run would end in; other errors of the trainer's own functions have a note of where.
-    """
-    trainer, model = trainer_and_model(trainer)
-    found = check_documents(
-        connection.database,
-        trainer.select,
-        paths=weighted_key(trainer.key, trainer.sample_weight).paths,
-        split=trainer.fold("train").split,
-    )
-    before = next((parameter.device for parameter in model.object.parameters()), None)
-    recipe = TrainingRecipe(trainer=trainer, model=model)
-    recipe.check(connection.database)
-    try:
-        with opened_fit(recipe, connection, settings, data=DataProvenance(record={})) as fit:
-            fit.check(training=True)
-    finally:
-        if before is not None:
-            model.object.to(before)
-    return found
-
-
 def is_large_run(recipe: TrainingRecipe, connection: Connection, settings: Settings) -> bool:
     """Whether scanning the documents of a run before its first step would be noticed."""
     database, sets = connection.database, recipe.sets.values()
@@ -536,6 +509,36 @@ def training_spec(trainer: TorchTrainer, settings: Settings, query: Query | None
         across_epochs=True,
         sample_weight=trainer.sample_weight,
     )
+
+
+def _check_served(recipe: TrainingRecipe, connection: Connection, settings: Settings) -> None:
+    """Make the input of one document as the published model will, to know before the first step if it cannot."""
+    trainer, key = recipe.trainer, recipe.trainer.mapping.input_key(recipe.model)
+    if key is None:
+        return  # nothing says which fields are inputs
+    spec = dataclasses.replace(
+        validation_spec(trainer, settings, recipe.training),
+        key=key,
+        transform=None,
+        collate_fn=list,
+        batch_size=1,
+        mode="stream",
+        data_prefetch=False,
+        loader={},
+        dtypes={path: dtype for path, dtype in (trainer.dtypes or {}).items() if path in key.paths},
+        defaults={path: value for path, value in (trainer.defaults or {}).items() if path in key.paths},
+    )
+    with (
+        Stream(connection.opener, spec, database=connection.database) as stream,
+        contextlib.suppress(EmptySelectError),
+    ):
+        for ids, items in stream.samples():
+            try:
+                trainer.served_input(recipe.model, items[0])
+            except MongotorchError as error:
+                error.add_note(f"with document {ids[0]!r}, before the first step")
+                raise
+            return
 
 
 def validation_spec(trainer: TorchTrainer, settings: Settings, query: Query) -> StreamSpec:
