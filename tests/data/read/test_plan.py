@@ -6,9 +6,11 @@ from datetime import timedelta
 from itertools import pairwise
 from typing import Any
 
+import bson
 import pytest
 from bson import Int64, ObjectId
 
+from mongotorch.data.decode import offsets
 from mongotorch.data.read import Sizes, make_plan, open_reader, resume_plan
 from mongotorch.data.read import plan as sampling
 from mongotorch.data.read.plan import load_plan, sampled
@@ -22,51 +24,109 @@ WHOLE = IdRange(lower=0, upper=SIZE - 1, closed=True, uniform=True)
 
 
 class Clumped:
-    """Numbers as `_id`s, of which the upper half is visited fifty times as seldom."""
+    """Numbers as `_id`s, of which the upper half is visited fifty times as seldom; `spread` lies between two."""
 
     threads = 2
 
-    def __init__(self, numbers: Any = None, matching: int = 1) -> None:
-        self._numbers, self._matching = numbers, matching
+    def __init__(self, numbers: Any = None, matching: int = 1, spread: int = 1) -> None:
+        self._numbers, self._matching, self._spread = numbers, matching, spread
         self.walked = 0
+
+    @property
+    def whole(self) -> IdRange:
+        return IdRange(lower=0, upper=(SIZE - 1) * self._spread, closed=True, uniform=True)
 
     def sample(self, count: int) -> list[int]:
         draw = random.Random(0)
         found = {draw.randrange(SIZE // 2) if draw.random() < 0.98 else draw.randrange(SIZE) for _ in range(count)}
-        return [n for n in found if n % self._matching == 0]
+        return [n * self._spread for n in found if n % self._matching == 0]
 
     def record_numbers(self, ids: list[int]) -> list[int]:
-        return [n * 3 for n in ids] if self._numbers is None else self._numbers(ids)
+        return [n // self._spread for n in ids] if self._numbers is None else self._numbers(ids)
+
+    def present(self, ids: list[int]) -> list[int]:
+        return [n for n in ids if n % self._spread == 0]
 
     def walk(self, span: IdRange, step: int) -> Iterator[int]:
         self.walked += 1
-        yield from range(span.lower + step, span.upper, step)
+        yield from range(span.lower + step * self._spread, span.upper, step * self._spread)
+
+    def check(self, found: tuple[Any, ...] | None) -> None:
+        assert found is not None
+        assert found[0] == 0
+        assert list(found) == sorted(set(found))
+        found = tuple(-(-n // self._spread) for n in found)
+        assert max(after - before for before, after in pairwise([*found, SIZE])) <= 2 * ROWS
+        assert 0.8 < len(found) * ROWS / SIZE < 1.3
 
 
-def sizes(starts: tuple[Any, ...]) -> list[int]:
-    return [after - before for before, after in pairwise([*starts, SIZE])]
+@pytest.mark.parametrize("spread", [1, 100])
+@pytest.mark.parametrize("seconds", [60.0, -1.0])
+def test_ranges_are_about_equal_where_records_tell_how_many_lie_between(
+    spread: int, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "_WALK_S", seconds)
+    reader: Any = Clumped(spread=spread)
+    reader.check(sampled(reader, reader.whole, ROWS, SIZE, most=50_000))
+    # Where values have documents everywhere, or no time is left, gaps are cut and not walked.
+    assert bool(reader.walked) == (spread > 1 and seconds > 0)
 
 
-def test_ranges_are_about_equal_where_records_tell_how_many_lie_between() -> None:
-    reader: Any = Clumped(numbers=list)
-    found = sampled(reader, WHOLE, ROWS, SIZE, most=50_000)
-    assert found is not None
-    assert found[0] == 0
-    assert list(found) == sorted(set(found))
-    assert max(sizes(found)) <= 2 * ROWS
-    assert 0.8 < len(found) * ROWS / SIZE < 1.3
-    assert reader.walked > 0
+class Jumping(Clumped):
+    """ObjectIds of one process, which inserts so many documents a second and then pauses for two."""
+
+    RATE = 10_000
+
+    def __init__(self, skipped: int) -> None:
+        super().__init__()
+        self._skipped = skipped  # one of so many is gone
+
+    def form(self, n: int) -> ObjectId:
+        counter = (n + 2**24 - SIZE // 2) % 2**24
+        second = 2**30 + 3 * (n // self.RATE)
+        return ObjectId(second.to_bytes(4, "big") + b"12345" + counter.to_bytes(3, "big"))
+
+    def number(self, one: ObjectId) -> int:
+        return (int.from_bytes(one.binary[9:], "big") + SIZE // 2) % 2**24
+
+    @property
+    def whole(self) -> IdRange:
+        return IdRange(lower=self.form(0), upper=self.form(SIZE - 1), closed=True, uniform=True)
+
+    def sample(self, count: int) -> list[Any]:
+        return [self.form(n) for n in super().sample(count)]
+
+    def record_numbers(self, ids: list[Any]) -> list[int]:
+        return list(map(self.number, ids))
+
+    def present(self, ids: list[Any]) -> list[Any]:
+        numbers = [self.number(one) for one in ids]
+        return [
+            one
+            for n, one in zip(numbers, ids, strict=True)
+            if n < SIZE and self.form(n) == one and n % self._skipped
+        ]
+
+    def check(self, found: tuple[Any, ...] | None) -> None:
+        assert found is not None
+        assert list(found) == sorted(set(found))
+        super().check(tuple(map(self.number, found)))
 
 
-def test_where_walking_has_no_time_left_wide_gaps_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bounds_of_object_ids_are_looked_for_where_these_jump(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "_WALK_S", -1.0)
-    reader: Any = Clumped(numbers=list)
-    found = sampled(reader, WHOLE, ROWS, SIZE, most=50_000)
+    reader: Any = Jumping(skipped=10**9)
+    reader.check(sampled(reader, reader.whole, ROWS, SIZE, most=50_000))
+
+
+def test_a_bound_that_is_gone_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "_WALK_S", -1.0)
+    reader: Any = Jumping(skipped=5)
+    found = sampled(reader, reader.whole, ROWS, SIZE, most=50_000)
     assert found is not None
-    assert reader.walked == 0
-    assert list(found) == sorted(set(found))
-    assert max(sizes(found)) <= 2 * ROWS
-    assert 0.8 < len(found) * ROWS / SIZE < 1.3
+    numbers = [reader.number(one) for one in found]
+    assert numbers == sorted(set(numbers))
+    assert max(after - before for before, after in pairwise([*numbers, SIZE])) <= 8 * ROWS
 
 
 class Counted:
@@ -85,6 +145,9 @@ class Counted:
 
     def record_numbers(self, ids: list[Any]) -> list[int]:
         return [self._number(one) + 1 for one in ids]
+
+    def present(self, ids: list[Any]) -> list[Any]:
+        return ids
 
     def walk(self, span: IdRange, step: int) -> Iterator[Any]:
         yield from (self._form(n) for n in range(self._number(span.lower) + step, self._number(span.upper), step))
@@ -117,7 +180,7 @@ def test_the_number_of_samples_does_not_grow_with_the_collection(
     assert numbers == sorted(set(numbers))
     assert all(type(one) in (type(form(0)), int) for one in found)
     most = max(after - before for before, after in pairwise([*numbers, size]))
-    assert (most <= 2500, sum(reader.sampled)) == ((True, 5_000) if kind != "str" else (False, 100_000))
+    assert (most <= 2500, sum(reader.sampled)) == ((True, 2_500) if kind != "str" else (False, 100_000))
 
 
 @pytest.mark.parametrize("numbers", [lambda ids: [], lambda ids: random.Random(1).sample(range(SIZE), len(ids))])
@@ -132,11 +195,11 @@ def test_without_meaning_in_the_records_the_sample_is_thinned(numbers: Any) -> N
 
 
 def test_few_ranges_are_made_where_many_are_not_allowed_and_none_of_a_poor_sample() -> None:
-    reader: Any = Clumped(numbers=list)
+    reader: Any = Clumped()
     found = sampled(reader, WHOLE, ROWS, SIZE, most=20)
     assert found is not None
     assert len(found) <= 30
-    assert sampled(Clumped(numbers=list, matching=5000), WHOLE, ROWS, SIZE, most=20) is None  # type: ignore[arg-type]
+    assert sampled(Clumped(matching=5000), WHOLE, ROWS, SIZE, most=20) is None  # type: ignore[arg-type]
 
 
 def test_a_plan_says_when_it_was_used_last(database: Any) -> None:
@@ -170,3 +233,21 @@ def test_a_plan_that_was_changed_is_not_used(database: Any, change: dict[str, An
     if change.get("exact") is None:
         assert load_plan(database, plan.digest, query) is None
         assert resume_plan(database, reader, sizes, plan.digest) == plan
+
+
+def test_a_plan_of_samples_has_each_document_once(database: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "_WALKED", 100)
+    ids = [Jumping(skipped=1).form(n) for n in range(0, 30_000, 10)]
+    database["jumping"].insert_many([{"_id": one, "x": 1.0} for one in ids])
+    reader = open_reader(database, Query.find("jumping"), {"_id": 1, "x": 1}, RetryPolicy())
+    plan = make_plan(database, reader, Sizes(prefetch_size=50, prefetch_factor=4, prefetch_bytes=2**20))
+    assert reader.present([ObjectId(), ids[7], ids[5]]) in ([ids[5], ids[7]], [ids[7], ids[5]])
+    assert reader.present([]) == []
+    found = [
+        bson.decode(reply[start:end])["_id"]
+        for index in range(len(plan))
+        for reply in reader.read(plan.bounds(index), plan.rows)
+        for start, end in offsets(reply)
+    ]
+    assert found == ids
+    assert len(plan) > 10

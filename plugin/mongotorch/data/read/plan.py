@@ -7,8 +7,11 @@ by digest.
 `$sample` picks documents by a random walk down a tree, which visits a part of a collection that grew unevenly far
 too seldom: of a million documents inserted in one go it leaves ranges of 50,000 where there should be 1,000. Where
 `_id`s ascend as documents were inserted, the server's record numbers say how many documents lie between two of
-them: bounds are chosen by those, and the gaps that are still too wide are walked, for a limited time. What is left
-of them is cut at equal distances, which needs no document: a bound is any value that an `_id` may have.
+them: bounds are chosen by those, and the gaps that are still too wide are cut at equal distances, which needs no
+document: a bound is any value that an `_id` may have. Where `_id`s lie far apart, so that this could leave most
+documents on one side, they are walked first, the widest gaps before others, for a limited time. ObjectIds that
+one process makes count up, but jump with each second: such a bound is one of few values, which are looked for
+together.
 
 Guarantees: the ranges of a plan do not overlap and leave no gap between the first and the last `_id` that the
 select had when the plan was made; a plan is never changed; finding one takes a bounded time, whatever the
@@ -21,6 +24,7 @@ import contextlib
 import hashlib
 import itertools
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -52,12 +56,16 @@ from mongotorch.split import ByStoredFold
 
 _SAMPLES = 5  # a range: with fewer the ranges differ too much in size
 _SHARE = 0.04  # of a collection that is sampled at most: from 5 % on the server scans it all
-_MOST = 5_000  # samples, where gaps can be cut; each costs some 40 microseconds
+_MOST = 2_500  # samples, where gaps can be cut; each costs some 60 microseconds
 _MOST_UNCUT = 100_000  # samples, where they cannot
 _FEWEST = 8  # samples; with fewer the select is walked
 _ASCENDING = 0.95  # of neighbours, for record numbers to mean something
 _WIDE = 1.75  # times the size that a range is to have, from where on a gap is walked
-_WALK_S = 0.25  # seconds that walking may take
+_DENSE = 1.5  # times the documents of a gap, up to which its values have documents everywhere
+_WALK_S = 0.1  # seconds that walking may take
+_SECONDS = 8  # that ObjectIds jump in a gap, up to which its bounds are looked for
+_MOST_LIKELY = 5_000  # bounds that are looked for; each costs some 10 microseconds
+_COUNTER = 2**24  # values of the last part of an ObjectId, which counts
 
 
 def sampled(reader: Reader, whole: IdRange, rows: int, size: int, *, most: int) -> tuple[Any, ...] | None:
@@ -113,15 +121,16 @@ def _walked(
     reader: Reader, whole: IdRange, starts: list[Any], sizes: list[int], target: float, rows: int
 ) -> Iterator[Any]:
     """The same starts, and more of them in wide gaps, the widest first as long as there is time; see `_cut`."""
-    wide = sorted((n for n, size in enumerate(sizes) if size > _WIDE * target), key=lambda n: -sizes[n])
+    wide = [n for n, size in enumerate(sizes) if size > _WIDE * target]
+    uppers = [*starts[1:], whole.upper]
+    dense = [n for n in wide if _distance(starts[n], uppers[n]) <= _DENSE * sizes[n]]
     deadline = time.monotonic() + _WALK_S
 
     def more(n: int) -> tuple[int, list[Any]]:
         found: list[Any] = []
-        upper = starts[n + 1] if n + 1 < len(starts) else whole.upper
         is_walked = False
         if time.monotonic() < deadline:
-            gap = IdRange(lower=starts[n], upper=upper, closed=False, uniform=whole.uniform)
+            gap = IdRange(lower=starts[n], upper=uppers[n], closed=False, uniform=whole.uniform)
             is_walked = True
             for start in reader.walk(gap, rows):
                 found.append(start)
@@ -130,11 +139,17 @@ def _walked(
                     break
         if not is_walked:
             left = sizes[n] / target - len(found)
-            found += _cut(found[-1] if found else starts[n], upper, round(left))
+            found += _cut(found[-1] if found else starts[n], uppers[n], round(left))
         return n, found
 
-    results = map_ordered(more, iter(wide), threads=reader.threads, most=64, most_bytes=64, weigh=lambda _: 1)
-    between = dict(results)
+    between = {n: _cut(starts[n], uppers[n], round(sizes[n] / target)) for n in dense}
+    sparse = sorted(set(wide) - between.keys(), key=lambda n: -sizes[n])
+    likely = {n: _likely(starts[n], uppers[n], sizes[n], round(sizes[n] / target)) for n in sparse}
+    asked = itertools.islice(itertools.chain.from_iterable(likely.values()), _MOST_LIKELY)
+    present = set(reader.present(list(asked)))
+    between |= {n: found for n, ids in likely.items() if (found := sorted(present.intersection(ids)))}
+    walked = (n for n in sparse if n not in between)
+    between |= map_ordered(more, walked, threads=reader.threads, most=64, most_bytes=64, weigh=lambda _: 1)
     for n, start in enumerate(starts):
         yield start
         yield from between.get(n, [])
@@ -149,11 +164,39 @@ def _cut(lower: Any, upper: Any, count: int) -> list[Any]:
     """What cuts the values between two `_id`s into so many parts of the same length; none where nothing can."""
     if not _can_be_cut(lower, upper):
         return []
-    is_number = not isinstance(lower, ObjectId)
-    first, last = (int(value) if is_number else int.from_bytes(value.binary, "big") for value in (lower, upper))
+    first, last = _number(lower), _number(upper)
     values = [first + (last - first) * n // count for n in range(1, count)]
     inside = [value for value in dict.fromkeys(values) if first < value < last]
-    return inside if is_number else [ObjectId(value.to_bytes(12, "big")) for value in inside]
+    return [ObjectId(value.to_bytes(12, "big")) for value in inside] if isinstance(lower, ObjectId) else inside
+
+
+def _likely(lower: Any, upper: Any, size: int, count: int) -> list[ObjectId]:
+    """ObjectIds among which are some that cut so many documents of one process into so many parts of one size."""
+    if not (isinstance(lower, ObjectId) and isinstance(upper, ObjectId)):
+        return []
+    (first, process, start), (last, other, stop) = (
+        (int.from_bytes(one[:4], "big"), one[4:9], int.from_bytes(one[9:], "big"))
+        for one in (lower.binary, upper.binary)
+    )
+    counted = (stop - start) % _COUNTER
+    if process != other or last - first > _SECONDS or counted > _DENSE * size:
+        return []
+    counters = [(start + counted * n // count) % _COUNTER for n in range(1, count)]
+    seconds = range(first, last + 1)
+    return [
+        ObjectId(second.to_bytes(4, "big") + process + counter.to_bytes(3, "big"))
+        for second in seconds
+        for counter in counters
+    ]
+
+
+def _distance(lower: Any, upper: Any) -> float:
+    """How many values an `_id` may have between two of them; infinite where that is not a number of them."""
+    return _number(upper) - _number(lower) if _can_be_cut(lower, upper) else math.inf
+
+
+def _number(value: Any) -> int:
+    return int.from_bytes(value.binary, "big") if isinstance(value, ObjectId) else int(value)
 
 
 _log = logging.getLogger("mongotorch.data")

@@ -145,11 +145,21 @@ class Reader(abc.ABC):
         """
         return []
 
+    def present(self, ids: list[Any]) -> list[Any]:
+        """Those of some `_id`s, none of them a regular expression, that the collection has."""
+        if not ids:
+            return []
+        options = {"batch_size": len(ids) + 1}
+        return self.retry.run(
+            lambda: [d["_id"] for d in self.collection.find({"_id": {"$in": ids}}, {"_id": 1}, **options)],
+            f"reading collection {self.query.collection!r}",
+        )
+
     def sample(self, count: int) -> list[Any]:
         """The `_id`s of those that match among `count` random documents of the collection."""
         stages = [{"$sample": {"size": count}}, {"$match": self.query.where}, {"$project": {"_id": 1}}]
         return self.retry.run(
-            lambda: [d["_id"] for d in self.collection.aggregate(stages)],
+            lambda: [d["_id"] for d in self.collection.aggregate(stages, batchSize=count + 1)],
             f"sampling {self.query.collection!r}",
         )
 
@@ -204,11 +214,10 @@ class ServerReader(Reader):
 
     def record_numbers(self, ids: list[Any]) -> list[int]:
         """See `Reader.record_numbers`."""
+        options = {"sort": [("_id", 1)], "show_record_id": True, "batch_size": len(ids) + 1}
 
         def find() -> list[Any]:
-            return list(
-                self.collection.find({"_id": {"$in": ids}}, {"_id": 1}, sort=[("_id", 1)], show_record_id=True)
-            )
+            return list(self.collection.find({"_id": {"$in": ids}}, {"_id": 1}, **options))
 
         numbers = [document.get("$recordId") for document in self.retry.run(find, self._what())]
         # A document may be gone since the sample was taken: then numbers and documents cannot be matched any more.
