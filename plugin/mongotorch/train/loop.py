@@ -100,10 +100,8 @@ class Fit:
         self._values = {name: list(v) for name, v in (trainer.metric_values or {}).items()}
         self._measured: dict[str, float] = {}  # by the last validation
         self._unchecked: list[Tensor] = []
-        self._is_checked_at_once = self.device.type == "cpu"
-        self._may_skip = trainer.on_bad_document == "skip"
         self._generators = RunGenerators(trainer.seed)
-        self.step, self._validated = 0, 0
+        self.step, self._validated, self._skipped = 0, 0, 0
         self._idle = 0  # epochs begun since the last step
         self.epoch, self._epoch_ended = 0, 0
         self._is_epoch_over = False  # whether the epoch of a resumed run had ended, and nobody has counted it
@@ -112,9 +110,8 @@ class Fit:
         self._spent_s = 0.0
         self._begun: float | None = None  # on the monotonic clock
         self._known: dict[str, int] = {}  # numbers of this run
-        self._callbacks = Callbacks(trainer.callbacks)
+        self._callbacks = Callbacks(trainer.callbacks) if trainer.callbacks else None
         self._trainer = trainer_on_device(trainer, self.device)
-        self._skipped = 0
 
     def check(self, *, training: bool = False) -> None:
         """Measure the first batch of each validation set, to know before the first step what cannot be measured.
@@ -236,7 +233,7 @@ class Fit:
     def capture(self) -> dict[str, Any]:
         """Everything that a resumed run needs, as copies. Call it between two events."""
         self._check_losses()
-        self._callbacks.call("on_checkpoint", self)
+        self._call("on_checkpoint")
         now = self._best.state if self._best.step == self.step else None  # copied by the validation just now
         if now is not None and self._is_changed_by_validation:
             now = None
@@ -257,7 +254,7 @@ class Fit:
             "best": self._best.state_dict(),
             "kept": self._extra.state_dict(),
             "recipe": self._step_run.state_dict(),
-            "callbacks": self._callbacks.state_dict(),
+            "callbacks": [] if self._callbacks is None else self._callbacks.state_dict(),
             **({"skipped": self._skipped} if self._skipped else {}),
             **({"ended": True} if self._has_ended else {}),
         }
@@ -285,7 +282,8 @@ class Fit:
         self._measured = dict(state.get("measured", {}))
         self._skipped, self._has_ended = state.get("skipped", 0), state.get("ended", False)
         self._best.load_state_dict(state["best"])
-        self._callbacks.load_state_dict(state.get("callbacks", []))
+        if self._callbacks is not None:
+            self._callbacks.load_state_dict(state.get("callbacks", []))
         set_generator_state(state["random"])
 
     def _events(self) -> Generator[Event]:
@@ -301,7 +299,8 @@ class Fit:
             # Schedules that name how long the run is are of one run.
             whole = named_numbers(given.scheduler_kwargs or {}) != set()
             self._step_run.continue_from(given.training_state, schedulers=not whole)
-            self._callbacks.load_state_dict(given.training_state.get("callbacks", []))
+            if self._callbacks is not None:
+                self._callbacks.load_state_dict(given.training_state.get("callbacks", []))
         self._extra = ExtraState(self._trainer, self._model, self._optimizers)
         self._warn_of_untrained_objective()
         self._eval_modules = self._model.start_training()
@@ -312,10 +311,10 @@ class Fit:
             else:
                 check_state_is_taken(self._model.object)
             if not self._has_ended:
-                self._callbacks.call("on_start", self)
+                self._call("on_start")
             yield from self._steps()
             if not self._has_ended:
-                self._callbacks.call("on_end", self)
+                self._call("on_end")
             self._has_ended = True
 
     def _made_lanes(self) -> LaneStep | None:
@@ -411,13 +410,13 @@ class Fit:
                 return None
         self.step, self._idle = self.step + 1, 0
         self._unchecked.append(loss)
-        if self._is_checked_at_once or len(self._unchecked) >= _MOST_UNCHECKED:
+        if self.device.type == "cpu" or len(self._unchecked) >= _MOST_UNCHECKED:
             self._check_losses()
         if self._trainer.max_seconds is not None and self._elapsed_s() >= self._trainer.max_seconds:
             self.stop()
         if run.lane_step is not None:
             self._is_stopped = self._is_stopped or run.lane_step.is_stopped
-        if self._may_skip:
+        if self._trainer.on_bad_document == "skip":
             self._skipped = max(self._skipped, getattr(getattr(self._batches, "report", None), "skipped", 0))
         event = Stepped(
             step=self.step,
@@ -429,9 +428,12 @@ class Fit:
             waited_s=step.waited_s,
             skipped=self._skipped,
         )
-        if self._given.callbacks:
-            self._callbacks.call("on_step", self, event)
+        self._call("on_step", event)
         return event
+
+    def _call(self, method: str, *args: Any) -> None:
+        if self._callbacks is not None:
+            self._callbacks.call(method, self, *args)
 
     def _skip_elsewhere(self, step: MicroBatches, rows: int) -> None:
         """Let the stream know what other ranks have left out of a step that had so many rows."""
@@ -548,20 +550,19 @@ class Fit:
                 self._unsaved_at_best = self._unsaved.changes(modules_only=True)
         self._step_run.end_validation(values[self._trainer.listen])
         event = Validated(step=self.step, values=values, improved=improved)
-        self._callbacks.call("on_validation", self, event)
+        self._call("on_validation", event)
         if improved and self._best.state is not None:
             self._best.state["training"] = self._outcome()
         return event
 
     def _dealt(self) -> Dealt | None:
         """How the batches of this validation are dealt out to ranks."""
-        if self._given.lanes.lanes == 1:
-            return None
-        return Dealt(group=self._group, seed=self._given.seed, step=self.step)
+        lanes, group = self._given.lanes.lanes, self._group
+        return None if lanes == 1 else Dealt(group=group, seed=self._given.seed, step=self.step)
 
     def _outcome(self) -> dict[str, Any]:
         """What another run goes on from besides the optimizer state; empty where there is nothing."""
-        states = self._callbacks.state_dict()
+        states = [] if self._callbacks is None else self._callbacks.state_dict()
         callbacks = {"callbacks": states} if any(one["state"] is not None for one in states) else {}
         return {**self._step_run.outcome(), **callbacks}
 
@@ -576,8 +577,7 @@ class Fit:
         if not self._unchecked:
             return
         unchecked, self._unchecked = self._unchecked, []
-        first = self.step - len(unchecked) + 1
-        for number, loss in enumerate(unchecked, first):
+        for number, loss in enumerate(unchecked, self.step - len(unchecked) + 1):
             if not math.isfinite(value := loss.item()):
                 raise NonFiniteLossError(
                     f"the objective is {value} at step {number}; nothing is published. "
