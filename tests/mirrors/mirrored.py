@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import random
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tests import run_processes as runs
+from tests.helpers import fill, trainer
 
-from mongotorch import Datalayer
-from mongotorch.mirrors import Mirroring, open_mirror
+from mongotorch import Datalayer, TorchTrainer, Worker
+from mongotorch.cli import app
+from mongotorch.mirrors import open_mirror
 from mongotorch.store import Jobs, MetricEntry, MetricLog
 
 
@@ -62,10 +66,9 @@ class Written:
 
 
 def mirror(uri: str, to: str) -> None:
-    """Be a mirror until killed."""
-    os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
-    with Datalayer.connect(uri, progress=False) as db, open_mirror(to, db) as target:
-        Mirroring(db, target, every_s=0.02).run()
+    """Be the command `mongotorch mirror` until killed."""
+    os.environ["MONGOTORCH_URI"] = uri
+    app(["mirror", "--to", to, "--every", "0.05", "--log-level", "warning"])
 
 
 def update(uri: str, to: str) -> int:
@@ -74,33 +77,53 @@ def update(uri: str, to: str) -> int:
         return target.update(db)
 
 
-def torment(uri: str, to: str, db: Datalayer, amount: Callable[[], int], kills: int) -> Written:
-    """A run that is measured while its mirror is killed, each time a moment after it began to write.
+class Paced:
+    """A callback that gives mirrors time; late steps take longer, so that no entry is thinned out."""
+
+    def on_step(self, fit: Any, event: Any) -> None:
+        time.sleep(0.02 if event.step < 1000 else 0.5)
+
+
+def kill_during_a_run(uri: str, db: Datalayer, to: Mapping[str, Callable[[], int]], kills: int) -> str:
+    """A run, whose mirrors are killed again and again, each a moment after it began to write; the job.
 
     Args:
         uri: The database.
-        to: The mirror.
-        db: The same database.
-        amount: How much the target has by now, in any unit.
-        kills: How often the mirror is killed; every fourth time wherever it is, mostly before it writes.
+        db: The same database, in which workers run jobs.
+        to: The mirrors, and how much the target of each has by now, in any unit.
+        kills: How often each is killed; every fourth time wherever it is, mostly before it writes.
     """
-    choose = random.Random(4)
-    run, step = Written(db), 0
-    for number in range(kills):
-        process: Any = runs.start(mirror, uri, to)
-        before, alive_s = amount(), choose.uniform(0.0, 0.3)
-        while process.is_alive() and (alive_s > 0 or (number % 4 and amount() == before)):
-            step += 1
-            run.measure(step)
-            if step % 10 == 0:
-                run.measure(step, kind="valid", more={"accuracy": 0.5})
-            process.join(pause := choose.uniform(0.0, 0.03))
-            alive_s -= pause if number % 4 and amount() == before else pause + 0.01
-        assert process.is_alive(), "it was to be killed, and ended by itself"
-        process.kill()
-        process.join()
-    run.fail()
-    return run
+    job, choose = db.apply(endless(db)), random.Random(4)
+    worker = threading.Thread(target=Worker(db).once)
+    worker.start()
+    try:
+        for number in range(kills):
+            before = {one: amount() for one, amount in to.items()}
+            processes: dict[str, Any] = {one: runs.start(mirror, uri, one) for one in to}
+            for one, process in processes.items():
+                end_s = time.monotonic() + (120.0 if number % 4 else choose.uniform(0.0, 2.0))
+                while process.is_alive() and to[one]() == before[one] and time.monotonic() < end_s:
+                    process.join(0.005)
+                process.join(choose.uniform(0.0, 0.05))
+                assert process.is_alive(), "it was to be killed, and ended by itself"
+                process.kill()
+                process.join()
+                assert not number % 4 or to[one]() > before[one], "it wrote nothing"
+    finally:
+        job.stop()
+        worker.join()
+    return str(job.uuid)
+
+
+def endless(db: Datalayer) -> TorchTrainer:
+    """A trainer that measures each step, until it is stopped."""
+    given: dict[str, Any] = {"max_iterations": 10**6, "no_improve_then_stop": 10**6, "validation_interval": 10}
+    return trainer(fill(db), log_interval=1, callbacks=[Paced()], **given)
+
+
+def measured(db: Datalayer, job: str) -> Counter[tuple[str, int]]:
+    """Each tag and step of a run, once."""
+    return Counter((f"{row.kind}/{name}", row.step) for row in db.metrics(job) for name in row.values)
 
 
 def half_write(folder: Any) -> None:
@@ -113,7 +136,7 @@ def in_tensorboard(folder: Path, run: Any, identifier: str = "t") -> Counter[tup
     """How often each tag and step of a run is there."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    reader = EventAccumulator(str(folder / identifier / run.uuid), size_guidance={"scalars": 0})
+    reader = EventAccumulator(str(folder / identifier / getattr(run, "uuid", run)), size_guidance={"scalars": 0})
     reader.Reload()
     return Counter((tag, one.step) for tag in reader.Tags()["scalars"] for one in reader.Scalars(tag))
 
@@ -132,7 +155,7 @@ def in_mlflow(store: str, run: Any) -> Counter[tuple[str, int]]:
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=store)
-    found = [one for one in mlflow_runs(store) if one.data.tags["mongotorch.job"] == run.uuid]
+    found = [one for one in mlflow_runs(store) if one.data.tags["mongotorch.job"] == getattr(run, "uuid", run)]
     assert len(found) == 1
     run_id = found[0].info.run_id
     histories = {name: client.get_metric_history(run_id, name) for name in found[0].data.metrics}
