@@ -23,6 +23,13 @@ pytestmark = pytest.mark.fault
 SETTINGS = {**runs.SETTINGS, "compute": "local", "checkpoint_seconds": 0.0, "lease_s": 30.0}
 
 
+class Unhurried:
+    """A callback that makes a run long enough to be killed, however fast the machine is."""
+
+    def on_step(self, fit: Any, event: Any) -> None:
+        time.sleep(0.02)
+
+
 def when_at(db: Datalayer, step: int, do: Callable[[Any], object], ended: threading.Event) -> threading.Thread:
     """Do something with the running job when it is at a step."""
 
@@ -54,7 +61,8 @@ def test_a_rank_killed_at_twenty_random_moments_with_another_number_each_time(
     with Datalayer.connect(server_uri, **SETTINGS) as db, runs.one_thread():
         runs.fill(db, 400)
         alone = runs.weights(db.apply(trainer(db, "alone", workers=1, steps=1000)).result())
-        made, killed, tried = trainer(db, "shared", workers=(2, 4), steps=1000), 0, 0
+        made = trainer(db, "shared", workers=(2, 4), steps=1000, callbacks=[Unhurried()])
+        killed = tried = 0
         while killed < 20 and tried < 60:
             room[0], tried = choose.choice([2, 4]), tried + 1
             ended, moment = threading.Event(), step_of(db) + choose.randint(-20, 20)  # also while ranks begin
