@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 from bson import Code, DBRef, Decimal128, Int64, MaxKey, ObjectId, Regex, Timestamp
 from bson.binary import Binary, BinaryVectorDtype
+from bson.raw_bson import RawBSONDocument
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mongotorch.data.decode.columns import Column, Columns, build
 from mongotorch.data.decode.decoder import decode
 from mongotorch.data.decode.ids import id_keys
+from mongotorch.data.decode.raw_bson import Reply, found, offsets
 from mongotorch.errors import DataError, DtypeError, FieldMissingError
 
 pytestmark = pytest.mark.property
@@ -248,10 +250,16 @@ def check(columns: Columns, batch: list[dict[str, Any]], paths: tuple[str, ...])
     assert alike(columns.ids.values(), [document.get("_id") for document in batch])
 
 
+def as_reply(content: bytes) -> bytes:
+    """Documents as a server answers with them."""
+    documents = [RawBSONDocument(content[start:end]) for start, end in offsets(content)]
+    return bson.encode({"cursor": {"id": Int64(0), "firstBatch": documents}})
+
+
 def any_documents_decode_to_what_bson_gives(batch: list[dict[str, Any]], chosen: set[str], few: int) -> None:
     paths = tuple(sorted(chosen))
-    content = raw(batch)
-    plain = bson.decode_all(content)
+    plain = bson.decode_all(raw(batch))
+    content: Reply = found(as_reply(raw(batch))).documents if len(batch) % 2 else raw(batch)
     lacking = first_missing(plain, paths)
     if lacking is not None:
         with pytest.raises(FieldMissingError) as caught:
@@ -355,16 +363,17 @@ def test_ten_thousand_values_are_in_the_dtype_of_the_run(values: list[Any], dtyp
 @ANY_INPUT
 @given(batches(), st.integers(0, 2**32))
 def test_documents_that_were_tampered_with_are_read_or_refused(batch: list[dict[str, Any]], seed: int) -> None:
-    content = bytearray(raw(batch * 3))
     source = random.Random(seed)
-    for _ in range(source.randint(1, 6)):
-        at = source.randrange(len(content))
-        changed = source.choice(
-            [b"\0", b"\xff\xff\xff\x7f", b"\xff\xff\xff\xff", b"\x05\0\0\0", source.randbytes(4)]
-        )
-        content[at : at + len(changed)] = changed[: len(content) - at]
-    with contextlib.suppress(DataError):  # and its subclass for a missing field
-        decode(bytes(content), PATHS)
+    for is_reply in (False, True):
+        content = bytearray(as_reply(raw(batch * 3)) if is_reply else raw(batch * 3))
+        for _ in range(source.randint(1, 6)):
+            at = source.randrange(len(content))
+            changed = source.choice(
+                [b"\0", b"\xff\xff\xff\x7f", b"\xff\xff\xff\xff", b"\x05\0\0\0", source.randbytes(4)]
+            )
+            content[at : at + len(changed)] = changed[: len(content) - at]
+        with contextlib.suppress(DataError):  # and its subclass for a missing field
+            decode(found(bytes(content)).documents if is_reply else bytes(content), PATHS)
 
 
 @ANY_INPUT

@@ -158,6 +158,14 @@ def test_a_document_in_a_reply_that_is_not_as_long_as_it_says_is_refused(wrong: 
         found(bytes(reply))
 
 
+def test_a_reply_with_a_field_of_less_than_no_bytes_is_refused() -> None:
+    reply = bytearray(bson.encode({"a": "text", "b": "text", "cursor": {"id": Int64(0), "firstBatch": []}}))
+    at = reply.index(b"b\0") + 2
+    reply[at : at + 4] = (-25).to_bytes(4, "little", signed=True)  # back to the first field
+    with pytest.raises(DataError, match="not understood"):
+        found(bytes(reply))
+
+
 @pytest.mark.parametrize("reply", [{"ok": 1.0}, {"cursor": {"id": Int64(0)}}, {"cursor": {"firstBatch": []}}])
 def test_a_reply_that_is_none_of_a_find_is_refused(reply: dict[str, Any]) -> None:
     with pytest.raises(DataError):

@@ -171,6 +171,8 @@ def documents(reply: bytes | memoryview, start: int, stop: int) -> Reply:
 def _alike(array: memoryview) -> Reply | None:
     """The documents where all are of one length: the headers between them have the width of their number."""
     size = int(_INT32.unpack_from(array, 7)[0])
+    if size < _SMALLEST_DOCUMENT:
+        return None
     octets = np.frombuffer(array, np.uint8)
     parts = []
     at, digits, end = 4, 1, len(array) - 1
@@ -226,6 +228,8 @@ def _element(view: memoryview, at: int, field: bytes) -> tuple[int, int, int]:
         if size is None:
             size = EXTRA_SIZES[kind] + int(_INT32.unpack_from(view, start)[0])
         stop = start + size
+        if stop < start:
+            raise IndexError(f"{name.decode(errors='replace')} has {size} bytes")
         if name == field:
             return kind, start, stop
         at = stop
