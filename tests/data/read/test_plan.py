@@ -75,15 +75,13 @@ def test_ranges_are_about_equal_where_records_tell_how_many_lie_between(
 class Jumping(Clumped):
     """ObjectIds of one process, which inserts so many documents a second and then pauses for two."""
 
-    RATE = 10_000
-
-    def __init__(self, skipped: int) -> None:
+    def __init__(self, skipped: int, rate: int = 10_000) -> None:
         super().__init__()
-        self._skipped = skipped  # one of so many is gone
+        self._skipped, self._rate = skipped, rate  # one of so many is gone
 
     def form(self, n: int) -> ObjectId:
         counter = (n + 2**24 - SIZE // 2) % 2**24
-        second = 2**30 + 3 * (n // self.RATE)
+        second = 2**30 + 3 * (n // self._rate)
         return ObjectId(second.to_bytes(4, "big") + b"12345" + counter.to_bytes(3, "big"))
 
     def number(self, one: ObjectId) -> int:
@@ -117,6 +115,19 @@ def test_bounds_of_object_ids_are_looked_for_where_these_jump(monkeypatch: pytes
     monkeypatch.setattr(sampling, "_WALK_S", -1.0)
     reader: Any = Jumping(skipped=10**9)
     reader.check(sampled(reader, reader.whole, ROWS, SIZE, most=50_000))
+
+
+@pytest.mark.parametrize("rate", [700, 30_000])
+def test_bounds_ascend_where_the_counter_of_object_ids_begins_again(
+    rate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "_WALK_S", -1.0)
+    reader: Any = Jumping(skipped=10**9, rate=rate)  # in the middle of a second
+    found = sampled(reader, reader.whole, ROWS, SIZE, most=50_000)
+    assert found is not None
+    assert found[0] == reader.whole.lower
+    assert list(found) == sorted(set(found))
+    assert found[-1] < reader.whole.upper
 
 
 def test_a_bound_that_is_gone_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,12 +182,12 @@ def _likely(lower: Any, upper: Any, size: int, count: int) -> list[ObjectId]:
     if process != other or last - first > _SECONDS or counted > _DENSE * size:
         return []
     counters = [(start + counted * n // count) % _COUNTER for n in range(1, count)]
-    seconds = range(first, last + 1)
-    return [
+    made = (
         ObjectId(second.to_bytes(4, "big") + process + counter.to_bytes(3, "big"))
-        for second in seconds
+        for second in range(first, last + 1)
         for counter in counters
-    ]
+    )
+    return [one for one in made if lower < one < upper]  # those behind a counter that began again may be outside
 
 
 def _distance(lower: Any, upper: Any) -> float:
