@@ -54,7 +54,7 @@ def test_a_script_is_trained(call: Call, db: Datalayer, tmp_path: Path) -> None:
     assert (found["identifier"], found["version"]) == ("own", 1)
     assert db.load(uuid=found["uuid"]).version == 1
     assert other.stderr == f"Error: 'nothing' of {script} is of type int, not a trainer\n"
-    assert f"{script} has no trainer; say which: {script}:NAME" in unnamed.stderr
+    assert f"{script} has no trainer; say which: {script}:NAME; its functions are digits" in unnamed.stderr
 
 
 def test_a_wrong_script_is_one_sentence_and_makes_no_database(
@@ -153,7 +153,7 @@ def test_documents_are_predicted_into_a_field(call: Call, db: Datalayer) -> None
     db["points"].raw.update_one({"_id": 110}, {"$set": {"x": [1.0]}})
     broken = call(*into)
 
-    assert done.stdout == "m 1 predicted 50 documents of points into guess\n", done.output
+    assert done.stdout == "model m version 1 predicted 50 documents of points into guess\n", done.output
     assert "0 documents" in again.stdout
     assert "already" in again.stdout
     assert (broken.exit_code, broken.stdout) == (1, "")

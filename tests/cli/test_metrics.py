@@ -48,6 +48,10 @@ def test_metrics_are_a_table(call: Call, job: Job[Any]) -> None:
     assert call("metrics", job.result().uuid).stdout == done.stdout
 
 
+def test_a_job_is_named_by_its_first_characters(call: Call, job: Job[Any]) -> None:
+    assert call("metrics", job.uuid[:6]).stdout == call("metrics", job.uuid).stdout
+
+
 def test_metrics_are_json(call: Call, job: Job[Any]) -> None:
     found = json.loads(call("metrics", job.uuid, "--json").stdout)
     assert [(row["step"], row["kind"]) for row in found] == [(row.step, row.kind) for row in job.metrics]

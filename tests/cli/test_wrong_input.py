@@ -108,6 +108,7 @@ def test_wrong_input_is_a_sentence_and_never_success(
         (("show", "modle"), "did you mean 'model'?"),
         (("show", "model", "mm"), "did you mean 'm'?"),
         (("compare", "model", "m", "--by", "objectiv"), "did you mean 'objective'?"),
+        (("predict", "model", "m", "--collection", "point", "--into", "p"), "did you mean 'points'?"),
     ],
 )
 def test_what_was_meant_is_named(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -232,12 +234,13 @@ def refused(db: Datalayer, error: type[MongotorchError], match: str, **given: An
     return raised.value
 
 
-@pytest.mark.parametrize(
-    "into", ["x", "x.y", "y", "_id", "_id.a", "_fold", "", ".a", "a..b", "$set", "a.$b", "a\0", 3]
-)
-def test_a_field_that_is_read_or_is_none_is_refused(db: Datalayer, into: Any) -> None:
+NO_FIELDS = ("x", "x.y", "y", "_id", "_id.a", "_fold", "", ".a", "a..b", "$set", "a.$b", "a\0", 3)
+
+
+def test_a_field_that_is_read_or_is_none_is_refused(db: Datalayer) -> None:
     trained(db)
-    assert refused(db, ParameterError, "into", into=into).field == "into"
+    for into in NO_FIELDS:
+        assert refused(db, ParameterError, "into", into=into).field == "into"
 
 
 def test_fields_that_decide_folds_or_weights_are_refused(db: Datalayer) -> None:
@@ -246,20 +249,21 @@ def test_fields_that_decide_folds_or_weights_are_refused(db: Datalayer) -> None:
     refused(db, ParameterError, "'x.a'", into="x", key="x.a")
 
 
-@pytest.mark.parametrize(
-    ("pipeline", "match"),
-    [
-        ([{"$group": {"_id": "$y"}}], "pipeline gives other ones"),
-        ([{"$unwind": "$x"}], "several times"),
-        ([{"$project": {"_id": 0, "x": 1}}], "pipeline"),
-        ([{"$match": {"p.value": 1}}], "changes while it is read"),
-        ([{"$match": {"$expr": {"$eq": ["$p.value", 1]}}}], "changes while it is read"),
-        ([{"$sort": {"p": 1}}], "changes while it is read"),
-    ],
-)
-def test_pipelines_that_cannot_be_written_back_are_refused(db: Datalayer, pipeline: Any, match: str) -> None:
+NOT_WRITTEN_BACK: list[tuple[list[Any], str]] = [
+    ([{"$group": {"_id": "$y"}}], "pipeline gives other ones"),
+    ([{"$unwind": "$x"}], "several times"),
+    ([{"$project": {"_id": 0, "x": 1}}], "pipeline"),
+    ([{"$match": {"p.value": 1}}], "changes while it is read"),
+    ([{"$match": {"$expr": {"$eq": ["$p.value", 1]}}}], "changes while it is read"),
+    ([{"$sort": {"p": 1}}], "changes while it is read"),
+]
+
+
+def test_pipelines_that_cannot_be_written_back_are_refused(db: Datalayer) -> None:
     trained(db)
-    refused(db, QueryError, match, select=db[COLLECTION].aggregate(pipeline))
+    for pipeline, match in NOT_WRITTEN_BACK:
+        refused(db, QueryError, match, select=db[COLLECTION].aggregate(pipeline))
+    refused(db, QueryError, "changes while", select=db[COLLECTION].find({"p": None}).limit(3))
 
 
 def test_what_does_not_predict_is_refused(db: Datalayer) -> None:
@@ -394,3 +398,35 @@ def test_the_record_goes_with_the_version(db: Datalayer) -> None:
 def test_the_result_prints_short() -> None:
     done = Predicted(identifier="m", version=1, uuid="u", collection="c", into="p", written=3)
     assert len(repr(done)) < 200
+
+
+KILLED = """
+import os
+from mongotorch import Datalayer
+from mongotorch.services import prediction
+write, calls = prediction.write_field, []
+def dying(*given):
+    calls.append(given)
+    if len(calls) == 4:
+        os._exit(9)
+    return write(*given)
+prediction.write_field = dying
+with Datalayer.connect(sys.argv[1], progress=False) as db:
+    db.predict("model", "m", select=db["points"].find(), into="p", batch_size=10)
+"""
+
+
+def test_a_killed_process_is_continued_by_the_same_call(server_uri: str) -> None:
+    with Datalayer.connect(server_uri, progress=False) as db:
+        trained(db)
+        killed = subprocess.run([sys.executable, "-c", "import sys" + KILLED, server_uri], check=False)
+        assert killed.returncode == 9
+        before = stored(db, "p")
+        assert sum(one is not None for one in before.values()) == 30
+        assert record(db)["status"] == "running"
+
+        assert db.predict("model", "m", select=db[COLLECTION].find(), into="p").written == 90
+
+        assert record(db)["status"] == "succeeded"
+        assert all(stored(db, "p")[n] == one for n, one in before.items() if one is not None)
+        assert db[COLLECTION].count({"p.version": 1}) == 120

@@ -284,7 +284,8 @@ def print_value(value: Any, *, as_json: bool) -> None:
         print_json(fields)
         return
     rows = [
-        (name, "\n".join(map(str, part)) if isinstance(part, tuple) else part) for name, part in fields.items()
+        (name, "\n".join(map(str, part)) or "none" if isinstance(part, tuple) else part)
+        for name, part in fields.items()
     ]
     print_pairs(type(value).__name__.lower(), rows)
 

@@ -54,6 +54,7 @@ def predict(
         if collection is None:
             _predict_input(db, (type_id, identifier, version), given, batch=batch, integers=integers)
             return
+        one_of("collection", collection, db.overview.collections()["collections"])
         found = db.predict(
             type_id,
             identifier,
@@ -69,8 +70,8 @@ def predict(
         "; no other document matches, or this version has predicted them already" if not found.written else ""
     )
     typer.echo(
-        f"{found.identifier} {found.version} predicted {found.written:,} documents of {found.collection} into "
-        f"{found.into}{nothing}{left_out}{gone}"
+        f"model {found.identifier} version {found.version} predicted {found.written:,} documents of "
+        f"{found.collection} into {found.into}{nothing}{left_out}{gone}"
     )
 
 

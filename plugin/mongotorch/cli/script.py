@@ -70,7 +70,9 @@ class Script:
         ]
         if len(runs) != 1:
             there = f"has the trainers {', '.join(runs)}" if runs else "has no trainer"
-            _refuse(f"{self._file} {there}; say which: {self._file}:NAME")
+            makers = [] if runs else self._own()
+            known = f"; its functions are {', '.join(makers)}" if makers else ""
+            _refuse(f"{self._file} {there}; say which: {self._file}:NAME{known}")
         return runs[0]
 
 

@@ -115,7 +115,7 @@ class Applier:
         elif isinstance(what, Job | Component | str):
             uuid = what if isinstance(what, str) else what.uuid
             with contextlib.suppress(NotFoundError):
-                return str(self._jobs.get(uuid)["_id"])
+                return self.job(uuid).uuid
             document = self._catalog.components.get(uuid)
         else:
             kind = type(what).__name__

@@ -93,7 +93,7 @@ class Overview:
         texts = {name: written(part) for name, part in fields.items()}
         return {name: text for name, text in texts.items() if text}
 
-    def curves(self, job_ids: Sequence[str]) -> Record:
+    def curves(self, job_ids: Sequence[str], *, measured: bool = True) -> Record:
         """What runs have measured: for each of at most ten, its name and `curves`.
 
         A curve has the `name` of a value, the `kind` of its measurements (`train` or `valid`), and as lists of
@@ -102,6 +102,7 @@ class Overview:
 
         Args:
             job_ids: The runs; one that is not there is left out.
+            measured: Whether to read what they have measured; without it, `curves` are empty.
         """
         chosen = list(dict.fromkeys(job_ids))[:MOST_COMPARED]
         jobs = {str(job["_id"]): job for job in self._listing.jobs_of(chosen)}
@@ -113,7 +114,7 @@ class Overview:
                     "name": _text(jobs[job], "identifier"),
                     "status": _text(jobs[job], "status"),
                     "best_step": _number(published[job] or {}, "best_step"),
-                    "curves": _curves(self._listing.measurements(job)),
+                    "curves": _curves(self._listing.measurements(job)) if measured else [],
                 }
                 for job in chosen
                 if job in jobs

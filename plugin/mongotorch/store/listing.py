@@ -11,6 +11,7 @@ characters.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -68,6 +69,8 @@ def shown(value: Any, _depth: int = 0) -> Any:
 
     Times become ISO 8601 in UTC; numbers that are not finite, and what JSON does not have, become text.
     """
+    if type(value) is float:
+        return value if math.isfinite(value) else str(value)
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int):
@@ -82,8 +85,8 @@ def shown(value: Any, _depth: int = 0) -> Any:
     if isinstance(value, bytes):
         return f"<{len(value):,} bytes>"
     if _depth < _DEEPEST and isinstance(value, Mapping):
-        pairs = zip(value.items(), range(_MOST_ITEMS), strict=False)
-        return {_text(str(key), _MOST_KEY): shown(part, _depth + 1) for (key, part), _ in pairs}
+        pairs = value.items() if len(value) <= _MOST_ITEMS else itertools.islice(value.items(), _MOST_ITEMS)
+        return {_text(str(key), _MOST_KEY): shown(part, _depth + 1) for key, part in pairs}
     if _depth < _DEEPEST and isinstance(value, list | tuple):
         return [shown(part, _depth + 1) for part in value[:_MOST_ITEMS]]
     return _text(str(value))
@@ -96,6 +99,8 @@ def _shown_record(document: Mapping[str, Any]) -> Document:
 
 
 def _text(value: str, most: int = MOST_TEXT) -> str:
+    if len(value) <= most and value.isascii() and ":" not in value and "=" not in value:
+        return value  # most texts of ten thousand measurements
     text = value[:most].encode(errors="replace").decode()
     text = redact(text) if ":" in text or "=" in text else text
     return f"{text}… ({len(value):,} characters)" if len(value) > most else text

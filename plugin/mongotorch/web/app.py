@@ -163,7 +163,8 @@ def _compare(db: Datalayer, request: Request) -> Values:
     chosen = request.query_params.getlist("run")
     if len(chosen) > MOST_COMPARED:
         raise ParameterError(f"{len(chosen)} runs cannot be compared; choose at most {MOST_COMPARED}", field="run")
-    return db.overview.curves(chosen)
+    # The page itself only names the runs; its script asks for the curves.
+    return db.overview.curves(chosen, measured=request.query_params.get("format") == "json")
 
 
 def _models(db: Datalayer, _: Request) -> Values:
