@@ -69,6 +69,7 @@ LONG = frozenset(
         "test_public_reprs.py",
         "test_ranks.py",
         "test_ray.py",
+        "test_refused_ranks.py",
         "test_run_job.py",
         "test_second_process.py",
         "test_server_binary.py",

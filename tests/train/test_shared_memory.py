@@ -67,9 +67,12 @@ def sums(group: ProcessGroup, world: int) -> None:
     for dtype in (torch.float32, torch.float64):
         for size in SIZES:
             expected = tree_sum(lambda rank, size=size, dtype=dtype: part(rank, size, dtype), 0, world)  # type: ignore[misc]
-            given = part(group.rank, size, dtype)
-            found = group.sum(given)
+            found = part(group.rank, size, dtype)
+            group.sum([found])
             assert found.numpy().tobytes() == expected.numpy().tobytes(), (dtype, size)
+            cut = part(group.rank, size, dtype)
+            group.sum(torch.split(cut, [size // 3, 0, size - size // 3]))
+            assert cut.numpy().tobytes() == expected.numpy().tobytes(), (dtype, size)
     assert group._shared is not None
 
 
@@ -85,7 +88,9 @@ def by_sockets(group: ProcessGroup, world: int, patched: str) -> None:
         setattr(shared_memory, patched, {"_made": refused, "_machine": elsewhere, "_mapped": unseen}[patched])
     for size in SIZES:
         expected = tree_sum(lambda rank, size=size: part(rank, size, torch.float32), 0, world)  # type: ignore[misc]
-        assert group.sum(part(group.rank, size, torch.float32)).numpy().tobytes() == expected.numpy().tobytes()
+        found = part(group.rank, size, torch.float32)
+        group.sum([found])
+        assert found.numpy().tobytes() == expected.numpy().tobytes()
     assert group._shared is None
     assert not [one for one in Path("/proc/self/fd").iterdir() if "mongotorch-ranks" in os.path.realpath(one)]
 
@@ -109,11 +114,11 @@ def test_where_one_rank_cannot_share_all_use_sockets(tmp_path: Path, patched: st
 
 
 def killed(group: ProcessGroup, folder: str) -> None:
-    group.sum(torch.ones(5000))
+    group.sum([torch.ones(5000)])
     if group.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     with pytest.raises(WorkerLostError, match="rank 0 of 2 lost another worker"):
-        group.sum(torch.ones(5000))
+        group.sum([torch.ones(5000)])
     Path(folder, "heard").touch()
     os._exit(0)
 

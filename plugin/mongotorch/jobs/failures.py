@@ -14,6 +14,7 @@ from typing import Any, Final
 from mongotorch import errors
 from mongotorch.errors import (
     JobProcessError,
+    JobRuntimeError,
     MongotorchError,
     ServerUnavailableError,
     TrainingError,
@@ -21,7 +22,17 @@ from mongotorch.errors import (
 )
 from mongotorch.mongo.driver_errors import is_transient, redact
 
+RUNTIME_MARGIN_S: Final = 2.0
+"""How much longer than `max_runtime_s` a run has to end by itself, between two steps."""
 _MOST_TEXT: Final = 30_000  # characters of a traceback that is carried on
+
+
+def too_long(job_id: str, max_runtime_s: float) -> JobRuntimeError:
+    """The error of an attempt that has taken longer than it may."""
+    return JobRuntimeError(
+        f"job {job_id} ran for longer than max_runtime_s={max_runtime_s:g} allows; give it more, or less to do",
+        setting="max_runtime_s",
+    )
 
 
 def described(error: BaseException) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, final
 
+import torch
 from torch import Tensor
 
 from mongotorch.errors import WorkerLostError
@@ -63,11 +64,12 @@ class ThreadGroup:
         self._number += 1
         return self._room.exchange(self.rank, self._number - 1, value)
 
-    def sum(self, flat: Tensor) -> Tensor:
+    def sum(self, parts: Sequence[Tensor]) -> None:
         """See `Group.sum`."""
-        parts: list[Tensor] = self._exchange(flat.clone())
-        total: Tensor = tree_sum(parts.__getitem__, 0, self.world)
-        return total
+        given: list[Tensor] = self._exchange(torch.cat([part.clone() for part in parts]))
+        total: Tensor = tree_sum(given.__getitem__, 0, self.world)
+        for part, found in zip(parts, torch.split(total, list(map(len, parts))), strict=True):
+            part.copy_(found)
 
     def share(self, value: T) -> T:
         """See `Group.share`."""

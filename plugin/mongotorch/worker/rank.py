@@ -27,6 +27,7 @@ from mongotorch.errors import (
     SettingError,
     WorkerLostError,
 )
+from mongotorch.jobs.failures import RUNTIME_MARGIN_S, too_long
 from mongotorch.jobs.launchers.joined import dismiss, follow
 from mongotorch.resources import on_signal
 from mongotorch.settings import read_settings
@@ -70,7 +71,8 @@ def run_job(job_id: str, *, uri: str | None = None, **settings: Any) -> str:
     """Run one job in the processes that have this environment of `torch.distributed`; all of them call it.
 
     Rank 0 claims the job, waits for the lease of an attempt that was killed, and publishes. At SIGTERM it writes a
-    checkpoint and hands the job back.
+    checkpoint and hands the job back. Where the attempt takes longer than `max_runtime_s`, the job fails, and the
+    process ends even if a step does not.
 
     Args:
         job_id: The job, as `db.apply` with `compute="queue"` has made it.
@@ -100,10 +102,39 @@ def run_job(job_id: str, *, uri: str | None = None, **settings: Any) -> str:
 def _lead(db: Datalayer, job_id: str, stop: threading.Event, *, is_alone: bool) -> str:
     """Be rank 0: claim the job and run it."""
     job = _claimed(db, job_id, stop)
-    outcome = db.job(job_id).status if job is None else db.runner.run_claimed(job, stop)
+    if job is None:
+        outcome = db.job(job_id).status
+    else:
+        with _ends_in_time(db, job):
+            outcome = db.runner.run_claimed(job, stop)
     if not is_alone and (job is None or outcome == "succeeded"):
         dismiss()  # else the others hear of it by the end of this process
     return outcome
+
+
+@contextlib.contextmanager
+def _ends_in_time(db: Datalayer, job: Mapping[str, Any]) -> Iterator[None]:
+    """End this process where what is inside takes longer than it may: no worker watches it.
+
+    A run looks at its time between two steps, and so comes to an end by itself where its steps do.
+    """
+    limit_s = job.get("max_runtime_s") or db.settings.max_runtime_s
+    ended = threading.Event()
+
+    def watch() -> None:
+        if ended.wait((limit_s or 0.0) + RUNTIME_MARGIN_S):
+            return
+        try:
+            db.runner.fail_killed(job["_id"], job["attempt"], too_long(job["_id"], limit_s or 0.0), retry=False)
+        finally:
+            os._exit(1)  # whoever has started the processes ends the others
+
+    if limit_s:
+        threading.Thread(target=watch, name="mongotorch-limit", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def _claimed(db: Datalayer, job_id: str, stop: threading.Event) -> dict[str, Any] | None:

@@ -25,15 +25,13 @@ from typing import Any, Final, final
 
 from mongotorch.datalayer import Datalayer
 from mongotorch.errors import JobProcessError, MongotorchError, ServerUnavailableError
+from mongotorch.jobs.failures import RUNTIME_MARGIN_S, too_long
 from mongotorch.resources import die_with_parent, on_signal
-from mongotorch.services.training.job_runner import too_long
 from mongotorch.worker.loop import Worker, scheduling
 
 _log = logging.getLogger("mongotorch.worker")
 LOOK_S: Final = 1.0
 """How often the supervisor asks whether a job that runs was cancelled."""
-RUNTIME_MARGIN_S: Final = 2.0
-"""How much longer than `max_runtime_s` a run has to end by itself, between two steps."""
 _STARTS: Final = 5
 """How many children in a row may end before they have claimed anything, where the supervisor has an end."""
 _LONGEST_PAUSE_S: Final = 30.0

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests import run_processes as runs
@@ -57,3 +58,24 @@ def test_processes_that_the_lanes_cannot_be_shared_by_fail_the_job_and_say_so(se
         assert job.error is not None
         assert "3 processes were started" in job.error["message"]
         assert db.show("model", "three") == [0]
+
+
+class Sleeps:
+    """A callback that never returns, on one rank."""
+
+    def on_step(self, fit: Any, event: Any) -> None:
+        if fit.rank == 1 and event.step == 3:
+            time.sleep(10_000)
+
+
+@pytest.mark.parametrize("callbacks", [(), (Sleeps(),)], ids=["slow", "stuck"])
+def test_an_attempt_that_takes_too_long_fails_and_publishes_nothing(server_uri: str, callbacks: Any) -> None:
+    with Datalayer.connect(server_uri, **runs.SETTINGS, max_runtime_s=6.0) as db:
+        runs.fill(db, 100)
+        job = db.apply(trainer(db, "long", workers=(1, 4), steps=10**9, callbacks=callbacks))
+        assert start(server_uri, job.uuid, 2).wait(200) == 1
+        assert job.status == "failed"
+        assert job.error is not None
+        assert job.error["type"] == "JobRuntimeError"
+        assert job.record["attempt"] == 1
+        assert db.show("model", "long") == [0]

@@ -20,12 +20,11 @@ from typing import Any, Final, Self, final
 from mongotorch.errors import (
     JobCancelledError,
     JobReleasedError,
-    JobRuntimeError,
     MongotorchError,
     ServerUnavailableError,
 )
 from mongotorch.jobs import Handler, environment, log_job, worker_name
-from mongotorch.jobs.failures import described
+from mongotorch.jobs.failures import described, too_long
 from mongotorch.mongo.driver_errors import is_transient, redact
 from mongotorch.settings import Settings
 from mongotorch.store import Jobs
@@ -325,14 +324,6 @@ class Heartbeat:
                     self.beat()
                     renewed_s = time.monotonic()
                 self.look()
-
-
-def too_long(job_id: str, max_runtime_s: float) -> JobRuntimeError:
-    """The error of an attempt that has taken longer than it may."""
-    return JobRuntimeError(
-        f"job {job_id} ran for longer than max_runtime_s={max_runtime_s:g} allows; give it more, or less to do",
-        setting="max_runtime_s",
-    )
 
 
 def _step(job: Mapping[str, Any], heartbeat: Heartbeat) -> int:

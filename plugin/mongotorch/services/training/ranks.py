@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar, final
 
 from mongotorch.errors import JobCancelledError, UnsupportedError
 from mongotorch.jobs import Lease, environment
+from mongotorch.jobs.failures import too_long
 from mongotorch.jobs.launchers import Launcher, RankCall, is_launcher, launcher_named
 from mongotorch.mongo.connection import Connection
 from mongotorch.settings import Settings
 from mongotorch.store import Jobs
-from mongotorch.store.jobs import HAND_BACK, running
+from mongotorch.store.jobs import HAND_BACK, number, running
 from mongotorch.train import Group, Lanes
 
 R = TypeVar("R")
@@ -169,6 +171,7 @@ class RankLease:
 
     def __init__(self, jobs: Jobs, job: Mapping[str, Any]) -> None:
         self._jobs, self._id, self._attempt = jobs, job["_id"], job["attempt"]
+        self._limit_s, self._begun_s = number(job, "max_runtime_s"), time.monotonic()
         self._reached = job.get("reached") or 0
         self._is_lost = self._is_stopping = self._is_asked_to_end = False
         self._ended = threading.Event()
@@ -200,7 +203,9 @@ class RankLease:
         return self._is_asked_to_end
 
     def check(self) -> None:
-        """Return if the run may go on. Raises: JobCancelledError."""
+        """Return if the run may go on. Raises: JobCancelledError, JobRuntimeError."""
+        if self._limit_s and time.monotonic() - self._begun_s > self._limit_s:
+            raise too_long(self._id, self._limit_s)
         if self._is_lost:
             raise JobCancelledError(
                 f"job {self._id}: attempt {self._attempt} was cancelled, or another worker has it; this attempt "

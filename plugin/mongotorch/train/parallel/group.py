@@ -25,7 +25,7 @@ from mongotorch.train.parallel.shared_memory import SharedMemory
 
 T = TypeVar("T")
 LEAST_SHARED_BYTES: Final = 2**20
-"""Of a tensor that ranks of one machine add up in shared memory; below, a message costs no more than waiting."""
+"""Of tensors that ranks of one machine add up in shared memory; below, a message costs no more than waiting."""
 Reduce = Literal["exact", "fast"]
 """How gradients are added up: as one binary tree over the lanes, or by one `all_reduce`."""
 
@@ -41,8 +41,8 @@ class Group(Protocol):
     rank: int
     world: int
 
-    def sum(self, flat: Tensor) -> Tensor:
-        """The sum over all ranks of tensors of one shape (n,) and dtype; they may be changed.
+    def sum(self, parts: Sequence[Tensor]) -> None:
+        """Put the sum over all ranks in the place of these tensors of shape (n,), alike on all of them.
 
         Raises:
             WorkerLostError: Another rank is gone, or did not answer in time.
@@ -65,9 +65,8 @@ class Alone:
     rank = 0
     world = 1
 
-    def sum(self, flat: Tensor) -> Tensor:
-        """See `Group.sum`: the tensor itself."""
-        return flat
+    def sum(self, parts: Sequence[Tensor]) -> None:
+        """See `Group.sum`: they are the sum."""
 
     def share(self, value: T) -> T:
         """See `Group.share`: the value itself."""
@@ -105,6 +104,7 @@ class ProcessGroup:
         self._reduce = reduce
         self._timeout = timedelta(seconds=timeout_s)
         self._shared: SharedMemory | None = None
+        self._flat: Tensor | None = None  # memory that is had anew each time has to be cleared each time
         self._has_looked = False  # whether the ranks can share memory
 
     @functools.cached_property
@@ -121,25 +121,41 @@ class ProcessGroup:
                     pairs.append(made)
         return pairs
 
-    def sum(self, flat: Tensor) -> Tensor:
+    def sum(self, parts: Sequence[Tensor]) -> None:
         """See `Group.sum`."""
         with self._waiting():
-            if self._reduce == "fast":
-                dist.all_reduce(flat)
-                return flat
-            if (shared := self._shared_for(flat)) is not None:
-                return shared.sum(flat)
-            if self.world & (self.world - 1):
-                parts = [torch.empty_like(flat) for _ in range(self.world)]
-                dist.all_gather(parts, flat)
-                return tree_sum(parts.__getitem__, 0, self.world)
-            for pair in self._pairs:
-                dist.all_reduce(flat, group=pair)
-            return flat
+            if (shared := self._shared_for(parts)) is not None:
+                shared.sum(parts)
+                return
+            found = self._summed(self._laid_out(parts))
+            for part, one in zip(parts, torch.split(found, list(map(len, parts))), strict=True):
+                part.copy_(one)
 
-    def _shared_for(self, flat: Tensor) -> SharedMemory | None:
-        """The memory to add up a tensor in; None where the ranks have none, or do better without."""
-        if self.world == 1 or flat.device.type != "cpu" or flat.nbytes < LEAST_SHARED_BYTES:
+    def _laid_out(self, parts: Sequence[Tensor]) -> Tensor:
+        """All of them in one tensor, which is used again."""
+        size, like = sum(map(len, parts)), parts[0]
+        flat = self._flat
+        if flat is None or (len(flat), flat.dtype, flat.device) != (size, like.dtype, like.device):
+            flat = self._flat = torch.empty(size, dtype=like.dtype, device=like.device)
+        return torch.cat(list(parts), out=flat)
+
+    def _summed(self, flat: Tensor) -> Tensor:
+        """The sum over all ranks, by messages."""
+        if self._reduce == "fast":
+            dist.all_reduce(flat)
+            return flat
+        if self.world & (self.world - 1):
+            given = [torch.empty_like(flat) for _ in range(self.world)]
+            dist.all_gather(given, flat)
+            return tree_sum(given.__getitem__, 0, self.world)
+        for pair in self._pairs:
+            dist.all_reduce(flat, group=pair)
+        return flat
+
+    def _shared_for(self, parts: Sequence[Tensor]) -> SharedMemory | None:
+        """The memory to add tensors up in; None where the ranks have none, or do better without."""
+        is_large = sum(part.nbytes for part in parts) >= LEAST_SHARED_BYTES
+        if self._reduce == "fast" or self.world == 1 or parts[0].device.type != "cpu" or not is_large:
             return None
         if not self._has_looked:
             self._has_looked = True
@@ -168,7 +184,7 @@ class ProcessGroup:
 
     def close(self) -> None:
         """See `Group.close`: destroys the default process group."""
-        self._shared = None
+        self._shared = self._flat = None
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -139,14 +139,12 @@ class _Buffers:
             return [torch.zeros(one.numel() * one.element_size(), dtype=dtype, device=device) for one in kept]
         return [_bytes(values[key]).to(device=device, dtype=dtype) for key in self.known]
 
-    def from_numbers(self, numbers: Tensor) -> dict[str, Tensor]:
+    def from_numbers(self, numbers: list[Tensor]) -> dict[str, Tensor]:
         """The known ones out of what `as_numbers` gave."""
-        found, first, at = dict[str, Tensor](), self._first(), 0
-        for key in self.known:
+        found, first = dict[str, Tensor](), self._first()
+        for key, one in zip(self.known, numbers, strict=True):
             kept = first[key]
-            size = kept.numel() * kept.element_size()
-            raw = numbers[at : at + size].to(torch.uint8).to(kept.device)
-            found[key], at = raw.view(kept.dtype).view(kept.shape), at + size
+            found[key] = one.to(torch.uint8).to(kept.device).view(kept.dtype).view(kept.shape)
         return found
 
 
@@ -217,7 +215,6 @@ class LaneStep:
         self._buffers = _Buffers(modules)
         self._parameters: Sequence[nn.Parameter] = ()
         self._dtype, self._device = torch.float32, torch.device("cpu")
-        self._flat_buffer: Tensor | None = None  # memory that is had anew each step has to be cleared each step
         self.rows, self.is_empty, self.is_stopped = 0, False, False
 
     def begin(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -333,10 +330,10 @@ class LaneStep:
         fresh = self._buffers.changed(final) if final is not None else []
         total.header[_CHANGED] += len(fresh)
         total.header[_FAILED] += error is not None
-        flat = self._flat(total, final)
-        with waiting():
-            flat = self._group.sum(flat)
-        total, numbers = self._unflat(flat, total.gradients)
+        parts = self._parts(total, final)
+        with torch.no_grad(), waiting():
+            self._group.sum(parts)
+        total, numbers = self._total(parts)
         if total.header[_FAILED]:
             with waiting():
                 errors = self._group.gather(portable(error))
@@ -352,41 +349,26 @@ class LaneStep:
             self._buffers.known += list(values)
         return total
 
-    def _flat(self, total: _Sum, final: dict[str, Tensor] | None) -> Tensor:
-        """All of it as one tensor of shape (n,)."""
+    def _parts(self, total: _Sum, final: dict[str, Tensor] | None) -> list[Tensor]:
+        """All of it as tensors of shape (n,): the gradients themselves, where they lie in one piece of memory."""
         sizes = [one.numel() * (2 if one.is_complex() else 1) for one in self._parameters]
         parts = [
-            torch.zeros(size, dtype=self._dtype, device=self._device) if part is None else part.reshape(-1)
+            torch.zeros(size, dtype=self._dtype, device=self._device)
+            if part is None
+            else part.detach().reshape(-1)
             for part, size in zip(total.gradients, [*sizes, 1], strict=True)
         ]
         buffers = self._buffers.as_numbers(final, self._dtype, self._device)
-        parts += [total.header.to(self._device), *buffers]
-        size = sum(map(len, parts))
-        if self._flat_buffer is None or len(self._flat_buffer) != size:
-            self._flat_buffer = torch.empty(size, dtype=self._dtype, device=self._device)
-        with torch.no_grad():
-            return torch.cat(parts, out=self._flat_buffer)
+        return [*parts, total.header.to(self._device), *buffers]
 
-    def _unflat(self, flat: Tensor, into: Sequence[Tensor | None]) -> tuple[_Sum, Tensor]:
-        """What `_flat` was made of, with zeros for what no lane had, and the numbers of the buffers.
-
-        Args:
-            flat: It is used again in the next step.
-            into: The gradients of this rank, in whose place those of all ranks are.
-        """
-        gradients: list[Tensor] = []
-        at = 0
-        for one in self._parameters:
-            size = one.numel() * (2 if one.is_complex() else 1)
-            gradients.append(flat[at : at + size].view(*one.shape, *((2,) if one.is_complex() else ())))
-            at += size
-        gradients.append(flat[at : at + 1])
-        own = [
-            torch.empty_like(a) if b is None or _overlaps(b) else b for a, b in zip(gradients, into, strict=True)
+    def _total(self, parts: list[Tensor]) -> tuple[_Sum, list[Tensor]]:
+        """What `_parts` was made of, with zeros for what no lane had, and the numbers of the buffers."""
+        gradients: list[Tensor | None] = [
+            part.view(*one.shape, *((2,) if one.is_complex() else ()))
+            for one, part in zip(self._parameters, parts, strict=False)
         ]
-        _copy(own, gradients)
-        stop = at + 1 + _NUMBERS + len(self._parameters)
-        return _Sum(gradients=list(own), header=flat[at + 1 : stop].to("cpu", copy=True)), flat[stop:]
+        count = len(self._parameters)
+        return _Sum(gradients=[*gradients, parts[count]], header=parts[count + 1].cpu()), parts[count + 2 :]
 
     def _check_alike(self, header: Tensor, position: int) -> None:
         world = self._group.world

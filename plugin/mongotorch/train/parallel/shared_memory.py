@@ -18,7 +18,7 @@ import mmap
 import os
 import secrets
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -89,35 +89,60 @@ class SharedMemory:
             if file >= 0:
                 os.close(file)
 
-    def sum(self, flat: Tensor) -> Tensor:
-        """The sum over all ranks of tensors of one shape (n,) and dtype on the CPU, in the place of the given one.
+    def sum(self, parts: Sequence[Tensor]) -> None:
+        """Put the sum over all ranks in the place of tensors of shape (n,) and one dtype, on the CPU.
 
         Raises:
             RuntimeError: What `meet` raises where a rank is gone.
         """
-        for part in torch.split(flat, BUFFER_BYTES // flat.element_size()):
-            parts = [buffers[self._turn, : part.nbytes].view(flat.dtype) for buffers in self._buffers]
+        for together in _fitting(parts, BUFFER_BYTES // parts[0].element_size()):
+            sizes = list(map(len, together))
+            size, dtype = sum(sizes) * together[0].element_size(), together[0].dtype
+            buffers = [one[self._turn, :size].view(dtype) for one in self._buffers]
             self._turn = 1 - self._turn
-            parts[self._rank].copy_(part)
+            _copy(torch.split(buffers[self._rank], sizes), together)
             self._meet()
-            if len(parts) == 2:
-                torch.add(*parts, out=part)  # a sum of two has no order
-            else:
-                self._add_shares(parts, part)
-        return flat
+            if len(buffers) > 2:
+                self._add_shares(buffers, together)
+                continue
+            for into, *found in zip(together, *(torch.split(one, sizes) for one in buffers), strict=True):
+                torch.add(*found, out=into)  # a sum of two has no order
 
-    def _add_shares(self, parts: list[Tensor], into: Tensor) -> None:
+    def _add_shares(self, buffers: list[Tensor], into: list[Tensor]) -> None:
         """Add up a share of the numbers on each rank, in the place of what only this rank reads of its own."""
-        each = -(-len(into) // len(parts))
-        shares = [torch.split(one, each) for one in parts]
+        each = -(-len(buffers[0]) // len(buffers))
+        shares = [torch.split(one, each) for one in buffers]
         if self._rank < len(shares[0]):
-            mine = [one[self._rank] for one in shares]
-            cut = [torch.split(one, _AT_ONCE) for one in mine]
-            for into_part, *found in zip(cut[self._rank], *cut, strict=True):
-                into_part.copy_(self._add_up(found))
+            cut = [torch.split(one[self._rank], _AT_ONCE) for one in shares]
+            for mine, *found in zip(cut[self._rank], *cut, strict=True):
+                mine.copy_(self._add_up(found))
         self._meet()
-        for rank, share in enumerate(torch.split(into, each)):
-            share.copy_(shares[rank][rank])
+        start = 0
+        for one in into:
+            for rank in range(start // each, -(-(start + len(one)) // each)):
+                first, stop = max(rank * each, start), min((rank + 1) * each, start + len(one))
+                one[first - start : stop - start].copy_(buffers[rank][first:stop])
+            start += len(one)
+
+
+def _fitting(parts: Sequence[Tensor], most: int) -> Iterator[list[Tensor]]:
+    """The same numbers in the same order, so many at a time at most."""
+    together: list[Tensor] = []
+    room = most
+    for part in parts:
+        at = 0
+        while at < len(part):
+            together.append(part[at : at + room])
+            at, room = at + len(together[-1]), room - len(together[-1])
+            if not room:
+                yield together
+                together, room = [], most
+    if together:
+        yield together
+
+
+def _copy(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    torch._foreach_copy_(list(into), list(values))
 
 
 def _machine() -> tuple[str, str]:
