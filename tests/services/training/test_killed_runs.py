@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import random
+import time
+from typing import Any
 
 import pytest
 from tests import run_processes as runs
+from tests.train.test_recipe import RECIPES
 
-from mongotorch import Datalayer
+from mongotorch import Datalayer, TorchTrainer
 
 pytestmark = pytest.mark.fault
 
@@ -56,6 +60,40 @@ def run_killed(uri: str, count: int, seed: int) -> None:
 
 def test_runs_killed_at_random_end_with_the_bits_of_one_that_was_left_alone(server_uri: str) -> None:
     run_killed(server_uri, count=12, seed=0)
+
+
+def with_recipe(db: Datalayer, recipe: str, name: str) -> TorchTrainer:
+    """A run with one of the recipes, each step of which takes a while."""
+    given = copy.deepcopy(RECIPES[recipe][0])
+    given["callbacks"] = [*given.get("callbacks", ()), Unhurried()]
+    loader = {"batch_size": 16, "shuffle": True, "drop_last": True}  # a batch norm needs two rows
+    return runs.trainer(db, name, in_memory=False).replace(loader_kwargs=loader, **given)
+
+
+class Unhurried:
+    """A callback that makes a run long enough to be killed, however fast the machine is."""
+
+    def on_step(self, fit: Any, event: Any) -> None:
+        time.sleep(0.01)
+
+
+@pytest.mark.timeout(900)
+def test_runs_of_every_recipe_killed_at_random_end_with_the_bits_of_those_that_were_left_alone(
+    server_uri: str,
+) -> None:
+    numbers = {recipe: n for n, recipe in enumerate(RECIPES)}
+    with Datalayer.connect(server_uri, **runs.SETTINGS) as db:
+        runs.fill(db)
+        jobs = {recipe: db.apply(with_recipe(db, recipe, f"run-{n}")) for recipe, n in numbers.items()}
+        alone = {
+            recipe: db.apply(with_recipe(db, recipe, f"alone-{n}"), priority=9) for recipe, n in numbers.items()
+        }
+        runs.work_alone(server_uri, len(alone))
+        assert kill_until_done(server_uri, db, seed=2) >= len(jobs) // 3, "the test kills"
+        assert sum(job.record["attempt"] > 1 for job in jobs.values()) >= len(jobs) // 3
+        for recipe, job in jobs.items():
+            found, expected = (runs.weights(one.result(timeout=30)) for one in (job, alone[recipe]))
+            assert runs.same(found, expected), recipe
 
 
 @pytest.mark.soak
