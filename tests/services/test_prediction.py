@@ -63,9 +63,9 @@ def test_each_document_has_what_predict_gives_and_who_gave_it(db: Datalayer) -> 
     done = db.predict("model", "m", select=db[COLLECTION].find(), into="predicted", batch_size=50)
 
     by = {"model": "m", "version": published.version, "uuid": published.uuid}
+    found = stored(db)
     for row in points():
-        own = {"value": published.predict(torch.tensor(row["x"])), **by}
-        assert stored(db)[row["_id"]] == own
+        assert found[row["_id"]] == {"value": published.predict(torch.tensor(row["x"])), **by}
     assert (done.written, done.gone, done.skipped) == (120, 0, 0)
     assert (done.version, done.uuid, done.collection, done.into) == (1, published.uuid, COLLECTION, "predicted")
     kept = record(db)
@@ -116,8 +116,10 @@ def test_the_live_version_predicts_and_another_one_takes_its_place(db: Datalayer
         (lambda c: c.aggregate([{"$match": {"n": {"$gte": 60}}}, {"$limit": 5}]), 5),
         (lambda c: c.aggregate([{"$project": {"x": {"$slice": ["$x", 4]}}}]), 120),
         (lambda c: c.find({"n": -1}), 0),
+        (lambda c: c.find().fold("train"), 93),
+        (lambda c: c.find({"n": {"$lt": 60}}).limit(50).fold("valid"), 14),
     ],
-    ids=["filter", "limit", "skip", "projection", "pipeline", "computed", "nothing"],
+    ids=["filter", "limit", "skip", "projection", "pipeline", "computed", "nothing", "fold", "fold of a limit"],
 )
 def test_exactly_the_documents_of_the_query(db: Datalayer, select: Callable[[Any], Any], count: int) -> None:
     trained(db)

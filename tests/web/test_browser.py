@@ -135,6 +135,7 @@ def test_a_run_appears_grows_and_ends(shop: Datalayer, browser: Any) -> None:
 def test_compare_models_lineage_and_verdict(shop: Datalayer, browser: Any) -> None:
     _, model = fill_with_runs(shop)
     other = shop.apply(trainer(shop[COLLECTION].find(), model=model, max_iterations=60, log_interval=3)).result()
+    shop.predict("model", "m", select=shop[COLLECTION].find(), into="guess")
     with serving(shop) as address:
         tab = Tab(browser, address)
         page = tab.open("/")
@@ -154,6 +155,9 @@ def test_compare_models_lineage_and_verdict(shop: Datalayer, browser: Any) -> No
         assert page.get_by_text("trainer.max_iterations").is_visible()
         page = tab.open(f"/lineage/{other.uuid}")
         page.locator("svg.graph a", has_text="run").first.wait_for()
+        assert page.locator("svg.graph .predictions").count() == 1
+        shop.predict("model", "m", other.version, select=shop[COLLECTION].find().limit(30), into="second")
+        page.locator("svg.graph a", has_text="30 written").wait_for()  # the open page loads itself again
         tab.shot("dashboard-lineage")
         page.locator("svg.graph a", has_text="m 1").click()
         assert page.get_by_role("heading", level=1).inner_text().endswith("version 1")

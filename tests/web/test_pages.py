@@ -207,7 +207,7 @@ def test_a_lineage_ends_in_the_predictions(db: Datalayer) -> None:
     given = db.show("model", "m", 0)["_id"]
     predictions = {node["title"]: node for node in found["nodes"] if node["kind"] == "predictions"}
     assert set(predictions) == {f"{COLLECTION}.guess", f"{COLLECTION}.first.guess"}
-    assert predictions[f"{COLLECTION}.guess"]["lines"][:2] == ["120 written in 1 runs", "succeeded"]
+    assert predictions[f"{COLLECTION}.guess"]["lines"][:2] == ["120 written in 1 run", "succeeded"]
     edges = {tuple(edge) for edge in found["edges"]}
     assert (f"alias {model.uuid} live", predictions[f"{COLLECTION}.guess"]["id"]) in edges  # chosen by the alias
     assert (given, predictions[f"{COLLECTION}.first.guess"]["id"]) in edges  # and named by its number

@@ -334,7 +334,8 @@ class _Graph:
                 continue
             node, alias = f"predictions {record.get('_id')}", f"alias {uuid} {_text(record, 'alias')}"
             written, runs = _number(record, "written") or 0, _number(record, "runs") or 0
-            lines = [f"{written:,.0f} written in {runs:,.0f} runs", _text(record, "status") or ""]
+            counted = f"{written:,.0f} written in {runs:,.0f} {'run' if runs == 1 else 'runs'}"
+            lines = [counted, _text(record, "status") or ""]
             lines += [_text(record, "changed") or "", _text(record, "select") or "", _text(record, "error") or ""]
             title = f"{collection}.{_text(record, 'into')}"
             self._add(node, "predictions", generations[uuid], title, lines, collection=collection)
@@ -382,9 +383,7 @@ def _version(document: Mapping[str, Any]) -> Record:
         "environment": _mapping(document, "environment"),
         "data": {
             "collection": _text(query, "collection"),
-            "query": str(
-                {name: part for name, part in query.items() if part and name not in ("collection", "format")}
-            ),
+            "query": _asked(query),
             "train": _number(_mapping(data, "train"), "count"),
             "valid": _number(_mapping(data, "valid"), "count"),
         },
