@@ -426,10 +426,10 @@ def counted_share(objective: Callable[..., Any], passed: Passed) -> float:
         return 1.0
     if options.get("reduction", "mean") != "mean":
         return 1.0
-    counted = target[target != options.get("ignore_index", -100)]
-    weight = options.get("weight")
-    total = counted.numel() if weight is None else float(weight.to(target.device)[counted].sum())
-    return total / target.numel()
+    counts, weight = target != options.get("ignore_index", -100), options.get("weight")
+    if weight is None:
+        return int(torch.count_nonzero(counts)) / target.numel()
+    return float(weight.to(target.device)[target[counts]].sum()) / target.numel()
 
 
 def scalar(loss: Any) -> Tensor:
