@@ -163,6 +163,20 @@ def test_lineage_says_what_a_version_was_made_of(call: Call, db: Datalayer) -> N
     assert f"torch {document['environment']['torch']}" in rows["environment"]
 
 
+def test_lineage_ends_with_what_was_predicted(call: Call, db: Datalayer) -> None:
+    (trained,) = retrained(db)
+    db.predict("model", "m", select=db[COLLECTION].find({"_id": {"$lt": 7}}), into="guess")
+
+    tree = [line for line in call("lineage", trained.uuid).stdout.splitlines() if "predicted" in line]
+    told = json_util.loads(call("lineage", trained.uuid, "--json").stdout)
+
+    assert len(tree) == 1
+    assert f"predicted {COLLECTION}.guess: 7 written in 1 run, succeeded" in tree[0]
+    assert told["predictions"] == [
+        {"field": f"{COLLECTION}.guess", "written": "7 written in 1 run", "status": "succeeded"}
+    ]
+
+
 def test_lineage_says_from_which_version_a_scheduled_run_started(call: Call, db: Datalayer) -> None:
     first, second = retrained(db, times=2)
 

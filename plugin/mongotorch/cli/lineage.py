@@ -1,4 +1,4 @@
-"""The command `lineage`: what a version was made from, and the versions it descends from.
+"""The command `lineage`: what a version was made from, the versions it descends from, and what it has predicted.
 
 It reads documents and unpickles nothing. An ancestor that was removed ends the line, and is shown as gone.
 """
@@ -36,14 +36,15 @@ def lineage(
     uri: Uri = None,
     as_json: AsJson = False,
 ) -> None:
-    """What a version was made from (data, job, seed, metrics, verdict, …), and the versions it descends from."""
+    """What a version was made from (data, job, metrics, verdict, …), which it descends from, what it predicted."""
     with opened(uri) as db:
         line = _Line(db)
         document = line.find(of, identifier, version)
         record = line.record(document)
         ancestors = list(line.ancestors(document, depth))
+        predictions = line.predictions(record["uuid"])
     if as_json:
-        print_json({**record, "ancestors": ancestors})
+        print_json({**record, "ancestors": ancestors, "predictions": predictions})
         return
     from rich.console import Console
     from rich.tree import Tree
@@ -55,6 +56,8 @@ def lineage(
     oldest = ancestors[-1] if ancestors else record
     if _origin(oldest) is not None:
         tree.add("from older ones: --depth")
+    for one in predictions:
+        tree.add(f"predicted {one['field']}: {one['written']}, {one['status']}")
     Console(markup=False, highlight=False).print(tree)
 
 
@@ -100,6 +103,13 @@ class _Line:
                 yield {"uuid": uuid, "gone": True}
                 return
             yield self.record(document)
+
+    def predictions(self, uuid: str) -> list[dict[str, Any]]:
+        """Into which fields a version has written predictions."""
+        nodes = self._db.overview.lineage(uuid)["nodes"]
+        found = [node for node in nodes if node["kind"] == "predictions" and node["generation"] == 0]
+        shown = ((node["title"], *node["lines"][:2]) for node in found)
+        return [{"field": field, "written": written, "status": status} for field, written, status in shown]
 
     def _document(self, uuid: str) -> dict[str, Any]:
         document: dict[str, Any] = self._db.show(uuid=uuid)
