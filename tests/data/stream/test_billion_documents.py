@@ -29,7 +29,7 @@ def test_plan_first_step_and_resumed_step_are_cheap() -> None:
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert ran.returncode == 0, ran.stderr
     for found in map(json.loads, ran.stdout.splitlines()):
-        assert found["ranges"] * found["rows"] >= BILLION
+        assert 0.9 < found["ranges"] * found["rows"] / BILLION < 1.3  # bounds are sampled
         assert found["first"]["seconds"] < 1.0
         assert found["resumed"]["seconds"] < 1.0
         assert max(found[name]["mib"] for name in ("plan", "order", "first", "resumed")) < 200
