@@ -58,7 +58,7 @@ def kill_when(ready: Callable[[], bool], ended: threading.Event) -> threading.Th
     def watch() -> None:
         while not ended.wait(0.02):
             # Not the process that tidies up behind Python's others: a run goes on where that one is gone.
-            if ready() and (found := [pid for pid in ranks_of() if b"spawn_main" in _command(pid)]):
+            if ready() and (found := [pid for pid in ranks_of() if b"forkserver" in _command(pid)]):
                 os.kill(max(found), signal.SIGKILL)
                 return
 
