@@ -49,11 +49,10 @@ def raw_drain(
 
 def stream(base: Any, name: str, **given: Any) -> Stream:
     """The stream over a collection, reading ahead in threads unless `loader` has workers."""
-    nodes, replica_set = sorted(base.client.nodes), base.client.options.replica_set_name
+    uri, database = base.client.uri, base.name
 
     def opened() -> Any:
-        hosts = [f"{host}:{port}" for host, port in nodes]
-        return MongoClient[dict[str, Any]](hosts, replicaSet=replica_set)[base.name]
+        return MongoClient[dict[str, Any]](uri)[database]
 
     options = {"batch_size": BATCH, "shuffle": True, "data_prefetch": True, **given}
     return Stream(opened, StreamSpec(query=Query.find(name), **{"key": ("x", "y"), **options}), database=base)

@@ -10,7 +10,7 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,19 @@ _CHUNK = 10_000
 Arrays = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
 
 
+@final
+class AddressedClient(MongoClient[dict[str, Any]]):
+    """A client that knows its address, so that workers can open one of their own.
+
+    Args:
+        uri: The address, with the user and the password.
+    """
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(uri)
+        self.uri = uri
+
+
 @contextlib.contextmanager
 def database(uri: str | None) -> Iterator[tuple[str, Any]]:
     """The URI and the open database: the one that is named, else a mongod of its own in a temporary folder."""
@@ -35,7 +48,7 @@ def database(uri: str | None) -> Iterator[tuple[str, Any]]:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mongotorch-bench-")))
             cache = ("--wiredTigerCacheSizeGB", "2")
             uri = stack.enter_context(EmbeddedServer.open(folder, arguments=cache)).uri("bench")
-        client: MongoClient[dict[str, Any]] = stack.enter_context(MongoClient(uri))
+        client = stack.enter_context(AddressedClient(uri))
         yield uri, client.get_default_database()
 
 
