@@ -32,6 +32,7 @@ LONG = frozenset(
     {
         "test_api_values.py",
         "test_apply_together.py",
+        "test_benchmarks.py",
         "test_billion_documents.py",
         "test_browser.py",
         "test_busy_collections.py",
