@@ -21,6 +21,7 @@ METHODS: Final = ("on_start", "on_step", "on_validation", "on_checkpoint", "on_e
 _log = logging.getLogger("mongotorch")
 
 
+@final
 class Stepped(NamedTuple):  # every step makes one: a frozen dataclass takes twice as long
     """An optimizer step is done.
 

@@ -23,9 +23,9 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from mongotorch.errors import ParameterError
 from mongotorch.tensors import copied_values, count_rows
 from mongotorch.train.model import TorchModel
-from mongotorch.train.optimizers import WeightAverage
 from mongotorch.train.parallel import LaneStep
 from mongotorch.train.schedulers import go_on, scheduler_name, set_rates
+from mongotorch.train.weight_average import WeightAverage
 
 PRECISIONS: Final = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """From a precision to the dtype in which modules compute."""
@@ -65,9 +65,8 @@ def grouped(batches: Iterable[Any], running: Iterator[Any], count: int) -> Itera
     clock = time.perf_counter
     begun = clock()
     for batch in running if count == 1 else ():  # the usual case, without lists
-        rows = getattr(batches, "batch_rows", None)
-        rows = count_rows(batch) if rows is None else rows
-        yield MicroBatches(batches=(batch,), rows=(rows,), waited_s=clock() - begun)
+        rows = (batch_rows(batches, batch),)
+        yield MicroBatches(batches=(batch,), rows=rows, waited_s=clock() - begun)
         begun = clock()
     while count > 1:
         begun, found, counts = clock(), [], []
