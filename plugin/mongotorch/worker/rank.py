@@ -29,7 +29,7 @@ from mongotorch.errors import (
 )
 from mongotorch.jobs.failures import RUNTIME_MARGIN_S, too_long
 from mongotorch.jobs.launchers.joined import dismiss, follow
-from mongotorch.resources import on_signal
+from mongotorch.resources import keep_freed_memory, on_signal
 from mongotorch.settings import read_settings
 from mongotorch.train import Alone, Group, ProcessGroup
 
@@ -175,11 +175,12 @@ def _check_database(db: Datalayer, job_id: str) -> None:
 @contextlib.contextmanager
 def joined_group() -> Iterator[Group]:
     """The group of this process: the one that exists, else that of the environment; else this rank alone."""
+    if not dist.is_initialized() and "WORLD_SIZE" not in os.environ:
+        yield Alone()
+        return
+    keep_freed_memory()
     if dist.is_initialized():
         yield ProcessGroup()
-        return
-    if "WORLD_SIZE" not in os.environ:
-        yield Alone()
         return
     backend = "gloo"
     if torch.cuda.is_available():
