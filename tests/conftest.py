@@ -45,6 +45,7 @@ LONG = frozenset(
         "test_epochs.py",
         "test_every_optimizer.py",
         "test_faults_at_the_end.py",
+        "test_flat_over_time.py",
         "test_group_processes.py",
         "test_hostile_records.py",
         "test_kept_runs.py",

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,20 +95,6 @@ class ReplicaSet:
             if process is not None:
                 process.kill()
                 process.wait()
-
-
-@pytest.fixture
-def replica_set(tmp_path: Path) -> Iterator[ReplicaSet]:
-    made = ReplicaSet(tmp_path)
-    try:
-        made.initiate()
-        deadline = time.monotonic() + 60
-        while made.primary() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        yield made
-    finally:
-        made.close()
 
 
 def retried(ask: Any) -> Any:

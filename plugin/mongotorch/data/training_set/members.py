@@ -139,7 +139,7 @@ _DELTA: Final = b"mtdelta1"
 _DELTA_HEAD: Final = struct.Struct(f"<8s{DIGEST_BYTES}sQIIQ")  # magic, digest, count, position, ancestors, removed
 _STEP: Final = 8  # a chain has at most 7 deltas for each power of 8 in its position
 _NAME_BYTES: Final = 32
-_COMPARED: Final = 250_000  # rows of two sets that are compared at a time
+_COMPARED: Final = 1_000  # rows of two sets that are compared at a time
 
 
 @final
@@ -295,10 +295,12 @@ def _delta(members: Members, before: StoredMembers) -> tuple[Delta, dict[str, by
     while position % (step * _STEP) == 0:
         step *= _STEP
     names = [name for name, delta in chain.items() if delta.position <= position - step]
-    base, rows = _composed([chain[name] for name in names])._rows(), members._rows()
+    of_base = before.members if len(names) == len(chain) else _composed([chain[name] for name in names])
+    base, rows = of_base._rows(), members._rows()
     if any(len(one) == 0 or (one[1:, 0] == one[:-1, 0]).any() for one in (base, rows)):
         return None  # where an `_id` comes several times, it does not say which row went
-    parts = [_differing(*pair) for pair in _aligned(base, rows)]
+    parts = [(base[:0, 0], rows[:0])]
+    parts += [_differing(*pair) for pair in _aligned(base, rows) if not np.array_equal(*pair)]
     delta = Delta(
         digest=members.digest,
         count=members.count,
@@ -311,7 +313,7 @@ def _delta(members: Members, before: StoredMembers) -> tuple[Delta, dict[str, by
 
 
 def _aligned(base: Hashes, rows: Hashes) -> Iterator[tuple[Hashes, Hashes]]:
-    """Two sets of rows, in parts of the same `_id`s, so that comparing them takes little memory."""
+    """Two sets of rows, in parts of the same `_id`s: most are equal, and the others take little memory."""
     count = max(len(base) // _COMPARED, 1)
     bounds = base[np.arange(1, count) * len(base) // count, 0]
     yield from zip(
@@ -323,11 +325,12 @@ def _aligned(base: Hashes, rows: Hashes) -> Iterator[tuple[Hashes, Hashes]]:
 
 def _differing(base: Hashes, rows: Hashes) -> tuple[Hashes, Hashes]:
     """The hashes of the `_id`s that the second set lacks or has with other fields, and the rows it has besides."""
-    _, here, there = np.intersect1d(base[:, 0], rows[:, 0], assume_unique=True, return_indices=True)
-    same = base[here, 1] == rows[there, 1]
-    removed, added = np.ones(len(base), np.bool_), np.ones(len(rows), np.bool_)
-    removed[here[same]], added[there[same]] = False, False
-    return np.ascontiguousarray(base[removed, 0]), rows[added]
+    if not len(base):
+        return base[:, 0], rows
+    at = np.minimum(np.searchsorted(base[:, 0], rows[:, 0]), len(base) - 1)
+    same, removed = (base[at] == rows).all(axis=1), np.ones(len(base), np.bool_)
+    removed[at[same]] = False
+    return base[removed, 0], rows[~same]
 
 
 def _composed(chain: list[Delta]) -> Members:
@@ -338,8 +341,10 @@ def _composed(chain: list[Delta]) -> Members:
         events = np.concatenate([part for delta in reversed(rest) for part in _events(delta)])
         ids, newest = np.unique(events[:, 0], return_index=True)
         added = events[newest][events[newest, 2] == 1][:, :2]
-        rows = np.concatenate([root[~among(np.ascontiguousarray(root[:, 0]), ids)], added])
-        root = rows[np.argsort(rows[:, 0], kind="stable")]
+        # A set is far larger than what changes in it: that is looked for in the set, and not the other way round.
+        there = np.ascontiguousarray(root[:, 0])
+        root = np.delete(root, np.searchsorted(there, ids[among(ids, there)]), axis=0)
+        root = np.insert(root, np.searchsorted(root[:, 0], added[:, 0]), added, axis=0)
     if len(root) != last.count:
         raise DataError(f"a set of {last.count} documents came out as one of {len(root)}; a blob of it is wrong")
     return Members(count=last.count, digest=last.digest, rows=root)
