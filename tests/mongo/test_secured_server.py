@@ -233,6 +233,9 @@ def test_a_trainer_publishes_and_a_reader_loads(secured: Secured) -> None:
 
     with secured.open("reader") as connection:
         House(connection).ensure_indexes()  # they are there: nothing to be refused
+        with secured.open("root") as root:  # a database of an earlier release lacks the newer ones
+            root.database["mt.jobs"].drop_index("finished_1")
+        House(connection).ensure_indexes()
         loaded = (catalog := House(connection).catalog).load(catalog.find("thing", "a"))
         assert isinstance(loaded, Thing)
         assert torch.equal(loaded.value, torch.arange(3.0))
@@ -241,6 +244,10 @@ def test_a_trainer_publishes_and_a_reader_loads(secured: Secured) -> None:
             wake(1.0)
         assert House(connection).jobs.wait(job, 10)["result"] == uuid
         assert connection.database["digits"].find_one({}) is not None
+        with secured.open("root") as root:
+            root.database["mt.jobs"].drop_index("component_1_method_1")
+        with pytest.raises(SettingError, match="does not allow it"):  # without a unique one nothing is right
+            House(connection).ensure_indexes()
 
 
 def test_a_worker_runs_jobs_and_changes_no_data_and_no_published_version(secured: Secured) -> None:

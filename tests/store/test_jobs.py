@@ -11,7 +11,7 @@ import mongomock
 import pytest
 
 from mongotorch.errors import JobTimeoutError, NotFoundError
-from mongotorch.mongo.server_features import utc_now
+from mongotorch.mongo.server_features import is_mock, utc_now
 from mongotorch.store import Jobs
 from mongotorch.store.jobs import BACK_OFF_S, MAX_BACK_OFF_S, MAX_LOSSES, MAX_LOSSES_IN_ALL
 
@@ -337,6 +337,18 @@ def test_who_runs_a_cancelled_job_hears_of_it_and_cannot_publish(jobs: Jobs) -> 
     assert not jobs.succeed(job_id, attempt, result="r")
     assert not jobs.fail(job_id, attempt, error=ERROR, retry=True)
     assert jobs.get(job_id)["status"] == "cancelled"
+
+
+def test_what_has_ended_since_a_time_is_read_without_the_jobs_before(jobs: Jobs, database: Any) -> None:
+    days = [{"_id": f"j{n}", "component": f"c{n}", "method": "fit", "format": 1} for n in range(300)]
+    begun = datetime(2026, 1, 1)
+    ended = [{**one, "status": "succeeded", "finished": begun + timedelta(days=n)} for n, one in enumerate(days)]
+    database["mt.jobs"].insert_many(ended)
+    assert [job["_id"] for job in jobs.ended(begun + timedelta(days=298))] == ["j298", "j299"]
+    if not is_mock(database):
+        where = {"status": {"$in": ["succeeded", "failed"]}, "finished": {"$gte": begun + timedelta(days=298)}}
+        plan = database["mt.jobs"].find(where).sort([("finished", 1), ("_id", 1)]).explain()
+        assert plan["executionStats"]["totalDocsExamined"] == 2
 
 
 def test_a_job_that_ended_badly_can_be_queued_again(jobs: Jobs) -> None:

@@ -6,6 +6,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pymongo
+import pymongo.monitoring
 import pytest
 
 from mongotorch.errors import ConflictError, IntegrityError
@@ -303,6 +305,44 @@ def test_jobs_and_measurements_go_when_they_are_older_than_they_are_kept(house: 
 
     assert {job["_id"] for job in house.jobs.find()} == {published, running}
     assert (len(log.of(failed)), len(log.of(gone)), len(log.of(published))) == (0, 0, 1)
+
+
+def test_a_thousand_old_jobs_go_in_few_requests_that_indexes_answer(server_uri: str) -> None:
+    requests = Requests()
+    with pymongo.MongoClient[dict[str, Any]](server_uri, event_listeners=[requests]) as client:
+        house = House(client.get_database())
+        jobs, documents = house.database["mt.jobs"], house.database["mt.components"]
+        long_ago = utc_now() - timedelta(days=30)
+        old = [
+            {"_id": f"j{n}", "component": f"c{n}", "method": "fit", "status": "succeeded", "finished": long_ago}
+            for n in range(1000)
+        ]
+        jobs.insert_many(old)
+        documents.insert_many([{"_id": f"v{n}", "version": n, "job": f"j{n}", "blobs": []} for n in range(100)])
+        requests.seen.clear()
+        house.database.command("profile", 2)
+        removed = GarbageCollector(house.database, keep_jobs_s=86_400.0).collect().jobs
+        house.database.command("profile", 0)
+        asked = list(house.database["system.profile"].find({"command.query.job": {"$exists": True}}))
+        assert removed == 900
+        assert jobs.count_documents({}) == 100
+        assert len(requests.seen) < 60, requests.seen
+        assert {one["ns"].rpartition(".mt.")[2] for one in asked} >= {"components"}
+        assert not [one for one in asked if one["planSummary"] == "COLLSCAN"], asked
+
+
+class Requests(pymongo.monitoring.CommandListener):
+    """What is asked of the server."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def started(self, event: pymongo.monitoring.CommandStartedEvent) -> None:
+        self.seen.append(event.command_name)
+
+    def succeeded(self, event: pymongo.monitoring.CommandSucceededEvent) -> None: ...
+
+    def failed(self, event: pymongo.monitoring.CommandFailedEvent) -> None: ...
 
 
 def test_damaged_and_missing_blobs_are_put_back_from_files(house: House, tmp_path: Path) -> None:

@@ -207,8 +207,8 @@ def _has_transactions(database: Any) -> bool:
 def ensure_indexes(collection: Any, *indexes: IndexModel) -> None:
     """Create those indexes of a collection that do not exist, in one command.
 
-    A user who may not create indexes is let through if they exist, or if the collection is empty (whoever writes
-    first creates them).
+    A user who may not create indexes is let through if the unique ones exist (without another one a query takes
+    longer), or if the collection is empty (whoever writes first creates them).
 
     Args:
         collection: The driver's collection.
@@ -232,7 +232,8 @@ def ensure_indexes(collection: Any, *indexes: IndexModel) -> None:
     except OperationFailure as error:
         if not has_code(error, UNAUTHORIZED):
             raise
-        if _missing(collection, indexes) and collection.find_one({}, {"_id": 1}) is not None:
+        lacking = [index for index in _missing(collection, indexes) if index.document.get("unique")]
+        if lacking and collection.find_one({}, {"_id": 1}) is not None:
             raise
 
 

@@ -82,6 +82,7 @@ class Jobs:
             IndexModel([("status", 1), ("priority", -1), ("created", 1), ("_id", 1)]),
             IndexModel([("identifier", 1), ("created", -1)]),
             IndexModel([("created", -1), ("_id", -1)]),
+            IndexModel("finished"),  # what has ended since a time, and what ended too long ago to be kept
         )
 
     # Anybody: add, look, wait, cancel, queue again.

@@ -25,9 +25,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -58,7 +60,8 @@ PLANS_KEPT_S: Final = 30 * 24 * 3600.0
 """How long a plan that nobody uses is kept, in seconds."""
 _PLANS: Final = "mt.plans"  # `data` stores them
 _REMOVER: Final = "remover"  # in the document of a blob: which removal has marked it
-_AT_ONCE: Final = 500  # blobs that are marked and removed together
+_AT_ONCE: Final = 500  # blobs that are marked and removed together, or jobs
+_JOBS_A_REPLY: Final = 5_000  # few enough that the server still knows the cursor when they are removed
 _SHOWN: Final = 5  # records that a warning names
 _log = logging.getLogger("mongotorch.store")
 
@@ -170,16 +173,20 @@ class GarbageCollector:
 
     def _remove_jobs(self, keep_s: float, dry_run: bool) -> int:
         """Remove the jobs that ended that long ago, measurements first; how many."""
-        ended = {"status": {"$in": sorted(FINAL_STATUSES)}, **self._clock.due("finished", seconds=keep_s)}
+        too_old = {"finished": {"$lte": self._clock.now() - timedelta(seconds=keep_s)}}
+        ended = {"status": {"$in": sorted(FINAL_STATUSES)}, **too_old}
+        found = (job["_id"] for job in self._jobs.find(ended, {"_id": 1}, batch_size=_JOBS_A_REPLY))
         removed = 0
-        for job in self._jobs.find(ended, {"_id": 1}):
-            of_job = {"job": job["_id"]}
-            if self._components.find_one(of_job, {"_id": 1}) or self._checkpoints.find_one(of_job, {"_id": 1}):
-                continue  # a version keeps its job, and what was measured for it
+        while ids := list(itertools.islice(found, _AT_ONCE)):
+            # A version keeps its job, and what was measured for it. The index of components holds only jobs that
+            # are text: without `$type` the server does not see that it has these.
+            kept = set(self._components.distinct("job", {"job": {"$in": ids, "$type": "string"}}))
+            kept.update(self._checkpoints.distinct("job", {"job": {"$in": ids}}))
+            gone = {"$in": [job for job in ids if job not in kept]}
             if not dry_run:
-                self._metrics.delete_many(of_job)
-                self._jobs.delete_one({"_id": job["_id"], **ended})  # unless it was queued again meanwhile
-            removed += 1
+                self._metrics.delete_many({"job": gone})
+                self._jobs.delete_many({"_id": gone, **ended})  # unless they were queued again meanwhile
+            removed += len(gone["$in"])
         return removed
 
     def _is_open(self, job: Any) -> bool:
