@@ -105,8 +105,12 @@ def test_a_set_that_changes_much_is_stored_whole(after: dict[int, int]) -> None:
     assert equal(StoredMembers.read(made.name, Stored(made.blobs).get_many).members, members(after))
 
 
-def test_a_set_with_an_id_several_times_is_stored_whole() -> None:
+@pytest.mark.parametrize("position", [0, 1, 3, 8, 9])
+def test_a_set_with_an_id_several_times_is_stored_whole(position: int) -> None:
     before = StoredMembers.made(members(dict.fromkeys(range(100), 1)))
+    for n in range(position):
+        before = StoredMembers.made(members(dict.fromkeys(range(100), 1) | {0: n + 2}), before)
+    assert len(before.blobs) > 1 or not position
     rows = np.array([[1, 1], [1, 2], *([key, 1] for key in range(2, 100))], np.uint64)
     twice = Members(count=len(rows), digest="ab" * 32, rows=rows)
     made = StoredMembers.made(twice, before)

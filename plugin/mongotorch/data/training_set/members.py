@@ -297,10 +297,13 @@ def _delta(members: Members, before: StoredMembers) -> tuple[Delta, dict[str, by
     names = [name for name, delta in chain.items() if delta.position <= position - step]
     of_base = before.members if len(names) == len(chain) else _composed([chain[name] for name in names])
     base, rows = of_base._rows(), members._rows()
-    if any(len(one) == 0 or (one[1:, 0] == one[:-1, 0]).any() for one in (base, rows)):
-        return None  # where an `_id` comes several times, it does not say which row went
-    parts = [(base[:0, 0], rows[:0])]
-    parts += [_differing(*pair) for pair in _aligned(base, rows) if not np.array_equal(*pair)]
+    if not len(base) or not len(rows):
+        return None
+    unequal = [pair for pair in _aligned(base, rows) if not np.array_equal(*pair)]
+    # Where an `_id` comes several times, it does not say which row went. A base of several blobs has none such.
+    if any(map(_has_several, [part for _, part in unequal] + ([base] if len(names) == 1 else []))):
+        return None
+    parts = [(base[:0, 0], rows[:0]), *(_differing(*pair) for pair in unequal)]
     delta = Delta(
         digest=members.digest,
         count=members.count,
@@ -321,6 +324,11 @@ def _aligned(base: Hashes, rows: Hashes) -> Iterator[tuple[Hashes, Hashes]]:
         np.split(rows, np.searchsorted(rows[:, 0], bounds)),
         strict=True,
     )
+
+
+def _has_several(rows: Hashes) -> bool:
+    """Whether an `_id` comes several times."""
+    return bool((rows[1:, 0] == rows[:-1, 0]).any())
 
 
 def _differing(base: Hashes, rows: Hashes) -> tuple[Hashes, Hashes]:
