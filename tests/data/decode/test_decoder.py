@@ -293,6 +293,31 @@ def test_a_date_beyond_python_is_a_data_error() -> None:
             decode(far * 2, ["x"], few=smallest)
 
 
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [1, 2],
+        [0.5, 1.5],
+        [True, False],
+        ["a", "b"],
+        [ObjectId("0" * 24), ObjectId("1" * 24)],
+        [b"a", b"b"],
+        [datetime(2026, 1, 1), datetime(2027, 1, 1)],
+        [Binary(b"a" * 16, 4), Binary(b"b" * 16, 4)],
+        [{"a": 1}, {"a": 2}],
+        [[1], [2]],
+        [1, "a"],
+        [None],
+    ],
+    ids=lambda ids: " ".join(type(one).__name__ for one in ids),
+)
+def test_the_ids_of_no_rows_of_a_range_are_no_keys(ids: list[Any]) -> None:
+    columns = decode(raw([{"_id": value} for value in ids]), ())
+    for none in (columns.slice(1, 1), columns.take(np.empty(0, np.intp))):
+        assert id_keys(none.ids).tolist() == []
+    assert len(id_keys(columns.ids)) == len(ids)
+
+
 def test_no_documents_are_columns_without_rows() -> None:
     columns = decode(b"", ["x"])
     assert len(columns) == 0

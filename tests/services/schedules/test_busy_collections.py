@@ -199,12 +199,16 @@ def test_schedules_beside_foreign_inserts_with_two_workers(server_uri: str, per_
 
 
 def _watched_for(db: Datalayer, seconds: float) -> list[float]:
-    """For how long what was due had not been looked at, again and again."""
-    late, deadline = [0.0], time.monotonic() + seconds
-    schedules = Schedules(db["mt.schedules"].raw.database)
+    """For how long what was due had not been looked at, again and again, from when a scheduler leads."""
+    schedules, raw = Schedules(db["mt.schedules"].raw.database), db["mt.schedules"].raw
+    started = time.monotonic()
+    while raw.find_one({"_id": "#leader"}) is None:
+        assert time.monotonic() < started + 60
+        time.sleep(0.01)
+    begun, late, deadline = schedules.now(), [0.0], time.monotonic() + seconds
     while time.monotonic() < deadline:
         now = schedules.now()
-        due = [one["next_at"] for one in db.schedules() if one["next_at"] is not None]
+        due = [max(one["next_at"], begun) for one in db.schedules() if one["next_at"] is not None]
         late.append(max(((now - at).total_seconds() for at in due), default=0.0))
         time.sleep(0.1)
     return late

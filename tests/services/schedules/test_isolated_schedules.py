@@ -28,6 +28,7 @@ from mongotorch import (
     Trigger,
     Worker,
 )
+from mongotorch.mongo.change_stream import Change, ChangeWatcher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,24 @@ class Broken(Trigger):
         if self.is_broken:
             raise ZeroDivisionError("no such day")
         return Decision(not state.memory, "it is mended"), state.consumed({"fired": True})
+
+
+@dataclasses.dataclass(frozen=True)
+class Stumbling(Trigger):
+    """Never fires, watches what is inserted, and raises as long as it is broken."""
+
+    is_broken: ClassVar[bool] = True
+
+    @property
+    def watches(self) -> frozenset[str]:
+        """Documents that are inserted."""
+        return frozenset({"inserted"})
+
+    def due(self, now: datetime, state: State) -> tuple[Decision, State]:
+        """Raises, or says no."""
+        if self.is_broken:
+            raise ZeroDivisionError("no such day")
+        return Decision(False, "never"), state
 
 
 def objective_that_raises(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -190,6 +209,82 @@ def test_a_select_that_the_server_refuses_stops_no_other_and_misses_nothing(db: 
         insert(db, 2000, 4)
         raw.update_one({"_id": "refused"}, {"$set": {"select": whole["select"]}})
         wait_for(lambda: documents(db)["refused"]["state"]["inserted"] == 7)
+
+
+def inserted(db: Datalayer, name: str) -> int:
+    return int(documents(db)[name]["state"]["inserted"])
+
+
+def test_a_schedule_whose_trigger_raised_for_a_while_misses_nothing(db: Datalayer) -> None:
+    fill(db)
+    apply(db, "sound", NewDocuments(10**6))
+    apply(db, "stumbling", Stumbling())
+    Stumbling.is_broken = True
+    with scheduling(db):
+        wait_for(lambda: documents(db)["stumbling"]["problem"])
+        insert(db, 1000, 3)
+        wait_for(lambda: inserted(db, "sound") == 3)
+        Stumbling.is_broken = False
+        wait_for(lambda: documents(db)["stumbling"]["problem"] is None)
+        insert(db, 2000)
+        wait_for(lambda: inserted(db, "sound") == 4)
+        wait_for(lambda: inserted(db, "stumbling") == 4)
+
+
+def test_a_schedule_of_a_collection_that_is_watched_already_misses_nothing(
+    db: Datalayer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(db)
+    apply(db, "old", NewDocuments(10**6))
+    due, read = threading.Event(), ChangeWatcher.read
+
+    def read_after_it_was_applied(watch: ChangeWatcher) -> list[Change]:
+        if due.is_set():
+            due.clear()
+            apply(db, "new", NewDocuments(10**6))
+            insert(db, 2000, 3)
+        return read(watch)
+
+    monkeypatch.setattr(ChangeWatcher, "read", read_after_it_was_applied)
+    with scheduling(db):
+        insert(db, 1000)
+        wait_for(lambda: inserted(db, "old") == 1)
+        due.set()
+        if db.uri.startswith("mongomock"):  # where nothing is watched
+            apply(db, "new", NewDocuments(10**6))
+            insert(db, 2000, 3)
+        wait_for(lambda: inserted(db, "old") == 4)
+        insert(db, 3000)
+        wait_for(lambda: inserted(db, "old") == 5)
+        wait_for(lambda: inserted(db, "new") == 4)
+
+
+def test_a_position_advances_also_where_others_never_pause(db: Datalayer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the changes since its last one are read again by each scheduler that begins, or are forgotten."""
+    monkeypatch.setattr("mongotorch.services.schedules.scheduler._ADVANCE_S", 0.1)
+    if db.uri.startswith("mongomock"):
+        pytest.skip("mongomock has no change streams")
+    fill(db)
+    db["quiet"].raw.insert_one({"x": [0.0] * 4, "y": 0})
+    apply(db, "busy", NewDocuments(10**6))
+    of_quiet = trainer(db["quiet"].find()).replace(identifier="tq")
+    db.apply(Schedule("quiet", trainer=of_quiet, trigger=NewDocuments(10**6)))
+    begun = documents(db)["quiet"]["token"]
+    stop = threading.Event()
+
+    def never_pause() -> None:
+        while not stop.wait(0.01):
+            db[COLLECTION].raw.insert_one({"x": [0.0] * 4, "y": 0})
+
+    thread = threading.Thread(target=never_pause)
+    thread.start()
+    try:
+        with scheduling(db):
+            wait_for(lambda: documents(db)["quiet"]["token"] != begun)
+    finally:
+        stop.set()
+        thread.join()
+    assert inserted(db, "quiet") == 0
 
 
 def test_nothing_waits_for_a_measurement(db: Datalayer) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any, ClassVar
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from mongotorch import Always, Better, Datalayer, Every, Query, Schedule, TorchModel, Worker
 from mongotorch.services.schedules.retraining import Retraining
+from mongotorch.services.training.recipe import data_provenance
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -110,6 +112,32 @@ def test_a_run_sees_the_documents_it_began_with_whatever_others_insert(
     assert epochs >= 1
     counts = {n: trained.count(n) for n in members["train"]}
     assert set(counts.values()) <= {epochs, epochs + bool(rest)}, "each document once an epoch"
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("kind", ["int", "date"])
+def test_a_range_of_only_what_others_inserted_stops_nothing(
+    db: Datalayer, monkeypatch: pytest.MonkeyPatch, kind: str, in_memory: bool
+) -> None:
+    """Between the look at which documents there are, and the plan of the ranges in which they are read."""
+
+    def rows(first: int) -> list[dict[str, Any]]:
+        made = [{**row, "_id": first + row["_id"]} for row in points()]
+        return made if kind == "int" else [{**row, "_id": datetime.fromtimestamp(row["_id"], UTC)} for row in made]
+
+    raw = db[COLLECTION].raw
+    raw.insert_many(rows(0))
+
+    def looked(*given: Any, **named: Any) -> Any:
+        found = data_provenance(*given, **named)
+        raw.insert_many(rows(1000))
+        return found
+
+    monkeypatch.setattr("mongotorch.services.training.training_run.data_provenance", looked)
+    made = scheduled(db, db[COLLECTION].find(), in_memory=in_memory, prefetch_size=10)
+    document = run(db, made, lambda step: None)
+    assert document["data"]["train"]["count"] + document["data"]["valid"]["count"] == len(points())
+    assert document["verdict"]["documents"] == document["data"]["valid"]["count"]
 
 
 def test_a_document_that_is_deleted_meanwhile_is_left_out_and_stops_nothing(db: Datalayer) -> None:

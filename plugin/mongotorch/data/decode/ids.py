@@ -99,7 +99,8 @@ def _fold(tag: int, rows: NDArray[np.uint8]) -> U64:
 
 
 def _octets(data: NDArray[Any]) -> NDArray[np.uint8]:
-    return np.ascontiguousarray(data).view(np.uint8).reshape(len(data), -1)
+    width = data.itemsize * math.prod(data.shape[1:])  # not left to numpy, which knows none for no rows
+    return np.ascontiguousarray(data).view(np.uint8).reshape(len(data), width)
 
 
 def _doubles(data: NDArray[np.float64]) -> U64:

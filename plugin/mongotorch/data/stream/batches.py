@@ -257,7 +257,7 @@ def _scattered(parts: list[Columns], path: str, targets: Tensor) -> Tensor:
 
 def _items(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Each row as one item of so many bytes, which is copied at once; a view, for rows that are contiguous."""
-    octets = values.reshape(len(values), -1).view(np.uint8)
+    octets = values.reshape(len(values), math.prod(values.shape[1:])).view(np.uint8)
     return octets.view(np.dtype((np.void, octets.shape[1])))[:, 0]
 
 

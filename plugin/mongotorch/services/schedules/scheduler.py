@@ -50,7 +50,7 @@ _POLL_S: Final = 0.2
 _REFRESH_S: Final = 1.0
 """How often the list of schedules is read again."""
 _ADVANCE_S: Final = 30.0
-"""How often positions advance where nothing changes, so that the server does not forget them."""
+"""How often positions advance for which nothing changes, so that the server does not forget them."""
 _PAUSE_S: Final = 1.0
 _MAX_BACK_OFF_S: Final = 60.0
 """How long a schedule with a problem is left alone at most; the first time it is a second."""
@@ -155,12 +155,10 @@ class _SetAside:
     Attributes:
         until: Until when, by the monotonic clock.
         failures: How often it failed in a row.
-        missed: Whether changes were read meanwhile that are not counted for it.
     """
 
     until: float
     failures: int
-    missed: bool
 
 
 @final
@@ -193,6 +191,9 @@ class Scheduler:
         self._leadership = Leadership(schedules, lease_s=lease_s, name=name)
         self._known: dict[str, Document] = {}
         self._aside: dict[str, _SetAside] = {}
+        self._whole: set[str] = (
+            set()
+        )  # the lives of schedules for which each change behind their position was read
         self._measuring: dict[str, Future[Mapping[str, Any]]] = {}
         self._refreshed = self._advanced = float("-inf")
 
@@ -265,7 +266,7 @@ class Scheduler:
         """Count what has changed, and fire what is due."""
         if watch is None:
             stop.wait(_POLL_S)
-        elif not self._count(watch.read()):
+        elif not self._count(watch.read()) or time.monotonic() - self._advanced > _ADVANCE_S:
             self._advance(watch)
         if time.monotonic() - self._refreshed > _REFRESH_S:
             self._refresh()
@@ -285,9 +286,7 @@ class Scheduler:
                 watch = ChangeWatcher(self._database, names, _oldest(watched)["token"])
             except HistoryLostError:
                 self._recount_oldest()
-        for document in self._watched():
-            if document["_id"] in self._aside:
-                self._aside[document["_id"]].missed = False  # they are read again from its position on
+        self._whole = {document["life"] for document in watched}
         if watch is None:
             yield None
             return
@@ -295,17 +294,20 @@ class Scheduler:
             yield watch
 
     def _is_stale(self, watch: ChangeWatcher | None) -> bool:
-        """Whether other collections have to be watched by now, or earlier changes to be read again."""
+        """Whether other collections have to be watched by now, or earlier changes to be read for a schedule."""
         watched = self._watched()
-        names = {document["collection"] for document in watched}
         if watch is None:
-            return bool(names)
-        missed = any(self._aside[one["_id"]].missed for one in watched if one["_id"] in self._aside)
-        return missed or not names <= watch.collections
+            return bool(watched)
+        names = {document["collection"] for document in watched}
+        return not names <= watch.collections or len(self._counted()) < len(watched)
 
     def _watched(self) -> list[Document]:
         """The schedules whose changes are read, without those that are left alone."""
         return [one for one in self._known.values() if one["watches"] and one["token"] and self._is_ready(one)]
+
+    def _counted(self) -> list[Document]:
+        """Those of them for which no change was passed over, since they were new, or left alone."""
+        return [one for one in self._watched() if one["life"] in self._whole]
 
     def _refresh(self) -> None:
         """Read the list of schedules, without those whose documents cannot be used."""
@@ -350,10 +352,11 @@ class Scheduler:
         except ServerUnavailableError:
             raise
         except Exception as error:  # noqa: BLE001 - a person's trigger, filter or objective may raise anything
-            before = self._aside.get(document["_id"], _SetAside(0.0, 0, missed=False))
+            before = self._aside.get(document["_id"], _SetAside(0.0, 0))
             wait_s = min(2.0**before.failures, _MAX_BACK_OFF_S)
-            missed = before.missed or doing == "counting"
-            self._aside[document["_id"]] = _SetAside(time.monotonic() + wait_s, before.failures + 1, missed=missed)
+            self._aside[document["_id"]] = _SetAside(time.monotonic() + wait_s, before.failures + 1)
+            if doing == "counting":
+                self._whole.discard(document["life"])
             own = isinstance(error, MongotorchError)
             why = error.message if isinstance(error, MongotorchError) else f"{type(error).__name__}: {error}"
             _log.debug("schedule %r: %s failed; again in %g s", document["_id"], doing, wait_s, exc_info=error)
@@ -377,8 +380,9 @@ class Scheduler:
     def _count(self, changes: list[Change]) -> bool:
         """Count changes for every schedule; whether there were any."""
         if changes:
-            now, count = self._schedules.now(), Counts(self._database)
-            for document in self._watched():
+            now, count, counted_for = self._schedules.now(), Counts(self._database), self._counted()
+            self._whole = {document["life"] for document in counted_for}
+            for document in counted_for:
 
                 def change(record: Document) -> Mapping[str, Any]:
                     return tally(count, record, changes, now)
@@ -387,13 +391,13 @@ class Scheduler:
         return bool(changes)
 
     def _advance(self, watch: ChangeWatcher) -> None:
-        """Nothing has changed: advance the positions, and count again where deletions made a count inexact."""
-        for document in self._watched():
+        """Advance positions behind what is counted, and count again where deletions made a count inexact."""
+        for document in self._counted():
             if document["stale"]:
                 self._alone(document, "counting", self._write, document["_id"], self._recount_exact)
         if time.monotonic() - self._advanced > _ADVANCE_S:
             self._advanced, token = time.monotonic(), watch.token
-            for document in self._watched():
+            for document in self._counted():
                 self._write(document["_id"], lambda record: _moved(record, token))
 
     def _recount_exact(self, document: Document) -> Mapping[str, Any]:
@@ -452,9 +456,8 @@ class Scheduler:
         looked = None if current is None else self._look(current, now)
         if looked is not None:
             self._known[identifier] = looked
-        aside = self._aside.get(identifier)
-        if aside is not None and not aside.missed:
-            del self._aside[identifier]
+        if not (document["watches"] and document["token"]) or document["life"] in self._whole:
+            self._aside.pop(identifier, None)
 
     def _take_measurement(self, identifier: str, measured: Future[Mapping[str, Any]], now: datetime) -> None:
         """Write what was measured of a live model; its trigger is asked about it at once."""
