@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests import processes_left as left
 from tests import run_processes as runs
 from tests.services.training.test_ranks import kill_when, ranks_of, trainer
 
@@ -58,6 +59,13 @@ def test_a_rank_killed_at_twenty_random_moments_with_another_number_each_time(
     choose = random.Random(5)
     room = [1]
     monkeypatch.setattr(TorchrunLauncher, "free", lambda *_, **__: room[0])
+    mark, ports = left.marked(monkeypatch), left.ports()
+    listened: set[int] = set()
+
+    def is_at(step: int) -> bool:
+        listened.update(*map(left.ports, left.of_mark(mark)))
+        return step_of(db) >= step
+
     with Datalayer.connect(server_uri, **SETTINGS) as db, runs.one_thread():
         runs.fill(db, 400)
         alone = runs.weights(db.apply(trainer(db, "alone", workers=1, steps=1000)).result())
@@ -66,7 +74,7 @@ def test_a_rank_killed_at_twenty_random_moments_with_another_number_each_time(
         while killed < 20 and tried < 60:
             room[0], tried = choose.choice([2, 4]), tried + 1
             ended, moment = threading.Event(), step_of(db) + choose.randint(-20, 20)  # also while ranks begin
-            watching = kill_when(lambda moment=moment: step_of(db) >= moment, ended)  # type: ignore[misc]
+            watching = kill_when(lambda moment=moment: is_at(moment), ended)  # type: ignore[misc]
             job = db.apply(made)
             ended.set()
             watching.join()
@@ -75,11 +83,13 @@ def test_a_rank_killed_at_twenty_random_moments_with_another_number_each_time(
             killed += 1
             assert job.error is not None
             assert job.error["transient"], job.error
-            assert ranks_of() == []
+            left.expect_none(mark, ports)
         room[0] = 4
         job = db.apply(made)
         assert runs.same(runs.weights(job.result()), alone)
         assert killed >= 10, "the test kills"
+        assert listened, "ranks listen while they run"
+        left.expect_none(mark, ports)
         assert db.show("model", "shared") == [0, 1]
         assert db["mt.checkpoints"].count() == 0
 
