@@ -97,7 +97,7 @@ TITLES = {
 # Users get these from a datalayer: how they are built is not theirs.
 HANDED_OUT = {"Collection", "Datalayer", "Job", "Live", "Stream"}
 NOT_FOR_USERS = {  # for the dashboard, workers and mirrors
-    *("Datalayer.overview", "Datalayer.runner", "Datalayer.scheduler", "Datalayer.run_log"),
+    *("Datalayer.overview", "Datalayer.runner", "Datalayer.scheduler", "Datalayer.run_log", "Datalayer.predictor"),
 }
 ENTRY = re.compile(r"    (\*{0,2}\w[\w., *]*?): (.*)")
 NOTE = "<!-- Written by docs/make_reference.py; change the docstrings instead. -->\n"

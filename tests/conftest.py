@@ -70,6 +70,7 @@ LONG = frozenset(
         "test_pages_in_order.py",
         "test_poison.py",
         "test_prediction.py",
+        "test_prediction_ranks.py",
         "test_public_reprs.py",
         "test_ranks.py",
         "test_ray.py",

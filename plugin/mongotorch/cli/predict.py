@@ -35,6 +35,7 @@ def predict(
         str | None, typer.Option(help="The fields of an input: a name, or JSON; without it, those of the trainer.")
     ] = None,
     force: Annotated[bool, typer.Option(help="Documents that this version has predicted, too.")] = False,
+    workers: Annotated[int, typer.Option(help="How many processes predict documents together.")] = 1,
     uri: Uri = None,
 ) -> None:
     """Predict with a stored model, and print the output as JSON. Lists of numbers become float32 tensors.
@@ -63,6 +64,7 @@ def predict(
             into=str(into),
             key=fields,
             force=force,
+            workers=workers,
         )
     left_out = f"; {found.skipped:,} left out ({found.why})" if found.skipped else ""
     gone = f"; {found.gone:,} were deleted meanwhile" if found.gone else ""

@@ -16,6 +16,7 @@ from mongotorch.schedule import Schedule
 from mongotorch.services.composition import Services
 from mongotorch.services.lineage import Diff, Reproduction, TrainedOn, diff, reproduce, trained_on
 from mongotorch.services.prediction import Predicted, Predictor
+from mongotorch.services.training.ranks import Ranks
 from mongotorch.services.versions.bundles import Bundle
 from mongotorch.services.versions.live import Live, OnPromote
 from mongotorch.settings import Settings
@@ -197,6 +198,7 @@ class Versions(Owner):
         key: Any = None,
         batch_size: int = 256,
         force: bool = False,
+        workers: int = 1,
     ) -> Predicted:
         """Predict the documents of a query, and write the predictions into them.
 
@@ -215,6 +217,9 @@ class Versions(Owner):
                 key without the target.
             batch_size: Documents that are predicted and written together.
             force: Predict again what this version has predicted, such as documents that were changed since.
+            workers: How many processes predict together, each its own part of the documents; the setting
+                `launcher` says where they run, on this machine unless given. On a CPU each computes with one
+                thread, and predictions have the bits that one process with one thread gives.
 
         Returns:
             How many documents were written, and by which version.
@@ -227,14 +232,12 @@ class Versions(Owner):
             EmptySelectError: The collection has no document.
             StoreError: It is a view or a time series collection; or the server refuses a document.
             SettingError: The user may not write.
+            UnsupportedError: Several workers, and mongomock, or a query that is read as a whole, or no room.
             DataError: A document lacks a field, or cannot be predicted; `document_id` names it. Notes of this and
                 the other errors that come later say how many were written before.
+            JobProcessError: The process of a worker ended, or was killed.
         """
-        catalog = self._services.catalog
-        predictor = Predictor(
-            self._connection, self.settings, find=catalog.find, load=catalog.load, head=catalog.aliases.head
-        )
-        return predictor.predict(
+        return self.predictor.predict(
             type_id,
             identifier,
             version,
@@ -244,6 +247,20 @@ class Versions(Owner):
             key=key,
             batch_size=batch_size,
             force=force,
+            workers=workers,
+        )
+
+    @property
+    def predictor(self) -> Predictor:
+        """Predicts documents; the processes that do so together use it."""
+        services, connection = self._services, self._connection
+        return Predictor(
+            connection,
+            self.settings,
+            Ranks(connection, self.settings, services.jobs),
+            find=services.catalog.find,
+            load=services.catalog.load,
+            head=services.catalog.aliases.head,
         )
 
     # Lineage

@@ -1,20 +1,24 @@
 """Predicts the documents of a query with a stored model, and writes the predictions back into the documents.
 
 A prediction is stored as a sub-document, with the version that made it. Where a call ends in the middle, the same
-call goes on: documents that have a prediction by the same version are left out.
+call goes on: documents that have a prediction by the same version are left out. With several workers each reads,
+predicts and writes its own ranges of the documents, and batches end with ranges.
 
 Guarantees: what can be refused is refused before a document is changed; a document has the whole prediction of one
 version or is as it was; memory does not grow with the number of documents; how many were written is recorded also
-where a call fails.
+where a call fails; batches, and so the bits of predictions, are the same with any number of workers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final, final
+from typing import Any, Final, Protocol, Self, final
+
+import bson
 
 from mongotorch.component import Component, is_trained
 from mongotorch.data import RunDtypes, Stream, StreamSpec, check_select
@@ -26,6 +30,7 @@ from mongotorch.errors import (
     NotFoundError,
     ParameterError,
     QueryError,
+    UnsupportedError,
 )
 from mongotorch.mongo.connection import Connection
 from mongotorch.mongo.server_features import is_mock
@@ -34,10 +39,14 @@ from mongotorch.settings import Settings
 from mongotorch.signature import Key, weighted_key
 from mongotorch.store import LIVE, Move
 from mongotorch.store.predictions import PredictionLog
-from mongotorch.train import TorchModel, TorchTrainer
+from mongotorch.train import Group, TorchModel, TorchTrainer, pick_device, pinned_threads
 
+RANK_MAIN: Final = "mongotorch.worker.rank:prediction_main"
 _RECORD_S: Final = 1.0  # how often the number of written documents is recorded
 _PREFETCH_FACTOR: Final = 4
+_RANGE_ROWS: Final = 128  # documents of a range, where batches are smaller; workers share ranges
+_MOST_WORKERS: Final = 4096
+_COUNTS: Final = ("written", "gone", "skipped")
 
 
 @final
@@ -67,6 +76,26 @@ class Predicted:
     skipped: int = 0
     why: str = ""
 
+    def _plus(self, *, written: int, gone: int, skipped: int, why: str) -> Self:
+        """The same with more documents."""
+        return dataclasses.replace(
+            self,
+            written=self.written + written,
+            gone=self.gone + gone,
+            skipped=self.skipped + skipped,
+            why=self.why or why,
+        )
+
+
+class RankStarter(Protocol):
+    """Starts the processes that predict together."""
+
+    def check(self, workers: int, *, device: str) -> None:
+        """Refuse a number of processes that cannot be started now."""
+
+    def call(self, function: str, arguments: Mapping[str, Any], *, workers: int, device: str) -> None:
+        """Have so many processes call a function, and return when they have ended."""
+
 
 @final
 class Predictor:
@@ -75,6 +104,7 @@ class Predictor:
     Args:
         connection: The open database; the datalayer closes it.
         settings: The datalayer's.
+        ranks: Start the processes that predict together.
         find: Finds the document of a version by kind, name, number and alias.
         load: Loads the component of such a document.
         head: The newest move of the alias `live` of a kind and a name.
@@ -84,12 +114,13 @@ class Predictor:
         self,
         connection: Connection,
         settings: Settings,
+        ranks: RankStarter,
         *,
         find: Callable[..., dict[str, Any]],
         load: Callable[[Mapping[str, Any]], Component],
         head: Callable[[str, str], Move | None],
     ) -> None:
-        self._connection, self._settings = connection, settings
+        self._connection, self._settings, self._ranks = connection, settings, ranks
         self._find, self._load, self._head = find, load, head
         self._log = PredictionLog(connection.database)
 
@@ -105,29 +136,99 @@ class Predictor:
         key: Any,
         batch_size: int,
         force: bool,
+        workers: int,
     ) -> Predicted:
         """Predict the documents of a query; see `Datalayer.predict`."""
         _check_select(select, into)
+        _check_workers(workers, select)
         model, named = self._model(type_id, identifier, version, alias)
         trainer = model.trainer if isinstance(model.trainer, TorchTrainer) else None
         chosen = _key(model, trainer) if key is None else Key.parse(key)
         _check_overlap(into, chosen, trainer, select)
         spec = self._spec(trainer, chosen, _without_done(select, into, None if force else model.uuid), batch_size)
         check_updatable(self._connection.database, select.collection)
+        if workers > 1:
+            self._ranks.check(workers, device=pick_device(model.preferred_devices).type)
         known = {"type_id": type_id, "identifier": identifier, "version": model.version, "alias": named}
         record = self._log.begin(model.uuid, select.collection, into, {**known, "select": repr(select)})
-        run = _Run(self._connection.database, self._log, record, model, select.collection, into)
+        run = _Run(self._connection.database, model, spec, into, record=functools.partial(self._add, record))
         try:
-            with Stream(self._connection.opener, spec, database=self._connection.database) as stream:
-                with contextlib.suppress(EmptySelectError):  # nothing matches, or nothing that is left
-                    run.write(stream.samples(), skips=spec.on_bad_document == "skip")
-                report = stream.report
-            run.end()
+            with (
+                contextlib.suppress(EmptySelectError),  # nothing matches, or nothing that is left
+                Stream(self._connection.opener, spec, database=self._connection.database) as stream,
+            ):
+                if workers > 1:
+                    self._by_ranks(run, record, stream.planned_state(), workers)
+                else:
+                    run.write(stream)
+            self._log.end(record, "succeeded")
         except BaseException as error:
-            run.fail(error)
+            self._fail(record, run.result, error)
             raise
-        result = run.result
-        return dataclasses.replace(result, skipped=result.skipped + report.skipped, why=report.why or result.why)
+        return run.result
+
+    def predict_rank(self, record: str, call: str, group: Group) -> None:
+        """Predict the documents of this rank, for a call of another process that has started it.
+
+        Args:
+            record: The record of the prediction.
+            call: The name of the call in it.
+            group: All ranks.
+
+        Raises:
+            NotFoundError: No such call is recorded in this database.
+            DataError: A document cannot be predicted.
+            MongotorchError: As `predict`.
+        """
+        given = bson.decode(self._log.shared(record, call))
+        model = self._load(self._find(uuid=given["uuid"]))
+        assert isinstance(model, TorchModel)  # noqa: S101 - for the type checker
+        trainer = model.trainer if isinstance(model.trainer, TorchTrainer) else None
+        named = tuple((path, name) for path, name in given["named"])
+        key = Key(form=given["form"], positional=tuple(given["positional"]), named=named)
+        spec = self._spec(trainer, key, Query.from_document(given["select"]), given["batch_size"], decides=False)
+        spec = dataclasses.replace(spec, shard=(group.rank, group.world))
+
+        def record_more(counts: Mapping[str, int], why: str) -> None:
+            self._log.add_to(record, call, counts, why)
+
+        run = _Run(self._connection.database, model, spec, given["into"], record=record_more)
+        with (
+            pinned_threads(1),
+            Stream(self._connection.opener, spec, database=self._connection.database) as stream,
+        ):
+            stream.load_state_dict(given["state"])
+            run.write(stream)
+
+    def _by_ranks(self, run: _Run, record: str, state: Mapping[str, Any], workers: int) -> None:
+        """Have ranks predict what `state` names, and count what they did, also where one fails."""
+        spec, model = run.spec, run.model
+        given = {
+            "uuid": model.uuid,
+            "into": run.result.into,
+            "batch_size": spec.batch_size,
+            "state": dict(state),
+            "select": spec.query.to_document(),
+            **dataclasses.asdict(spec.key),
+        }
+        call = self._log.share(record, bson.encode(given))
+        try:
+            device = pick_device(model.preferred_devices).type
+            self._ranks.call(RANK_MAIN, {"record": record, "call": call}, workers=workers, device=device)
+        finally:
+            run.result = run.result._plus(**self._log.taken(record, call))
+
+    def _add(self, record: str, counts: Mapping[str, int], why: str) -> None:  # noqa: ARG002 - of ranks
+        self._log.add(record, counts["written"])
+
+    def _fail(self, record: str, result: Predicted, error: BaseException) -> None:
+        """Record that not all documents were predicted, and let the error say so."""
+        error.add_note(
+            f"{result.written:,} document(s) of collection {result.collection!r} were predicted before that, and "
+            f"have it in {result.into!r}; the same call goes on with the others"
+        )
+        with contextlib.suppress(MongotorchError):  # the first error is the one to raise
+            self._log.end(record, "failed", f"{type(error).__name__}: {error}")
 
     def _model(
         self, type_id: str, identifier: str, version: int | None, alias: str | None
@@ -148,8 +249,18 @@ class Predictor:
             raise ParameterError(f"{identifier!r} is no torch model", field="identifier")
         return model, alias or (LIVE if is_live else None)
 
-    def _spec(self, trainer: TorchTrainer | None, key: Key, query: Query, batch_size: int) -> StreamSpec:
-        """How documents are read: the values of a field become what they were in training."""
+    def _spec(
+        self, trainer: TorchTrainer | None, key: Key, query: Query, batch_size: int, *, decides: bool = True
+    ) -> StreamSpec:
+        """How documents are read: the values of a field become what they were in training.
+
+        Args:
+            trainer: Of the model.
+            key: The fields of an input.
+            query: The documents.
+            batch_size: Documents of a batch.
+            decides: Whether dtypes are decided here; else a state that is loaded says them.
+        """
         database, settings = self._connection.database, self._settings
         dtypes, defaults = ({}, {}) if trainer is None else (trainer.dtypes or {}, trainer.defaults or {})
         spec = StreamSpec(
@@ -157,6 +268,8 @@ class Predictor:
             key=key,
             batch_size=batch_size,
             collate_fn=list,
+            shard_by="ranges" if query.is_whole else "rows",
+            prefetch_size=batch_size * max(_RANGE_ROWS // batch_size, 1) if batch_size > 0 else 1,
             data_prefetch=not is_mock(database),  # whose documents must not change while another thread reads
             prefetch_factor=_PREFETCH_FACTOR,
             prefetch_bytes=settings.prefetch_bytes,
@@ -165,7 +278,7 @@ class Predictor:
             defaults={path: value for path, value in defaults.items() if path in key.paths},
             on_bad_document="raise" if trainer is None else trainer.on_bad_document,
         )
-        if trainer is None or not set(key.paths) <= set(Key.parse(trainer.key).paths):
+        if not decides or trainer is None or not set(key.paths) <= set(Key.parse(trainer.key).paths):
             return spec
         run_dtypes = RunDtypes()
         with contextlib.suppress(EmptySelectError):  # then the documents that are predicted decide
@@ -177,69 +290,71 @@ class Predictor:
 
 @final
 class _Run:
-    """One call: predicts and writes batch after batch, and counts."""
+    """Predicts and writes batch after batch in this process, and counts.
+
+    Args:
+        database: The driver's database.
+        model: The version that predicts.
+        spec: Which documents, and how they are read.
+        into: The field of the predictions.
+        record: Records how many documents more were written, are gone or were left out, and why.
+
+    Attributes:
+        result: The counts.
+    """
 
     def __init__(
-        self, database: Any, log: PredictionLog, record: str, model: TorchModel, collection: str, into: str
+        self,
+        database: Any,
+        model: TorchModel,
+        spec: StreamSpec,
+        into: str,
+        *,
+        record: Callable[[Mapping[str, int], str], None],
     ) -> None:
-        self._database, self._log, self._record, self._model = database, log, record, model
-        self._recorded, self._recorded_s = 0, time.monotonic()
+        self._database, self.model, self.spec, self._record = database, model, spec, record
         self.result = Predicted(
             identifier=model.identifier,
             version=model.version,
             uuid=model.uuid,
-            collection=collection,
+            collection=spec.query.collection,
             into=into,
         )
+        self._recorded, self._recorded_s = self.result, time.monotonic()
 
-    def write(self, batches: Iterator[tuple[list[Any], list[Any]]], *, skips: bool) -> None:
-        """Predict and write all batches of `_id`s and samples.
+    def write(self, stream: Stream) -> None:
+        """Predict and write all documents of a stream."""
+        try:
+            for ids, samples in stream.samples():
+                self._write_batch(ids, samples)
+                if time.monotonic() - self._recorded_s >= _RECORD_S:
+                    self._record_now()
+            report = stream.report
+            self.result = self.result._plus(written=0, gone=0, skipped=report.skipped, why=report.why)
+        except BaseException:
+            with contextlib.suppress(MongotorchError):  # the first error is the one to raise
+                self._record_now()
+            raise
+        self._record_now()
 
-        Args:
-            batches: The `_id`s of each, and the samples.
-            skips: Whether documents that cannot be predicted are left out.
-        """
-        model, result = self._model, self.result
+    def _write_batch(self, all_ids: list[Any], samples: list[Any]) -> None:
+        model, result = self.model, self.result
+        predicted = _predicted_each if self.spec.on_bad_document == "skip" else _predicted
+        ids, outputs, why = predicted(model, all_ids, samples)
         by = {"model": model.identifier, "version": model.version, "uuid": model.uuid}
-        for all_ids, samples in batches:
-            predicted = _predicted_each if skips else _predicted
-            ids, outputs, why = predicted(model, all_ids, samples)
-            values = [{"value": output, **by} for output in outputs]
-            found, refused = (
-                write_field(self._database, result.collection, result.into, ids, values) if ids else (0, None)
-            )
-            self.result = result = dataclasses.replace(
-                result,
-                written=result.written + found,
-                gone=result.gone + (len(ids) - found if refused is None else 0),
-                skipped=result.skipped + len(all_ids) - len(ids),
-                why=result.why or why,
-            )
-            if refused is not None:
-                raise refused
-            if time.monotonic() - self._recorded_s >= _RECORD_S:
-                self._record_written()
-
-    def end(self) -> None:
-        """Record that all were written."""
-        self._record_written()
-        self._log.end(self._record, "succeeded")
-
-    def fail(self, error: BaseException) -> None:
-        """Record that not all were, and let the error say so."""
-        result = self.result
-        error.add_note(
-            f"{result.written:,} document(s) of collection {result.collection!r} were predicted before that, and "
-            f"have it in {result.into!r}; the same call goes on with the others"
+        values = [{"value": output, **by} for output in outputs]
+        found, refused = (
+            write_field(self._database, result.collection, result.into, ids, values) if ids else (0, None)
         )
-        with contextlib.suppress(MongotorchError):  # the first error is the one to raise
-            self._record_written()
-            self._log.end(self._record, "failed", f"{type(error).__name__}: {error}")
+        gone = len(ids) - found if refused is None else 0
+        self.result = result._plus(written=found, gone=gone, skipped=len(all_ids) - len(ids), why=why)
+        if refused is not None:
+            raise refused
 
-    def _record_written(self) -> None:
-        written = self.result.written
-        self._log.add(self._record, written - self._recorded)
-        self._recorded, self._recorded_s = written, time.monotonic()
+    def _record_now(self) -> None:
+        now, before = self.result, self._recorded
+        self._record({name: getattr(now, name) - getattr(before, name) for name in _COUNTS}, now.why)
+        self._recorded, self._recorded_s = now, time.monotonic()
 
 
 Outputs = tuple[list[Any], list[Any], str]  # `_id`s, as many predictions, and why others are left out
@@ -278,6 +393,20 @@ def _predicted_each(model: TorchModel, ids: list[Any], samples: list[Any]) -> Ou
         [output for _, outputs, _ in found for output in outputs],
         next((why for _, _, why in found if why), ""),
     )
+
+
+def _check_workers(workers: Any, select: Query) -> None:
+    """Refuse a number that is none, and a query that cannot be read in parts."""
+    if isinstance(workers, bool) or not isinstance(workers, int) or not 1 <= workers <= _MOST_WORKERS:
+        raise ParameterError(
+            f"workers={workers!r:.100}: it must be a whole number from 1 to {_MOST_WORKERS}", field="workers"
+        )
+    if workers > 1 and not select.is_whole:
+        raise UnsupportedError(
+            f"workers={workers}: a query with a skip, a limit or a pipeline is read as a whole, by one worker; "
+            "use find() with a filter, or leave out workers",
+            setting="workers",
+        )
 
 
 def _check_select(select: Any, into: Any) -> None:

@@ -8,11 +8,12 @@ from mongotorch.train.model import (
     LayerSummary,
     ModelSummary,
     TorchModel,
+    pick_device,
     same_structure,
     summarize,
     training_device,
 )
-from mongotorch.train.parallel import Alone, Group, Lanes, ProcessGroup
+from mongotorch.train.parallel import Alone, Group, Lanes, ProcessGroup, pinned_threads
 from mongotorch.train.tensor_codec import fill_module
 from mongotorch.train.trainer import TorchTrainer, trainer_and_model, warm_start
 
@@ -37,6 +38,8 @@ __all__ = [
     "Validation",
     "evaluate",
     "fill_module",
+    "pick_device",
+    "pinned_threads",
     "same_structure",
     "score",
     "summarize",

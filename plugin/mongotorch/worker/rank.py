@@ -1,8 +1,8 @@
-"""One rank: one of several processes that train one model together.
+"""One rank: one of several processes that train one model, or predict documents, together.
 
-A launcher calls `rank_main` in each of them; `run_job` is for processes that somebody else has started, by
-`torchrun`, Slurm or an operator of Kubernetes. They find each other by the environment of `torch.distributed`, and
-open the database themselves.
+A launcher calls `rank_main` or `prediction_main` in each of them. `run_job` is for processes that somebody else
+has started, by `torchrun`, Slurm or an operator of Kubernetes. They find each other by the environment of
+`torch.distributed`, and open the database themselves.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ from mongotorch.errors import (
     SettingError,
     WorkerLostError,
 )
+from mongotorch.jobs import environment
 from mongotorch.jobs.failures import RUNTIME_MARGIN_S, too_long
 from mongotorch.jobs.launchers.joined import dismiss, follow
 from mongotorch.resources import keep_freed_memory, on_signal
+from mongotorch.services.training.ranks import same_versions
 from mongotorch.settings import read_settings
 from mongotorch.train import Alone, Group, ProcessGroup
 
@@ -54,17 +56,46 @@ def rank_main(*, settings: Mapping[str, Any], job_id: str, attempt: int, is_else
         ServerUnavailableError: The database cannot be reached from here.
         MongotorchError: The run failed, here or on another rank.
     """
+    with _opened(settings, is_elsewhere) as db:
+        if is_elsewhere:
+            with _same_database(db, f"job {job_id}"):
+                db.job(job_id)
+        with joined_group() as group:
+            db.runner.run_rank(job_id, attempt, group)
+
+
+def prediction_main(*, settings: Mapping[str, Any], record: str, call: str, is_elsewhere: bool) -> None:
+    """Predict the documents of one rank; returns when all of them are written.
+
+    Args:
+        settings: Of the datalayer that this process opens.
+        record: The record of the prediction.
+        call: The name of the call in it.
+        is_elsewhere: As for `rank_main`.
+
+    Raises:
+        SettingError: As `rank_main`.
+        ServerUnavailableError: The database cannot be reached from here.
+        MongotorchError: A document cannot be predicted.
+    """
+    with (
+        _opened(settings, is_elsewhere) as db,
+        joined_group() as group,
+        _same_database(db, "such prediction") if is_elsewhere else contextlib.nullcontext(),
+    ):
+        same_versions(group, environment())
+        db.predictor.predict_rank(record, call, group)
+
+
+def _opened(settings: Mapping[str, Any], is_elsewhere: bool) -> Datalayer:
+    """The database of a rank. Raises: SettingError, ServerUnavailableError."""
     if is_elsewhere and read_settings(**settings).uri is None and read_settings(**settings).uri_file is None:
         raise SettingError(
             f"MONGOTORCH_URI is not set on {socket.gethostname()}; every machine that runs workers has to "
             "have the address of the database in its environment",
             setting="uri",
         )
-    with Datalayer.connect(**settings) as db:
-        if is_elsewhere:
-            _check_database(db, job_id)
-        with joined_group() as group:
-            db.runner.run_rank(job_id, attempt, group)
+    return Datalayer.connect(**settings)
 
 
 def run_job(job_id: str, *, uri: str | None = None, **settings: Any) -> str:
@@ -161,12 +192,14 @@ def _followed(db: Datalayer, job_id: str) -> str:
     return db.job(job_id).status
 
 
-def _check_database(db: Datalayer, job_id: str) -> None:
+@contextlib.contextmanager
+def _same_database(db: Datalayer, what: str) -> Iterator[None]:
+    """Let what is not found inside say that this is another database."""
     try:
-        db.job(job_id)
+        yield
     except NotFoundError as error:
         raise SettingError(
-            f"MONGOTORCH_URI on {socket.gethostname()} names {db!r}, in which there is no job {job_id}: it is "
+            f"MONGOTORCH_URI on {socket.gethostname()} names {db!r}, in which there is no {what}: it is "
             "another database than that of the process that has started the run",
             setting="uri",
         ) from error

@@ -122,6 +122,22 @@ def fill_more(db: Datalayer) -> Any:
     return db["more"].find()
 
 
+@pytest.mark.parametrize("name", ["float32", "float16", "int32", "uint8", "int64"])
+@pytest.mark.parametrize("options", [{}, {"prefetch_size": 7}, {"in_memory": True, "shuffle": True}])
+def test_lists_of_unequal_length_have_the_dtype_that_is_given(
+    db: Datalayer, name: str, options: dict[str, Any]
+) -> None:
+    values = [[n, n % 7, 1] if n < 20 else [n % 9, n] for n in range(40)]
+    query, dtypes = fill(db, values), {"x": name}
+    if not options.get("shuffle"):
+        found = batches(db, query, batch_size=20, dtypes=dtypes, **options)
+        assert [x.tolist() for x, _ in found] == [values[:20], values[20:]]
+        assert {x.dtype for x, _ in found} == {getattr(torch, name)}
+    rows: list[Any] = []
+    batches(db, query, batch_size=8, dtypes=dtypes, transform=lambda x, y: rows.append(x) or (y, y), **options)
+    assert sorted([float(one) for one in row] for row in rows) == sorted([[*map(float, row)] for row in values])
+
+
 @pytest.mark.parametrize("dtypes", [{"z": "float32"}, {"x": "floaty"}, {"x": "complex64"}, ["x"]])
 def test_a_dtype_that_cannot_be_is_refused(db: Datalayer, dtypes: Any) -> None:
     query = fill(db, [1])

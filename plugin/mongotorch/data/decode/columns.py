@@ -142,7 +142,7 @@ class Column:
         offsets = ends_of(lengths)
         at = np.repeat(starts - offsets[:-1], lengths)
         at += np.arange(len(at))
-        return ragged(numbers(self.data.take(at), _taken(self.whole, at)), offsets)
+        return ragged(self._like(self.data.take(at), _taken(self.whole, at)), offsets)
 
     def slice(self, start: int, stop: int, *, identity: bool = False) -> Column:
         """Rows from `start` to before `stop`; arrays are shared, not copied. For `identity` see `build`."""
@@ -153,7 +153,7 @@ class Column:
         offsets = self.offsets[start : stop + 1]
         cut = slice(*offsets[[0, -1]].tolist()) if len(offsets) else slice(0)
         offsets = offsets - offsets[0] if len(offsets) else np.zeros(1, np.int64)
-        return ragged(numbers(self.data[cut], None if self.whole is None else self.whole[cut]), offsets)
+        return ragged(self._like(self.data[cut], None if self.whole is None else self.whole[cut]), offsets)
 
     def owned(self) -> Column:
         """The same values in memory of their own, which does not keep the documents they were read from."""
@@ -164,7 +164,7 @@ class Column:
     def _like(self, data: Array, whole: NDArray[np.bool_] | None) -> Column:
         if whole is not None:
             return numbers(data, whole)
-        return Column(kind=self.kind, data=data, dtype=self.dtype)
+        return Column(kind="number" if self.kind == "ragged" else self.kind, data=data, dtype=self.dtype)
 
 
 def _taken(values: NDArray[np.bool_] | None, rows: Array) -> NDArray[np.bool_] | None:
@@ -239,7 +239,8 @@ def ragged(flat: Column, offsets: NDArray[np.int64]) -> Column:
 def shaped(column: Column, shape: tuple[int, ...]) -> Column:
     """The same numbers in another shape."""
     whole = None if column.whole is None else column.whole.reshape(shape)
-    return replace(column, data=np.asarray(column.data).reshape(shape), whole=whole)
+    kind: Kind = "number" if column.dtype in _NAMES.values() else "array"
+    return replace(column, kind=kind, data=np.asarray(column.data).reshape(shape), whole=whole)
 
 
 def build(values: list[Any], *, identity: bool = False) -> Column:
@@ -271,8 +272,7 @@ def merge(parts: Sequence[tuple[Array | None, Column]], *, identity: bool = Fals
     columns = [column for _, column in parts]
     placed = [rows for rows, _ in parts if rows is not None]
     order = np.argsort(np.concatenate(placed)) if placed else None
-    joined = _joined(columns)
-    if joined is not None:
+    if (joined := _joined(columns)) is not None:
         return joined if order is None else joined.take(order, identity=identity)
     listed = list(chain.from_iterable(column.values() for column in columns))
     return build(listed if order is None else [listed[at] for at in order], identity=identity)
@@ -315,7 +315,7 @@ def _joined_numbers(columns: list[Column], data: list[Array], *, mixed: bool) ->
         np.full(len(one), one.shape[1]) if column.offsets is None else np.diff(column.offsets)
         for column, one in zip(columns, data, strict=True)
     ]
-    return ragged(numbers(joined, whole), ends_of(np.concatenate(lengths)))
+    return ragged(columns[0]._like(joined, whole), ends_of(np.concatenate(lengths)))
 
 
 def convert(column: Column, dtype: str) -> tuple[Column, int | None]:

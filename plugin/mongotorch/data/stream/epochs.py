@@ -110,6 +110,10 @@ class EpochReader:
         self._reader = self._cached = self._pool = None
         self._lengths, self._counted = {}, None
 
+    def open(self, digest: str | None) -> None:
+        """Decide what is read, see `windows`, without reading it. Raises: as `windows`."""
+        self._opened(digest)
+
     def keep_next(self, epoch: int | None) -> None:
         """Drop what is read ahead, unless it is this epoch."""
         if self._next is not None and self._next.order.epoch != epoch:

@@ -40,7 +40,9 @@ class StreamSpec:
         seed: Of the order.
         shard: (rank, world): disjoint parts with equal numbers of batches.
         shard_by: `rows` deals out the rows of each round; `batches` deals out whole batches, of which a shard has
-            each world-th, so that their numbers may differ by one.
+            each world-th, so that their numbers may differ by one. `ranges` deals out the ranges of the plan, of
+            which a shard reads each world-th and no other; a batch then ends with its range, so that batches are
+            the same for any number of shards. It is for `samples` of a query in the order of `_id`s.
         lanes: Yield steps in place of batches: tuples of the batches of this shard's lanes, None for an empty one.
             A step of `batch_size` x `accumulation` rows is cut into so many lanes, the same on any number of
             shards. 0 yields batches.
@@ -79,7 +81,7 @@ class StreamSpec:
     shuffle: bool = False
     seed: int = 0
     shard: tuple[int, int] = (0, 1)
-    shard_by: Literal["rows", "batches"] = "rows"
+    shard_by: Literal["rows", "batches", "ranges"] = "rows"
     lanes: int = 0
     accumulation: int = 1
     drop_last: bool = False
@@ -120,8 +122,8 @@ class StreamSpec:
         is_pair = isinstance(shard, list | tuple) and len(shard) == 2 and all(type(n) is int for n in shard)
         if not is_pair or not 0 <= shard[0] < shard[1]:
             raise ParameterError(f"shard={self.shard!r}: it is (rank, world), 0 <= rank < world", field="shard")
-        if self.shard_by not in ("rows", "batches"):
-            raise ParameterError(f"shard_by={self.shard_by!r}: 'rows' or 'batches'", field="shard_by")
+        if self.shard_by not in ("rows", "batches", "ranges"):
+            raise ParameterError(f"shard_by={self.shard_by!r}: 'rows', 'batches' or 'ranges'", field="shard_by")
         if type(self.lanes) is not int or self.lanes < 0 or self.lanes % shard[1]:
             raise ParameterError(
                 f"lanes={self.lanes!r}: it must be 0, or a number that {shard[1]} shard(s) can share evenly",

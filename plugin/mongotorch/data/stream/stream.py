@@ -255,6 +255,14 @@ class Stream(Owner, IterableDataset[Any]):
         turn = [self._turn.worker, self._turn.workers, self._turn.number, self._pending]
         return {**self._state(), _TURN: turn}
 
+    def planned_state(self) -> dict[str, Any]:
+        """The state before the first batch, with ranges and dtypes decided: streams that load it read alike.
+
+        Raises: as iterating.
+        """
+        self._reader.open(self._resume)
+        return self._state()
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken, with the seed of that stream; other settings may differ.
 
@@ -535,12 +543,16 @@ class Stream(Owner, IterableDataset[Any]):
         """The rows of each batch of this shard, or of this worker's turns under a user's loader."""
         spec, turn, lanes = self.spec, self._turn, bool(self.spec.lanes)
         windows = self._reader.windows(self._seed, start.epoch, start.window, self._resume, start.skipped)
-        cuts = cut(
-            windows,
-            start,
-            batch_size=spec.batch_size * (spec.accumulation if lanes else 1),
-            drop_last=spec.drop_last and not lanes,
-            shard=(0, 1) if lanes or spec.shard_by == "batches" else spec.shard,
+        parts = ([window] for window in windows) if spec.shard_by == "ranges" else [windows]
+        cuts = itertools.chain.from_iterable(
+            cut(
+                iter(part),
+                start,
+                batch_size=spec.batch_size * (spec.accumulation if lanes else 1),
+                drop_last=spec.drop_last and not lanes,
+                shard=spec.shard if spec.shard_by == "rows" and not lanes else (0, 1),
+            )
+            for part in parts
         )
         if spec.shard_by == "batches" and turn is None:
             turn = Turn(worker=spec.shard[0], workers=spec.shard[1], number=start.step)

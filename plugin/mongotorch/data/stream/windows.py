@@ -153,6 +153,7 @@ class WindowReader(abc.ABC):
 
     def __init__(self, access: DatabaseAccess, spec: StreamSpec) -> None:
         self._access = access
+        self._shard = spec.shard if spec.shard_by == "ranges" else (0, 1)
         # Not the spec itself: it may hold functions that cannot be pickled.
         self.paths: tuple[str, ...] = spec.key.paths
         self.weight = spec.sample_weight
@@ -328,8 +329,9 @@ class PlannedWindows(WindowReader):
         self._found_bytes = 0
 
     def order(self, order: Order, start: int, count: int | None) -> Iterator[npt.NDArray[np.int64]]:  # noqa: ARG002 - of the interface
-        """See `WindowReader.order`."""
-        return order.windows(len(self.plan), start)
+        """See `WindowReader.order`; of a shard of ranges, its own windows."""
+        rank, world = self._shard
+        return itertools.islice(order.windows(len(self.plan), start * world), rank, None, world)
 
     def replies(
         self, numbers: Iterable[int], *, prefetch: bool = False, awaited: Callable[[], bool] = lambda: True

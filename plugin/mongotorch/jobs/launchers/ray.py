@@ -143,6 +143,10 @@ class RankRaisedError(Exception):
         super().__init__(rank, content)
         self.rank, self.content = rank, content
 
+    def __str__(self) -> str:
+        error = bson.decode(self.content)["error"]  # what Ray logs: the text, and not these bytes
+        return f"rank {self.rank}: {error['type']}: {error['message']}"
+
 
 def drive(what: Drive) -> None:
     """Run the ranks, in the driver.
@@ -151,6 +155,7 @@ def drive(what: Drive) -> None:
         JobProcessError: A rank, or its node, ended.
     """
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # what ranks say may go into a log
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar, final
 
@@ -71,7 +71,23 @@ class Ranks:
             return None
         self._check_database(launcher)
         launcher.check()
-        return chosen_workers(lanes, launcher.free(lanes.resources, device=device()), launcher=launcher.name)
+        free = launcher.free(lanes.resources, device=device())
+        return chosen_workers(lanes.possible, free, launcher=launcher.name)
+
+    def check(self, workers: int, *, device: str) -> None:
+        """Refuse a number of ranks that cannot be started now.
+
+        Args:
+            workers: How many.
+            device: The type of device that they compute on.
+
+        Raises:
+            UnsupportedError, SettingError: As `needed`.
+        """
+        launcher = launcher_named(self._launcher_name() or DEFAULT_LAUNCHER)
+        self._check_database(launcher)
+        launcher.check()
+        chosen_workers((workers,), launcher.free({}, device=device), launcher=launcher.name)
 
     def run(self, job: Mapping[str, Any], lanes: Lanes, lease: Lease, *, workers: int, device: str) -> None:
         """Run the ranks of a claimed job, and return when they have ended: the last checkpoint has the result.
@@ -89,7 +105,6 @@ class Ranks:
             JobProcessError: A rank ended, or was killed, before its end.
             Exception: What a rank raised.
         """
-        launcher = launcher_named(self._launcher_name() or DEFAULT_LAUNCHER)
         is_asked = False
 
         def check() -> None:
@@ -98,22 +113,43 @@ class Ranks:
             if lease.is_stopping and not is_asked:
                 is_asked = self._jobs.ask_to_hand_back(job["_id"], job["attempt"])
 
+        arguments = {"job_id": job["_id"], "attempt": job["attempt"]}
+        self.call(*(RANK_MAIN, arguments), workers=workers, resources=lanes.resources, device=device, check=check)
+        lease.progress = dict(self._jobs.get(job["_id"]).get("progress") or {})
+
+    def call(
+        self,
+        function: str,
+        arguments: Mapping[str, Any],
+        *,
+        workers: int,
+        device: str,
+        resources: Mapping[str, float] | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Have ranks call a function, and return when they have ended.
+
+        Args:
+            function: Its importable name.
+            arguments: What it needs besides `settings` and `is_elsewhere`, by name: plain values, no secrets.
+            workers: How many ranks.
+            device: The type of device that they compute on.
+            resources: What a rank needs, by name.
+            check: As in `Launcher.run`.
+
+        Raises:
+            JobProcessError: A rank ended, or was killed, before its end.
+            Exception: What a rank, or `check`, raised.
+        """
+        launcher = launcher_named(self._launcher_name() or DEFAULT_LAUNCHER)
         given = self._settings.model_dump()
         if launcher.is_on_one_machine:
             given |= {"uri": self._connection.uri, "uri_file": None}
         else:
             given = {name: value for name, value in given.items() if name not in _OWN}
-        call = RankCall(
-            function=RANK_MAIN,
-            arguments={
-                "settings": given,
-                "job_id": job["_id"],
-                "attempt": job["attempt"],
-                "is_elsewhere": not launcher.is_on_one_machine,
-            },
-        )
-        launcher.run(call, workers=workers, resources=lanes.resources, device=device, check=check)
-        lease.progress = dict(self._jobs.get(job["_id"]).get("progress") or {})
+        more = {"settings": given, "is_elsewhere": not launcher.is_on_one_machine}
+        call = RankCall(function=function, arguments={**arguments, **more})
+        launcher.run(call, workers=workers, resources=resources or {}, device=device, check=check)
 
     def _launcher_name(self) -> str | None:
         """The launcher that the settings name; None where they name none."""
@@ -138,17 +174,18 @@ class Ranks:
             )
 
 
-def chosen_workers(lanes: Lanes, free: int | None, *, launcher: str) -> int:
-    """The largest number of workers that the trainer allows and that there is room for.
+def chosen_workers(possible: Sequence[int], free: int | None, *, launcher: str) -> int:
+    """The largest of these numbers of workers, ascending, that there is room for.
 
     Raises:
         UnsupportedError: There is not enough room.
     """
-    fitting = [number for number in lanes.possible if free is None or number <= free]
+    fitting = [number for number in possible if free is None or number <= free]
     if not fitting:
         raise UnsupportedError(
-            f"the run needs {lanes.possible[0]} worker(s) at least, and the launcher {launcher!r} has room for "
-            f"{free} at present; give compute_kwargs other workers=(least, most) or resources, or more machines",
+            f"{possible[0]} worker(s) are needed at least, and the launcher {launcher!r} has room for {free} at "
+            "present; ask for fewer workers (a trainer's compute_kwargs take (least, most)) or for other "
+            "resources, or add machines",
             setting="launcher",
         )
     return fitting[-1]
