@@ -87,7 +87,7 @@ class Predicted:
         )
 
 
-class RankStarter(Protocol):
+class PredictingRanks(Protocol):
     """Starts the processes that predict together."""
 
     def check(self, workers: int, *, device: str) -> None:
@@ -114,7 +114,7 @@ class Predictor:
         self,
         connection: Connection,
         settings: Settings,
-        ranks: RankStarter,
+        ranks: PredictingRanks,
         *,
         find: Callable[..., dict[str, Any]],
         load: Callable[[Mapping[str, Any]], Component],
