@@ -134,7 +134,12 @@ def test_lists_of_unequal_length_have_the_dtype_that_is_given(
         assert [x.tolist() for x, _ in found] == [values[:20], values[20:]]
         assert {x.dtype for x, _ in found} == {getattr(torch, name)}
     rows: list[Any] = []
-    batches(db, query, batch_size=8, dtypes=dtypes, transform=lambda x, y: rows.append(x) or (y, y), **options)
+
+    def keep(x: Any, y: Any) -> Any:
+        rows.append(x)
+        return y, y
+
+    batches(db, query, batch_size=8, dtypes=dtypes, transform=keep, **options)
     assert sorted([float(one) for one in row] for row in rows) == sorted([[*map(float, row)] for row in values])
 
 
