@@ -35,7 +35,6 @@ SHORT_FILES = {
     "_version.py": "the build reads the version from it without importing the package",
     "cli/dashboard.py": "one command, one file, as the other commands",
     "cli/doctor.py": "one command, over checks that live with the driver",
-    "resources.py": "below every package that opens something",
     "worker/preload.py": "what the process that others are forked from loads; it must not load anything else",
     "store/access_roles.py": "the roles that an administrator creates; nothing else needs them",
 }

@@ -13,8 +13,8 @@ from mongotorch.data import StreamSpec
 from mongotorch.data.decode.columns import Columns
 from mongotorch.data.decode.ids import U64
 from mongotorch.data.prefetch import ReadPressure
-from mongotorch.data.stream.epochs import most_together, requests, windows_from
-from mongotorch.data.stream.shuffle import Order, WindowSpec
+from mongotorch.data.stream.epochs import most_together, windows_from
+from mongotorch.data.stream.shuffle import Order, WindowSpec, requests
 from mongotorch.data.stream.windows import WindowReader
 from mongotorch.query import Query
 

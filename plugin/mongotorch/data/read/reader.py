@@ -62,9 +62,11 @@ class Reader(abc.ABC):
 
     Attributes:
         threads: How many ranges may be read at a time.
+        finds_ids: Whether `_id`s can be looked for.
     """
 
     threads = 1
+    finds_ids = False
 
     def __init__(self, database: Any, query: Query, projection: Mapping[str, Any], retry: RetryPolicy) -> None:
         self.collection = database[query.collection]
@@ -186,6 +188,7 @@ class ServerReader(Reader):
     """Reads from a real server, a range with one command."""
 
     threads = 2
+    finds_ids = True
 
     def ends(self) -> tuple[Any, Any] | None:
         """See `Reader.ends`."""
@@ -528,9 +531,9 @@ class DatabaseAccess:
             self._opened = (os.getpid(), self._open_database())
         return self._opened[1]
 
-    def reader(self, query: Query | None = None) -> Reader:
-        """A reader in this process; `query` in the place of its own."""
-        return open_reader(self.database(), query or self.query, self._projection, self._retry)
+    def reader(self, query: Query | None = None, projection: Mapping[str, Any] | None = None) -> Reader:
+        """A reader in this process; `query` and `projection` in the place of its own."""
+        return open_reader(self.database(), query or self.query, projection or self._projection, self._retry)
 
     def close(self) -> None:
         """Close what was opened in this process."""

@@ -413,9 +413,13 @@ class LaneBatches(NamedTuple):
 
 def lane_of(slices: list[RowSlice], rows: int, lane: int, lanes: int) -> list[RowSlice]:
     """The rows of one lane: the first `rows` are cut evenly, the first lanes have one more where it is needed."""
+    return _share(slices, lane_start(rows, lane, lanes), lane_start(rows, lane + 1, lanes))
+
+
+def lane_start(rows: int, lane: int, lanes: int) -> int:
+    """How many of so many rows lie before those of a lane."""
     each, more = divmod(rows, lanes)
-    start = lane * each + min(lane, more)
-    return _share(slices, start, start + each + (lane < more))
+    return lane * each + min(lane, more)
 
 
 def _share(slices: list[RowSlice], start: int, stop: int) -> list[RowSlice]:

@@ -13,23 +13,37 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Final, NamedTuple, final
 
+import numpy as np
+import numpy.typing as npt
+import torch
 from torch.utils.data import get_worker_info
 
-from mongotorch.data.prefetch import ReadPressure, ThreadPrefetcher, WorkerPool, close_iterator
+from mongotorch.data.decode import U64, Column, Columns, Reply, decode, id_keys, pack_ids
+from mongotorch.data.prefetch import ReadPressure, ThreadPrefetcher, WorkerPool, close_iterator, map_ordered
 from mongotorch.data.read import DatabaseAccess
-from mongotorch.data.stream.batches import Rows
+from mongotorch.data.stream.batches import NO_ROWS, Rows, lane_start
 from mongotorch.data.stream.cache import CachedSelect, download, load
-from mongotorch.data.stream.shuffle import Order, WindowSpec, lane_seed, worker_seed
+from mongotorch.data.stream.shuffle import Order, Share, WindowSpec, lane_seed, requests, worker_seed
 from mongotorch.data.stream.spec import StreamSpec
-from mongotorch.data.stream.windows import Window, WindowReader, content_of, count_drawn, open_windows
+from mongotorch.data.stream.windows import (
+    PlannedWindows,
+    Window,
+    WindowReader,
+    content_of,
+    count_drawn,
+    open_windows,
+)
 from mongotorch.errors import DataError
 
 _log = logging.getLogger("mongotorch.data")
+_SAVED_BYTES: Final = 1024  # of each document, from where on asking for its `_id` first costs less
+_IDS_BYTES: Final = 2**22  # of `_id`s that one request asks for; a server takes four times that
+_UNDER_WAY: Final = 4  # ranges that are read but not decoded yet, at most
 
 
 @final
@@ -59,6 +73,24 @@ class Report:
     why: str = ""
 
 
+class Start(NamedTuple):
+    """Where reading starts in an epoch.
+
+    Attributes:
+        epoch: The epoch.
+        window: The window.
+        step: Batches that lie before.
+        skipped: Documents of the epoch that were left out before.
+        row: From the rows of the window to the first that is left.
+    """
+
+    epoch: int
+    window: int
+    step: int
+    skipped: int
+    row: Callable[[Rows], int]
+
+
 @final
 class _NextEpoch:
     """Windows that are on their way from the start of an epoch on, in the process that reads them."""
@@ -67,9 +99,10 @@ class _NextEpoch:
         self.order, self.windows = order, windows
         self._home = os.getpid()
 
-    def begins(self, order: Order, start: int) -> bool:
-        """Whether they are those of this epoch from this window on; a forked process has to read for itself."""
-        return start == 0 and order == self.order and self._home == os.getpid()
+    def begins(self, order: Order, start: Start) -> bool:
+        """Whether they are those of this epoch from here on; a forked process has to read for itself."""
+        is_first = not (start.window or start.step)
+        return is_first and order == self.order and self._home == os.getpid()
 
 
 @final
@@ -163,18 +196,15 @@ class EpochReader:
         self._reader = self._reader or open_windows(self._access, self._spec, digest)
         return self._reader
 
-    def windows(
-        self, seed: int, epoch: int, start: int, digest: str | None, skipped: int = 0
-    ) -> Iterator[tuple[int, Rows]]:
-        """The windows of an epoch from window `start` on: their numbers, and their rows in order.
+    def windows(self, seed: int, start: Start, digest: str | None) -> Iterator[tuple[int, Rows]]:
+        """The windows of an epoch from that of a position on: their numbers, and their rows in order.
 
         Args:
             seed: Of the order.
-            epoch: The epoch.
-            start: The first window.
+            start: The position.
             digest: What to go on reading where nothing is open yet, see `digest`; None takes it as it is now.
-            skipped: Documents of the epoch that were left out before.
         """
+        epoch, skipped = start.epoch, start.skipped
         reader = self._opened(digest)
         order = Order(seed=seed, epoch=epoch, shuffle=self._spec.shuffle, window=reader.window)
         self.report = Report(epoch=epoch, skipped=skipped)
@@ -194,31 +224,31 @@ class EpochReader:
         finally:
             close_iterator(windows)
 
-    def _take_next(self, order: Order, start: int) -> Iterator[Window] | None:
+    def _take_next(self, order: Order, start: Start) -> Iterator[Window] | None:
         following, self._next = self._next, None
         if following is None or following.begins(order, start):
             return None if following is None else following.windows
         close_iterator(following.windows)
         return None
 
-    def _open(self, reader: WindowReader, order: Order, start: int, *, across: bool) -> Iterator[Window]:
+    def _open(self, reader: WindowReader, order: Order, start: Start, *, across: bool) -> Iterator[Window]:
         """The windows from `start` on, read in the way that the spec asks for."""
         spec = self._spec
         if spec.mode != "stream":
             cached = self._cached = self._cached or self._cache(reader)
-            return cached.read(reader.windows(order, start, count=cached.count))
-        specs = windows_from(reader, order, start, across=across)
+            return cached.read(reader.windows(order, start.window, count=cached.count))
+        specs = windows_from(reader, order, start.window, across=across)
         if self._by_workers(reader):
             if self._pool is None:
                 self._pool = self._worker_pool(reader)
             together = most_together(reader, order, self._lead) or 0
             return self._pool.map(requests(specs, together), self.worker_seed(order.seed, order.epoch))
         if get_worker_info() is not None or not spec.data_prefetch:
-            return reader.read(specs, prefetch=False)
+            return self._read(reader, specs, start)
         specs, sizes = itertools.tee(specs)
         pressure = ReadPressure()
         return ThreadPrefetcher(
-            reader.read(specs, pressure=pressure),
+            self._read(reader, specs, start, pressure),
             # A shuffled window is half of the bounds at most: one is trained on while the next is put together.
             most=2 * order.window if order.shuffle else max(spec.prefetch_factor, 2),
             most_bytes=spec.prefetch_bytes,
@@ -226,6 +256,19 @@ class EpochReader:
             sizes=(window.size for window in sizes),
             pressure=pressure,
         )
+
+    def _read(
+        self,
+        reader: WindowReader,
+        specs: Iterator[WindowSpec],
+        start: Start,
+        pressure: ReadPressure | None = None,
+    ) -> Iterator[Window]:
+        """The windows of these specs, of one of several shards without what it does not need."""
+        spec = self._spec
+        if isinstance(reader, PlannedWindows) and can_share(spec, self._access):
+            return SharedWindows(reader, self._access, spec, start).read(specs, pressure)
+        return reader.read(specs, prefetch=pressure is not None, pressure=pressure)
 
     def _reads_across(self, reader: WindowReader, order: Order) -> bool:
         """Whether the next epoch is begun before this one ends: where asked for, and something reads ahead."""
@@ -311,29 +354,6 @@ def windows_from(reader: WindowReader, order: Order, start: int, *, across: bool
         yield from reader.windows(replace(order, epoch=epoch))
 
 
-def requests(specs: Iterator[WindowSpec], most: int) -> Iterator[list[WindowSpec]]:
-    """The windows as what a worker is given at a time.
-
-    The last window of an epoch and the first ones of the next are small: they go together, so that they last as
-    long as reading what follows. Those of the very first epoch go alone, because the first batch waits for them.
-
-    Args:
-        specs: The windows.
-        most: The size that windows have together at most; a single one may be larger.
-    """
-    request: list[WindowSpec] = []
-    first: Order | None = None
-    for spec in specs:
-        first = first or spec.order
-        joins = spec.order != first and sum(one.size for one in request) + spec.size <= most
-        if request and not joins:
-            yield request
-            request = []
-        request.append(spec)
-    if request:
-        yield request
-
-
 def most_together(reader: WindowReader, order: Order, lead: int) -> int | None:
     """The size of windows that are read together, for workers that are so many requests ahead.
 
@@ -348,3 +368,219 @@ def most_together(reader: WindowReader, order: Order, lead: int) -> int | None:
 
 def _weigh(window: Window) -> int:
     return window.nbytes
+
+
+def share_of(spec: StreamSpec) -> Share:
+    """The rows of an epoch that the shard of a stream has."""
+    rank, world = spec.shard
+    if spec.lanes:
+        rows, each = spec.batch_size * spec.accumulation, spec.lanes // world
+        first, stop = (lane_start(rows, lane, spec.lanes) for lane in (rank * each, (rank + 1) * each))
+        return Share(period=rows, first=first, stop=stop, is_cut_anew=True)
+    size, is_by_rows = spec.batch_size, spec.shard_by == "rows"
+    return Share(period=size * world, first=rank * size, stop=(rank + 1) * size, is_cut_anew=is_by_rows)
+
+
+def can_share(spec: StreamSpec, access: DatabaseAccess) -> bool:
+    """Whether a shard can do without the documents of the others.
+
+    Only who reads a document knows whether it fits, so documents that do not are left out by all shards.
+    """
+    is_read_alike = spec.on_bad_document == "raise" and spec.query.projection_document is None
+    is_dealt_out = spec.shard[1] > 1 and spec.shard_by != "ranges"
+    return is_dealt_out and is_read_alike and get_worker_info() is None and access.reader().finds_ids
+
+
+@final
+class PartRows(Rows):
+    """The rows of a window, of which some are there.
+
+    Args:
+        own: Those that are there.
+        numbers: Which rows of the window they are, ascending.
+        count: How many rows the window has.
+    """
+
+    def __init__(self, own: Rows, numbers: npt.NDArray[np.int64], count: int) -> None:
+        self._own, self._numbers, self._count = own, numbers, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def tensor(self, path: str, start: int, stop: int) -> torch.Tensor | None:
+        """See `Rows.tensor`."""
+        return self._own.tensor(path, *self._at(start, stop))
+
+    def columns(self, start: int, stop: int) -> Columns:
+        """See `Rows.columns`."""
+        return self._own.columns(*self._at(start, stop))
+
+    def ids(self, start: int, stop: int) -> list[Any]:
+        """See `Rows.ids`."""
+        return self._own.ids(*self._at(start, stop))
+
+    @property
+    def nbytes(self) -> int:
+        """See `Rows.nbytes`."""
+        return self._own.nbytes + self._numbers.nbytes
+
+    def _at(self, start: int, stop: int) -> tuple[int, int]:
+        first, last = (int(found) for found in np.searchsorted(self._numbers, (start, stop)))
+        if last - first != stop - start:
+            raise AssertionError(f"rows {start} to {stop} of a window belong to another shard; this is a bug")
+        return first, last
+
+
+@final
+class SharedWindows:
+    """Reads the windows of a stream for one shard, one after the other; see `WindowReader.read`.
+
+    Args:
+        windows: What reads them as a whole.
+        access: The database.
+        spec: What is streamed.
+        start: Where it starts; each further epoch starts at its beginning.
+    """
+
+    def __init__(self, windows: PlannedWindows, access: DatabaseAccess, spec: StreamSpec, start: Start) -> None:
+        self._windows, self._access, self._share = windows, access, share_of(spec)
+        self._first_row: Callable[[Rows], int] | None = start.row
+        # A shard has whole batches by their numbers in the epoch, of which the first may be behind a position.
+        self._before = 0 if self._share.is_cut_anew else start.step * spec.batch_size
+        self._heads_of = {"_id": 1} if windows.weight is None else {"_id": 1, windows.weight: 1}
+        self._paths = () if windows.weight is None else (windows.weight,)
+        self._in_flight_bytes = spec.in_flight_bytes
+        self._row_bytes, self._prefetch = 0.0, False
+
+    def read(self, specs: Iterator[WindowSpec], pressure: ReadPressure | None) -> Iterator[Window]:
+        """The windows of these specs; the first one tells how large documents are.
+
+        Args:
+            specs: The windows.
+            pressure: See `WindowReader.read`; None where nothing reads ahead.
+
+        Raises: see `WindowReader.read`.
+        """
+        self._prefetch, pressure = pressure is not None, pressure or ReadPressure()
+        first = next(specs, None)
+        if first is None:
+            return
+        window = [self._whole(first, pressure)]
+        self._pass(window[0].rows)
+        yield window.pop()
+        if self._row_bytes * self._share.saved(self._windows.rows * self._windows.window) < _SAVED_BYTES:
+            yield from self._windows.read(specs, prefetch=self._prefetch, pressure=pressure)
+            return
+        for spec in itertools.takewhile(lambda _: not pressure.stopped(), specs):
+            if spec.order.epoch != first.order.epoch and not spec.number:
+                self._before, first = 0, spec
+            window.append(self._part(spec, pressure) or self._whole(spec, pressure))
+            self._pass(window[0].rows)
+            yield window.pop()
+
+    def _pass(self, rows: Rows) -> None:
+        """Count the rows of a window that is read, from where the stream starts."""
+        first_row, self._first_row = self._first_row, None
+        self._before += len(rows) - (0 if first_row is None else first_row(rows))
+
+    def _whole(self, spec: WindowSpec, pressure: ReadPressure) -> Window:
+        """A window with all of its documents."""
+        size, found = 0, list[Columns]()
+        needed = itertools.takewhile(lambda _: not pressure.stopped(), spec.ranges)
+        replies = self._windows.replies(needed, prefetch=self._prefetch, awaited=pressure.awaited)
+        try:
+            for reply in replies:
+                size += sum(map(len, reply))
+                found.append(self._windows.decode(reply))
+        finally:
+            close_iterator(replies)
+        self._row_bytes = size / max(sum(map(len, found)), 1)
+        return self._windows.put_together(spec, found)
+
+    def _part(self, spec: WindowSpec, pressure: ReadPressure) -> Window | None:
+        """A window with the documents of the shard; None where some of them are gone by now, or were not found."""
+        heads = list(self._heads(spec, pressure))
+        lengths = [len(columns) for columns in heads]
+        numbered = [pair for pair in zip(spec.ranges, heads, strict=False) if len(pair[1])]
+        if not numbered or len(heads) < len(spec.ranges):
+            return Window(spec=spec, rows=NO_ROWS, lengths=lengths)
+        keys = [id_keys(columns.ids) for _, columns in numbered]
+        weights = [found for pair in numbered if (found := self._windows.weights(*pair)) is not None] or None
+        order, hashes = spec.order.arranged(keys if spec.order.shuffle else [], weights)
+        count = sum(lengths) if order is None else len(order)
+        mine = np.flatnonzero(self._share.rows(self._before, count))
+        documents, inverse = np.unique(mine if order is None else order[mine], return_inverse=True)
+        chosen = list(_chosen(numbered, keys, documents))
+        parts = list(self._documents(chosen, pressure))
+        if pressure.stopped():
+            return Window(spec=spec, rows=NO_ROWS, lengths=lengths)
+        if not all(np.array_equal(id_keys(part.ids), one.keys) for part, one in zip(parts, chosen, strict=True)):
+            return None
+        own = self._windows.arranged(parts, inverse, is_repeated=weights is not None) if parts else NO_ROWS
+        rows, ids = PartRows(own, mine, count), None if hashes is not None else numbered[0][1].ids
+        rows.set_markers(hashes, ids if ids is None or order is None else ids.take(order, identity=True))
+        return Window(spec=spec, rows=rows, lengths=lengths)
+
+    def _heads(self, spec: WindowSpec, pressure: ReadPressure) -> Iterator[Columns]:
+        """The `_id`s of the ranges of a window, with the weights where rows have some."""
+        windows, reader = self._windows, self._access.reader(projection=self._heads_of)
+        needed = itertools.takewhile(lambda _: not pressure.stopped(), spec.ranges)
+        replies = windows.replies(needed, prefetch=self._prefetch, awaited=pressure.awaited, reader=reader)
+        try:
+            for reply in replies:
+                yield windows.members_of(decode(reply, self._paths, defaults=windows.defaults))
+        finally:
+            close_iterator(replies)
+
+    def _documents(self, chosen: Sequence[_Chosen], pressure: ReadPressure) -> Iterator[Columns]:
+        """The documents of these `_id`s, of each range those that are there."""
+        reader = self._access.reader()
+
+        def read(one: _Chosen) -> list[Reply]:
+            each = max(len(one.ids) * _IDS_BYTES // max(len(pack_ids(one.ids)), 1), 1)
+            found: list[Reply] = []
+            for first in range(0, len(one.ids), each):
+                some = one.ids.slice(first, first + each, identity=True).values()
+                found += self._windows.read_range(reader, one.number, some)
+            return found
+
+        replies = map_ordered(
+            read,
+            itertools.takewhile(lambda _: not pressure.stopped(), iter(chosen)),
+            threads=reader.threads,
+            most=_UNDER_WAY,
+            most_bytes=self._in_flight_bytes,
+            weigh=lambda reply: sum(map(len, reply)),
+            awaited=lambda: self._prefetch and pressure.awaited(),
+        )
+        try:
+            yield from map(self._windows.decode, replies)
+        finally:
+            close_iterator(replies)
+
+
+class _Chosen(NamedTuple):
+    """The documents of one range that a shard needs.
+
+    Attributes:
+        number: The range.
+        ids: Their `_id`s.
+        keys: The keys of those.
+    """
+
+    number: int
+    ids: Column
+    keys: U64
+
+
+def _chosen(
+    numbered: list[tuple[int, Columns]], keys: list[U64], documents: npt.NDArray[np.int64]
+) -> Iterator[_Chosen]:
+    """What of each range is among these documents of a window, which ascend."""
+    first = 0
+    for (number, columns), own in zip(numbered, keys, strict=True):
+        low, high = np.searchsorted(documents, (first, first + len(own)))
+        rows = documents[low:high] - first
+        first += len(own)
+        if len(rows):
+            yield _Chosen(number, columns.ids.take(rows, identity=True), own[rows])

@@ -187,3 +187,61 @@ class Order:
         if (ascending[1:] == ascending[:-1]).any():  # the faster sort leaves open which of two equals is first
             order = np.argsort(hashes, kind="stable")
         return order.astype(np.int64, copy=False), ascending
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """Which rows of an epoch a shard has, by how many rows lie before them.
+
+    Attributes:
+        period: Rows after which it is the same again: those of a step, or of a round of batches.
+        first: The first of its rows in a period.
+        stop: The row behind the last one.
+        is_cut_anew: Whether the rows of a last period that is not full are dealt out in another way.
+    """
+
+    period: int
+    first: int
+    stop: int
+    is_cut_anew: bool
+
+    def rows(self, before: int, count: int) -> npt.NDArray[np.bool_]:
+        """Which of so many rows, with so many before them, it may need; (count,) bool.
+
+        Those of a period that they do not complete are all needed: nobody knows yet whether it will be full.
+        """
+        numbers = np.arange(before, before + count)
+        at = numbers % self.period
+        mine: npt.NDArray[np.bool_] = (at >= self.first) & (at < self.stop)
+        if self.is_cut_anew:
+            mine |= numbers >= (before + count) // self.period * self.period
+        return mine
+
+    def saved(self, rows: int) -> float:
+        """About which part of the documents of a window of so many rows it need not read."""
+        others = 1 - (self.stop - self.first) / self.period
+        return others * max(1 - self.period / 2 / rows, 0.0) if self.is_cut_anew else others
+
+
+def requests(specs: Iterator[WindowSpec], most: int) -> Iterator[list[WindowSpec]]:
+    """The windows as what a worker is given at a time.
+
+    The last window of an epoch and the first ones of the next are small: they go together, so that they last as
+    long as reading what follows. Those of the very first epoch go alone, because the first batch waits for them.
+
+    Args:
+        specs: The windows.
+        most: The size that windows have together at most; a single one may be larger.
+    """
+    request: list[WindowSpec] = []
+    first: Order | None = None
+    for spec in specs:
+        first = first or spec.order
+        joins = spec.order != first and sum(one.size for one in request) + spec.size <= most
+        if request and not joins:
+            yield request
+            request = []
+        request.append(spec)
+    if request:
+        yield request

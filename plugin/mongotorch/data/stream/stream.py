@@ -32,7 +32,7 @@ from mongotorch.data.stream.batches import (
     lane_of,
     rows_in,
 )
-from mongotorch.data.stream.epochs import EpochReader, Report
+from mongotorch.data.stream.epochs import EpochReader, Report, Start
 from mongotorch.data.stream.position import LoaderEpochs, Position, Turn
 from mongotorch.data.stream.spec import StreamSpec
 from mongotorch.errors import DataError, EmptySelectError, LengthUnknownError, TransformError
@@ -542,7 +542,8 @@ class Stream(Owner, IterableDataset[Any]):
     def _cuts(self, start: Position) -> Iterator[tuple[list[RowSlice], Position]]:
         """The rows of each batch of this shard, or of this worker's turns under a user's loader."""
         spec, turn, lanes = self.spec, self._turn, bool(self.spec.lanes)
-        windows = self._reader.windows(self._seed, start.epoch, start.window, self._resume, start.skipped)
+        first = Start(start.epoch, start.window, start.step, start.skipped, lambda rows: start.row(rows.markers))
+        windows = self._reader.windows(self._seed, first, self._resume)
         parts = ([window] for window in windows) if spec.shard_by == "ranges" else [windows]
         cuts = itertools.chain.from_iterable(
             cut(

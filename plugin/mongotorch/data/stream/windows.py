@@ -210,7 +210,7 @@ class WindowReader(abc.ABC):
             try:
                 for spec in these:
                     # Nothing is named: a name would keep the ranges, and the window, while the next one is read.
-                    window = [self._window(spec, list(islice(ranges, len(spec.ranges))))]
+                    window = [self.put_together(spec, list(islice(ranges, len(spec.ranges))))]
                     complete = window[0].complete
                     yield window.pop()
                     if not complete:
@@ -242,12 +242,14 @@ class WindowReader(abc.ABC):
         """The columns of the members of a range."""
         if self.skips:
             return self._fitting(self.kept(replies))
-        columns = self._decoded(replies)
+        return self.members_of(self._decoded(replies)).typed(self.dtypes)
+
+    def members_of(self, columns: Columns) -> Columns:
+        """The members among the rows of a range."""
         members = self.known_members()
-        if members is not None:
-            kept = among(id_keys(columns.ids), members)
-            columns = columns if kept.all() else columns.take(np.flatnonzero(kept))
-        return columns.typed(self.dtypes)
+        if members is None or (kept := among(id_keys(columns.ids), members)).all():
+            return columns
+        return columns.take(np.flatnonzero(kept))
 
     def _decoded(self, replies: list[Reply]) -> Columns:
         """The columns of documents; the weight is a field of them, and a path only where the key has it."""
@@ -297,7 +299,8 @@ class WindowReader(abc.ABC):
     def keys(self, number: int, columns: Columns) -> U64:
         """What decides where each row of a range comes in a shuffled window, uint64 of shape (rows,)."""
 
-    def _window(self, spec: WindowSpec, ranges: list[Columns]) -> Window:
+    def put_together(self, spec: WindowSpec, ranges: list[Columns]) -> Window:
+        """The window of these ranges; fewer of them than it has where the query ends."""
         lengths = [len(columns) + columns.skipped for columns in ranges]
         skipped, why = sum(one.skipped for one in ranges), next((one.why for one in ranges if one.why), "")
         numbered = [pair for pair in zip(spec.ranges, ranges, strict=False) if len(pair[1])]
@@ -307,13 +310,16 @@ class WindowReader(abc.ABC):
         weights = [found for pair in numbered if (found := self.weights(*pair)) is not None] or None
         keys = [self.keys(*pair) for pair in numbered] if spec.order.shuffle else []
         order, hashes = spec.order.arranged(keys, weights)
-        if self.samples:
-            rows = ordered(parts, order, owned=True)
-        else:
-            rows = gathered(parts, order) if weights is None or order is None else repeated(parts, order)
+        rows = self.arranged(parts, order, is_repeated=weights is not None)
         ids = None if self.plan is None or hashes is not None else parts[0].ids
         rows.set_markers(hashes, ids if ids is None or order is None else ids.take(order, identity=True))
         return Window(spec=spec, rows=rows, lengths=lengths, skipped=skipped, why=why)
+
+    def arranged(self, parts: list[Columns], order: npt.NDArray[np.int64] | None, *, is_repeated: bool) -> Rows:
+        """The rows of ranges that are used nowhere else, in an order that may have some several times."""
+        if self.samples:
+            return ordered(parts, order, owned=True)
+        return repeated(parts, order) if is_repeated and order is not None else gathered(parts, order)
 
 
 @final
@@ -334,16 +340,24 @@ class PlannedWindows(WindowReader):
         return itertools.islice(order.windows(len(self.plan), start * world), rank, None, world)
 
     def replies(
-        self, numbers: Iterable[int], *, prefetch: bool = False, awaited: Callable[[], bool] = lambda: True
+        self,
+        numbers: Iterable[int],
+        *,
+        prefetch: bool = False,
+        awaited: Callable[[], bool] = lambda: True,
+        reader: Reader | None = None,
     ) -> Iterator[list[Reply]]:
-        """See `WindowReader.replies`: ranges are independent, so two can be asked for at a time."""
-        reader = self._access.reader()
+        """See `WindowReader.replies`: ranges are independent, so two can be asked for at a time.
+
+        With another reader they have what that one reads of documents.
+        """
+        using = reader or self._access.reader()
 
         def read(number: int) -> list[Reply]:
             known = None if self._found is None else self._found.get(number)
             if known is not None:
-                return reader.read(self.plan.bounds(number), self.plan.rows, decode([known], ()).ids.values())
-            replies = self._read(reader, number)
+                return using.read(self.plan.bounds(number), self.plan.rows, decode([known], ()).ids.values())
+            replies = self.read_range(using, number)
             self._keep(number, replies)
             return replies
 
@@ -352,25 +366,26 @@ class PlannedWindows(WindowReader):
         return map_ordered(
             read,
             iter(numbers),
-            threads=reader.threads,
+            threads=using.threads,
             most=_UNDER_WAY,
             most_bytes=self._in_flight_bytes,
             weigh=_weigh,
             awaited=awaited,
         )
 
-    def _read(self, reader: Reader, number: int) -> list[Reply]:
-        """A range as it is; while the members are not known as it was when they were."""
+    def read_range(self, reader: Reader, number: int, ids: list[Any] | None = None) -> list[Reply]:
+        """A range, or only these of its `_id`s, as it is; while the members are not known as it was then."""
         bounds, pending = self.plan.bounds(number), self.pending
+        rows = self.plan.rows if ids is None else len(ids)
         if pending is None or pending.is_known:
-            return reader.read(bounds, self.plan.rows)
+            return reader.read(bounds, rows, ids)
         try:
-            return reader.read(bounds, self.plan.rows, at=pending.at)
+            return reader.read(bounds, rows, ids, at=pending.at)
         except QueryError as error:
             if not is_snapshot_lost(error):
                 raise
         pending.wait()
-        return reader.read(bounds, self.plan.rows)
+        return reader.read(bounds, rows, ids)
 
     def _keep(self, number: int, replies: list[Reply]) -> None:
         if self._found is None or self._found_bytes > _FOUND_BYTES:
