@@ -7,6 +7,7 @@ default group of `torch.distributed` before.
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Final, final
@@ -35,9 +36,17 @@ class JoinedLauncher(Launcher):
             )
 
     def free(self, resources: Mapping[str, Any], *, device: str) -> int | None:  # noqa: ARG002
-        """The number of processes."""
+        """The number of processes. Raises: UnsupportedError, more of them than devices on this machine."""
+        import torch
         import torch.distributed as dist
 
+        here, devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if device == "cuda" and here > devices:
+            raise UnsupportedError(
+                f"{here} processes were started on this machine, and each needs a CUDA device of its own, of "
+                f'which there are {devices}; start so many, or give compute_kwargs={{"device": "cpu"}}',
+                setting="launcher",
+            )
         return dist.get_world_size()
 
     def run(

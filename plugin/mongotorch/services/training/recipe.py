@@ -99,8 +99,14 @@ class TrainingRecipe:
 
     @property
     def device_type(self) -> str:
-        """The type of device that it is trained on here, such as `cpu`. Raises: ParameterError."""
-        return training_device(self.trainer.compute_kwargs, self.model.preferred_devices).type
+        """The type of device that it is trained on here, such as `cpu`.
+
+        Raises:
+            ParameterError: The device is not there, or several workers cannot each have one of their own.
+        """
+        device = training_device(self.trainer.compute_kwargs, self.model.preferred_devices)
+        self.trainer.lanes.check_device(device)
+        return device.type
 
     def on_cpu(self) -> Self:
         """The same for the CPU."""

@@ -152,6 +152,21 @@ class Lanes:
                 field="object",
             )
 
+    def check_device(self, device: torch.device) -> None:
+        """Refuse a device that several workers cannot each have one of. Raises: ParameterError."""
+        if device.type == "cpu" or self.workers[1] == 1:
+            return
+        if device.type != "cuda":
+            raise _refused(
+                f"several workers compute on CPUs or CUDA devices, and this run would on {device.type!r}; give "
+                '"device": "cpu", or one worker'
+            )
+        if device.index is not None:
+            raise _refused(
+                f"the device {str(device)!r} is one, and each of several workers needs its own; name it 'cuda', "
+                "here or in the model's preferred_devices"
+            )
+
     def check_world(self, world: int) -> None:
         """Refuse a number of workers that the lanes cannot be shared by. Raises: ParameterError."""
         possible = _divisors(self.lanes, (1, self.lanes))
