@@ -71,6 +71,29 @@ def test_what_waits_for_its_anchor_is_invisible_until_the_anchor_is_there(compon
 
     components.publish({**document("model", refs=["half"]), "identifier": "other"})
     assert components.find("model", "digits")["_id"] == "half"
+    assert components.versions("model", "digits") == [0, 1]
+
+
+def test_many_versions_are_listed_without_a_request_for_each(
+    components: Components, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(5):
+        components.publish(
+            {**document(f"model-{n}"), "identifier": "other", "refs": [f"half-{n}"] if n % 2 else []}
+        )
+        components.publish(document(f"half-{n}", anchor=f"model-{n}"))
+    asked: list[Any] = []
+    find = components._documents.find
+
+    def counting(where: Any, shown: Any = None) -> Any:
+        asked.append(shown)
+        return find(where, shown)
+
+    monkeypatch.setattr(components._documents, "find", counting)
+    monkeypatch.delattr(type(components._documents), "find_one")
+    assert components.versions("model", "digits") == [1, 3]
+    assert len(asked) == 2
+    assert all("fields" not in shown for shown in asked), "what a version holds is not read"
 
 
 def test_what_is_missing_is_named_with_what_there_is(components: Components) -> None:

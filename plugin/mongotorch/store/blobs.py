@@ -54,8 +54,8 @@ UPLOAD_DEADLINE_S: Final = 1800.0
 _TOUCH_BATCH: Final = 1000  # names in one document
 _CLOCKS_APART_S: Final = 10.0  # between two primaries
 _LEAVING_POLL_S: Final = 0.02
-_READ_BATCH: Final = 500  # names in one request
-_SMALL_BYTES: Final = 2**17
+_READ_BATCH: Final = 250  # names in one request
+_SMALL_BYTES: Final = 2**18
 _THREADS: Final = 2  # one waits for the server while the other copies; more would only cost memory
 _UPLOADS: Final = 2  # blobs: what confirms that one is whole takes as long as some of its chunks
 
@@ -240,11 +240,14 @@ class BlobStore:
     def _small(self, names: list[str]) -> dict[str, bytes]:
         """Those of some blobs that are whole and have one small chunk; `get` says what is wrong with another."""
         small = {"filename": {"$in": names}, "length": {"$gt": 0, "$lte": _SMALL_BYTES}}
-        files = {file["_id"]: file for file in self._files.find(small)}
+        files: dict[Any, str] = {}
+        for file in self._files.find(small, {"filename": 1, "metadata.format": 1}):
+            check_format(file.get("metadata") or {}, f"blob {file['filename']}:")
+            files[file["_id"]] = file["filename"]
         found: dict[str, bytes] = {}
-        for chunk in self._chunks.find({"files_id": {"$in": list(files)}, "n": 0}):
-            name, data = files[chunk["files_id"]]["filename"], chunk["data"]
-            check_format(files[chunk["files_id"]].get("metadata") or {}, f"blob {name}:")
+        first = {"files_id": {"$in": list(files)}, "n": 0}
+        for chunk in self._chunks.find(first, {"_id": 0, "files_id": 1, "data": 1}):
+            name, data = files[chunk["files_id"]], chunk["data"]
             if isinstance(data, bytes) and hashlib.sha256(data).hexdigest() == name:
                 found[name] = data
         return found

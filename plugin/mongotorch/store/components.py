@@ -35,7 +35,9 @@ _TRAINED_FIELDS: Final = (
     "created",
     "anchor",
     "format",
-    "data",
+    "data.members",
+    "data.certain",
+    "data.query.collection",
     "fields.trainer",
 )
 REMOVED: Final = "mt.removed"
@@ -339,7 +341,20 @@ class Components:
     @repeated("listing versions")
     def versions(self, type_id: str, identifier: str) -> list[int]:
         """The visible version numbers, ascending."""
-        return sorted(document["version"] for document in self._named(type_id, identifier))
+        named = {"type_id": type_id, "identifier": identifier}
+        found = list(self._documents.find(named, {"type_id": 1, "identifier": 1, "version": 1, "anchor": 1}))
+        if self._trust is not None:
+            return sorted(document["version"] for document in found if self._visible(document))
+        # A trainer has an anchor in each version: they are looked up together.
+        anchors = list({document["anchor"] for document in found if document.get("anchor") is not None})
+        seen = {
+            one["_id"]: one.get("refs", ()) for one in self._documents.find({"_id": {"$in": anchors}}, {"refs": 1})
+        }
+        return sorted(
+            document["version"]
+            for document in found
+            if document.get("anchor") is None or document["_id"] in seen.get(document["anchor"], ())
+        )
 
     @repeated("listing identifiers")
     def identifiers(self, type_id: str) -> list[str]:

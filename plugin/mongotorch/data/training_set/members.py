@@ -179,16 +179,14 @@ class Delta:
         added_start = names_end + removed * 8
         if len(blob) < added_start or (len(blob) - added_start) % 16:
             raise DataError("these bytes are not the members of a set of documents")
-        names = [
-            bytes(blob[at : at + _NAME_BYTES]).hex() for at in range(_DELTA_HEAD.size, names_end, _NAME_BYTES)
-        ]
+        names = bytes(blob[_DELTA_HEAD.size : names_end]).hex()
         return cls(
             digest=digest.hex(),
             count=count,
             position=position,
-            ancestors=tuple(names),
-            removed=np.frombuffer(blob, "<u8", removed, names_end).astype(np.uint64),
-            added=np.frombuffer(blob, "<u8", offset=added_start).reshape(-1, 2).astype(np.uint64),
+            ancestors=tuple(names[at : at + 2 * _NAME_BYTES] for at in range(0, len(names), 2 * _NAME_BYTES)),
+            removed=np.frombuffer(blob, "<u8", removed, names_end).astype(np.uint64, copy=False),
+            added=np.frombuffer(blob, "<u8", offset=added_start).reshape(-1, 2).astype(np.uint64, copy=False),
         )
 
     def to_bytes(self) -> bytes:
