@@ -84,16 +84,6 @@ class LauncherSuite:
 
         _expect_gone(tmp_path)
 
-    def test_ranks_end_with_the_process_that_launched_them(self, launcher: Launcher, tmp_path: Path) -> None:
-        """Although it is killed, and cannot end them."""
-        if self.workers == 1:
-            return  # the rank is that process
-        code = f"from {__name__} import launch; launch({launcher.name!r}, {self.workers}, {str(tmp_path)!r})"
-        with subprocess.Popen([sys.executable, "-c", code]) as process:  # noqa: S603
-            _wait_for(lambda: len(list(tmp_path.iterdir())) == self.workers)
-            process.kill()
-        _expect_gone(tmp_path)
-
 
 class ProcessLauncherSuite(LauncherSuite):
     """The tests of a launcher that starts processes on this machine."""
@@ -113,6 +103,16 @@ class ProcessLauncherSuite(LauncherSuite):
             self.run(launcher, "wait", tmp_path, kill)
 
         assert time.monotonic() - begun_s[0] < 20
+        _expect_gone(tmp_path)
+
+    def test_ranks_end_with_the_process_that_launched_them(self, launcher: Launcher, tmp_path: Path) -> None:
+        """Although it is killed, and cannot end them."""
+        code = f"from {__name__} import launch; launch({launcher.name!r}, {self.workers}, {str(tmp_path)!r})"
+        with subprocess.Popen([sys.executable, "-c", code]) as process:  # noqa: S603
+            try:
+                _wait_for(lambda: len(list(tmp_path.iterdir())) == self.workers)
+            finally:
+                process.kill()
         _expect_gone(tmp_path)
 
 
