@@ -142,7 +142,11 @@ def test_a_diff_with_what_was_never_trained_says_why_nothing_is_known_of_the_dat
         db.diff(trained.uuid, "no-such-uuid")
 
 
-def test_who_was_trained_on_a_document_is_known(db: Datalayer) -> None:
+@pytest.mark.parametrize("together", [1, 500])
+def test_who_was_trained_on_a_document_is_known(
+    db: Datalayer, monkeypatch: pytest.MonkeyPatch, together: int
+) -> None:
+    monkeypatch.setattr("mongotorch.services.lineage._SETS_AT_ONCE", together)
     select = fill(db)
     seen, unseen = fold_ids(db, "train")[0], fold_ids(db, "valid")[0]
     first = again(db, select)

@@ -7,7 +7,8 @@ unknown is reported as unknown. Data that has changed is reported before anythin
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, final
 
 from mongotorch.codecs import Opaque, describe, referenced, renamed
@@ -25,6 +26,7 @@ from mongotorch.train import TorchModel, TorchTrainer, warm_start
 CHANGED: Final = "changed"
 _SHOWN_ELSEWHERE: Final = frozenset({"metric_values", "trainer", "model", "artifacts"})
 _MISSING: Final = object()
+_SETS_AT_ONCE: Final = 500  # that are asked about one document by one thread
 Change = tuple[Any, Any]
 
 
@@ -145,11 +147,18 @@ def trained_on(catalog: Catalog, document_id: Any, collection: str | None = None
 def _holding(catalog: Catalog, names: Iterable[str], key: int) -> dict[str, bool]:
     """Whether each of these stored sets holds the document of an `_id`'s hash."""
     answers: dict[str, tuple[bool | None, str | None]] = {}
+
+    def answered(names: Sequence[str]) -> dict[str, tuple[bool | None, str | None]]:
+        deltas = ((name, Delta.from_bytes(blob)) for name, blob in catalog.blobs.get_many(names))
+        return {name: (one.holds(key), one.ancestors[-1] if one.ancestors else None) for name, one in deltas}
+
     missing = set(names)
     while missing:
-        for name, blob in catalog.blobs.get_many(missing):
-            delta = Delta.from_bytes(blob)
-            answers[name] = delta.holds(key), delta.ancestors[-1] if delta.ancestors else None
+        ordered = sorted(missing)  # the server reads the next ones while these are looked at
+        parts = [ordered[at : at + _SETS_AT_ONCE] for at in range(0, len(ordered), _SETS_AT_ONCE)]
+        with ThreadPoolExecutor(2, thread_name_prefix="mongotorch-lineage") as pool:
+            for found in pool.map(answered, parts):
+                answers |= found
         missing = {before for answer, before in answers.values() if answer is None and before is not None}
         missing -= answers.keys()
 
