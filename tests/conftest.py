@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import os
 import shutil
 import socket
 import subprocess
@@ -27,6 +28,8 @@ settings.load_profile("mongotorch")
 
 
 _FOLDER_BYTES = 4 * 2**30
+# Several processes of tests fill the cores: workers that give way would come last for as long as the tests run.
+os.environ.setdefault("MONGOTORCH_WORKER_NICENESS", "0")
 # Files of tests that take a minute and more together: out of `make test`, which stays under ten.
 LONG = frozenset(
     {

@@ -31,8 +31,9 @@ class Settings(BaseSettings):
         launcher: What starts the ranks of a run with several `workers`: `torchrun` on this machine, `ray` on the
             nodes of a cluster. None is `torchrun`, where there are several.
         prefetch_bytes: Most bytes that a stream may read ahead.
-        worker_niceness: What is added to the niceness of the processes that read for `num_workers`, 0 to 19: with
-            fewer cores than processes they then give way to the training.
+        worker_niceness: What is added to the niceness of the processes that read ahead for `num_workers`, 0 to 19:
+            with fewer cores than processes they give way to the training, which leaves its core to them when it
+            waits. Processes that build samples are as they are started.
         valid_fraction: Share of inserted documents that go to the `valid` fold.
         server_timeout_s: Seconds to look for a server before giving up.
         read_deadline_s: Seconds for which a failed read, or the publication of a trained model, is retried before
@@ -63,7 +64,7 @@ class Settings(BaseSettings):
     compute: str = "local"
     launcher: str | None = Field(default=None, min_length=1)
     prefetch_bytes: int = Field(default=256 * 2**20, gt=0)
-    worker_niceness: int = Field(default=0, ge=0, le=19)
+    worker_niceness: int = Field(default=10, ge=0, le=19)
     valid_fraction: float = Field(default=0.05, ge=0.0, le=1.0)
     server_timeout_s: float = Field(default=10.0, gt=0)
     read_deadline_s: float = Field(default=60.0, gt=0)

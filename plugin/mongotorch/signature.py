@@ -220,29 +220,51 @@ def _refused(key: Any) -> ParameterError:
     )
 
 
-def call_with_sample(function: Callable[..., Any], sample: Any, key: Key, signature: str) -> Any:
-    """What `function` returns for a sample that goes in by `signature`.
+def sample_caller(function: Callable[..., Any], key: Key, signature: str) -> Callable[[Any], Any]:
+    """What calls `function` with a sample, which goes in by `signature`.
 
     Raises:
-        SignatureError: No such signature, or the function does not take what it gives.
+        SignatureError: No such signature; or, of what is returned, the function does not take what it gives.
     """
     check_signature(signature)
-    positional, named = ([sample], {}) if signature == "singleton" else _arguments(sample, key)
+    split = _splitter(key, signature)
+
+    def call(sample: Any) -> Any:
+        positional, named = split(sample)
+        try:
+            return function(*positional, **named)
+        except TypeError as error:
+            takes = _unbound(function, positional, named)
+            if not takes:
+                raise
+            raise SignatureError(
+                f"transform takes {takes}, and signature {signature!r} gives it {len(positional)} argument(s)"
+                f"{''.join(f', {name}=' for name in named)}; the key has {list(key.names())}",
+                field="transform",
+            ) from error
+
+    return call
+
+
+def _splitter(key: Key, signature: str) -> Callable[[Any], tuple[Sequence[Any], Mapping[str, Any]]]:
+    """What gives the positional and the named arguments that a signature makes of a sample."""
+    if signature == "singleton" or (key.form == "single" and signature != "**kwargs"):
+        return lambda sample: ((sample,), {})
+    if key.form == "tuple" and signature != "**kwargs":
+        return lambda sample: (sample, {})
+    if key.form == "dict" and signature != "*args":
+        return lambda sample: ((), sample)
+    if signature == "*args,**kwargs":
+        return lambda sample: sample
+    names = key.names()
+
+    def values(sample: Any) -> Sequence[Any]:
+        positional, named = _arguments(sample, key)
+        return [*positional, *named.values()]
+
     if signature == "*args":
-        positional, named = [*positional, *named.values()], {}
-    elif signature == "**kwargs":
-        positional, named = [], dict(zip(key.names(), [*positional, *named.values()], strict=True))
-    try:
-        return function(*positional, **named)
-    except TypeError as error:
-        takes = _unbound(function, positional, named)
-        if not takes:
-            raise
-        raise SignatureError(
-            f"transform takes {takes}, and signature {signature!r} gives it {len(positional)} argument(s)"
-            f"{''.join(f', {name}=' for name in named)}; the key has {list(key.names())}",
-            field="transform",
-        ) from error
+        return lambda sample: (values(sample), {})
+    return lambda sample: ((), dict(zip(names, values(sample), strict=True)))
 
 
 def _unbound(function: Callable[..., Any], positional: Sequence[Any], named: Mapping[str, Any]) -> str:

@@ -341,9 +341,13 @@ def stack(values: Sequence[Any], *, field: str, ids: Indexed | None = None) -> T
         DataError: A value has no tensor.
         ShapeError: Shapes differ.
     """
-    if len(set(map(type, values))) == 1 and type(values[0]) in (bool, int, float):
+    kinds = set(map(type, values))
+    if len(kinds) == 1 and type(values[0]) in (bool, int, float):
         with contextlib.suppress(RuntimeError, OverflowError):  # an integer that no tensor holds
             return torch.tensor(values)
+    if kinds == {Tensor} and len({value.dtype for value in values}) == 1:
+        with contextlib.suppress(RuntimeError):  # of different shapes, as is said below
+            return torch.stack(list(values))
     tensors = [
         value if isinstance(value, Tensor) else one_tensor(value, field, None if ids is None else ids[n])
         for n, value in enumerate(values)
@@ -483,9 +487,13 @@ def _transpose(
     """One container like each of the samples, of `batch(parts, field)` for the parts at each place."""
     first = samples[0]
     mapping = isinstance(first, Mapping)
+    if set(map(type, samples)) == {tuple} and set(map(len, samples)) == {len(first)}:
+        columns = map(list, zip(*samples, strict=True))
+        return tuple(batch(parts, f"{field}[{n}]") for n, parts in enumerate(columns))
+    names = set(first) if mapping else set()
     for n, sample in enumerate(samples):
         same = isinstance(sample, Mapping) if mapping else isinstance(sample, tuple | list)
-        if not same or (set(sample) != set(first) if mapping else len(sample) != len(first)):
+        if not same or (set(sample) != names if mapping else len(sample) != len(first)):
             document_id = None if ids is None else ids[n]
             where = "" if ids is None else f" of document {document_id!r}"
             raise ShapeError(

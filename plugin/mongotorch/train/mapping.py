@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mongotorch.errors import MongotorchError, ParameterError, SignatureError, TransformError
-from mongotorch.signature import Key, call_with_sample
+from mongotorch.signature import Key, sample_caller
 from mongotorch.train.model import TRAINER, TorchModel
 
 _MOST_DEEP: Final = 8
@@ -141,7 +141,7 @@ class BatchMapping:
         """
         sample = self._sample_of(item)
         try:
-            made = sample if transform is None else call_with_sample(transform, sample, self.key, self.signature)
+            made = sample if transform is None else sample_caller(transform, self.key, self.signature)(sample)
         except MongotorchError:
             raise
         except Exception as error:

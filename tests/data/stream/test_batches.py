@@ -1,14 +1,18 @@
-"""Memory for the tensors of a window."""
+"""The tensors of a window: their memory, and how they are put together."""
 
 from __future__ import annotations
 
 import gc
 from pathlib import Path
+from typing import Any
 
+import bson
+import numpy as np
 import pytest
 import torch
 
-from mongotorch.data.stream.batches import fresh
+from mongotorch.data.decode import Column, decode
+from mongotorch.data.stream.batches import fresh, gathered
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (5,), (7, 2, 3), (2**18, 3)])
@@ -35,3 +39,30 @@ def test_a_large_buffer_lives_as_long_as_a_view_of_it_and_no_longer() -> None:
     assert held - before > size * 0.9
     del view
     assert held - resident() > size * 0.9
+
+
+FIELDS = [f"f{number}" for number in range(40)]
+
+
+def documents(first: int, count: int) -> bytes:
+    """Documents of 40 numbers, a text, and a list whose length differs."""
+    made = [
+        {"_id": n, **{name: float(n) for name in FIELDS}, "text": f"number {n}", "list": list(range(n % 5))}
+        for n in range(first, first + count)
+    ]
+    return b"".join(map(bson.encode, made))
+
+
+def test_the_fields_of_a_window_are_looked_at_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [decode(documents(0, 30), FIELDS), decode(documents(30, 20), FIELDS)]
+    sliced: list[Column] = []
+    original = Column.slice
+
+    def counted(column: Column, *args: Any, **options: Any) -> Column:
+        sliced.append(column)
+        return original(column, *args, **options)
+
+    monkeypatch.setattr(Column, "slice", counted)
+    rows = gathered(parts, np.arange(50)[::-1].copy())
+    assert len(sliced) <= len(FIELDS) + 1  # and the `_id`
+    assert all(rows.tensor(name, 0, 2).tolist() == [49.0, 48.0] for name in FIELDS)  # type: ignore[union-attr]

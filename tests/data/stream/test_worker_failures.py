@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from mongotorch import Datalayer
 from mongotorch.errors import DataProcessError
+from mongotorch.settings import Settings
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(60)]
 WORKERS = pytest.mark.parametrize("workers", [1, 2])
@@ -61,3 +63,28 @@ def test_a_worker_that_is_gone_is_an_error(db: Datalayer, workers: int, transfor
 def test_a_function_that_a_spawned_worker_cannot_get_is_an_error(db: Datalayer) -> None:
     with pytest.raises(DataProcessError, match="what they are given cannot be pickled"):
         read(db, False, 1, transform=lambda x, n: (x, n), multiprocessing_context="spawn")
+
+
+def same_sample(x: Any, n: Any) -> Any:
+    return x, n
+
+
+@pytest.mark.parametrize(("transform", "more"), [(None, 10), (same_sample, 0)])
+def test_workers_that_read_ahead_give_way_and_those_that_build_samples_do_not(
+    db: Datalayer, uri: str, transform: Any, more: int
+) -> None:
+    if not uri.startswith("mongodb:"):
+        pytest.skip("mongomock lives in one process")
+    seen = multiprocessing.get_context("fork").Value("i", -100)
+
+    def begin(_worker: int) -> None:
+        seen.value = os.nice(0)
+
+    options: dict[str, Any] = {"num_workers": 1, "worker_init_fn": begin, "multiprocessing_context": "fork"}
+    query, niceness = fill(db), Settings.model_fields["worker_niceness"].default
+    with (
+        Datalayer.connect(uri, worker_niceness=niceness) as other,
+        other.stream(query, key=("x", "n"), batch_size=8, transform=transform, **options) as stream,
+    ):
+        assert sum(1 for _ in stream)
+    assert seen.value == min(os.nice(0) + more, 19)

@@ -140,8 +140,7 @@ class Column:
             return self._like(self.data.take(rows, axis=0), _taken(self.whole, rows))
         starts, lengths = self.offsets[:-1][rows], np.diff(self.offsets)[rows]
         offsets = ends_of(lengths)
-        at = np.repeat(starts - offsets[:-1], lengths)
-        at += np.arange(len(at))
+        at = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
         return ragged(self._like(self.data.take(at), _taken(self.whole, at)), offsets)
 
     def slice(self, start: int, stop: int, *, identity: bool = False) -> Column:
@@ -180,9 +179,10 @@ def ends_of(lengths: Array) -> NDArray[np.int64]:
 
 def numbers(data: Array, whole: NDArray[np.bool_] | None = None) -> Column:
     """The column of plain numbers: float64, int64 or bool, of shape (n, ...); for `whole` see `Column`."""
-    if whole is not None and not whole.any():
+    count = 0 if whole is None else np.count_nonzero(whole)
+    if whole is not None and not count:
         whole = None
-    elif whole is not None and whole.all():
+    elif whole is not None and count == whole.size:
         data, whole = data.astype(np.int64), None
     return Column(kind="number", data=data, dtype=_NAMES[data.dtype.char], whole=whole)
 
@@ -343,7 +343,8 @@ def convert(column: Column, dtype: str) -> tuple[Column, int | None]:
             return column, int(np.searchsorted(column.offsets, first, side="right")) - 1
         return column, first // max(data[0].size, 1)
     kind: Kind = column.kind if dtype in _PLAIN_NAMES or column.kind == "ragged" else "array"
-    return replace(column, kind=kind, data=data.astype(target, copy=False), dtype=target.name, whole=None), None
+    name = "float64" if dtype == FLOAT else dtype  # `target.name` is slow
+    return Column(kind=kind, data=data.astype(target, copy=False), dtype=name, offsets=column.offsets), None
 
 
 def _misfits(data: Array, target: np.dtype[Any], *, rounded: bool) -> NDArray[np.bool_] | None:
@@ -498,8 +499,7 @@ class Columns:
             raise ValueError("columns to join must be at least one, and of the same paths")
         paths = parts[0].paths
         joined = {path: merge([(None, part.fields[path]) for part in parts]) for path in paths}
-        ids = merge([(None, part.ids) for part in parts], identity=True)
-        return cls(paths=paths, ids=ids, fields=joined)
+        return cls(paths=paths, ids=merge([(None, part.ids) for part in parts], identity=True), fields=joined)
 
 
 def _flatten(values: list[Any]) -> tuple[list[Any], tuple[int, ...]] | None:

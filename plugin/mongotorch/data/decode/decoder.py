@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
@@ -319,7 +319,7 @@ def order_of(content: bytes | memoryview, starts: Sequence[int], tree: PathTree)
     below: dict[bytes, list[int]] = {}
     for start in starts:
         try:
-            fields = list(_fields(content, start))
+            fields = _fields(content, start)
         except (struct.error, IndexError, ValueError, KeyError):  # it goes through `bson`
             continue
         seen.append([name for name, _, _ in fields])
@@ -356,20 +356,22 @@ def _sorted(seen: list[list[bytes]]) -> list[bytes]:
     return list(sorter.static_order())
 
 
-def _fields(content: bytes | memoryview, at: int) -> Iterator[tuple[bytes, int, int]]:
+def _fields(content: bytes | memoryview, at: int) -> list[tuple[bytes, int, int]]:
     """The name, the type and the start of the value of each field of a document."""
     end = at + _INT32.unpack_from(content, at)[0] - 1
     at += 4
+    found = []
     while at < end:
         kind, name = content[at], _name(content, at + 1)
         value = at + len(name) + 2
-        yield name, kind, value
-        at = value + _size(content, kind, value)
+        found.append((name, kind, value))
+        fixed = FIXED_SIZES.get(kind)
+        at = value + (_size(content, kind, value) if fixed is None else fixed)
+    return found
 
 
 def _size(content: bytes | memoryview, kind: int, value: int) -> int:
-    if (fixed := FIXED_SIZES.get(kind)) is not None:
-        return fixed
+    """The bytes of a value that begins with its length."""
     (length,) = _INT32.unpack_from(content, value)
     if length < SMALLEST_SIZES[kind]:
         raise ValueError("a value that is shorter than its type can be")

@@ -34,7 +34,7 @@ from mongotorch.data.decode import Column, Columns, decode
 from mongotorch.data.prefetch import ReadPressure, check_picklable
 from mongotorch.data.stream.position import HashMarkers, IdMarkers, Position, RowMarkers
 from mongotorch.errors import MongotorchError, TransformError
-from mongotorch.signature import Key, call_with_sample
+from mongotorch.signature import Key, sample_caller
 from mongotorch.tensors import collate, concat, from_array, one_tensor, stack
 
 
@@ -209,10 +209,11 @@ def gathered(parts: list[Columns], order: npt.NDArray[np.int64] | None) -> Rows:
         return TensorRows({(path,): tensor_of(parts[0], path) for path in parts[0].paths}, ids, None)
     groups: dict[torch.dtype, list[str]] = {}
     others: list[str] = []
-    for path in parts[0].paths:
-        values = parts[0][path].numbers()
-        if values is not None and values.ndim == 1 and parts[0].plain(path):
-            groups.setdefault(tensor_of(parts[0].slice(0, 1), path).dtype, []).append(path)
+    first = parts[0].slice(0, 1)
+    for path in first.paths:
+        values = first[path].numbers()
+        if values is not None and values.ndim == 1 and first.plain(path):
+            groups.setdefault(tensor_of(first, path).dtype, []).append(path)
         else:
             others.append(path)
     tensors = {tuple(paths): _numbers(parts, paths, dtype, order) for dtype, paths in groups.items()}
@@ -487,7 +488,7 @@ class SampleBuilder:
         samples, ids, why = build(columns, self.key), columns.ids, ""
         count = len(samples)
         if self.transform is not None:
-            samples, rows, why = self._all_transformed(samples, columns)
+            samples, rows, why = self._all_transformed(self.transform, samples, columns)
             ids = ids.take(np.array(rows, np.intp), identity=True) if len(rows) < count else ids
         batch = self._together(samples, ids) if samples else None
         return Built(batch=batch, rows=len(samples), skipped=count - len(samples), why=why)
@@ -507,41 +508,32 @@ class SampleBuilder:
                 field="collate_fn",
             ) from error
 
-    def _all_transformed(self, samples: list[Any], columns: Columns) -> tuple[list[Any], list[int], str]:
+    def _all_transformed(
+        self, transform: Callable[..., Any], samples: list[Any], columns: Columns
+    ) -> tuple[list[Any], list[int], str]:
         """What `transform` makes of them, of which rows, and what it said of the first that is left out."""
+        call = sample_caller(transform, self.key, self.signature)
         made: list[Any] = []
         rows: list[int] = []
         why = ""
         for row, sample in enumerate(samples):
+            one, failed = None, None
             try:
-                made.append(self._transformed(sample, columns, row))
-                rows.append(row)
-            except TransformError as error:
-                if not self.skips:
-                    raise
-                why = why or str(error)
+                one = call(sample)
+            except Exception as error:  # noqa: BLE001 - it is raised below, or told of
+                failed = _failed(error, columns.ids, row)
+            if one is None and (failed is not None or self.collate_fn is None):
+                # A collate_fn may leave samples out that are None.
+                failed = failed or _transform_error(
+                    "returned None for", columns.ids, row, "; let it return the sample"
+                )
+                if not self.skips or not isinstance(failed, TransformError):
+                    raise failed
+                why = why or str(failed)
+                continue
+            made.append(one)
+            rows.append(row)
         return made, rows, why
-
-    def _transformed(self, sample: Any, columns: Columns, row: int) -> Any:
-        transform = self.transform
-        assert transform is not None  # noqa: S101 - for the type checker
-        try:
-            made = call_with_sample(transform, sample, self.key, self.signature)
-        except MongotorchError:
-            raise
-        except Exception as error:
-            raise TransformError(
-                f"transform failed for document {columns.ids.values()[row]!r}: {type(error).__name__}: {error}",
-                document_id=columns.ids.values()[row],
-                field="transform",
-            ) from error
-        if made is None and self.collate_fn is None:  # a collate_fn may leave such samples out
-            raise TransformError(
-                f"transform returned None for document {columns.ids.values()[row]!r}; let it return the sample",
-                document_id=columns.ids.values()[row],
-                field="transform",
-            )
-        return made
 
     def build_each(
         self, many: Iterator[tuple[Columns | None, int | None]], *, pressure: ReadPressure | None = None
@@ -582,3 +574,18 @@ def _values(columns: Columns, path: str) -> Sequence[Any]:
         return column.values()
     whole = column_tensor(columns, path)
     return [] if whole is None else whole.unbind()
+
+
+def _failed(error: Exception, ids: Column, row: int) -> MongotorchError:
+    if isinstance(error, MongotorchError):
+        return error
+    failed = _transform_error("failed for", ids, row, f": {type(error).__name__}: {error}")
+    failed.__cause__ = error
+    return failed
+
+
+def _transform_error(what: str, ids: Column, row: int, more: str) -> TransformError:
+    document_id = ids[row]
+    return TransformError(
+        f"transform {what} document {document_id!r}{more}", document_id=document_id, field="transform"
+    )

@@ -59,7 +59,7 @@ class StreamSpec:
         prefetch_factor: Times `prefetch_size` that may be ready or under way; half of it, 64 at most, is shuffled
             together.
         prefetch_bytes: Bytes that may be ready.
-        worker_niceness: What is added to the niceness of worker processes.
+        worker_niceness: What is added to the niceness of worker processes that read ahead.
         loader: Options of `torch.utils.data.DataLoader`: `num_workers`, `pin_memory` and the like.
         cache_dir: Folder for `download`.
         content: The digest of the documents, as `Members.digest` gives it, by which a download of them is found;
@@ -94,7 +94,7 @@ class StreamSpec:
     prefetch_size: int = 1000
     prefetch_factor: int = 100
     prefetch_bytes: int = 256 * 2**20
-    worker_niceness: int = 0
+    worker_niceness: int = 10
     loader: Mapping[str, Any] = field(default_factory=dict)
     cache_dir: Path | None = None
     content: str | None = None

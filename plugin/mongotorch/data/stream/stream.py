@@ -462,9 +462,7 @@ class Stream(Owner, IterableDataset[Any]):
 
     def _mapped_by_workers(self, requests: Iterator[list[Any]], epoch: int) -> Iterator[Built]:
         if self._builders is None:
-            self._builders = WorkerPool(
-                self._builder.build_each, self.spec.loader, niceness=self.spec.worker_niceness
-            )
+            self._builders = WorkerPool(self._builder.build_each, self.spec.loader)
         return self._builders.map(requests, self._reader.worker_seed(self._seed, epoch))
 
     def _steps(self, start: Position) -> Iterator[tuple[LaneBatches, Position, int]]:
