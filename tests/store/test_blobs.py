@@ -66,7 +66,7 @@ def test_a_blob_whose_writer_died_is_not_there_and_can_be_written_again(
         raise PyMongoError("killed")
 
     with monkeypatch.context() as patched:
-        patched.setattr(blobs._files, "insert_one", die)
+        patched.setattr(blobs._files, "insert_many", die)
         with pytest.raises(StoreError, match="killed"):
             blobs.put(b"abc")
 
@@ -142,3 +142,26 @@ def test_bytes_that_were_changed_in_place_are_put_back(uri: str) -> None:
 
         assert blobs.get(name) == data
         assert not blobs.mend(b"never stored")
+
+
+def test_small_blobs_are_sent_and_read_together(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_address(uri, read_settings()) as connection:
+        blobs = BlobStore(connection.database)
+        blobs.ensure_indexes()
+        known = blobs.put(b"known")
+        monkeypatch.setattr(BlobStore, "_touched", lambda self, names: {})  # all looked before one of them wrote
+        names = blobs.put_all([b"", b"one", b"known", b"two", large := bytes(3 * CHUNK_BYTES)])
+        monkeypatch.undo()
+
+        assert connection.database["mt.artifacts.files"].count_documents({}) == 5
+        assert connection.database["mt.artifacts.chunks"].count_documents({}) == 6
+        get = blobs.getter([*names, "0" * 64])
+        assert [get(name) for name in names] == [b"", b"one", b"known", b"two", large]
+        got: Any = get(known)
+        got[0] = 0  # each reader may write into its own
+        assert get(known) == blobs.get(known) == b"known"
+        with pytest.raises(NotFoundError):
+            get("0" * 64)
+        connection.database["mt.artifacts.chunks"].update_many({"data": b"two"}, {"$set": {"data": b"tow"}})
+        with pytest.raises(IntegrityError):
+            blobs.getter(names)(names[3])

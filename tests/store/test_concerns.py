@@ -151,15 +151,15 @@ def test_a_job_outlives_an_election_at_any_write(server_uri: str, failing: Any, 
 def test_an_answer_that_is_lost_after_a_publication_does_not_fail_the_job(
     db: Datalayer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    insert, lost = Components._insert_one, []
+    insert, lost = Components._insert_all, []
 
-    def insert_and_lose(self: Components, document: Any, attempt: int | None) -> None:
-        insert(self, document, attempt)
-        if document.get("job") and document["_id"] not in lost:
-            lost.append(document["_id"])
+    def insert_and_lose(self: Components, documents: Any, attempt: int | None) -> None:
+        insert(self, documents, attempt)
+        if documents[-1].get("job") and not lost:
+            lost.extend(document["_id"] for document in documents)
             raise pymongo.errors.AutoReconnect("connection closed")
 
-    monkeypatch.setattr(Components, "_insert_one", insert_and_lose)
+    monkeypatch.setattr(Components, "_insert_all", insert_and_lose)
 
     job = db.apply(trainer(fill(db)))
 
@@ -187,6 +187,7 @@ def test_a_job_that_is_cancelled_while_it_uploads_publishes_nothing(
 
     assert isinstance(applied.exception(), JobCancelledError)
     assert (db.show("model", "m"), db.show("trainer", "t")) == ([0], [0])
+    assert db["mt.components"].count() == 2  # nor is there a document that nobody sees
     assert same(state(db.load("model", "m")), before)
 
 

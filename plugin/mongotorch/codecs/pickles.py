@@ -307,6 +307,7 @@ class _Pickler(dill.Pickler):  # type: ignore[misc]
         super().__init__(file, protocol=4, recurse=True, byref=False, fmode=0)
         self._external, self._reduce = external, reduce
         self._texts: dict[str, str] = {}
+        self._safe: set[type] = set()
         self._postproc = _Postponed()
 
     # The same content gives the same bytes, in any process and however often it was pickled before. Three things
@@ -335,9 +336,12 @@ class _Pickler(dill.Pickler):  # type: ignore[misc]
 
     def persistent_id(self, value: Any) -> Any:
         """Called for every object before it is pickled: the place to refuse one, or to keep it outside."""
-        if is_unsafe(value):
-            raise _UnsafeObjectError(f"{type(value).__module__}.{type(value).__qualname__}")
-        if getattr(value, "__module__", None) == SPAWNED_MAIN and isinstance(value, (type, FunctionType)):
+        cls = type(value)
+        if cls not in self._safe:  # most objects are of few classes
+            if is_unsafe(value):
+                raise _UnsafeObjectError(f"{cls.__module__}.{cls.__qualname__}")
+            self._safe.add(cls)
+        if isinstance(value, (type, FunctionType)) and getattr(value, "__module__", None) == SPAWNED_MAIN:
             raise CodecError(
                 f"{value.__qualname__} belongs to the main script of a spawned process, which no other process "
                 "can import; move it to a module"

@@ -18,17 +18,18 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from typing import Any, Final, cast, final
 
 from bson import Binary, ObjectId
 from pymongo import IndexModel
-from pymongo.errors import DuplicateKeyError, OperationFailure
+from pymongo.errors import BulkWriteError, OperationFailure
 
 from mongotorch.codecs import PART_BYTES, WRITTEN, NamedBlob, check_format
 from mongotorch.errors import IntegrityError, NotFoundError, StoreError
@@ -56,6 +57,8 @@ _CLOCKS_APART_S: Final = 10.0  # between two primaries
 _LEAVING_POLL_S: Final = 0.02
 _READ_BATCH: Final = 250  # names in one request
 _SMALL_BYTES: Final = 2**18
+_SENT_TOGETHER: Final = SEGMENT_BYTES // _SMALL_BYTES
+_DUPLICATE_KEY: Final = 11000
 _THREADS: Final = 2  # one waits for the server while the other copies; more would only cost memory
 _UPLOADS: Final = 2  # blobs: what confirms that one is whole takes as long as some of its chunks
 
@@ -109,7 +112,11 @@ class BlobStore:
         return [*named]
 
     def _upload_all(self, blobs: Sequence[NamedBlob]) -> None:
-        """Upload blobs: the chunks of one are on their way while the server confirms another."""
+        """Upload blobs: small ones together; of others, some chunks are on their way while the server confirms."""
+        together = [blob for blob in blobs if blob.data.nbytes <= _SMALL_BYTES]
+        for start in range(0, len(together), _SENT_TOGETHER):
+            self._upload_together(together[start : start + _SENT_TOGETHER])
+        blobs = [blob for blob in blobs if blob.data.nbytes > _SMALL_BYTES]
         if (len(blobs) < 2 and sum(blob.data.nbytes for blob in blobs) <= SEGMENT_BYTES) or is_mock(self._chunks):
             for blob in blobs:
                 self._upload(blob, None)
@@ -132,18 +139,48 @@ class BlobStore:
         except IntegrityError:
             self._abandon(file_id)
             raise
+        self._insert_files({file_id: blob}, started)
+
+    @repeated("storing blobs")
+    def _upload_together(self, blobs: Sequence[NamedBlob]) -> None:
+        """Upload blobs of one chunk each."""
+        named, started = {ObjectId(): blob for blob in blobs}, time.monotonic()
+        chunks = [_chunk(blob, file_id, 0) for file_id, blob in named.items() if blob.data.nbytes]
+        if chunks:
+            self._chunks.insert_many(chunks)
+        self._insert_files(named, started)
+
+    def _insert_files(self, blobs: Mapping[ObjectId, NamedBlob], started: float) -> None:
+        """Make blobs visible whose chunks are stored, by the ids of their files."""
         if time.monotonic() - started > UPLOAD_DEADLINE_S:
-            self._abandon(file_id)
+            for file_id in blobs:
+                self._abandon(file_id)
             raise StoreError(
-                f"blob {blob.name} took longer than {UPLOAD_DEADLINE_S:.0f} s to upload; is the network up to it?"
+                f"blob {next(iter(blobs.values())).name} took longer than {UPLOAD_DEADLINE_S:.0f} s to upload; is "
+                "the network up to it?"
             )
-        file = {"filename": blob.name, "length": blob.data.nbytes, "chunkSize": CHUNK_BYTES, "metadata": WRITTEN}
         now = self._clock.recent()
+        files = [
+            {
+                "_id": file_id,
+                "filename": blob.name,
+                "length": blob.data.nbytes,
+                "chunkSize": CHUNK_BYTES,
+                "metadata": WRITTEN,
+                "uploadDate": now,
+                "touched": now,
+            }
+            for file_id, blob in blobs.items()
+        ]
         try:
             with self._clock.alone():
-                self._files.insert_one({"_id": file_id, **file, "uploadDate": now, "touched": now})
-        except DuplicateKeyError:  # another process stored the same bytes first, or an earlier try did
-            if self._files.find_one({"_id": file_id}, {"_id": 1}) is None:
+                self._files.insert_many(files, ordered=False)
+        except BulkWriteError as error:
+            if any(one["code"] != _DUPLICATE_KEY for one in error.details["writeErrors"]):
+                raise
+            # Another process stored the same bytes first, or an earlier try did.
+            there = {file["_id"] for file in self._files.find({"_id": {"$in": [*blobs]}}, {"_id": 1})}
+            for file_id in blobs.keys() - there:
                 self._abandon(file_id)
 
     def _abandon(self, file_id: Any) -> None:
@@ -211,7 +248,25 @@ class BlobStore:
             IntegrityError: The stored bytes do not have the hash that is the blob's name.
             FormatError: A newer release wrote it.
         """
-        file = self._files.find_one({"filename": name})
+        return self._whole(name, self._files.find_one({"filename": name}))
+
+    def getter(self, names: Iterable[str]) -> Callable[[str], bytes]:
+        """A `get` that reads these blobs together, as far as they are small, when it is called first."""
+        read = functools.cache(lambda: self._read_together(sorted(set(names))))
+
+        def get(name: str) -> bytes:
+            files, small = read()
+            if name in small:
+                return cast("bytes", bytearray(small[name]))
+            return self._read(name, files[name]) if name in files else self.get(name)
+
+        return get
+
+    @repeated("reading a blob")
+    def _read(self, name: str, file: Mapping[str, Any]) -> bytes:
+        return self._whole(name, file)
+
+    def _whole(self, name: str, file: Mapping[str, Any] | None) -> bytes:
         if file is None:
             raise NotFoundError(f"no blob {name} in {BUCKET}; the component that names it was not stored whole")
         check_format(file.get("metadata") or {}, f"blob {name}:")
@@ -232,25 +287,24 @@ class BlobStore:
         unique = sorted(set(names))
         for start in range(0, len(unique), _READ_BATCH):
             batch = unique[start : start + _READ_BATCH]
-            small = self._small(batch)
+            _, small = self._read_together(batch)
             yield from small.items()
             yield from ((name, self.get(name)) for name in batch if name not in small)
 
     @repeated("reading blobs")
-    def _small(self, names: list[str]) -> dict[str, bytes]:
-        """Those of some blobs that are whole and have one small chunk; `get` says what is wrong with another."""
-        small = {"filename": {"$in": names}, "length": {"$gt": 0, "$lte": _SMALL_BYTES}}
-        files: dict[Any, str] = {}
-        for file in self._files.find(small, {"filename": 1, "metadata.format": 1}):
-            check_format(file.get("metadata") or {}, f"blob {file['filename']}:")
-            files[file["_id"]] = file["filename"]
+    def _read_together(self, names: list[str]) -> tuple[dict[str, dict[str, Any]], dict[str, bytes]]:
+        """By name, the documents of some blobs; and the bytes of those that are whole and have one small chunk."""
+        shown = {"filename": 1, "length": 1, "chunkSize": 1, "metadata.format": 1}
+        files = {file["filename"]: file for file in self._files.find({"filename": {"$in": names}}, shown)}
+        small = {file["_id"]: file for file in files.values() if _is_small(file.get("length"))}
         found: dict[str, bytes] = {}
-        first = {"files_id": {"$in": list(files)}, "n": 0}
-        for chunk in self._chunks.find(first, {"_id": 0, "files_id": 1, "data": 1}):
-            name, data = files[chunk["files_id"]], chunk["data"]
+        first = {"files_id": {"$in": [*small]}, "n": 0}
+        for chunk in self._chunks.find(first, {"_id": 0, "files_id": 1, "data": 1}) if small else ():
+            name, data = small[chunk["files_id"]]["filename"], chunk["data"]
+            check_format(small[chunk["files_id"]].get("metadata") or {}, f"blob {name}:")
             if isinstance(data, bytes) and hashlib.sha256(data).hexdigest() == name:
                 found[name] = data
-        return found
+        return files, found
 
     @repeated("listing blobs")
     def names(self) -> Iterator[str]:
@@ -328,6 +382,10 @@ class BlobStore:
                 "`mongotorch verify --repair FOLDER` as a user with the role trainer"
             ) from error
         _log.warning("blob %s was not stored whole any more; it was mended", blob.name)
+
+
+def _is_small(length: Any) -> bool:
+    return isinstance(length, int) and 0 < length <= _SMALL_BYTES
 
 
 def _named(data: bytes | bytearray | memoryview | NamedBlob) -> NamedBlob:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, final
 
 from pymongo import IndexModel
-from pymongo.errors import DuplicateKeyError
+from pymongo.errors import BulkWriteError, DuplicateKeyError
 
 from mongotorch.codecs import WRITTEN, check_format
 from mongotorch.component import is_refused
@@ -44,6 +45,7 @@ REMOVED: Final = "mt.removed"
 """For each name of which a version was removed: the highest number that was."""
 KIND: Final = "component"
 _NOT_REFUSED: Final = {"verdict.promote": {"$ne": False}}
+_DUPLICATE_KEY: Final = 11000
 SLOW_S: Final = 60.0
 """A publication that takes longer checks afterwards again that nothing it needs was collected."""
 
@@ -88,17 +90,20 @@ class Components:
         only_as: int | None = None,
         attempt: int | None = None,
         touched: Collection[str] = (),
+        beside: Sequence[Mapping[str, Any]] = (),
     ) -> int:
         """Insert a document under the next free version number.
 
         Args:
             document: `_id`, `type_id`, `identifier` and its other fields; its `blobs` are stored already. One
                 that says its `format` keeps it.
-            needs: Uuids of documents that must exist, visible or not.
+            needs: Uuids of documents that must exist, visible or not, besides those of `beside`.
             only_as: Insert it only under this number, which `next_version` gave; None takes the next free one.
             attempt: Insert it only while its job runs under this attempt: on a replica set in one transaction, so
                 that a job was either cancelled or has published. None checks nothing.
             touched: Blobs that the caller has stored or touched less than `SLOW_S` ago.
+            beside: Documents that it refers to, inserted before it, each under the next number of its name: with
+                an `attempt` on a replica set all in its transaction.
 
         Returns:
             The version number, from 0.
@@ -110,60 +115,87 @@ class Components:
             IntegrityError: One of its blobs is not stored.
             CodecError: BSON cannot hold it.
         """
-        needed = tuple(needs)
+        needed, all_of_it = tuple(needs), [*beside, document]
         started = time.monotonic()
-        self._require(document, needed, touched)
-        version = self._insert(document, only_as, attempt)
+        self._require(all_of_it, needed, touched)
+        version = self._insert(all_of_it, only_as, attempt)
         if time.monotonic() - started > SLOW_S:
-            self._require_still(document, needed)
+            self._require_still(all_of_it, needed)
         return version
 
-    def _insert(self, document: Mapping[str, Any], only_as: int | None, attempt: int | None) -> int:
+    def _insert(self, documents: Sequence[Mapping[str, Any]], only_as: int | None, attempt: int | None) -> int:
+        document = documents[-1]
         while True:
-            version = self._next(document["type_id"], document["identifier"])
+            numbers = self._numbers(documents)
+            version = numbers[-1]
             if only_as is not None and version != only_as:
                 raise ConflictError(
                     f"another version of {document['type_id']} {document['identifier']!r} was stored meanwhile",
                     field="version",
                 )
             try:
-                # The version and the format are part of what is signed.
-                written = {name: document.get(name, value) for name, value in WRITTEN.items()}
-                whole = {**document, **written, "version": version}
-                signed = self._trust.sign(whole, kind=KIND) if self._trust is not None else whole
-                self._insert_one(signed, attempt)
+                signed = [self._signed(*pair) for pair in zip(documents, numbers, strict=True)]
+                self._insert_all(signed, attempt)
             except DuplicateKeyError as error:
-                # The number was taken: try the next one. Or the uuid or the job was: that stays so.
+                # A number was taken: try the next one. Or the uuid or the job was: that stays so.
                 earlier = self._own(document)
                 if earlier is not None:
                     return earlier
-                self._raise_if_taken(document, error)
+                for one in documents:
+                    if one is document or not self._is_stored(one):
+                        self._raise_if_taken(one, error)
                 continue
             return version
+
+    def _signed(self, document: Mapping[str, Any], version: int) -> Mapping[str, Any]:
+        # The version and the format are part of what is signed.
+        written = {name: document.get(name, value) for name, value in WRITTEN.items()}
+        whole = {**document, **written, "version": version}
+        return self._trust.sign(whole, kind=KIND) if self._trust is not None else whole
 
     @repeated("looking for a version number")
     def next_version(self, type_id: str, identifier: str) -> int:
         """The number of the next version of a name, larger than any it ever had."""
-        return self._next(type_id, identifier)
+        return self._numbers([{"type_id": type_id, "identifier": identifier}])[0]
 
-    def _next(self, type_id: str, identifier: str) -> int:
+    def _numbers(self, documents: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The next free version number of each document; several of one name follow each other."""
+        names = [(one["type_id"], one["identifier"]) for one in documents]
+        following: Counter[str] = Counter()
+        for type_id, identifier in set(names):
+            named = {"type_id": type_id, "identifier": identifier}
+            newest = self._documents.find_one(named, {"version": 1}, sort=[("version", -1)])
+            following[f"{type_id}:{identifier}"] = 0 if newest is None else newest["version"] + 1
         # In this order: a removal records the number before the version is gone.
-        named = {"type_id": type_id, "identifier": identifier}
-        newest = self._documents.find_one(named, {"version": 1}, sort=[("version", -1)])
-        removed = self._removed.find_one({"_id": f"{type_id}:{identifier}"})
-        numbers = [found["version"] for found in (newest, removed) if found is not None]
-        return max(numbers, default=-1) + 1
+        for removed in self._removed.find({"_id": {"$in": [*following]}}):
+            following[removed["_id"]] = max(following[removed["_id"]], removed["version"] + 1)
+        numbers = []
+        for type_id, identifier in names:
+            numbers.append(following[f"{type_id}:{identifier}"])
+            following[f"{type_id}:{identifier}"] += 1
+        return numbers
 
-    def _insert_one(self, document: Mapping[str, Any], attempt: int | None) -> None:
+    def _insert_all(self, documents: Sequence[Mapping[str, Any]], attempt: int | None) -> None:
         with self._clock.alone():
             if attempt is None:
-                self._documents.insert_one(document)
+                self._insert_each(documents)
             else:
                 database = self._documents.database
-                in_transaction(database, lambda session: self._insert_fenced(document, attempt, session))
+                in_transaction(database, lambda session: self._insert_fenced(documents, attempt, session))
 
-    def _insert_fenced(self, document: Mapping[str, Any], attempt: int, session: Any) -> None:
-        """Insert a document while its job runs under an attempt, and say so in the job, which ends `cancel`."""
+    def _insert_each(self, documents: Sequence[Mapping[str, Any]]) -> None:
+        """Insert documents one after the other; an earlier try may have inserted all but the last."""
+        for document in documents[:-1]:
+            try:
+                self._documents.insert_one(document)
+            except DuplicateKeyError:
+                if not self._is_stored(document):
+                    raise
+        self._documents.insert_one(documents[-1])
+
+    def _insert_fenced(self, documents: Sequence[Mapping[str, Any]], attempt: int, session: Any) -> None:
+        """Insert documents while a job runs under an attempt, and say so in the job, which ends `cancel`."""
+        document = documents[-1]
         job, within = document["job"], {} if session is None else {"session": session}
         mine, published = running(job, attempt), {"$set": {"published": document["_id"]}}
         if session is None:
@@ -175,18 +207,28 @@ class Components:
                 f"job {job} was cancelled, or its lease ran out and another worker has it; attempt {attempt} "
                 "publishes nothing"
             )
-        self._documents.insert_one(document, **within)
         if session is None:
+            self._insert_each(documents)
             self._jobs.update_one(mine, published)
+            return
+        try:
+            self._documents.insert_many(documents, session=session)
+        except BulkWriteError as error:
+            first = error.details["writeErrors"][0]
+            if first["code"] != _DUPLICATE_KEY:
+                raise
+            raise DuplicateKeyError(first["errmsg"], first["code"], first) from error
 
     def _own(self, document: Mapping[str, Any]) -> int | None:
         """The number under which this very document was inserted for its job or anchor: the answer was lost."""
         job = document.get("job")
         if job is None and document.get("anchor") is None:
             return None
-        same = {"_id": document["_id"], "job": job, "anchor": document.get("anchor"), "digest": document["digest"]}
-        found = self._documents.find_one(same, {"version": 1})
+        found = self._documents.find_one(_same(document), {"version": 1})
         return None if found is None else int(found["version"])
+
+    def _is_stored(self, document: Mapping[str, Any]) -> bool:
+        return self._documents.find_one(_same(document), {"_id": 1}) is not None
 
     def _raise_if_taken(self, document: Mapping[str, Any], error: Exception) -> None:
         if self._documents.find_one({"_id": document["_id"]}, {"_id": 1}) is not None:
@@ -199,11 +241,12 @@ class Components:
             raise ConflictError(f"job {job} has published already; this attempt publishes nothing") from error
 
     def _require(
-        self, document: Mapping[str, Any], needed: tuple[str, ...], touched: Collection[str] = ()
+        self, documents: Sequence[Mapping[str, Any]], needed: tuple[str, ...], touched: Collection[str] = ()
     ) -> None:
-        """Check that what the document refers to exists, and protect its blobs from garbage collection."""
+        """Check that what documents refer to exists, and protect their blobs from garbage collection."""
+        document = documents[-1]
         name = f"{document['type_id']} {document['identifier']!r} ({document['_id']})"
-        blobs = {*document.get("blobs", ())}.difference(touched)
+        blobs = {name for one in documents for name in one.get("blobs", ())}.difference(touched)
         missing = self._blobs.touch(blobs) if blobs else []
         if missing:
             raise IntegrityError(f"{name} names blobs that are not there: {missing}; apply it again")
@@ -211,11 +254,12 @@ class Components:
         if found != len(set(needed)):
             raise ConflictError(f"{name} was to be published with {list(needed)}, which is gone; apply it again")
 
-    def _require_still(self, document: Mapping[str, Any], needed: tuple[str, ...]) -> None:
+    def _require_still(self, documents: Sequence[Mapping[str, Any]], needed: tuple[str, ...]) -> None:
         try:
-            self._require(document, needed)
+            self._require(documents, needed)
         except (IntegrityError, ConflictError):  # this process slept, and its blobs were collected
-            self._documents.delete_one({"_id": document["_id"]})
+            for document in reversed(documents):
+                self._documents.delete_one({"_id": document["_id"]})
             raise
 
     @repeated("reading a component")
@@ -442,3 +486,8 @@ class Components:
             _log.warning("%s was skipped: what says that it was published cannot be trusted: %s", name, error)
             return False
         return found is not None
+
+
+def _same(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The filter for this very document, as an earlier try has inserted it."""
+    return {"_id": document["_id"]} | {name: document.get(name) for name in ("job", "anchor", "digest")}

@@ -98,6 +98,9 @@ class Tensors:
         self._made: dict[int, Tensor] = {}
         self._small = get(record["small"]) if record.get("small") else b""
         kept = record["storages"]
+        if sum("blob" in one for one in kept) < 2:  # threads would only be waited for
+            self._storages = [self._storage(one, get) for one in kept]
+            return
         with ThreadPoolExecutor(_READERS, thread_name_prefix="mongotorch-blobs") as pool:
             try:
                 self._storages = list(pool.map(lambda one: self._storage(one, get), kept))

@@ -2,19 +2,20 @@
 
 import random
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta
 from itertools import pairwise
 from typing import Any
 
 import bson
 import pytest
-from bson import Int64, ObjectId
+from bson import Binary, Int64, ObjectId
 
 from mongotorch.data.decode import offsets
 from mongotorch.data.read import Sizes, make_plan, open_reader, resume_plan
 from mongotorch.data.read import plan as sampling
 from mongotorch.data.read.plan import load_plan, sampled
 from mongotorch.data.read.reader import IdRange
+from mongotorch.errors import EmptySelectError
 from mongotorch.mongo.driver_errors import RetryPolicy
 from mongotorch.mongo.server_features import utc_now
 from mongotorch.query import Query
@@ -262,3 +263,38 @@ def test_a_plan_of_samples_has_each_document_once(database: Any, monkeypatch: py
     ]
     assert found == ids
     assert len(plan) > 10
+
+
+_IDS: list[Any] = [
+    3,
+    Int64(4),
+    2.5,
+    "a",
+    b"b",
+    ObjectId(b"0" * 12),
+    Binary(b"1" * 16, 4),
+    datetime(2020, 1, 2),
+    None,
+]
+
+
+@pytest.mark.parametrize("count", [0, 1, 62, 63, 64, 65])
+@pytest.mark.parametrize("prefetch_size", [7, 1000])
+def test_what_one_reply_holds_is_cut_as_if_it_was_walked(database: Any, count: int, prefetch_size: int) -> None:
+    ids = [*_IDS, *range(100, 200)][:count]
+    if count:
+        database["rows"].insert_many([{"_id": one, "x": "x" * n} for n, one in enumerate(ids)])
+    reader = open_reader(database, Query.find("rows"), {"_id": 1, "x": 1}, RetryPolicy(deadline_s=5))
+    sizes = Sizes(prefetch_size=prefetch_size, prefetch_factor=8, prefetch_bytes=10**8)
+    if not count:
+        with pytest.raises(EmptySelectError):
+            make_plan(database, reader, sizes)
+        return
+    made = make_plan(database, reader, sizes)
+
+    few, row_bytes = reader.probe(64)
+    assert (few is None) == (count >= 64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(reader), "probe", lambda self, most: (None, row_bytes))
+        walked = make_plan(database, reader, sizes)
+    assert (made.digest, made.exact, len(made)) == (walked.digest, walked.exact, -(-count // prefetch_size))

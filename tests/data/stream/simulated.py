@@ -121,8 +121,8 @@ class SimulatedReader(Reader):
         assert at is None
         return self.simulated.documents
 
-    def row_bytes(self, count: int) -> float:
-        return self.simulated.row_bytes
+    def probe(self, count: int) -> tuple[list[Any] | None, float]:
+        return None, self.simulated.row_bytes
 
     def record_numbers(self, ids: list[Any]) -> list[int]:
         return [self.simulated.number(one) + 1 for one in ids]

@@ -153,9 +153,9 @@ def test_a_schedule_loads_the_served_model_once(db: Datalayer, monkeypatch: pyte
     loaded = Counter[str]()
     load = Catalog._load
 
-    def loading(self: Catalog, document: Any, met: Any) -> Any:
+    def loading(self: Catalog, document: Any, *met: Any) -> Any:
         loaded[document["_id"]] += 1
-        return load(self, document, met)
+        return load(self, document, *met)
 
     monkeypatch.setattr(Catalog, "_load", loading)
     Worker(db).run(until_idle=True)

@@ -211,7 +211,6 @@ def check_select(
         _refuse_empty(database, query)
         return True
     query = query_for(database, query.fold("train", split=query.split))
-    _refuse_empty(database, replace(query, fold_name=None, split=None))
     split = query.split or DEFAULT
     is_whole, undecided = True, None
     if not unassigned:
@@ -220,6 +219,7 @@ def check_select(
         raise _in_no_fold(query, split, undecided.get("_id"))
     for fold in needed:
         if first(database, query.fold(fold, split=query.split)) is None:
+            _refuse_empty(database, replace(query, fold_name=None, split=None))
             raise EmptyFoldError(
                 f"no document of the select is in the {fold!r} fold of collection {query.collection!r}; "
                 "add documents, give a trainer `split=` with another share, or train without validation",

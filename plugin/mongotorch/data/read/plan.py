@@ -291,13 +291,13 @@ def make_plan(database: Any, reader: Reader, sizes: Sizes) -> Plan:
         EmptySelectError: The select matches no document.
         ServerUnavailableError: The server cannot be read.
     """
-    ends = reader.ends()
+    ids, row_bytes = reader.probe(_PROBED)
+    ends = reader.ends() if ids is None else (ids[0], ids[-1]) if ids else None
     if ends is None:
         raise EmptySelectError(f"the select matches no document in collection {reader.query.collection!r}")
-    row_bytes = reader.row_bytes(_PROBED)
     rows, window = sizes.cut(row_bytes)
     whole = IdRange(lower=ends[0], upper=ends[1], closed=True, uniform=same_type(*ends))
-    size = reader.size()
+    size = reader.size() if ids is None else len(ids)
     if size > _WALKED:
         request = _digest(reader.query, [*ends, size, rows, window])
         stored = load_plan(database, request, reader.query)
@@ -307,7 +307,7 @@ def make_plan(database: Any, reader: Reader, sizes: Sizes) -> Plan:
             rows, window = _widened(sizes, row_bytes, rows, -(-size // _RANGES), window)
             plan = Plan(digest=request, starts=found, last=ends[1], rows=rows, window=window)
             return _store(database, plan, reader.query)
-    walked = (whole.lower, *reader.walk(whole, rows))
+    walked = (whole.lower, *(reader.walk(whole, rows) if ids is None else ids[rows::rows]))
     # More ranges than a document can hold become fewer, larger ones.
     step = -(-len(walked) // _RANGES)
     starts = walked[::step]

@@ -122,10 +122,19 @@ class Reader(abc.ABC):
         Without a range: how many the query gives, which is no pipeline.
         """
 
-    def row_bytes(self, count: int) -> float:
-        """The mean size of the first `count` documents, as projected."""
-        replies = self.head(count)
-        return sum(map(len, replies)) / max(sum(1 for reply in replies for _ in offsets(reply)), 1)
+    def probe(self, count: int) -> tuple[list[Any] | None, float]:
+        """Read the first documents.
+
+        Args:
+            count: How many.
+
+        Returns:
+            The `_id`s of all documents of the select, ascending, where they are fewer than that, else None; and
+            the mean size of those that were read, as projected.
+        """
+        documents = [reply[start:end] for reply in self.head(count) for start, end in offsets(reply)]
+        ids = [last_id(document)[0] for document in documents] if len(documents) < count else None
+        return ids, sum(map(len, documents)) / max(len(documents), 1)
 
     def own_order(self, skip: int, rows: int) -> Iterator[list[Reply]]:
         """Like `drain`, exactly `rows` documents at a time, the last time fewer."""

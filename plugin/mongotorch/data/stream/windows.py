@@ -361,7 +361,7 @@ class PlannedWindows(WindowReader):
             self._keep(number, replies)
             return replies
 
-        if not prefetch:
+        if not prefetch or len(self.plan) == 1:  # a thread for one range is only waited for
             return map(read, numbers)
         return map_ordered(
             read,

@@ -29,7 +29,7 @@ from bson.raw_bson import RawBSONDocument
 from numpy.typing import NDArray
 
 from mongotorch.data.decode import Documents, Reply, among, decode, encode, id_keys, offsets
-from mongotorch.data.prefetch import ThreadPrefetcher
+from mongotorch.data.prefetch import ThreadPrefetcher, close_iterator
 from mongotorch.data.read import open_reader
 from mongotorch.errors import DataError
 from mongotorch.mongo.driver_errors import RetryPolicy
@@ -382,6 +382,7 @@ def _by_id(rows: Hashes) -> tuple[Hashes, Hashes, NDArray[np.int64]]:
 
 _READ: Final = 5_000  # documents a reply
 _PREFETCH_BYTES: Final = 64 * 2**20
+_FULL_BYTES: Final = 2**23  # of a reply that may have been cut for its size, which is 16 MB at most
 _LARGE: Final = 250_000  # documents, which are scanned in about a second
 
 
@@ -550,9 +551,23 @@ def _replies(database: Any, query: Query, projection: dict[str, int], deadline_s
     if whole and is_mock(database):  # mongomock cannot sort `_id`s of every type, its reader can
         yield from (reply for reply in reader.head(reader.size()) if len(reply))
         return
-    replies = ThreadPrefetcher(reader.drain(0, _READ), most=3, most_bytes=_PREFETCH_BYTES, weigh=len)
+    source = reader.drain(0, _READ)
     try:
+        first = next(source, b"")
+        if len(first):
+            yield first
+        # One that is not full is the last: a thread would only be waited for.
+        is_full = len(first) > _FULL_BYTES or sum(1 for _ in offsets(first)) >= _READ
+        replies = _ahead(source) if is_full else source
         yield from (reply for reply in replies if len(reply))
+    finally:
+        close_iterator(source)
+
+
+def _ahead(source: Iterator[Reply]) -> Iterator[Reply]:
+    replies = ThreadPrefetcher(source, most=3, most_bytes=_PREFETCH_BYTES, weigh=len)
+    try:
+        yield from replies
     finally:
         replies.close()
 

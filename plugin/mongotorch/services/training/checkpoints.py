@@ -56,6 +56,7 @@ class RunCheckpoints:
 
     def __init__(self, checkpoints: Checkpoints, blobs: BlobStore, codecs: Codecs) -> None:
         self._checkpoints, self._blobs, self._codecs = checkpoints, blobs, codecs
+        self._saved: set[str] = set()
 
     def load(self, job_id: str) -> Resumed | None:
         """The newest checkpoint of a job; None where there is none. Raises: TrustError, IntegrityError."""
@@ -101,6 +102,7 @@ class RunCheckpoints:
         if over:
             record[OVER] = True
         state = _NOTHING if state is None else state
+        self._saved.add(job["_id"])
         body, new = self._encoded(dict(state))
         names = [*record["blobs"], *self._blobs.put_all(new.blobs.values())]
         return self._checkpoints.put(
@@ -119,9 +121,11 @@ class RunCheckpoints:
             _log.warning("a checkpoint is stored without the states of %s: %s", names, error)
             return self._encoded({**state, "kept": {}})
 
-    def drop(self, job_id: str) -> None:
-        """Drop the checkpoints of a job."""
-        self._checkpoints.drop(job_id)
+    def drop(self, job: Mapping[str, Any]) -> None:
+        """Drop the checkpoints of a claimed job; the first attempt has none but those that it saved itself."""
+        if job["attempt"] > 1 or job["_id"] in self._saved:
+            self._checkpoints.drop(job["_id"])
+        self._saved.discard(job["_id"])
 
 
 @final
@@ -157,7 +161,6 @@ class CheckpointWriter:
         self._thread = threading.Thread(target=self._run, name="mongotorch-checkpoints", daemon=True)
 
     def __enter__(self) -> Self:
-        self._thread.start()
         return self
 
     def __exit__(
@@ -167,7 +170,8 @@ class CheckpointWriter:
             self._closed = True
             self._waiting = None if error is not None else self._waiting
             self._changed.notify_all()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def on_start(self, fit: Fit) -> None:
         """Take the run whose state is written."""
@@ -189,6 +193,8 @@ class CheckpointWriter:
     def write(self, state: Mapping[str, Any]) -> None:
         """Have a state written, in place of one that still waits. Raises: what an earlier write raised."""
         self._last = self._clock()
+        if self._thread.ident is None:  # a run that writes none needs no thread
+            self._thread.start()
         with self._changed:
             self._raise()
             self._waiting = state

@@ -257,7 +257,6 @@ class MetricRecorder(Observer):
     def __enter__(self) -> Self:
         if self._begun or self._job["attempt"] > 1:
             self._try(lambda: self._metric_log.remove(self._job["_id"], after=self._begun))
-        self._thread.start()
         return self
 
     def __exit__(
@@ -265,7 +264,10 @@ class MetricRecorder(Observer):
     ) -> None:
         self._closed.set()
         self._wake.set()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
+        else:  # there was nothing to write but the end
+            self.flush()
 
     def on_start(self, fit: Fit) -> None:
         """Begin to measure the time."""
@@ -282,11 +284,13 @@ class MetricRecorder(Observer):
         self._means.add(event)
         if event.step >= self._due:
             self._measure(now)
+            self._begin()
 
     def on_validation(self, event: Validated) -> None:
         """Have the values written."""
         self._last_s = self._clock()  # the time of a validation is not that of a step
         self._put(self._last_s, MetricEntry(step=event.step, kind="valid", values=event.values))
+        self._begin()
         self._wake.set()
 
     def on_end(self) -> None:
@@ -334,6 +338,10 @@ class MetricRecorder(Observer):
             self._interval *= 2
             self._thin_to = self._interval
         self._due = self._next(step)
+
+    def _begin(self) -> None:
+        if self._thread.ident is None:
+            self._thread.start()
 
     def _next(self, step: int) -> int:
         return (step // self._interval + 1) * self._interval if self._interval else 0

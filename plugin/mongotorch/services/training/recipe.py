@@ -66,6 +66,7 @@ class TrainingRecipe:
             then even if the trainer never validates.
         origin: What is needed to make this recipe again; plain BSON. Every checkpoint keeps it, and
             `TrainingRun.origin` returns it.
+        documents: By uuid, the stored documents of trainer and model, as far as they were read before.
     """
 
     trainer: TorchTrainer
@@ -76,6 +77,7 @@ class TrainingRecipe:
     is_scheduled: bool = False
     is_judged: bool = False
     origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    documents: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def training(self) -> Query:

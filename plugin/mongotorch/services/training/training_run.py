@@ -193,8 +193,9 @@ class TrainingRun:
 
     def recipe(self, job: Mapping[str, Any]) -> TrainingRecipe:
         """What the job of a trainer trains."""
-        trainer, model = trainer_and_model(self.catalog.load_uuid(job["component"]))
-        return TrainingRecipe(trainer=trainer, model=model)
+        component, documents = self.catalog.load_with_documents(job["component"])
+        trainer, model = trainer_and_model(component)
+        return TrainingRecipe(trainer=trainer, model=model, documents=documents)
 
     def published(self, job: Mapping[str, Any]) -> dict[str, Any] | None:
         """The model's document that an earlier attempt of a job has published; None where none has."""
@@ -208,7 +209,7 @@ class TrainingRun:
     def drop_checkpoints(self, job: Mapping[str, Any]) -> None:
         """Drop the checkpoints of a job that has published; where that fails, garbage collection does it."""
         try:
-            self._checkpoints.drop(job["_id"])
+            self._checkpoints.drop(job)
         except Exception as error:  # noqa: BLE001 - what was published is not a failure
             _log.warning("the checkpoints of job %s could not be dropped: %s", job["_id"], redact(str(error)))
 
@@ -226,11 +227,13 @@ class TrainingRun:
             MongotorchError: The run failed.
         """
         trainer, resumed = recipe.trainer, None if _is_first(job) else self._checkpoints.load(job["_id"])
-        self._is_stopped(job, is_begun=resumed is not None and resumed.state is not None)
+        # As the job was claimed; it is asked again before the first step.
+        is_begun = resumed is not None and resumed.state is not None
+        self._end_if_stopped(job, is_stopped=job.get("stop") is not None, is_begun=is_begun)
         # Before the run: what is not replaced in it is published as it was stored, whatever it holds by then.
         stored = {
-            "trainer": self.catalog.stored_fields(trainer, without=(recipe.model,)),
-            "model": self.catalog.stored_fields(recipe.model, without=(trainer,)),
+            "trainer": self.catalog.stored_fields(trainer, without=(recipe.model,), known=recipe.documents),
+            "model": self.catalog.stored_fields(recipe.model, without=(trainer,), known=recipe.documents),
         }
         by_ranks = trainer.lanes.workers != (1, 1) and resumed is not None and resumed.is_over
         workers = None if by_ranks else self._workers(recipe)
@@ -346,7 +349,8 @@ class TrainingRun:
         ]
         if state is None:
             fit.check()
-        if self._is_stopped(job, is_begun=state is not None):
+        if self._jobs.is_asked_to_stop(job["_id"]):
+            self._end_if_stopped(job, is_stopped=True, is_begun=state is not None)
             progress.stop(fit)
         observe(fit, observers)
         return progress, recorder
@@ -423,15 +427,13 @@ class TrainingRun:
             recipe.check(database)
         return data_provenance(recipe, self._connection, self._settings, before=before()), recipe.origin
 
-    def _is_stopped(self, job: Mapping[str, Any], *, is_begun: bool) -> bool:
-        """Whether a job was asked to end; before its first step that cancels it. Raises: JobCancelledError."""
-        is_stopped = self._jobs.is_asked_to_stop(job["_id"])
+    def _end_if_stopped(self, job: Mapping[str, Any], *, is_stopped: bool, is_begun: bool) -> None:
+        """Cancel a job that was asked to end before its first step. Raises: JobCancelledError if it was."""
         if is_stopped and not is_begun:
             self._jobs.cancel(job["_id"])
             raise JobCancelledError(
                 f"job {job['_id']} was stopped before its first step; there is nothing to publish"
             )
-        return is_stopped
 
     def _members_before(self, model: TorchModel) -> StoredMembers | None:
         """What the newest version of a model was trained on; None where that is not known, or not readable."""
@@ -486,8 +488,6 @@ class TrainingRun:
         record: Mapping[str, Any],
         number: int,
     ) -> dict[str, Any]:
-        if not self._jobs.holds(job["_id"], job["attempt"]):
-            raise JobCancelledError(f"job {job['_id']} is no longer this attempt's; it publishes nothing")
         model, trainer = _trained_pair(job, recipe, result.trained, number)
         records = {
             new.uuid: _record(job, old.uuid, result.stored[name].digest, result.trained)
@@ -505,15 +505,15 @@ class TrainingRun:
         }
         try:
             untrained = {name: getattr(recipe.trainer, name) for name in result.trained.fields}
-            self._publish(model, trainer, result, records, untrained=untrained, attempt=job["attempt"])
+            given = {"untrained": untrained, "attempt": job["attempt"]}
+            published = self._publish(model, trainer, result, records, **given)
         except ConflictError:
             first = self.published(job)  # an attempt that had lost its lease was faster
             if first is None:
                 raise
             return first
-        published = self.catalog.components.get(model.uuid)
-        given = {"step": result.trained.best_step, "version": published["version"]}
-        log_job(job, "published", f"version {published['version']} of model {model.identifier!r}", **given)
+        shown = {"step": result.trained.best_step, "version": published["version"]}
+        log_job(job, "published", f"version {published['version']} of model {model.identifier!r}", **shown)
         return published
 
     def _publish(
@@ -525,13 +525,13 @@ class TrainingRun:
         *,
         untrained: Mapping[str, Any],
         attempt: int,
-    ) -> None:
+    ) -> dict[str, Any]:
         """Publish both; a field of the trainer that cannot be stored is published as it was, with a warning."""
         stored = {model.uuid: result.stored["model"], trainer.uuid: result.stored["trainer"]}
         instead = {**dict.fromkeys(_LEFT_OUT), **untrained}
         for _ in range(len(instead) + 1):
             try:
-                self.catalog.publish(
+                return self.catalog.publish(
                     model,
                     partner=trainer,
                     records=records,
@@ -550,8 +550,7 @@ class TrainingRun:
                     error,
                 )
                 object.__setattr__(trainer, name, instead[name])
-            else:
-                return
+        raise AssertionError  # for the type checker
 
 
 def _record(job: Mapping[str, Any], parent: str, digest: str, trained: Trained) -> dict[str, Any]:

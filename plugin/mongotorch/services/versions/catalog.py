@@ -45,6 +45,8 @@ from mongotorch.train import TorchModel, fill_module
 _log = logging.getLogger("mongotorch")
 _STORE_TRIES = 100
 _PLAIN = ("forward_method", "train_forward_method")
+Documents = dict[str, Mapping[str, Any]]
+"""The documents of versions, by uuid."""
 
 
 @final
@@ -262,11 +264,16 @@ class Catalog:
             CodecError: A field cannot be decoded; `field` names it.
             IntegrityError: A blob is not what was stored.
         """
-        return self._load(document, {})
+        return self._load(document, {}, {})
 
     def load_uuid(self, uuid: str) -> Component:
         """The component of a uuid. Raises: NotFoundError, and as `load`."""
         return self.load(self.components.get(uuid))
+
+    def load_with_documents(self, uuid: str) -> tuple[Component, Documents]:
+        """The component of a uuid, and by uuid the documents that it was made of. Raises: as `load_uuid`."""
+        documents: Documents = {}
+        return self._load(self.components.get(uuid), {}, documents), documents
 
     def load_model(self, uuid: str) -> TorchModel:
         """The model of a uuid. Raises: NotFoundError, and as `load`."""
@@ -318,13 +325,14 @@ class Catalog:
         object.__setattr__(model, "_trained", is_trained(document))
         return model
 
-    def _load(self, document: Mapping[str, Any], loaded: dict[str, Component]) -> Component:
-        get = self.blobs.get
+    def _load(self, document: Mapping[str, Any], loaded: dict[str, Component], documents: Documents) -> Component:
+        get = self.blobs.getter(document.get("blobs", ()))
         component = begin_component(document, self.codecs, get)
         loaded[component.uuid] = component
+        documents[component.uuid] = document
 
         def load_ref(uuid: str) -> Component:
-            return loaded[uuid] if uuid in loaded else self._load(self.components.get(uuid), loaded)
+            return loaded[uuid] if uuid in loaded else self._load(self.components.get(uuid), loaded, documents)
 
         fill_component(component, document, self.codecs, get, load_ref)
         return component
@@ -365,18 +373,21 @@ class Catalog:
             return component.uuid
         raise AssertionError  # for the type checker
 
-    def stored_fields(self, component: Component, *, without: Iterable[Component]) -> StoredFields:
+    def stored_fields(
+        self, component: Component, *, without: Iterable[Component], known: Mapping[str, Mapping[str, Any]]
+    ) -> StoredFields:
         """The fields of a stored component that a run leaves as they are; not its tensors.
 
         Args:
             component: A stored one.
             without: Components that the run replaces.
+            known: By uuid, documents that were read before; it is read if it is not among them.
 
         Raises:
             NotFoundError: It is not stored.
             CodecError: A field cannot be encoded any more.
         """
-        document = self.components.get(component.uuid)
+        document = known.get(component.uuid) or self.components.get(component.uuid)
         records = {
             name: record
             for name, record in document["fields"].items()
@@ -400,7 +411,7 @@ class Catalog:
         blobs: Mapping[str, bytes | NamedBlob],
         stored: Mapping[str, StoredFields] | None = None,
         attempt: int | None = None,
-    ) -> None:
+    ) -> dict[str, Any]:
         """Make two components that refer to each other visible by one insert, that of `root`.
 
         Args:
@@ -410,6 +421,9 @@ class Catalog:
             blobs: By name, further blobs that the root's record names; they live as long as its document.
             stored: By uuid of either, the fields that are taken as they were stored where they did not change.
             attempt: Publish only while the job runs under this attempt; None does not ask.
+
+        Returns:
+            The document of `root`.
 
         Raises:
             JobCancelledError: It does not; nothing is visible.
@@ -430,8 +444,13 @@ class Catalog:
         document = draft.documents.pop(root.uuid)
         document["blobs"] = sorted({*document["blobs"], *blobs})
         draft.documents[partner.uuid]["anchor"] = root.uuid
-        draft.documents[root.uuid] = document  # written last: it is the publication
-        self._write(draft, attempt=attempt)
+        begun, beside = time.monotonic(), [*draft.documents.values()]
+        touched = self.blobs.put_all(draft.blobs.values())
+        needs = {uuid for one in (*beside, document) for uuid in one["refs"]} - {*draft.documents, root.uuid}
+        if time.monotonic() - begun > SLOW_S:
+            touched = []
+        version = self.components.publish(document, needs=needs, attempt=attempt, touched=touched, beside=beside)
+        return {**document, "version": version}
 
     def _recognise(self, component: Component, digest: str, *, exact: bool) -> str | None:
         taken = self.components.peek(component.uuid)
@@ -495,17 +514,14 @@ class Catalog:
         }
         return component.uuid
 
-    def _write(self, draft: _Draft, *, attempt: int | None = None) -> None:
+    def _write(self, draft: _Draft) -> None:
         begun = time.monotonic()
         touched = frozenset(self.blobs.put_all(draft.blobs.values()))
         for document in draft.documents.values():
-            # A document whose anchor is published after it cannot require the anchor to be there.
-            needs = set(document["refs"]) - {document.get("anchor")}
             only_as = None if draft.numbers is None else draft.numbers[document["_id"]]
-            fence = attempt if document.get("anchor") is None else None
             if time.monotonic() - begun > SLOW_S:
                 touched = frozenset()
-            self.components.publish(document, needs=needs, only_as=only_as, attempt=fence, touched=touched)
+            self.components.publish(document, needs=document["refs"], only_as=only_as, touched=touched)
 
     # Removal
 
