@@ -162,6 +162,7 @@ def test_small_blobs_are_sent_and_read_together(uri: str, monkeypatch: pytest.Mo
         assert get(known) == blobs.get(known) == b"known"
         with pytest.raises(NotFoundError):
             get("0" * 64)
-        connection.database["mt.artifacts.chunks"].update_many({"data": b"two"}, {"$set": {"data": b"tow"}})
+        two = connection.database["mt.artifacts.files"].find_one({"filename": names[3]})
+        connection.database["mt.artifacts.chunks"].update_one({"files_id": two["_id"]}, {"$set": {"data": b"tow"}})
         with pytest.raises(IntegrityError):
             blobs.getter(names)(names[3])

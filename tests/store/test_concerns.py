@@ -151,7 +151,7 @@ def test_a_job_outlives_an_election_at_any_write(server_uri: str, failing: Any, 
 def test_an_answer_that_is_lost_after_a_publication_does_not_fail_the_job(
     db: Datalayer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    insert, lost = Components._insert_all, []
+    insert, lost = Components._insert_all, list[str]()
 
     def insert_and_lose(self: Components, documents: Any, attempt: int | None) -> None:
         insert(self, documents, attempt)
