@@ -40,9 +40,10 @@ soak: $(VENV)/.stamp-dev ## the long runs that `make test` leaves out
 mutation: $(VENV)/.stamp-dev ## change the code at random places and see whether tests notice (ARGS='--count 200')
 	@nice -n 10 $(BIN)/python -m tests.mutation $(ARGS)
 
-bench: $(VENV)/.stamp-bench ## the stream against its rivals, and a step against a loop by hand: tables, docs/benchmarks.json and .png (ARGS='--docs 1000000')
+bench: $(VENV)/.stamp-bench ## the stream against its rivals, a step against a loop by hand, and small jobs: tables, docs/benchmarks.json and .png (ARGS='--docs 1000000')
 	@$(VENV)/bench/bin/python -W ignore -m tests.benchmarks.bench_stream $(ARGS)
 	@$(VENV)/bench/bin/python -W ignore -m tests.benchmarks.bench_recipe
+	@$(VENV)/bench/bin/python -W ignore -m tests.benchmarks.bench_jobs --jobs 200
 
 lint: $(VENV)/.stamp-dev ## ruff, mypy --strict, the import rules
 	@$(BIN)/ruff check .

@@ -44,9 +44,10 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> Commands:
 
 
 @pytest.fixture
-def queue(commands: Commands, server_uri: str) -> Iterator[Datalayer]:
-    """With a job that has run: what a process asks once is known."""
-    with Datalayer.connect(server_uri, compute="queue", progress=False) as db:
+def queue(commands: Commands, server_uri: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Datalayer]:
+    """With a job that has run: what a process asks once is known. No heart beats, however slow the machine is."""
+    monkeypatch.setattr("mongotorch.services.training.job_runner.PROGRESS_S", 600.0)
+    with Datalayer.connect(server_uri, compute="queue", progress=False, lease_s=1800.0) as db:
         add(db, 1, "warm", max_iterations=2, validation_interval=None)
         assert Worker(db).run(until_idle=True) == 1
         yield db
