@@ -61,9 +61,10 @@ def test_modules_of_the_wild_are_the_same_in_another_process(
     trained: dict[str, Any] = {}
     publish = Catalog.publish
 
-    def publishing(self: Catalog, root: Any, **given: Any) -> None:
-        publish(self, root, **given)
+    def publishing(self: Catalog, root: Any, **given: Any) -> Any:
+        published = publish(self, root, **given)
         trained[root.identifier] = output_of(root.object)
+        return published
 
     monkeypatch.setattr(Catalog, "publish", publishing)
     failed: list[str] = []

@@ -79,10 +79,10 @@ def counted_publication(patch: pytest.MonkeyPatch, db: Datalayer, applied: Any) 
     found: list[Counted] = []
     publish = Catalog.publish
 
-    def counting(*args: Any, **kwargs: Any) -> None:
+    def counting(*args: Any, **kwargs: Any) -> Any:
         with pytest.MonkeyPatch.context() as inner:
             found.append(Counted(inner))
-            publish(*args, **kwargs)
+            return publish(*args, **kwargs)
 
     patch.setattr(Catalog, "publish", counting)
     db.apply(applied).result()

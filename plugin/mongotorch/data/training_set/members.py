@@ -551,25 +551,17 @@ def _replies(database: Any, query: Query, projection: dict[str, int], deadline_s
     if whole and is_mock(database):  # mongomock cannot sort `_id`s of every type, its reader can
         yield from (reply for reply in reader.head(reader.size()) if len(reply))
         return
-    source = reader.drain(0, _READ)
+    replies = source = reader.drain(0, _READ)
     try:
         first = next(source, b"")
         if len(first):
             yield first
         # One that is not full is the last: a thread would only be waited for.
-        is_full = len(first) > _FULL_BYTES or sum(1 for _ in offsets(first)) >= _READ
-        replies = _ahead(source) if is_full else source
+        if len(first) > _FULL_BYTES or sum(1 for _ in offsets(first)) >= _READ:
+            replies = ThreadPrefetcher(source, most=3, most_bytes=_PREFETCH_BYTES, weigh=len)
         yield from (reply for reply in replies if len(reply))
     finally:
-        close_iterator(source)
-
-
-def _ahead(source: Iterator[Reply]) -> Iterator[Reply]:
-    replies = ThreadPrefetcher(source, most=3, most_bytes=_PREFETCH_BYTES, weigh=len)
-    try:
-        yield from replies
-    finally:
-        replies.close()
+        close_iterator(replies)
 
 
 def _digests(reply: Reply) -> NDArray[np.uint32]:
