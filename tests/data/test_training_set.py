@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from tests.helpers import COLLECTION, points
 
 from mongotorch import Query
-from mongotorch.data import Members, scan_members, unseen, watermark
+from mongotorch.data import Members, scan_members, unseen
 from mongotorch.data.training_set import id_key, members_of
 from mongotorch.errors import DataError, QueryError
 from mongotorch.mongo.connection import open_address
+from mongotorch.mongo.server_features import watermark
 from mongotorch.settings import read_settings
 
 ALL = Query.find(COLLECTION)

@@ -24,7 +24,6 @@ from mongotorch.data.training_set import (
     is_large,
     scan_members,
     unseen,
-    watermark,
 )
 
 __all__ = [
@@ -53,6 +52,5 @@ __all__ = [
     "is_large",
     "scan_members",
     "unseen",
-    "watermark",
     "working_folder",
 ]

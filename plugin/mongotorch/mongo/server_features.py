@@ -22,7 +22,7 @@ from pymongo import IndexModel, ReadPreference, WriteConcern
 from pymongo.errors import OperationFailure
 from pymongo.read_concern import ReadConcern
 
-from mongotorch.mongo.driver_errors import UNAUTHORIZED, has_code
+from mongotorch.mongo.driver_errors import UNAUTHORIZED, RetryPolicy, has_code
 
 Now = Callable[[], datetime]
 """A clock: naive UTC in whole milliseconds."""
@@ -140,6 +140,20 @@ def cluster_time(database: Any) -> Timestamp | None:
     """The time that orders all writes of a replica set; None on a standalone server and on mongomock."""
     time: Timestamp | None = None if is_mock(database) else database.command("hello").get("operationTime")
     return time
+
+
+def watermark(database: Any, *, read_deadline_s: float = 60.0) -> Timestamp | datetime:
+    """The cluster time; the server's time, naive UTC, on a standalone server, and this machine's on mongomock.
+
+    Args:
+        database: A pymongo (or mongomock) database.
+        read_deadline_s: How long a server that does not answer is asked again, in seconds.
+
+    Raises:
+        ServerUnavailableError: It did not answer.
+    """
+    policy = RetryPolicy(deadline_s=read_deadline_s)
+    return policy.run(lambda: cluster_time(database) or clock_of(database).now(), "asking for the time")
 
 
 def utc_now() -> datetime:

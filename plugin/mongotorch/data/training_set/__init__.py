@@ -16,7 +16,6 @@ from mongotorch.data.training_set.members import (
     only_once,
     scan_members,
     unseen,
-    watermark,
 )
 
 __all__ = [
@@ -38,5 +37,4 @@ __all__ = [
     "only_once",
     "scan_members",
     "unseen",
-    "watermark",
 ]

@@ -19,11 +19,9 @@ import dataclasses
 import hashlib
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from datetime import datetime
 from typing import Any, Final, Self, final
 
 import numpy as np
-from bson import Timestamp
 from bson.errors import BSONError
 from bson.raw_bson import RawBSONDocument
 from numpy.typing import NDArray
@@ -33,7 +31,7 @@ from mongotorch.data.prefetch import ThreadPrefetcher, close_iterator
 from mongotorch.data.read import open_reader
 from mongotorch.errors import DataError
 from mongotorch.mongo.driver_errors import RetryPolicy
-from mongotorch.mongo.server_features import clock_of, cluster_time, is_mock
+from mongotorch.mongo.server_features import is_mock
 from mongotorch.query import Query
 from mongotorch.signature import Key
 
@@ -588,17 +586,3 @@ def _ids(reply: Reply) -> Hashes:
         there = ["_id" in RawBSONDocument(reply[start:end]) for start, end in offsets(reply)]
         ids = np.where(there, ids, _contents(_digests(reply)))
     return ids
-
-
-def watermark(database: Any, *, read_deadline_s: float = 60.0) -> Timestamp | datetime:
-    """The cluster time; the server's time, naive UTC, on a standalone server, and this machine's on mongomock.
-
-    Args:
-        database: A pymongo (or mongomock) database.
-        read_deadline_s: How long a server that does not answer is asked again, in seconds.
-
-    Raises:
-        ServerUnavailableError: It did not answer.
-    """
-    policy = RetryPolicy(deadline_s=read_deadline_s)
-    return policy.run(lambda: cluster_time(database) or clock_of(database).now(), "asking for the time")

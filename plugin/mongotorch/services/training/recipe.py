@@ -33,12 +33,11 @@ from mongotorch.data import (
     check_select,
     is_large,
     scan_members,
-    watermark,
     working_folder,
 )
 from mongotorch.errors import EmptySelectError, MongotorchError
 from mongotorch.mongo.connection import Connection
-from mongotorch.mongo.server_features import is_mock
+from mongotorch.mongo.server_features import is_mock, watermark
 from mongotorch.query import Query
 from mongotorch.settings import Settings
 from mongotorch.signature import weighted_key
