@@ -2,6 +2,8 @@
 
 Whatever reads ahead maps an endless sequence of windows, those of the epoch and, with `across_epochs`, of all
 later ones. At the end of an epoch the map is kept for the next one, and closed where another epoch is asked for.
+One of several shards reads only the documents of its own rows, where they are large: the `_id`s of a window first,
+which tell the order of its rows, and then what is the shard's.
 
 Guarantees: the windows are the same in every mode; no epoch is begun before the one before it is served; what was
 opened is closed by `close`, and what reads ahead also ends with the last reference to the reader; counting
