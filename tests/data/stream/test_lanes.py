@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
 import torch
+from tests.data.stream.shards import opened_shards
 from tests.helpers import fill
 
 from mongotorch import Datalayer
@@ -24,24 +23,9 @@ def noisy(x: Any, n: int) -> tuple[Any, float]:
     return n, torch.rand(()).item()
 
 
-@contextmanager
-def streams(db: Datalayer, world: int, **given: Any) -> Iterator[list[Stream]]:
+def streams(db: Datalayer, world: int, **given: Any) -> AbstractContextManager[list[Stream]]:
     usual: dict[str, Any] = {"batch_size": 12, "accumulation": 2, "lanes": 4, "shuffle": True, "seed": 3}
-    with ExitStack() as opened:
-        select = db["points"].find()
-        first = opened.enter_context(db.stream(select, key=("x", "n"), batch_size=1, prefetch_size=20))
-        connection = db._connection
-        made = [
-            Stream(
-                connection.opener,
-                replace(first.spec, **usual | given, shard=(rank, world)),
-                database=connection.database,
-            )
-            for rank in range(world)
-        ]
-        for one in made:
-            opened.callback(one.close)
-        yield made
+    return opened_shards(db, db["points"].find(), world, {"prefetch_size": 20}, usual | given)
 
 
 def steps(found: list[Stream], at: int = 1, most: int | None = None) -> list[list[Any]]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import uuid
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from bson import Decimal128, ObjectId
+from tests.data.stream.shards import opened_shards
 
 from mongotorch import Datalayer
 from mongotorch.data import Stream
@@ -49,25 +49,10 @@ def insert(db: Datalayer, ids: list[Any], size: int = 300) -> None:
     db["rows"].raw.insert_many(list(documents))
 
 
-@contextmanager
-def streams(db: Datalayer, world: int, **given: Any) -> Iterator[list[Stream]]:
+def streams(db: Datalayer, world: int, **given: Any) -> AbstractContextManager[list[Stream]]:
     """The streams of all shards, with windows of 40 documents."""
-    select, connection = given.pop("select", db["rows"].find()), db._connection
-    with ExitStack() as opened:
-        first = opened.enter_context(
-            db.stream(select, key=("x", "n"), batch_size=1, prefetch_size=20, prefetch_factor=4)
-        )
-        made = [
-            Stream(
-                connection.opener,
-                replace(first.spec, **USUAL | given, shard=(rank, world)),
-                database=connection.database,
-            )
-            for rank in range(world)
-        ]
-        for one in made:
-            opened.callback(one.close)
-        yield made
+    select = given.pop("select", db["rows"].find())
+    return opened_shards(db, select, world, {"prefetch_size": 20, "prefetch_factor": 4}, USUAL | given)
 
 
 def numbers(batch: Any) -> list[list[float]]:

@@ -191,9 +191,8 @@ class Scheduler:
         self._leadership = Leadership(schedules, lease_s=lease_s, name=name)
         self._known: dict[str, Document] = {}
         self._aside: dict[str, _SetAside] = {}
-        self._whole: set[str] = (
-            set()
-        )  # the lives of schedules for which each change behind their position was read
+        # The lives of schedules for which each change behind their position was read.
+        self._whole: set[str] = set()
         self._measuring: dict[str, Future[Mapping[str, Any]]] = {}
         self._refreshed = self._advanced = float("-inf")
 

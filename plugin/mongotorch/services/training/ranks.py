@@ -84,7 +84,7 @@ class Ranks:
         Raises:
             UnsupportedError, SettingError: As `needed`.
         """
-        launcher = launcher_named(self._launcher_name() or DEFAULT_LAUNCHER)
+        launcher = self._launcher()
         self._check_database(launcher)
         launcher.check()
         chosen_workers((workers,), launcher.free({}, device=device), launcher=launcher.name)
@@ -114,7 +114,7 @@ class Ranks:
                 is_asked = self._jobs.ask_to_hand_back(job["_id"], job["attempt"])
 
         arguments = {"job_id": job["_id"], "attempt": job["attempt"]}
-        self.call(*(RANK_MAIN, arguments), workers=workers, resources=lanes.resources, device=device, check=check)
+        self.call(RANK_MAIN, arguments, workers=workers, resources=lanes.resources, device=device, check=check)
         lease.progress = dict(self._jobs.get(job["_id"]).get("progress") or {})
 
     def call(
@@ -141,7 +141,7 @@ class Ranks:
             JobProcessError: A rank ended, or was killed, before its end.
             Exception: What a rank, or `check`, raised.
         """
-        launcher = launcher_named(self._launcher_name() or DEFAULT_LAUNCHER)
+        launcher = self._launcher()
         given = self._settings.model_dump()
         if launcher.is_on_one_machine:
             given |= {"uri": self._connection.uri, "uri_file": None}
@@ -150,6 +150,9 @@ class Ranks:
         more = {"settings": given, "is_elsewhere": not launcher.is_on_one_machine}
         call = RankCall(function=function, arguments={**arguments, **more})
         launcher.run(call, workers=workers, resources=resources or {}, device=device, check=check)
+
+    def _launcher(self) -> Launcher:
+        return launcher_named(self._launcher_name() or DEFAULT_LAUNCHER)
 
     def _launcher_name(self) -> str | None:
         """The launcher that the settings name; None where they name none."""
