@@ -30,6 +30,8 @@ settings.load_profile("mongotorch")
 _FOLDER_BYTES = 4 * 2**30
 # Several processes of tests fill the cores: workers that give way would come last for as long as the tests run.
 os.environ.setdefault("MONGOTORCH_WORKER_NICENESS", "0")
+# A server in memory, beside full cores, has been silent for ten seconds and then answered as before.
+os.environ.setdefault("MONGOTORCH_SERVER_TIMEOUT_S", "60")
 # Files of tests that take a minute and more together: out of `make test`, which stays under ten.
 LONG = frozenset(
     {

@@ -1,24 +1,32 @@
 """Changes the code at random places, one change at a time, and says which changes no test notices.
 
-    python -m tests.mutation [--count 60] [--seed 1] [--only store] [--stage-s 600] [--out FILE]
+    python -m tests.mutation [--count 60] [--seed 1] [--only store] [--stage-s 600] [--jobs 1]
+                             [--covered FILE] [--out FILE]
 
 The changes are those of cosmic-ray: another comparison, a condition negated, a number one larger, a loop that is
 left out. They are drawn evenly over the lines of store, data, train, the services, the triggers and the worker,
 and tried in a copy of the tree. For each, the tests of the same name run first, then those of the same folder,
 then those of the services, until one fails; a change that none notices has survived. Where tests do not end in
 time, it is not decided: a test that hangs fails by its own timeout. `make mutation` runs it.
+
+With the coverage of a run of all tests, each a context, the tests that enter a line are known, and only they run
+after those of the same name:
+
+    COVERAGE_FILE=FILE pytest -n 3 --cov=plugin/mongotorch --cov-context=test --cov-report= -m "not soak"
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import concurrent.futures
 import contextlib
 import dataclasses
 import difflib
 import itertools
 import json
 import os
+import queue
 import random
 import shutil
 import subprocess
@@ -28,8 +36,9 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
+import coverage
 from cosmic_ray import plugins
 from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
@@ -106,23 +115,58 @@ def _is_code(mutation: Mutation) -> bool:
     return True
 
 
-def _stages(path: Path) -> list[list[str]]:
-    """The tests to run, nearest first."""
+@final
+class Covering:
+    """The tests that enter a line, by what was recorded of a run of tests that were a context each.
+
+    Args:
+        data: The file of coverage; None where nothing is known.
+    """
+
+    def __init__(self, data: Path | None) -> None:
+        self._data = coverage.CoverageData(str(data)) if data is not None else None
+        if self._data is not None:
+            self._data.read()
+        self._files = {} if self._data is None else {Path(name): name for name in self._data.measured_files()}
+
+    def tests(self, path: Path, line: int) -> list[str]:
+        """The tests of a line of a file, those of the folder of the same name first."""
+        measured = [name for file, name in self._files.items() if file.parts[-len(path.parts) :] == path.parts]
+        if self._data is None or not measured:
+            return []
+        contexts = self._data.contexts_by_lineno(measured[0]).get(line, ())
+        tests = {name.rpartition("|")[0] for name in contexts if "|" in name}
+        near = f"{_folder(path)}/"
+        return sorted(tests, key=lambda test: (not test.startswith(near), test))
+
+
+def _folder(path: Path) -> Path:
+    """The folder of the tests of a file."""
     folder = Path("tests") / path.relative_to(PACKAGE).parent
     while not (ROOT / folder).is_dir():
         folder = folder.parent
-    own = sorted(str(each.relative_to(ROOT)) for each in (ROOT / folder).glob(f"test_{path.stem}*.py"))
-    stages = [own, [str(folder)], ["tests/services", "tests/test_files_entered.py"]]
+    return folder
+
+
+def _stages(mutation: Mutation, covering: Covering) -> list[list[str]]:
+    """The tests to run, nearest first."""
+    folder = _folder(mutation.path)
+    own = sorted(str(each.relative_to(ROOT)) for each in (ROOT / folder).glob(f"test_{mutation.path.stem}*.py"))
+    known = covering.tests(mutation.path, mutation.line)
+    others = [known] if known else [[str(folder)], ["tests/services", "tests/test_files_entered.py"]]
+    stages = [own, *others]
     return [stage for number, stage in enumerate(stages) if stage and stage not in stages[:number]]
 
 
 def _fails(tree: Path, stage: list[str], limit_s: float) -> bool | None:
     """Whether a test fails; None where they do not end in time."""
+    names = tree / "stage.txt"  # too many for a command line
+    names.write_text("\n".join(stage), encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(tree / "plugin"), "OMP_NUM_THREADS": "1"}
     environment |= {"PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not soak and not long"]
     process = subprocess.Popen(  # a group of its own: a change can leave processes behind
-        [*command, "--timeout", "120", *stage],
+        [*command, "--timeout", "120", f"@{names}"],
         cwd=tree,
         env=environment,
         stdout=subprocess.DEVNULL,
@@ -139,7 +183,7 @@ def _fails(tree: Path, stage: list[str], limit_s: float) -> bool | None:
         process.wait()
 
 
-def tried(tree: Path, mutation: Mutation, stage_s: float) -> dict[str, Any]:
+def tried(tree: Path, mutation: Mutation, covering: Covering, stage_s: float) -> dict[str, Any]:
     """Apply a change, run tests until one fails, and take it back."""
     file, begun = tree / mutation.path, time.monotonic()
     before = file.read_text(encoding="utf-8")
@@ -152,15 +196,22 @@ def tried(tree: Path, mutation: Mutation, stage_s: float) -> dict[str, Any]:
     fate, by = "SURVIVED", None
     file.write_text(after, encoding="utf-8")
     try:
-        for stage in _stages(mutation.path):
+        for stage in _stages(mutation, covering):
             fails = _fails(tree, stage, stage_s)
             if fails is not False:
-                fate, by = ("noticed" if fails else "undecided"), stage
+                fate, by = ("noticed" if fails else "undecided"), stage[:20]
                 break
     finally:
         file.write_text(before, encoding="utf-8")
     where = {"file": str(mutation.path), "line": mutation.line, "operator": mutation.operator}
     return {**where, "diff": changed, "fate": fate, "by": by, "s": round(time.monotonic() - begun, 1)}
+
+
+def _copied(folder: Path) -> Path:
+    tree = folder / "tree"
+    kept_out = shutil.ignore_patterns(".git", ".venv", ".mongotorch", "*_cache", "__pycache__", ".hypothesis")
+    shutil.copytree(ROOT, tree, ignore=kept_out)
+    return tree
 
 
 def main() -> None:
@@ -170,23 +221,35 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", default="", help="a part of the path of the files that are changed")
     parser.add_argument("--stage-s", type=float, default=600, help="the longest time of the tests of a stage")
+    parser.add_argument("--jobs", type=int, default=1, help="how many changes are tried at a time")
+    parser.add_argument("--covered", type=Path, help="the coverage of a run of tests that were a context each")
     parser.add_argument("--out", type=Path, help="a file for one JSON object a change")
     given = parser.parse_args()
-    found = []
-    with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
-        tree = Path(folder) / "tree"
-        kept_out = shutil.ignore_patterns(".git", ".venv", ".mongotorch", "*_cache", "__pycache__", ".hypothesis")
-        shutil.copytree(ROOT, tree, ignore=kept_out)
-        for mutation in drawn(given.count, given.seed, given.only):
-            result = tried(tree, mutation, given.stage_s)
-            found.append(result)
+    fates: Counter[str] = Counter()
+    covering = Covering(given.covered)
+    with (
+        tempfile.TemporaryDirectory(prefix="mutation-") as folder,
+        concurrent.futures.ThreadPoolExecutor(given.jobs) as executor,
+    ):
+        free = queue.SimpleQueue[Path]()
+        for number in range(given.jobs):
+            free.put(_copied(Path(folder) / str(number)))
+
+        def attempt(mutation: Mutation) -> dict[str, Any]:
+            tree = free.get()
+            try:
+                return tried(tree, mutation, covering, given.stage_s)
+            finally:
+                free.put(tree)
+
+        for result in executor.map(attempt, drawn(given.count, given.seed, given.only)):
+            fates[result["fate"]] += 1
             where = f"{result['file']}:{result['line']}"
             print(f"{result['fate']:9} {where} {result['s']} s {' | '.join(result['diff'])}", flush=True)
             if given.out is not None:
                 with given.out.open("a", encoding="utf-8") as out:
                     out.write(json.dumps(result) + "\n")
-    fates = Counter(result["fate"] for result in found)
-    print(f"{fates['noticed']} of {len(found)} changes were noticed, {fates['undecided']} are not decided")
+    print(f"{fates['noticed']} of {fates.total()} changes were noticed, {fates['undecided']} are not decided")
 
 
 if __name__ == "__main__":
