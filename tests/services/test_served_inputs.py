@@ -12,7 +12,7 @@ from tests.helpers import net, run_elsewhere, trainer
 from torch import Tensor, nn
 
 from mongotorch import Datalayer, MongotorchError, Query, TorchModel
-from mongotorch.errors import ParameterError, SignatureError, TransformError, TrustError
+from mongotorch.errors import ParameterError, ShapeError, SignatureError, TransformError, TrustError
 
 cross_entropy = nn.functional.cross_entropy
 SELECT = Query.find("texts")
@@ -233,3 +233,23 @@ def test_an_item_of_other_parts_is_refused(item: Any) -> None:
     with pytest.raises(ParameterError, match="a dict of 'text', 'label', without the target") as found:
         of.served_input(model, item)
     assert found.value.field == "item"
+
+
+@pytest.mark.parametrize("by", ["transform", "valid_transform", "collate_fn"])
+def test_an_item_that_fits_no_module_is_told_what_training_made_of_it(db: Datalayer, by: str) -> None:
+    def stacked(samples: list[Any]) -> tuple[Tensor, Tensor]:
+        return torch.stack([numbers(text) for text, _ in samples]), torch.tensor([label for _, label in samples])
+
+    changing = {
+        "transform": {"transform": plain, "valid_transform": None},
+        "valid_transform": {"transform": plain, "valid_transform": plain},
+        "collate_fn": {"transform": None, "valid_transform": None, "collate_fn": stacked},
+    }
+    texts(db)
+    model = db.apply(served(model=TorchModel("m", object=net()), **changing[by])).result()
+    with pytest.raises(ShapeError) as raised:
+        model.predict("aab")
+    (note,) = raised.value.__notes__
+    assert f"{by} of its trainer" in note
+    assert ('preprocess="trainer"' in note) is (by != "collate_fn")  # which makes no single inputs
+    assert model.predict(numbers("aab")).shape == (3,)

@@ -152,8 +152,13 @@ class TorchModel(Component):
         with evaluating(self.object):
             for first in range(0, len(items), batch_size):
                 part = items[first : first + batch_size]
-                batch = to_device(stack_inputs([self._prepared(item) for item in part]), device)
-                found.extend(unstack(to_device(self._forward(batch), torch.device("cpu")), len(part)))
+                prepared = [self._prepared(item) for item in part]
+                try:
+                    output = self._forward(to_device(stack_inputs(prepared), device))
+                except Exception as error:
+                    self._explain(error)
+                    raise
+                found.extend(unstack(to_device(output, torch.device("cpu")), len(part)))
         return [self.postprocess(one) for one in found] if self.postprocess is not None else found
 
     def _prepared(self, item: Any) -> Any:
@@ -168,6 +173,18 @@ class TorchModel(Component):
                 field="preprocess",
             )
         return self.trainer.served_input(self, item)
+
+    def _explain(self, error: Exception) -> None:
+        """Let the error of an input that does not fit say that training changed its inputs, where it did."""
+        names = ("collate_fn", "valid_transform", "transform")
+        changed = next((name for name in names if getattr(self.trainer, name, None) is not None), None)
+        if self.preprocess is None and changed is not None:
+            same = "" if changed == "collate_fn" else ', or preprocess="trainer", which does what its trainer did'
+            error.add_note(
+                f"model {self.identifier!r} was trained on what {changed} of its trainer makes of a sample, and "
+                "has no preprocess: it takes items as they are; give it a function that makes an input of an item"
+                f"{same}"
+            )
 
     def _forward(self, batch: Any) -> Any:
         method = getattr(self.object, self.forward_method)
