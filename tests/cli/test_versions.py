@@ -171,10 +171,12 @@ def test_lineage_ends_with_what_was_predicted(call: Call, db: Datalayer) -> None
     told = json_util.loads(call("lineage", trained.uuid, "--json").stdout)
 
     assert len(tree) == 1
-    assert f"predicted {COLLECTION}.guess: 7 written in 1 run, succeeded" in tree[0]
-    assert told["predictions"] == [
-        {"field": f"{COLLECTION}.guess", "written": "7 written in 1 run", "status": "succeeded"}
-    ]
+    assert f"predicted {COLLECTION}.guess: 7 in 1 run, succeeded" in tree[0]
+    (predicted,) = told["predictions"]
+    assert (predicted["collection"], predicted["into"]) == (COLLECTION, "guess")
+    assert (predicted["written"], predicted["runs"], predicted["status"]) == (7, 1, "succeeded")
+    assert datetime.fromisoformat(predicted["changed"]) > datetime.now(UTC) - timedelta(minutes=5)
+    assert predicted["error"] == ""
 
 
 def test_lineage_says_from_which_version_a_scheduled_run_started(call: Call, db: Datalayer) -> None:

@@ -42,7 +42,7 @@ def lineage(
         document = line.find(of, identifier, version)
         record = line.record(document)
         ancestors = list(line.ancestors(document, depth))
-        predictions = line.predictions(record["uuid"])
+        predictions = db.overview.predictions(record["uuid"])
     if as_json:
         print_json({**record, "ancestors": ancestors, "predictions": predictions})
         return
@@ -57,7 +57,8 @@ def lineage(
     if _origin(oldest) is not None:
         tree.add("from older ones: --depth")
     for one in predictions:
-        tree.add(f"predicted {one['field']}: {one['written']}, {one['status']}")
+        times = f"{one['runs']:,} {'run' if one['runs'] == 1 else 'runs'}"
+        tree.add(f"predicted {one['collection']}.{one['into']}: {one['written']:,} in {times}, {one['status']}")
     Console(markup=False, highlight=False).print(tree)
 
 
@@ -103,13 +104,6 @@ class _Line:
                 yield {"uuid": uuid, "gone": True}
                 return
             yield self.record(document)
-
-    def predictions(self, uuid: str) -> list[dict[str, Any]]:
-        """Into which fields a version has written predictions."""
-        nodes = self._db.overview.lineage(uuid)["nodes"]
-        found = [node for node in nodes if node["kind"] == "predictions" and node["generation"] == 0]
-        shown = ((node["title"], *node["lines"][:2]) for node in found)
-        return [{"field": field, "written": written, "status": status} for field, written, status in shown]
 
     def _document(self, uuid: str) -> dict[str, Any]:
         document: dict[str, Any] = self._db.show(uuid=uuid)

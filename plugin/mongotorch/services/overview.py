@@ -198,6 +198,15 @@ class Overview:
         graph.add_predictions(self._listing.predictions(graph.versions))
         return {"uuid": uuid, **title, "nodes": graph.nodes, "edges": graph.edges}
 
+    def predictions(self, uuid: str) -> list[Record]:
+        """Into which fields a version has written predictions.
+
+        Returns:
+            For each `collection` and field, `into`: the documents `written` in how many `runs`, the `status` of
+            the last one, when it was `changed`, its `select`, and its `error`.
+        """
+        return [_prediction(record) for record in self._listing.predictions([uuid])]
+
     # Schedules, data, what is kept, and what changes
 
     def follow(self) -> AbstractContextManager[Callable[[], set[str]]]:
@@ -329,15 +338,13 @@ class _Graph:
         """Add the fields that versions have predicted; behind the alias by which a version was chosen."""
         generations = {node["id"]: node["generation"] for node in self.nodes}
         for record in records:
-            uuid, collection = _text(record, "uuid") or "", _text(record, "collection") or ""
+            uuid, told = _text(record, "uuid") or "", _prediction(record)
             if uuid not in generations:
                 continue
             node, alias = f"predictions {record.get('_id')}", f"alias {uuid} {_text(record, 'alias')}"
-            written, runs = _number(record, "written") or 0, _number(record, "runs") or 0
-            counted = f"{written:,.0f} written in {runs:,.0f} {'run' if runs == 1 else 'runs'}"
-            lines = [counted, _text(record, "status") or ""]
-            lines += [_text(record, "changed") or "", _text(record, "select") or "", _text(record, "error") or ""]
-            title = f"{collection}.{_text(record, 'into')}"
+            counted = f"{told['written']:,} written in {told['runs']:,} {'run' if told['runs'] == 1 else 'runs'}"
+            lines = [counted, *(told[name] for name in ("status", "changed", "select", "error"))]
+            title, collection = f"{told['collection']}.{told['into']}", told["collection"]
             self._add(node, "predictions", generations[uuid], title, lines, collection=collection)
             self.edges.append([alias if alias in generations else uuid, node])
 
@@ -403,6 +410,13 @@ def _verdict(verdict: Mapping[str, Any]) -> Record:
         "against": _number(_mapping(verdict, "against"), "version"),
         "interval": interval if isinstance(interval, list) and len(interval) == 2 else None,
     }
+
+
+def _prediction(record: Mapping[str, Any]) -> Record:
+    texts = {
+        name: _text(record, name) or "" for name in ("collection", "into", "status", "changed", "select", "error")
+    }
+    return texts | {name: int(_number(record, name) or 0) for name in ("written", "runs")}
 
 
 def _move(move: Mapping[str, Any]) -> Record:
