@@ -240,7 +240,7 @@ def test_an_item_that_fits_no_module_is_told_what_training_made_of_it(db: Datala
     def stacked(samples: list[Any]) -> tuple[Tensor, Tensor]:
         return torch.stack([numbers(text) for text, _ in samples]), torch.tensor([label for _, label in samples])
 
-    changing = {
+    changing: dict[str, dict[str, Any]] = {
         "transform": {"transform": plain, "valid_transform": None},
         "valid_transform": {"transform": plain, "valid_transform": plain},
         "collate_fn": {"transform": None, "valid_transform": None, "collate_fn": stacked},

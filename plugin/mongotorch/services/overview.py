@@ -6,6 +6,7 @@ should have is left out. It reads documents, and unpickles and writes nothing.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -416,7 +417,8 @@ def _prediction(record: Mapping[str, Any]) -> Record:
     texts = {
         name: _text(record, name) or "" for name in ("collection", "into", "status", "changed", "select", "error")
     }
-    return texts | {name: int(_number(record, name) or 0) for name in ("written", "runs")}
+    counts = {name: _number(record, name) or 0 for name in ("written", "runs")}
+    return texts | {name: int(count) if math.isfinite(count) else 0 for name, count in counts.items()}
 
 
 def _move(move: Mapping[str, Any]) -> Record:
