@@ -81,6 +81,7 @@ LONG = frozenset(
         "test_ray.py",
         "test_refused_ranks.py",
         "test_run_job.py",
+        "test_scores_of_ranks.py",
         "test_second_process.py",
         "test_secured_server.py",
         "test_served_inputs.py",

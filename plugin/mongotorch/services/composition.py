@@ -18,7 +18,6 @@ from mongotorch.services.schedules.retraining import LiveMetrics, Retraining
 from mongotorch.services.schedules.scheduler import Scheduler
 from mongotorch.services.training.job_runner import JobRunner
 from mongotorch.services.training.ranks import RankRunner, Ranks
-from mongotorch.services.training.recipe import TrainingRecipe
 from mongotorch.services.training.training_run import TrainingRun
 from mongotorch.services.versions.bundles import Bundles
 from mongotorch.services.versions.catalog import Catalog
@@ -91,15 +90,15 @@ class Services:
         retraining = Retraining(connection, settings, training, record_outcome=self.register.record_outcome)
         self.scheduler = self._make_scheduler(connection, settings, schedules)
 
-        def recipe(job: Mapping[str, Any]) -> TrainingRecipe:
-            return (retraining if job["type_id"] == Schedule.type_id else training).recipe(job)
+        def training_of(job: Mapping[str, Any]) -> Retraining | TrainingRun:
+            return retraining if job["type_id"] == Schedule.type_id else training
 
         self.runner = JobRunner(
             self.jobs,
             settings,
             train=training.run,
             handlers={Schedule.type_id: retraining.run},
-            train_rank=RankRunner(self.jobs, recipe=recipe, train=training.train_rank),
+            train_rank=RankRunner(self.jobs, training_of=training_of),
         )
         self.applier = Applier(
             self.catalog,

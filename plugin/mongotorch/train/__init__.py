@@ -13,7 +13,7 @@ from mongotorch.train.model import (
     summarize,
     training_device,
 )
-from mongotorch.train.parallel import Alone, Group, Lanes, ProcessGroup, pinned_threads
+from mongotorch.train.parallel import Alone, Group, Lanes, ProcessGroup, first_rank, pinned_threads
 from mongotorch.train.tensor_codec import fill_module
 from mongotorch.train.trainer import TorchTrainer, trainer_and_model, warm_start
 
@@ -38,6 +38,7 @@ __all__ = [
     "Validation",
     "evaluate",
     "fill_module",
+    "first_rank",
     "pick_device",
     "pinned_threads",
     "same_structure",

@@ -1,37 +1,48 @@
 """Measures models: the objective and the metrics over validation sets, or several models on the same documents.
 
 `evaluate` measures one model over sets of batches, for a training run. `score` measures several models in the same
-way, and keeps the loss of each document or batch, so that they can be compared in pairs. `EarlyStopping` keeps the
-best validation of a run, and says when the run no longer improves.
+way, on any number of ranks, and keeps the loss of each document or batch, so that they can be compared in pairs.
+`EarlyStopping` keeps the best validation of a run, and says when the run no longer improves.
 
 Guarantees: the model is in `eval()` mode without gradients; a mean is over samples, not over batches. In `score`
 every batch goes to all models before the next one is read, so that a database that goes on changing cannot give
-them different documents; each draws the same random numbers for it. Only a strictly better value is an
-improvement, and NaN never is.
+them different documents; each draws the same random numbers for it, which belong to (seed, batch). Only a strictly
+better value is an improvement, and NaN never is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Any, Literal, NamedTuple, final
 
 import torch
 
 from mongotorch.errors import EmptyFoldError, NonFiniteLossError, ParameterError
 from mongotorch.signature import OBJECTIVE
-from mongotorch.tensors import copy_tensors, map_tensors, to_device
-from mongotorch.train.generators import generator_state, seeded, set_generator_state
-from mongotorch.train.mapping import Passed, call, scalar
+from mongotorch.tensors import copy_tensors, to_device
+from mongotorch.train.generators import seeded
+from mongotorch.train.mapping import Passed, call, mapped, one_row, scalar, without_rows
 from mongotorch.train.metrics import Metric, Validation
 from mongotorch.train.model import TorchModel, training_device
-from mongotorch.train.parallel import BatchMeasures, Dealt
+from mongotorch.train.parallel import (
+    Alone,
+    BatchMeasures,
+    Dealt,
+    Group,
+    in_order,
+    pinned_threads,
+    seed_generators,
+)
 from mongotorch.train.step import batch_rows
 from mongotorch.train.trainer import TorchTrainer, evaluating_all, trainer_of, trainer_on_device
+
+_ALONE = Alone()
 
 
 class RunningMetric:
@@ -149,7 +160,7 @@ def try_first_batch(
                     if hasattr(batch, "planned"):  # a step, of which the first lane has a row
                         batch, rows = batch.batches[0], batch.rows[0]
                     measured = measuring(trainer, model, () if name == TRAINING else metrics, device)
-                    passed = measured.update(batch, rows)[0] if rows else None
+                    passed = measured.update(batch, rows) if rows else None
                     if passed is not None:
                         _warn_of_broadcasting(measured, passed)
             except Exception as error:
@@ -236,6 +247,7 @@ class _Measured:
 
     Attributes:
         rows: Documents so far.
+        passed: What the model made of the batch that was measured last.
     """
 
     def __init__(
@@ -244,17 +256,16 @@ class _Measured:
         self._trainer, self._model, self._device = trainer, model, device
         self._running = [RunningMetric(metric, device) for metric in metrics]
         self._total, self._weights, self.rows = 0.0, 0.0, 0
-        self._passed = Passed()
+        self.passed = Passed()
 
-    def update(self, batch: Any, rows: int) -> tuple[Passed, float, float]:
-        """Take in a batch of so many rows; what the model made of it, its loss, and the weight of that."""
-        part = self.measure(batch, rows)
-        self.add(part)
-        return self._passed, part.loss, part.weight
+    def update(self, batch: Any, rows: int) -> Passed:
+        """Measure a batch of so many rows, and take it in; what the model made of it."""
+        self.add(self.measure(batch, rows))
+        return self.passed
 
     def measure(self, batch: Any, rows: int) -> BatchMeasures:
         """Measure a batch of so many rows, without taking it in."""
-        passed = self._passed = self._trainer.forward(self._model, to_device(batch, self._device))
+        passed = self.passed = self._trainer.forward(self._model, to_device(batch, self._device))
         loss = self.loss(passed).double().item()
         weight = rows * self._trainer.counted_share(passed)
         values = [metric.of(self._for_metrics(passed)) for metric in self._running]
@@ -277,7 +288,7 @@ class _Measured:
         def whole(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
-        return Passed(args=map_tensors(whole, passed.args), kwargs=map_tensors(whole, passed.kwargs))
+        return mapped(passed, whole)
 
     def loss(self, passed: Passed) -> torch.Tensor:
         """The validation objective, shape (), on the model's device."""
@@ -296,7 +307,10 @@ class _OwnMeasured:
 
     Attributes:
         rows: Documents so far.
+        passed: None: what the model made of a batch is its own.
     """
+
+    passed = None
 
     def __init__(self, trainer: TorchTrainer, model: TorchModel, device: torch.device) -> None:
         self._trainer, self._model, self._device = trainer, model, device
@@ -304,11 +318,9 @@ class _OwnMeasured:
         self._of: dict[str, int] = {}
         self.rows = 0
 
-    def update(self, batch: Any, rows: int) -> tuple[None, float, float]:
-        """Take in a batch of so many rows; nothing, the value that the trainer listens to, and its weight."""
-        part = self.measure(batch, rows)
-        self.add(part)
-        return None, part.loss, part.weight
+    def update(self, batch: Any, rows: int) -> None:
+        """Measure a batch of so many rows, and take it in."""
+        self.add(self.measure(batch, rows))
 
     def measure(self, batch: Any, rows: int) -> BatchMeasures:
         """Measure a batch of so many rows, without taking it in."""
@@ -432,7 +444,9 @@ class Scored:
     values: dict[str, float]
 
 
-def score(trainer: TorchTrainer, models: Sequence[TorchModel], batches: Iterable[Any]) -> list[Scored]:
+def score(
+    trainer: TorchTrainer, models: Sequence[TorchModel], batches: Iterable[Any], *, group: Group = _ALONE
+) -> list[Scored]:
     """Measure models on the same documents, as a validation does.
 
     Their losses are those of single documents if the objective of each batch is, for every model, the mean of the
@@ -444,27 +458,51 @@ def score(trainer: TorchTrainer, models: Sequence[TorchModel], batches: Iterable
             with the model, where its own trainer has some.
         models: What is measured, each with its own metrics; they are moved to the trainer's device, and stay
             there.
-        batches: The documents.
+        batches: The documents; those of this rank where there are several, see `Lanes.validation_stream`.
+        group: The ranks that measure together.
 
     Returns:
-        What was measured of each model, in order.
+        What was measured of each model, in order: the same bits on every rank, and on any number of them.
 
     Raises:
         ParameterError: The objective or a metric gives no single number, or the device is not there.
         SignatureError: The batches do not fit a model.
         MongotorchError: What the batches raise.
+        WorkerLostError: Another rank is gone.
     """
     scorers = [_ModelScorer(trainer, model) for model in models]
-    alone = True
-    with seeded(trainer.seed):
-        for batch in batches:
-            state = generator_state()
-            for scorer in scorers:
-                set_generator_state(state)
-                # A copy each: a model may change what it gets in place.
-                scorer.update(copy_tensors(batch), batch_rows(batches, batch), alone=alone)
-            alone = alone and all(scorer.is_mean_of_documents for scorer in scorers)
+
+    def measure(batch: Any, number: int) -> list[_ModelMeasures]:
+        rows, found = batch_rows(batches, batch), []
+        alone = all(scorer.is_mean_of_documents for scorer in scorers)  # by the batches that were taken in
+        for scorer in scorers:
+            seed_generators(trainer.seed, "scores", number)
+            # A copy each: a model may change what it gets in place.
+            part = scorer.measure(copy_tensors(batch), rows, alone=alone)
+            found.append(part if group.world == 1 else part._replace(whole=part.whole.on_cpu()))
+        return found
+
+    threads = trainer.lanes.threads
+    with contextlib.nullcontext() if threads is None else pinned_threads(threads), seeded(trainer.seed):
+        for parts in in_order(group, batches, measure):
+            for scorer, part in zip(scorers, parts, strict=True):
+                scorer.add(part)
+    alone = all(scorer.is_mean_of_documents for scorer in scorers)
     return [scorer.scored("documents" if alone else "batches") for scorer in scorers]
+
+
+class _ModelMeasures(NamedTuple):
+    """What was measured of one batch for one model.
+
+    Attributes:
+        whole: Of the batch.
+        documents: Loss and weight of each document that counts, where documents were measured alone.
+        is_mean: Whether the loss of the batch is the mean of these.
+    """
+
+    whole: BatchMeasures
+    documents: list[tuple[float, float]]
+    is_mean: bool
 
 
 class _ModelScorer:
@@ -484,32 +522,38 @@ class _ModelScorer:
         self._of: dict[str, list[tuple[float, float]]] = {"documents": [], "batches": []}
         self.is_mean_of_documents = True
 
-    def update(self, batch: Any, rows: int, *, alone: bool) -> None:
-        """Take in a batch of so many rows, and each of its documents `alone`."""
+    def measure(self, batch: Any, rows: int, *, alone: bool) -> _ModelMeasures:
+        """Measure a batch of so many rows, and each of its documents `alone`, without taking it in."""
         with evaluating_all(self._trainer, self._model):
-            passed, loss, weight = self._measured.update(batch, rows)
-            if weight:
-                self._of["batches"].append((loss, weight))
-            if passed is None:
-                self.is_mean_of_documents = False
-            elif alone:
-                self._update_documents(passed, rows, loss)
+            whole = self._measured.measure(batch, rows)
+            passed = self._measured.passed
+            if passed is None or not alone:
+                return _ModelMeasures(whole=whole, documents=[], is_mean=False)
+            documents, is_mean = self._documents(passed, rows, whole.loss)
+        return _ModelMeasures(whole=whole, documents=documents, is_mean=is_mean)
 
-    def _update_documents(self, passed: Passed, rows: int, loss: float) -> None:
+    def add(self, part: _ModelMeasures) -> None:
+        """Take in what was measured of a batch."""
+        self._measured.add(part.whole)
+        if part.whole.weight:
+            self._of["batches"].append((part.whole.loss, part.whole.weight))
+        self._of["documents"] += part.documents
+        self.is_mean_of_documents = self.is_mean_of_documents and part.is_mean
+
+    def _documents(self, passed: Passed, rows: int, loss: float) -> tuple[list[tuple[float, float]], bool]:
+        """Loss and weight of each document that counts, and whether the loss of the batch is their mean."""
         measured: Any = self._measured
         try:
-            each = [_one_row(passed, at, rows) for at in range(rows)]
+            each = [one_row(passed, at, rows) for at in range(rows)]
             weights = [self._trainer.counted_share(one) for one in each]
             found = torch.stack([measured.loss(one) for one in each])
         except Exception:  # noqa: BLE001 - whatever the objective says to a batch of one: it is of batches
-            self.is_mean_of_documents = False
-            return
+            return [], False
         # One transfer for all: each makes an accelerator catch up.
         losses = [
             (value, weight) for value, weight in zip(found.double().cpu().tolist(), weights, strict=True) if weight
         ]
-        self.is_mean_of_documents = _is_mean(losses, loss, found.dtype) and not _is_shared(passed, losses, rows)
-        self._of["documents"] += losses
+        return losses, _is_mean(losses, loss, found.dtype) and not _is_shared(passed, losses, rows)
 
     def scored(self, unit: Literal["documents", "batches"]) -> Scored:
         """What was measured, with the losses of documents or of batches."""
@@ -536,29 +580,4 @@ def _is_shared(passed: Passed, losses: Sequence[tuple[float, float]], rows: int)
     """Whether documents only seem to have losses of their own, and have that of the batch, given by the model."""
     if rows == 1 or len({loss for loss, _ in losses}) > 1:
         return False
-    tensors = [part for part in _tensors(passed) if part.is_floating_point()]
-    return any(not _has_rows(part, rows) for part in tensors)
-
-
-def _tensors(passed: Passed) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        found.append(tensor)
-        return tensor
-
-    map_tensors(keep, (passed.args, passed.kwargs))
-    return found
-
-
-def _has_rows(tensor: torch.Tensor, rows: int) -> bool:
-    return tensor.ndim > 0 and tensor.shape[0] == rows
-
-
-def _one_row(passed: Passed, row: int, rows: int) -> Passed:
-    """The objective's arguments for one document: a batch of one."""
-
-    def cut(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor[row : row + 1] if _has_rows(tensor, rows) else tensor
-
-    return Passed(args=map_tensors(cut, passed.args), kwargs=map_tensors(cut, passed.kwargs))
+    return any(part.is_floating_point() for part in without_rows(passed, rows))

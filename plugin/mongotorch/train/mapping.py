@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mongotorch.errors import MongotorchError, ParameterError, SignatureError, TransformError
 from mongotorch.signature import Key, sample_caller
+from mongotorch.tensors import map_tensors
 from mongotorch.train.model import TRAINER, TorchModel
 
 _MOST_DEEP: Final = 8
@@ -63,6 +64,33 @@ class Passed:
         if len(self.args) == 1 and len(self.kwargs) == 1:
             return (*self.args, *self.kwargs.values()), {}
         return self.args, self.kwargs
+
+
+def mapped(passed: Passed, change: Callable[[Tensor], Tensor]) -> Passed:
+    """The same arguments, with what a function makes of each tensor."""
+    return Passed(args=map_tensors(change, passed.args), kwargs=map_tensors(change, passed.kwargs))
+
+
+def one_row(passed: Passed, row: int, rows: int) -> Passed:
+    """The arguments for one of so many rows: a batch of one."""
+    return mapped(passed, lambda tensor: tensor[row : row + 1] if _has_rows(tensor, rows) else tensor)
+
+
+def without_rows(passed: Passed, rows: int) -> list[Tensor]:
+    """The tensors whose first dimension is not that of so many rows."""
+    found: list[Tensor] = []
+
+    def look(tensor: Tensor) -> Tensor:
+        if not _has_rows(tensor, rows):
+            found.append(tensor)
+        return tensor
+
+    mapped(passed, look)
+    return found
+
+
+def _has_rows(tensor: Tensor, rows: int) -> bool:
+    return tensor.ndim > 0 and tensor.shape[0] == rows
 
 
 @final

@@ -11,7 +11,7 @@ import torch
 from tests.helpers import COLLECTION, fill, net, points, trainer
 from torch import Tensor, nn
 
-from mongotorch import Better, Datalayer, Every, Metric, Schedule, TorchModel, Validation, Worker
+from mongotorch import Always, Better, Datalayer, Every, Metric, Schedule, TorchModel, Validation, Worker
 
 entropy = nn.functional.cross_entropy
 
@@ -135,3 +135,9 @@ def test_the_live_model_scores_what_its_own_validation_measured(db: Datalayer, c
     champion = document["verdict"]["champion"]
     live = db.show(uuid=document["verdict"]["against"]["uuid"])
     assert champion == live["metrics"]
+
+
+def test_a_gate_that_needs_no_scores_gets_none(db: Datalayer) -> None:
+    verdict = served(db, CASES["a metric of a batch"], Always(), max_iterations=1)["verdict"]
+    assert (verdict["promote"], verdict["documents"], verdict["challenger"]) == (True, 0, {})
+    assert verdict["champion"] is None

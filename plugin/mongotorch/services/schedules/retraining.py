@@ -5,12 +5,13 @@ part of the document that publishes the version; a version that the gate refuses
 not live. Both models are measured on the same documents: those that the fold `valid` had when the run began,
 without those that were deleted since. What others insert meanwhile is for the next run. A promotion replaces the
 version that the verdict compared with, and no other. A job that is tried again after it published promotes by that
-verdict, once.
+verdict, once. Models have the same scores with any number of ranks, and where ranks have left none.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,6 +29,7 @@ from mongotorch.errors import (
     JobReleasedError,
     MongotorchError,
     ServerUnavailableError,
+    WorkerLostError,
 )
 from mongotorch.jobs import Lease, log_job
 from mongotorch.mongo.connection import Connection
@@ -35,13 +37,16 @@ from mongotorch.mongo.driver_errors import redact
 from mongotorch.query import Query
 from mongotorch.schedule import Gate, Schedule, Scores, State, Trigger, Verdict, gate_of
 from mongotorch.services.schedules.register import failure
-from mongotorch.services.training.recipe import DataProvenance, TrainingRecipe, validation_spec
+from mongotorch.services.training.recipe import RunData, TrainingRecipe, validation_spec
 from mongotorch.services.training.training_run import TrainingResult, TrainingRun
 from mongotorch.settings import Settings
 from mongotorch.train import (
+    Alone,
+    Group,
     Scored,
     TorchModel,
     TorchTrainer,
+    first_rank,
     same_structure,
     score,
     trainer_and_model,
@@ -55,6 +60,7 @@ _NAMED_BYTES: Final = 2**20
 Document = Mapping[str, Any]
 LoadModel = Callable[[str], TorchModel]
 """From a uuid to its model."""
+_ALONE: Final = Alone()
 _log = logging.getLogger("mongotorch.schedules")
 
 
@@ -119,6 +125,14 @@ class Retraining:
         assert isinstance(schedule, Schedule)  # noqa: S101 - for the type checker
         return self._recipe(schedule, origin, None, self._catalog.load_model)
 
+    def train_rank(self, recipe: TrainingRecipe, job: Document, group: Group, lease: Lease | None) -> None:
+        """Be one rank of the run of a firing: train, and score what was trained beside the champion.
+
+        Args, Raises: as `TrainingRun.train_rank`.
+        """
+        score_all = functools.partial(self._scores_of_ranks, recipe, group) if recipe.is_judged else None
+        self._training.train_rank(recipe, job, group, lease, score=score_all)
+
     def _run(self, job: Document, lease: Lease) -> str:
         published = self._training.published(job)
         if published is None:
@@ -172,7 +186,7 @@ class Retraining:
         # Before the new version exists: `load` without a live alias would give the newest.
         why = f"served when schedule {schedule.identifier!r} brought its first version"
         champion = self._catalog.pin_champion(recipe.model, why)
-        verdict = self._verdict(gate_of(schedule.gate), recipe, result.data, champion, load)
+        verdict = self._verdict(gate_of(schedule.gate), recipe, result, champion, load)
         firing = {name: job["parameters"].get(name) for name in ("firing", "reason")}
         record = {
             "schedule": {"identifier": schedule.identifier, "uuid": schedule.uuid, **firing, **origin["data"]},
@@ -276,13 +290,13 @@ class Retraining:
         self,
         gate: Gate,
         recipe: TrainingRecipe,
-        data: DataProvenance,
+        result: TrainingResult,
         champion: Document | None,
         load: LoadModel,
     ) -> dict[str, Any]:
         """The verdict of a gate on the trained model, plain, with the version it was compared `against`."""
         try:
-            verdict = self._judge(gate, recipe, data, champion, load)
+            verdict = self._judge(gate, recipe, result, champion, load)
         except Exception as error:  # noqa: BLE001 - see below
             # It may be a person's own function. What was trained is worth more than its answer.
             _log.exception("gate %r raised; the trained model is stored, and does not go live", gate)
@@ -294,17 +308,62 @@ class Retraining:
         self,
         gate: Gate,
         recipe: TrainingRecipe,
-        data: DataProvenance,
+        result: TrainingResult,
         champion: Document | None,
         load: LoadModel,
     ) -> Verdict:
-        models = [recipe.model, *([] if champion is None else [load(champion["_id"])])]
+        if not gate.needs_scores:
+            return gate.judge(None, None)
+        against = None if champion is None else champion["_id"]
+        scores = _scores_of(result, against)
+        models = [] if scores else [recipe.model, *([] if against is None else [load(against)])]
         try:
-            query = recipe.trainer.fold("valid")
-            now, *before = _scored(recipe.trainer, models, query, self._connection, self._settings, data)
-            return gate.judge(_scores(before[0]) if before else None, _scores(now))
+            now, *before = scores or self._scores(recipe, models, result.data)
+            return gate.judge(before[0] if before else None, now)
         except MongotorchError as error:
-            return _without_scores(gate, error)
+            return _refused(gate, f"the two could not be compared: {error}")
+
+    def _scores_of_ranks(self, recipe: TrainingRecipe, group: Group, data: RunData) -> dict[str, Any] | None:
+        """The scores of the trained model and of the champion, measured by all ranks; the same on each.
+
+        Returns:
+            The `scores`, and the uuid of the champion that the model was compared `against`; None where they could
+            not be measured: the process that publishes tries it again, and its error is in the verdict.
+
+        Raises:
+            WorkerLostError: Another rank is gone.
+        """
+        try:
+            with first_rank(group) as is_first:
+                champion = self._catalog.champion(recipe.model) if is_first else None
+            against = group.share(None if champion is None else champion["_id"])
+            with first_rank(group):  # each loads it, and all raise where one cannot
+                models = [recipe.model, *([] if against is None else [self._catalog.load_model(against)])]
+            scores = self._scores(recipe, models, data, group)
+        except WorkerLostError:
+            raise
+        except Exception as error:  # noqa: BLE001 - it may be a person's own function
+            why = f"{type(error).__name__}: {redact(str(error))}"
+            _log.warning("the ranks could not score the trained model, which is scored again: %s", why)
+            return None
+        return {"against": against, "scores": [_plain(one) for one in scores]}
+
+    def _scores(
+        self, recipe: TrainingRecipe, models: Sequence[TorchModel], data: RunData, group: Group = _ALONE
+    ) -> list[Scores]:
+        """Measure models on the validation documents of a run."""
+        query = recipe.trainer.fold("valid")
+        given = (recipe.trainer, models, query, self._connection, self._settings)
+        return [
+            Scores(
+                losses=one.losses,
+                values=one.values,
+                unit=one.unit,
+                weights=one.weights,
+                documents=one.documents,
+            )
+            for one in _scored(*given, data, group)
+        ]
 
     def _promote(self, published: Document, *, job: str, who: str) -> str | None:
         """Promote a published version if its verdict says so, once a job; None if it is live now, else why not."""
@@ -404,29 +463,30 @@ def _scored(
     query: Query,
     connection: Connection,
     settings: Settings,
-    data: DataProvenance | None = None,
+    data: RunData | None = None,
+    group: Group = _ALONE,
 ) -> list[Scored]:
     """Measure models on the documents of a query, which are read once; of a run's `data` on its own alone."""
     spec = validation_spec(trainer, settings, query)
     spec = spec if data is None else data.fixed(spec, "valid")
+    spec = dataclasses.replace(spec, **trainer.lanes.validation_stream(group.rank, group.world))
     with contextlib.closing(Stream(connection.opener, spec, database=connection.database)) as batches:
-        return score(trainer, models, batches)
+        return score(trainer, models, batches, group=group)
 
 
-def _scores(scored: Scored) -> Scores:
-    return Scores(
-        losses=scored.losses,
-        values=scored.values,
-        unit=scored.unit,
-        weights=scored.weights,
-        documents=scored.documents,
-    )
+def _scores_of(result: TrainingResult, against: str | None) -> list[Scores] | None:
+    """What ranks have measured, where it is against this champion; else None."""
+    found = result.scores
+    if found is None or found["against"] != against:
+        return None
+    losses = [{name: tuple(one[name].tolist()) for name in ("losses", "weights")} for one in found["scores"]]
+    return [Scores(**{**one, **more}) for one, more in zip(found["scores"], losses, strict=True)]
 
 
-def _without_scores(gate: Gate, error: MongotorchError) -> Verdict:
-    if not gate.needs_scores:
-        return gate.judge(None, None)
-    return _refused(gate, f"the two could not be compared: {error}")
+def _plain(scores: Scores) -> dict[str, Any]:
+    """Scores as a checkpoint keeps them."""
+    arrays = {name: np.asarray(getattr(scores, name), dtype=np.float64) for name in ("losses", "weights")}
+    return {"values": dict(scores.values), "unit": scores.unit, "documents": scores.documents, **arrays}
 
 
 def _refused(gate: Gate, why: str) -> Verdict:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar, final
+from typing import Any, Final, Protocol, Self, final
 
 from mongotorch.errors import JobCancelledError, UnsupportedError
 from mongotorch.jobs import Lease, environment
@@ -26,7 +26,6 @@ from mongotorch.store import Jobs
 from mongotorch.store.jobs import HAND_BACK, number, running
 from mongotorch.train import Group, Lanes
 
-R = TypeVar("R")
 RANK_MAIN: Final = "mongotorch.worker.rank:rank_main"
 DEFAULT_LAUNCHER: Final = "torchrun"
 _LOOK_S: Final = 0.5  # how often rank 0 looks at its job and writes its progress
@@ -275,31 +274,35 @@ class RankLease:
                 self.look()
 
 
+class RankTraining(Protocol):
+    """Trains the jobs of one kind."""
+
+    def recipe(self, job: Mapping[str, Any]) -> Any:
+        """What a job trains."""
+
+    def train_rank(self, recipe: Any, job: Mapping[str, Any], group: Group, lease: Lease | None) -> None:
+        """Be one rank of the run of a job; rank 0 has a lease."""
+
+
 @final
 class RankRunner:
     """Runs one rank of a claimed job in this process.
 
     Args:
         jobs: The job documents.
-        recipe: What a job trains.
-        train: Trains a recipe for a job, with a group and what rank 0 holds.
+        training_of: What trains a job.
     """
 
-    def __init__(
-        self,
-        jobs: Jobs,
-        *,
-        recipe: Callable[[Mapping[str, Any]], R],
-        train: Callable[[R, Mapping[str, Any], Group, Lease | None], None],
-    ) -> None:
-        self._jobs, self._recipe, self._train = jobs, recipe, train
+    def __init__(self, jobs: Jobs, *, training_of: Callable[[Mapping[str, Any]], RankTraining]) -> None:
+        self._jobs, self._training_of = jobs, training_of
 
     def __call__(self, job: Mapping[str, Any], group: Group) -> None:
         """Train to the end, as one rank of a group; see `JobRunner.run_rank`."""
         same_versions(group, environment())
-        recipe = self._recipe(job)
+        training = self._training_of(job)
+        recipe = training.recipe(job)
         with RankLease(self._jobs, job) if group.rank == 0 else contextlib.nullcontext() as lease:
-            self._train(recipe, job, group, lease)
+            training.train_rank(recipe, job, group, lease)
 
 
 def same_versions(group: Group, versions: Mapping[str, str]) -> None:

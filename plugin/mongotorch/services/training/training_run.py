@@ -44,6 +44,7 @@ from mongotorch.services.training.observers import (
 from mongotorch.services.training.recipe import (
     DataProvenance,
     PendingProvenance,
+    RunData,
     TrainingRecipe,
     data_provenance,
     is_large_run,
@@ -64,6 +65,7 @@ from mongotorch.train import (
     trainer_and_model,
 )
 
+Document = Mapping[str, Any]
 _log = logging.getLogger("mongotorch.jobs")
 # Of the trainer, where they cannot be stored.
 _LEFT_OUT: Final = ("optimizer_state", "metric_values", "training_state")
@@ -71,6 +73,7 @@ _CHECK_S: Final = 0.5  # how long a large select is checked before a run that do
 _FIRST_PAUSE_S: Final = 0.1  # before a publication is tried again; each pause is twice as long as the one before
 _LONGEST_PAUSE_S: Final = 5.0
 _STOPPED: Final = "stopped"  # in the record of a checkpoint: whether the run was ended before its last step
+_SCORES: Final = "scores"  # in the state of a checkpoint
 _NAMESPACE: Final = uuids.UUID("a3f4c1de-6a0f-4b0e-9d0c-2f1f5e7f8b11")
 
 
@@ -86,6 +89,7 @@ class TrainingResult:
         keep: Writes a checkpoint from which a later attempt can publish it.
         close: Lets go of what the run has held for its publication.
         is_stopped: Whether somebody ended the run before its last step.
+        scores: What the ranks have measured of it for a verdict; None where they have not.
     """
 
     trained: Trained
@@ -94,6 +98,7 @@ class TrainingResult:
     keep: Callable[[], None]
     close: Callable[[], None]
     is_stopped: bool = False
+    scores: Document | None = None
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
@@ -111,7 +116,7 @@ class RankStarter(Protocol):
     def needed(self, lanes: Lanes, *, device: Callable[[], str]) -> int | None:
         """How many a run gets; None where it runs in the calling process."""
 
-    def run(self, job: Mapping[str, Any], lanes: Lanes, lease: Lease, *, workers: int, device: str) -> None:
+    def run(self, job: Document, lanes: Lanes, lease: Lease, *, workers: int, device: str) -> None:
         """Run the ranks of a claimed job, and return when they have ended: the last checkpoint has the result."""
 
 
@@ -120,19 +125,19 @@ class RankStarter(Protocol):
 class _Run:
     """What is known of a run before its first step."""
 
-    job: Mapping[str, Any]
+    job: Document
     recipe: TrainingRecipe
     data: DataProvenance | PendingProvenance
-    origin: Mapping[str, Any]
+    origin: Document
     stored: Mapping[str, StoredFields]
 
-    def kept(self, *, over: bool = False) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    def kept(self, *, over: bool = False) -> tuple[dict[str, Any], Document]:
         """The record that all checkpoints keep, and the blobs that it names."""
         record, blobs = self._data_kept(over=over)
         return {"origin": dict(self.origin), **record}, blobs
 
     @functools.cached_property
-    def _data_kept(self) -> Callable[..., tuple[dict[str, Any], Mapping[str, Any]]]:
+    def _data_kept(self) -> Callable[..., tuple[dict[str, Any], Document]]:
         return functools.cache(self.data.kept)
 
 
@@ -168,7 +173,7 @@ class TrainingRun:
         self._jobs, self._metric_log, self._ranks = jobs, metric_log, ranks
         self._checkpoints = RunCheckpoints(checkpoints, catalog.blobs, catalog.codecs)
 
-    def run(self, job: Mapping[str, Any], lease: Lease) -> str:
+    def run(self, job: Document, lease: Lease) -> str:
         """Train the component that a job names, and publish it.
 
         Args:
@@ -191,29 +196,29 @@ class TrainingRun:
         self.drop_checkpoints(job)
         return str(published["_id"])
 
-    def recipe(self, job: Mapping[str, Any]) -> TrainingRecipe:
+    def recipe(self, job: Document) -> TrainingRecipe:
         """What the job of a trainer trains."""
         component, documents = self.catalog.load_with_documents(job["component"])
         trainer, model = trainer_and_model(component)
         return TrainingRecipe(trainer=trainer, model=model, documents=documents)
 
-    def published(self, job: Mapping[str, Any]) -> dict[str, Any] | None:
+    def published(self, job: Document) -> dict[str, Any] | None:
         """The model's document that an earlier attempt of a job has published; None where none has."""
         return self.catalog.components.of_job(job["_id"])
 
-    def origin(self, job: Mapping[str, Any]) -> dict[str, Any] | None:
+    def origin(self, job: Document) -> dict[str, Any] | None:
         """The `origin` of the recipe that a job resumes; None where it starts from the beginning."""
         run = self._checkpoints.run(job["_id"])
         return None if run is None else run.get("origin", {})
 
-    def drop_checkpoints(self, job: Mapping[str, Any]) -> None:
+    def drop_checkpoints(self, job: Document) -> None:
         """Drop the checkpoints of a job that has published; where that fails, garbage collection does it."""
         try:
             self._checkpoints.drop(job)
         except Exception as error:  # noqa: BLE001 - what was published is not a failure
             _log.warning("the checkpoints of job %s could not be dropped: %s", job["_id"], redact(str(error)))
 
-    def train(self, recipe: TrainingRecipe, job: Mapping[str, Any], lease: Lease) -> TrainingResult:
+    def train(self, recipe: TrainingRecipe, job: Document, lease: Lease) -> TrainingResult:
         """Train a recipe for a job, from its newest checkpoint if it has one.
 
         Args:
@@ -251,7 +256,13 @@ class TrainingRun:
         return result
 
     def train_rank(
-        self, recipe: TrainingRecipe, job: Mapping[str, Any], group: Group, lease: Lease | None
+        self,
+        recipe: TrainingRecipe,
+        job: Document,
+        group: Group,
+        lease: Lease | None,
+        *,
+        score: Callable[[RunData], Document | None] | None = None,
     ) -> None:
         """Be one rank of the run of a claimed job: it ends with a checkpoint, which its claimant publishes.
 
@@ -260,6 +271,8 @@ class TrainingRun:
             job: The claimed job document.
             group: All ranks.
             lease: What rank 0 holds; None on the others.
+            score: Measures what is published, which is in the recipe's model then, on all ranks together; its
+                claimant gets that as `scores`. None measures nothing.
 
         Raises:
             JobReleasedError: The worker of the job has to stop; a checkpoint was written.
@@ -282,12 +295,18 @@ class TrainingRun:
         with self._opened(run, state, group=group) as fit:
             if lease is not None:
                 progress, recorder = self._observe(run, fit, state, lease)
-                self._save(run, recorder, fit.capture(), over=True, is_stopped=progress.has_stopped)
+                keep = functools.partial(self._save, run, recorder, over=True, is_stopped=progress.has_stopped)
+                keep(last := fit.capture())  # before it is scored: a rank may be killed meanwhile
+            else:
+                if state is None:
+                    fit.check()
+                observe(fit, [])
+            if score is None:
                 return
-            if state is None:
-                fit.check()
-            for _ in fit.run():
-                pass
+            fit.trained()
+        scores = score(data)  # behind the streams of the run, which may hold all documents
+        if lease is not None and scores is not None:
+            keep({**last, _SCORES: scores})
 
     def _workers(self, recipe: TrainingRecipe) -> int | None:
         """How many ranks a run gets; None where it runs in this process."""
@@ -296,10 +315,10 @@ class TrainingRun:
             return None
         return self._ranks.needed(lanes, device=lambda: recipe.device_type)
 
-    def _opened(self, run: _Run, state: Mapping[str, Any] | None, **group: Group) -> AbstractContextManager[Fit]:
+    def _opened(self, run: _Run, state: Document | None, **group: Group) -> AbstractContextManager[Fit]:
         return opened_fit(run.recipe, self._connection, self._settings, data=run.data, state=state, **group)
 
-    def _trained(self, run: _Run, state: Mapping[str, Any] | None, lease: Lease) -> TrainingResult:
+    def _trained(self, run: _Run, state: Document | None, lease: Lease) -> TrainingResult:
         """Train in this process."""
         with self._opened(run, state) as fit:
             progress, recorder = self._observe(run, fit, state, lease)
@@ -321,7 +340,7 @@ class TrainingRun:
         )
 
     def _observe(
-        self, run: _Run, fit: Fit, state: Mapping[str, Any] | None, lease: Lease
+        self, run: _Run, fit: Fit, state: Document | None, lease: Lease
     ) -> tuple[JobProgress, MetricRecorder]:
         """Train to the end, with all that observes a run."""
         job, trainer, limit = run.job, run.recipe.trainer, shown_limit(fit.most_steps)
@@ -356,13 +375,7 @@ class TrainingRun:
         return progress, recorder
 
     def _save(
-        self,
-        run: _Run,
-        recorder: MetricRecorder,
-        state: Mapping[str, Any],
-        *,
-        over: bool = False,
-        is_stopped: bool = False,
+        self, run: _Run, recorder: MetricRecorder, state: Document, *, over: bool = False, is_stopped: bool = False
     ) -> None:
         recorder.flush()  # what was measured before a checkpoint is not measured again after it
         record, blobs = run.kept(over=over)
@@ -397,11 +410,12 @@ class TrainingRun:
             keep=lambda: None,  # the checkpoint is there
             close=run.data.close,
             is_stopped=bool(resumed.run.get(_STOPPED)),
+            scores=(resumed.state or {}).get(_SCORES),
         )
 
     def _data(
         self, recipe: TrainingRecipe, resumed: Resumed | None, *, waits: bool
-    ) -> tuple[DataProvenance | PendingProvenance, Mapping[str, Any]]:
+    ) -> tuple[DataProvenance | PendingProvenance, Document]:
         """The provenance of a run's data, and what its recipe was made of; refuses what cannot be trained on.
 
         Args:
@@ -409,10 +423,8 @@ class TrainingRun:
             resumed: What it goes on from.
             waits: Whether the documents are scanned before the first step, however many they are.
         """
-        database, large = (
-            self._connection.database,
-            not waits and is_large_run(recipe, self._connection, self._settings),
-        )
+        database = self._connection.database
+        large = not waits and is_large_run(recipe, self._connection, self._settings)
         is_checked = recipe.check(database, seconds=_CHECK_S if large else None)
         if resumed is not None:
             return DataProvenance.resumed(resumed.run, resumed.blobs), resumed.run.get("origin", {})
@@ -427,7 +439,7 @@ class TrainingRun:
             recipe.check(database)
         return data_provenance(recipe, self._connection, self._settings, before=before()), recipe.origin
 
-    def _end_if_stopped(self, job: Mapping[str, Any], *, is_stopped: bool, is_begun: bool) -> None:
+    def _end_if_stopped(self, job: Document, *, is_stopped: bool, is_begun: bool) -> None:
         """Cancel a job that was asked to end before its first step. Raises: JobCancelledError if it was."""
         if is_stopped and not is_begun:
             self._jobs.cancel(job["_id"])
@@ -446,11 +458,7 @@ class TrainingRun:
             return None
 
     def publish(
-        self,
-        job: Mapping[str, Any],
-        recipe: TrainingRecipe,
-        result: TrainingResult,
-        record: Mapping[str, Any] | None = None,
+        self, job: Document, recipe: TrainingRecipe, result: TrainingResult, record: Document | None = None
     ) -> dict[str, Any]:
         """Make the trained model visible, and its trainer with it; again where the database could not be reached.
 
@@ -481,12 +489,7 @@ class TrainingRun:
         raise AssertionError  # for the type checker
 
     def _publish_once(
-        self,
-        job: Mapping[str, Any],
-        recipe: TrainingRecipe,
-        result: TrainingResult,
-        record: Mapping[str, Any],
-        number: int,
+        self, job: Document, recipe: TrainingRecipe, result: TrainingResult, record: Document, number: int
     ) -> dict[str, Any]:
         model, trainer = _trained_pair(job, recipe, result.trained, number)
         records = {
@@ -505,8 +508,7 @@ class TrainingRun:
         }
         try:
             untrained = {name: getattr(recipe.trainer, name) for name in result.trained.fields}
-            given = {"untrained": untrained, "attempt": job["attempt"]}
-            published = self._publish(model, trainer, result, records, **given)
+            published = self._publish(model, trainer, result, records, untrained=untrained, attempt=job["attempt"])
         except ConflictError:
             first = self.published(job)  # an attempt that had lost its lease was faster
             if first is None:
@@ -521,9 +523,9 @@ class TrainingRun:
         model: TorchModel,
         trainer: TorchTrainer,
         result: TrainingResult,
-        records: Mapping[str, Mapping[str, Any]],
+        records: Mapping[str, Document],
         *,
-        untrained: Mapping[str, Any],
+        untrained: Document,
         attempt: int,
     ) -> dict[str, Any]:
         """Publish both; a field of the trainer that cannot be stored is published as it was, with a warning."""
@@ -553,7 +555,7 @@ class TrainingRun:
         raise AssertionError  # for the type checker
 
 
-def _record(job: Mapping[str, Any], parent: str, digest: str, trained: Trained) -> dict[str, Any]:
+def _record(job: Document, parent: str, digest: str, trained: Trained) -> dict[str, Any]:
     """The fields that the documents of both the model and the trainer have."""
     return {
         "source_digest": digest,
@@ -564,13 +566,13 @@ def _record(job: Mapping[str, Any], parent: str, digest: str, trained: Trained) 
     }
 
 
-def _is_first(job: Mapping[str, Any]) -> bool:
+def _is_first(job: Document) -> bool:
     """Whether no attempt was before: then nothing is published, and there is no checkpoint."""
     return bool(job["attempt"] == 1)
 
 
 def _trained_pair(
-    job: Mapping[str, Any], recipe: TrainingRecipe, trained: Trained, number: int
+    job: Document, recipe: TrainingRecipe, trained: Trained, number: int
 ) -> tuple[TorchModel, TorchTrainer]:
     """What a run publishes: the model, and the trainer with the state of its optimizer, each naming the other."""
     model = recipe.model.replace(
@@ -589,7 +591,7 @@ def _trained_pair(
     return model, trainer
 
 
-def _attempt_uuid(job: Mapping[str, Any], what: str, number: int) -> str:
+def _attempt_uuid(job: Document, what: str, number: int) -> str:
     """The uuid of what an attempt of a job publishes: the same whenever that attempt publishes it.
 
     A later try to publish, with a `number` above 0, has others: the trainer  may be stored already.

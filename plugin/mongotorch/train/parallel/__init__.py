@@ -3,7 +3,7 @@
 from mongotorch.train.parallel.group import Alone, Group, ProcessGroup, first_rank, portable, raise_first
 from mongotorch.train.parallel.lane_step import LaneStep, seed_generators
 from mongotorch.train.parallel.lanes import COMPUTE_OPTIONS, Lanes, check_compute, pinned_threads
-from mongotorch.train.parallel.validation import BatchMeasures, Dealt
+from mongotorch.train.parallel.validation import BatchMeasures, Dealt, in_order
 
 __all__ = [
     "COMPUTE_OPTIONS",
@@ -16,6 +16,7 @@ __all__ = [
     "ProcessGroup",
     "check_compute",
     "first_rank",
+    "in_order",
     "pinned_threads",
     "portable",
     "raise_first",

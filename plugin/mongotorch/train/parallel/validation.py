@@ -1,4 +1,4 @@
-"""Deals out the batches of a validation to the ranks of a group, and puts together what they measured.
+"""Deals out batches that are measured to the ranks of a group, and puts together what they measured.
 
 Guarantees: all ranks take in the same measures in the order of the batches, so that sums have the same bits on any
 number of ranks. What a batch draws belongs to (seed, step, set, batch). Where one rank fails, all raise its error.
@@ -7,9 +7,9 @@ number of ranks. What a batch draws belongs to (seed, step, set, batch). Where o
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, Protocol, final
+from typing import Any, Final, NamedTuple, Protocol, TypeVar, final
 
 import torch
 
@@ -18,6 +18,7 @@ from mongotorch.train.generators import waiting
 from mongotorch.train.parallel.group import Group, portable, raise_first
 from mongotorch.train.parallel.lane_step import seed_generators
 
+P = TypeVar("P")
 _EXCHANGED: Final = 16  # batches that a rank measures before the ranks exchange what they found
 
 
@@ -37,6 +38,10 @@ class BatchMeasures(NamedTuple):
     weight: float
     rows: int
     values: Any
+
+    def on_cpu(self) -> BatchMeasures:
+        """The same as something that another process can read."""
+        return self._replace(values=to_device(self.values, torch.device("cpu")))
 
 
 class Measuring(Protocol):
@@ -79,26 +84,45 @@ class Dealt:
             WorkerLostError: Another rank is gone.
             MongotorchError, Exception: What measuring raised, on this rank or on another one.
         """
-        running, numbers = iter(batches), itertools.count(self.group.rank, self.group.world)
-        while True:
-            parts, error = list[BatchMeasures](), None
-            try:
-                for batch in itertools.islice(running, _EXCHANGED):
-                    seed_generators(self.seed, self.step, name, next(numbers))
-                    parts.append(_on_cpu(measuring.measure(batch, rows(batches, batch))))
-            except Exception as raised:  # noqa: BLE001 - whatever it is, the other ranks have to hear of it
-                raised.add_note(f"in the validation of the set {name!r}")
-                error = raised
-            with waiting():
-                found = self.group.gather((parts, portable(error)))
-            raise_first(self.group, error, [one for _, one in found])
-            for part in itertools.chain(*itertools.zip_longest(*(each for each, _ in found))):
-                if part is not None:
-                    measuring.add(part)
-            if max(len(each) for each, _ in found) < _EXCHANGED:
-                return
+
+        def measure(batch: Any, number: int) -> BatchMeasures:
+            seed_generators(self.seed, self.step, name, number)
+            return measuring.measure(batch, rows(batches, batch)).on_cpu()
+
+        try:
+            for part in in_order(self.group, batches, measure):
+                measuring.add(part)
+        except Exception as error:
+            error.add_note(f"in the validation of the set {name!r}")
+            raise
 
 
-def _on_cpu(part: BatchMeasures) -> BatchMeasures:
-    """The same as something that another process can read."""
-    return part._replace(values=to_device(part.values, torch.device("cpu")))
+def in_order(group: Group, batches: Iterable[Any], measure: Callable[[Any, int], P]) -> Iterator[P]:
+    """What all ranks measure, on every rank in the order of the batches, of which number i is of rank i mod world.
+
+    Args:
+        group: The ranks; all of them iterate to the end.
+        batches: Those of this rank.
+        measure: From a batch of this rank and its number to something that another process can read.
+
+    Raises:
+        WorkerLostError: Another rank is gone.
+        Exception: What the batches or `measure` raised, on this rank or on another one.
+    """
+    # `iter` itself may raise too: inside of `try`.
+    running, numbers = itertools.chain.from_iterable([batches]), itertools.count(group.rank, group.world)
+    most = 1 if group.world == 1 else _EXCHANGED
+    while True:
+        parts, error = list[P](), None
+        try:
+            parts.extend(measure(batch, next(numbers)) for batch in itertools.islice(running, most))
+        except Exception as raised:  # noqa: BLE001 - whatever it is, the other ranks have to hear of it
+            error = raised
+        with waiting():
+            found = group.gather((parts, portable(error)))
+        raise_first(group, error, [one for _, one in found])
+        for part in itertools.chain(*itertools.zip_longest(*(each for each, _ in found))):
+            if part is not None:
+                yield part
+        if max(len(each) for each, _ in found) < most:
+            return
