@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -38,20 +39,42 @@ def of_mark(mark: str) -> dict[int, str]:
     return found
 
 
-def ports(pid: int | str = "self") -> set[int]:
-    """The TCP ports on which a process listens."""
-    listening: dict[str, int] = {}
+def runs(pid: int) -> bool:
+    """Whether a process runs."""
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def listening() -> dict[str, int]:
+    """The TCP ports on which somebody listens, by the names of the sockets."""
+    found: dict[str, int] = {}
     for table in ("tcp", "tcp6"):
         for line in (Path("/proc/net") / table).read_text().splitlines()[1:]:
             parts = line.split()
             if parts[3] == _LISTENS:
-                listening[f"socket:[{parts[9]}]"] = int(parts[1].rpartition(":")[2], 16)
-    held: set[int] = set()
+                found[f"socket:[{parts[9]}]"] = int(parts[1].rpartition(":")[2], 16)
+    return found
+
+
+def sockets(pid: int | str = "self") -> set[str]:
+    """The names of the sockets on which a process listens."""
+    return set(_held(pid, listening()))
+
+
+def ports(pid: int | str = "self") -> set[int]:
+    """The TCP ports on which a process listens."""
+    found = listening()
+    return {found[name] for name in _held(pid, found)}
+
+
+def _held(pid: int | str, names: Mapping[str, int]) -> list[str]:
+    held = []
     for file in Path(f"/proc/{pid}/fd").glob("*"):
-        try:
-            held.add(listening[str(file.readlink())])
-        except (OSError, KeyError):
-            continue
+        with contextlib.suppress(OSError):  # closed in the meantime
+            if (name := str(file.readlink())) in names:
+                held.append(name)
     return held
 
 

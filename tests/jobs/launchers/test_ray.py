@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tests import processes_left as left
 from tests import run_processes as runs
-from tests.services.training.test_ranks import trainer
+from tests.services.training.test_ranks import drivers, trainer
 
 from mongotorch import Datalayer
-from mongotorch.errors import MongotorchError, SettingError, UnsupportedError
+from mongotorch.errors import JobProcessError, MongotorchError, SettingError, UnsupportedError
 from mongotorch.jobs.launchers import Launcher, launcher_named
 from mongotorch.testing.launchers import LauncherSuite
 
@@ -169,6 +173,74 @@ def test_a_node_that_is_removed_in_mid_run_ends_the_attempt_and_the_next_one_goe
             assert db.show("model", "shared") == [0, 1]
     finally:
         nodes.close()
+
+
+class Paced:
+    """A callback that writes which process is a rank, and makes a run long enough to be killed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
+
+    def on_start(self, fit: Any) -> None:
+        (Path(self.folder) / f"{fit.rank}-{os.getpid()}").touch()
+
+    def on_step(self, fit: Any, event: Any) -> None:
+        if not (Path(self.folder) / "fast").exists():
+            time.sleep(0.2)
+
+
+def test_a_driver_that_is_killed_leaves_no_rank_and_no_port_and_the_next_attempt_goes_on(
+    nodes: TwoNodes, uri: str, tmp_path: Path
+) -> None:
+    settings = {**runs.SETTINGS, "compute": "local", "checkpoint_seconds": 0.0, "lease_s": 30.0}
+    with Datalayer.connect(uri, **settings) as db, runs.one_thread():
+        db["rows"].raw.drop()
+        runs.fill(db, 200)
+        alone = runs.weights(db.apply(trainer(db, "before", workers=1, steps=200)).result())
+    sockets: dict[int, set[str]] = {}  # on which a rank listens, by its process
+
+    def kill() -> None:
+        _wait_for_step(db, 5)
+        sockets.update({pid: left.sockets(pid) for pid in pids_in(tmp_path)})
+        (driver,) = drivers()
+        os.kill(driver, signal.SIGKILL)
+
+    with Datalayer.connect(uri, **{**settings, "compute": "ray"}) as db:
+        made = trainer(db, "driven", workers=(1, 2), steps=200, callbacks=(Paced(tmp_path),))
+        killing = threading.Thread(target=kill)
+        killing.start()
+        job = db.apply(made)
+        killing.join()
+        error = job.exception()
+        assert isinstance(error, JobProcessError), error
+        assert "was killed by SIGKILL" in str(error)
+        assert job.record["error"]["transient"]
+        assert db.show("model", "driven") == [0]
+        assert db["mt.checkpoints"].count() > 0
+        assert len(sockets) == 2
+        held = set.union(*sockets.values())
+        assert held, "ranks listen while they run"
+        left.wait_for(lambda: not any(map(left.runs, sockets)), lambda: f"they still run: {list(sockets)}")
+        left.wait_for(lambda: not held & left.listening().keys(), lambda: f"somebody listens on {held}")
+
+        left.wait_for(_are_free, lambda: "the nodes are not free")
+
+    (tmp_path / "fast").touch()
+    with Datalayer.connect(uri, **{**settings, "launcher": "local"}) as db, runs.one_thread():
+        again = db.apply(made)
+        assert runs.same(runs.weights(again.result()), alone)
+        assert again.record["attempt"] == 2
+        assert db.show("model", "driven") == [0, 1]
+
+
+def _are_free() -> bool:
+    with contextlib.suppress(SettingError):  # a busy machine does not answer in time
+        return launcher_named("ray").free({}, device="cpu") == 4
+    return False
+
+
+def pids_in(folder: Path) -> list[int]:
+    return [int(path.name.partition("-")[2]) for path in folder.glob("*-*")]
 
 
 def _wait_for_step(db: Datalayer, step: int) -> None:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,10 @@ import warnings
 from pathlib import Path
 
 import pytest
+from tests import processes_left as left
+from tests.services.training.test_ranks import drivers
 
+from mongotorch.errors import JobProcessError
 from mongotorch.jobs.launchers import Launcher, launcher_named
 from mongotorch.testing.launchers import ProcessLauncherSuite
 
@@ -54,6 +58,19 @@ class TestTorchrun(ProcessLauncherSuite):
             path.name for path in own.iterdir() if "mongotorch" in path.name or "torchelastic" in path.name
         ] == []
         assert os.environ.get("RANK") is None
+
+    def test_a_driver_that_is_killed_leaves_no_rank(self, launcher: Launcher, tmp_path: Path) -> None:
+        ranks: list[int] = []
+
+        def kill() -> None:
+            if not ranks and len(list(tmp_path.iterdir())) == self.workers:
+                ranks.extend(int(path.read_text()) for path in tmp_path.iterdir())
+                (driver,) = drivers()
+                os.kill(driver, signal.SIGKILL)
+
+        with pytest.raises(JobProcessError, match="the process that watches the ranks was killed by SIGKILL"):
+            self.run(launcher, "wait", tmp_path, kill)
+        left.wait_for(lambda: not any(map(left.runs, ranks)), lambda: f"they still run: {ranks}")
 
 
 RANKS = """

@@ -27,6 +27,21 @@ def trainer(db: Datalayer, name: str, *, workers: Any, steps: int = 60, **change
 
 def ranks_of(job_id: str = "") -> list[int]:
     """The processes that run ranks for this one."""
+    children = _children()
+
+    def below(pid: int) -> list[int]:
+        return [found for child in children.get(pid, []) for found in (child, *below(child))]
+
+    return [pid for driver in drivers() for pid in below(driver)]
+
+
+def drivers() -> list[int]:
+    """The processes that watch ranks for this one."""
+    return [pid for pid in _children().get(os.getpid(), []) if b"drive_ranks" in _command(pid)]
+
+
+def _children() -> dict[int, list[int]]:
+    """The children of each process."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -34,15 +49,7 @@ def ranks_of(job_id: str = "") -> list[int]:
         except OSError:
             continue
         children.setdefault(parent, []).append(pid)
-
-    def below(pid: int) -> list[int]:
-        return [found for child in children.get(pid, []) for found in (child, *below(child))]
-
-    return [pid for driver in children.get(os.getpid(), []) if _is_driver(driver) for pid in below(driver)]
-
-
-def _is_driver(pid: int) -> bool:
-    return b"drive_ranks" in _command(pid)
+    return children
 
 
 def _command(pid: int) -> bytes:
