@@ -108,6 +108,7 @@ def test_the_verdict_has_the_bits_of_one_process_also_where_a_rank_is_killed_whi
     shared = judged(db, "shared", tmp_path / "shared", workers=2)
     assert verdict(shared) == verdict(alone)
     assert seen(tmp_path / "shared") == {"0", "1"}
+    assert (alone["compute"]["workers"], shared["compute"]["workers"]) == (1, 2)
     assert db["mt.checkpoints"].count() == 0
 
     # And where the next attempt has to judge what was trained.

@@ -121,6 +121,7 @@ def test_two_ranks_of_which_one_is_killed_and_that_go_on_give_the_bits_of_one_pr
         assert again.record["attempt"] == 2
         assert again.progress["step"] == 60
         assert db.show("model", "shared") == [0, 1]
+        assert db.show("model", "shared", 1)["compute"]["workers"] == 2
         assert db["mt.checkpoints"].count() == 0
         kinds = {row.kind for row in again.metrics.rows}
         assert kinds == {"train", "valid"}

@@ -67,13 +67,11 @@ from mongotorch.train import (
 
 Document = Mapping[str, Any]
 _log = logging.getLogger("mongotorch.jobs")
-# Of the trainer, where they cannot be stored.
-_LEFT_OUT: Final = ("optimizer_state", "metric_values", "training_state")
+_LEFT_OUT: Final = ("optimizer_state", "metric_values", "training_state")  # where they cannot be stored
 _CHECK_S: Final = 0.5  # how long a large select is checked before a run that does so in the background too
-_FIRST_PAUSE_S: Final = 0.1  # before a publication is tried again; each pause is twice as long as the one before
-_LONGEST_PAUSE_S: Final = 5.0
+_PAUSES_S: Final = (0.1, 5.0)  # before a publication is tried again: the first, doubled each time, and the longest
 _STOPPED: Final = "stopped"  # in the record of a checkpoint: whether the run was ended before its last step
-_SCORES: Final = "scores"  # in the state of a checkpoint
+_SCORES, _WORKERS = "scores", "workers"  # in the state of a checkpoint that ranks have written at the end
 _NAMESPACE: Final = uuids.UUID("a3f4c1de-6a0f-4b0e-9d0c-2f1f5e7f8b11")
 
 
@@ -296,7 +294,7 @@ class TrainingRun:
             if lease is not None:
                 progress, recorder = self._observe(run, fit, state, lease)
                 keep = functools.partial(self._save, run, recorder, over=True, is_stopped=progress.has_stopped)
-                keep(last := fit.capture())  # before it is scored: a rank may be killed meanwhile
+                keep(last := {**fit.capture(), _WORKERS: group.world})  # a rank may be killed while it scores
             else:
                 if state is None:
                     fit.check()
@@ -403,14 +401,16 @@ class TrainingRun:
                 raise AssertionError
             trained = fit.trained()
             lease.check()
+        state = resumed.state or {}
+        compute = trained.compute and {**trained.compute, _WORKERS: state.get(_WORKERS, 1)}
         return TrainingResult(
-            trained=trained,
+            trained=dataclasses.replace(trained, compute=compute),
             data=run.data.result(lease.check),
             stored=run.stored,
             keep=lambda: None,  # the checkpoint is there
             close=run.data.close,
             is_stopped=bool(resumed.run.get(_STOPPED)),
-            scores=(resumed.state or {}).get(_SCORES),
+            scores=state.get(_SCORES),
         )
 
     def _data(
@@ -476,7 +476,7 @@ class TrainingRun:
             CodecError: A field cannot be stored; nothing was published.
             ServerUnavailableError: The database could not be reached for `read_deadline_s`.
         """
-        deadline, wait_s = time.monotonic() + self._settings.read_deadline_s, _FIRST_PAUSE_S
+        deadline, wait_s = time.monotonic() + self._settings.read_deadline_s, _PAUSES_S[0]
         for number in itertools.count():
             try:
                 return self._publish_once(job, recipe, result, record or {}, number)
@@ -485,7 +485,7 @@ class TrainingRun:
                     raise
                 _log.warning("job %s could not publish, and tries again: %s", job["_id"], error)
                 time.sleep(wait_s)
-                wait_s = min(2 * wait_s, _LONGEST_PAUSE_S)
+                wait_s = min(2 * wait_s, _PAUSES_S[1])
         raise AssertionError  # for the type checker
 
     def _publish_once(
