@@ -339,13 +339,13 @@ class _Graph:
         """Add the fields that versions have predicted; behind the alias by which a version was chosen."""
         generations = {node["id"]: node["generation"] for node in self.nodes}
         for record in records:
-            uuid, told = _text(record, "uuid") or "", _prediction(record)
+            uuid, made = _text(record, "uuid") or "", _prediction(record)
             if uuid not in generations:
                 continue
             node, alias = f"predictions {record.get('_id')}", f"alias {uuid} {_text(record, 'alias')}"
-            counted = f"{told['written']:,} written in {told['runs']:,} {'run' if told['runs'] == 1 else 'runs'}"
-            lines = [counted, *(told[name] for name in ("status", "changed", "select", "error"))]
-            title, collection = f"{told['collection']}.{told['into']}", told["collection"]
+            counted = f"{made['written']:,} written in {made['runs']:,} {'run' if made['runs'] == 1 else 'runs'}"
+            lines = [counted, *(made[name] for name in ("status", "changed", "select", "error"))]
+            title, collection = f"{made['collection']}.{made['into']}", made["collection"]
             self._add(node, "predictions", generations[uuid], title, lines, collection=collection)
             self.edges.append([alias if alias in generations else uuid, node])
 
