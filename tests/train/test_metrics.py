@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mongotorch import Dataset, Metric, Query, TorchModel, TorchTrainer, Validation
 from mongotorch.errors import EmptyFoldError, NonFiniteLossError, ParameterError
 from mongotorch.train import evaluate
+from mongotorch.train.evaluation import try_first_batch
 
 SIZES = (16, 16, 16, 5)  # a last short batch
 CPU = torch.device("cpu")
@@ -31,15 +32,18 @@ def whole() -> tuple[Tensor, Tensor]:
     return torch.randn(sum(SIZES), 4, generator=drawn), torch.randint(3, (sum(SIZES),), generator=drawn)
 
 
-def measured(sets: dict[str, list[Any]], *metrics: Metric, **given: Any) -> dict[str, float]:
-    cls = given.pop("cls", TorchTrainer)
-    module = given.pop("module", None) or net()
+def trainer_of_tensors(cls: type[TorchTrainer] = TorchTrainer, **given: Any) -> TorchTrainer:
     usual: dict[str, Any] = {
         "key": ("x", "y"),
         "select": Query.find("c"),
         "objective": nn.functional.cross_entropy,
     }
-    return evaluate(cls("t", **{**usual, **given}), TorchModel("m", object=module), sets, metrics, CPU)
+    return cls("t", **{**usual, **given})
+
+
+def measured(sets: dict[str, list[Any]], *metrics: Metric, **given: Any) -> dict[str, float]:
+    module = given.pop("module", None) or net()
+    return evaluate(trainer_of_tensors(**given), TorchModel("m", object=module), sets, metrics, CPU)
 
 
 def batches(whole: tuple[Tensor, Tensor]) -> list[Any]:
@@ -104,6 +108,18 @@ def test_a_set_without_a_batch_is_an_error_that_names_it() -> None:
         measured({"": []})
     with pytest.raises(EmptyFoldError, match="hard"):
         measured({"hard": []})
+
+
+def test_a_set_whose_first_batch_was_tried_begins_with_its_first_epoch(whole: tuple[Tensor, Tensor]) -> None:
+    class Shuffled(list[Any]):
+        epoch = 7
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+    tried = Shuffled(batches(whole))
+    try_first_batch(trainer_of_tensors(), TorchModel("m", object=net()), {"": tried}, (), CPU)
+    assert tried.epoch == 0
 
 
 def test_an_objective_that_is_not_finite_is_an_error(whole: tuple[Tensor, Tensor]) -> None:
