@@ -151,6 +151,7 @@ def test_items_that_make_no_batch_are_refused() -> None:
         ({"trainer": len}, "trainer"),
         ({"validation": []}, "validation"),
         ({"preferred_devices": ("quantum",)}, "preferred_devices"),
+        ({"preferred_devices": ("meta",)}, "preferred_devices"),  # which torch knows, and which computes nothing
         ({"preferred_devices": ()}, "preferred_devices"),
     ],
 )
