@@ -219,6 +219,15 @@ def test_documents_count_as_the_objective_weighs_them(objective: Any) -> None:
     assert found.values["objective"] == pytest.approx(whole, rel=1e-5)
 
 
+def test_documents_with_a_probability_for_each_class_all_count() -> None:
+    likely = torch.softmax(torch.randn(24, 3, generator=torch.Generator().manual_seed(2)), dim=1)
+    found = scored(
+        nn.CrossEntropyLoss(), batches=[(X[at : at + 10], likely[at : at + 10]) for at in range(0, 24, 10)]
+    )
+    assert (found.unit, found.weights) == ("documents", (1.0,) * 24)
+    assert found.values["objective"] == pytest.approx(entropy(net()(X), likely).item(), rel=1e-5)
+
+
 def test_batches_and_documents_of_which_nothing_counts_are_no_part() -> None:
     ignored = [(X[:4], torch.full((4,), -100)), *BATCHES]
     assert len(scored(entropy, batches=ignored).losses) == 24

@@ -276,6 +276,16 @@ def test_shards_are_disjoint_and_take_equal_steps(documents: Any, make: Make) ->
     assert len(together) == len(set(together)) > COUNT - 4
 
 
+@pytest.mark.parametrize("shard_by", ["rows", "batches"])
+@pytest.mark.parametrize(("batch_size", "drop_last"), [(500, False), (500, True), (300, False)])
+def test_a_shard_is_as_long_as_it_says(
+    documents: Any, make: Make, shard_by: str, batch_size: int, drop_last: bool
+) -> None:
+    for rank in range(2):
+        shard = make(shard=(rank, 2), shard_by=shard_by, batch_size=batch_size, drop_last=drop_last)
+        assert len(shard) == len(list(shard))
+
+
 def test_workers_of_a_users_loader_take_turns_in_the_same_batches(documents: Any, make: Make) -> None:
     expected = list(make(shuffle=True))
     loader = DataLoader(make(shuffle=True), batch_size=None, num_workers=2)
