@@ -133,6 +133,20 @@ def test_results_come_in_order_from_several_threads_and_never_too_many() -> None
     assert list(heavy) == [4, 5, 6, 7, 8]
 
 
+def test_results_ahead_stay_within_their_bytes_once_one_is_known() -> None:
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        for n in range(20):
+            taken.append(n)
+            yield n
+
+    results = map_ordered(lambda n: n, items(), threads=2, most=4, most_bytes=30, weigh=lambda _: 10)
+    assert next(results) == 0
+    for n in results:
+        assert len(taken) - (n + 1) <= 3
+
+
 def test_while_nobody_waits_one_item_is_worked_on_after_the_other() -> None:
     working = threading.Semaphore(1)
 
