@@ -110,6 +110,21 @@ class Sparing(nn.Module):
         return found + self.two(x).clamp(min=0.0) if x[0, 0] > 0.8 else found
 
 
+class OddBuffers(nn.Module):
+    """It has a buffer that is None, and one whose elements are one in memory, which nothing changes in place."""
+
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.last = nn.InstanceNorm1d(1), nn.Linear(8, 3)
+        self.register_buffer("scale", torch.full((1,), 0.5).expand(8), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.last(self.norm(x[:, None])[:, 0] * self.scale)
+        return found
+
+
 IGNORING = functools.partial(nn.functional.cross_entropy, ignore_index=0)
 
 
@@ -177,6 +192,7 @@ RECIPES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
         Sparing,
         {"optimizer_cls": "SGD", "optimizer_kwargs": {"lr": 0.1, "momentum": 0.9}},
     ),
+    "odd buffers": (OddBuffers, {"optimizer_kwargs": {"lr": 0.01}}),
     "own methods, a callback": (mlp, {"cls": Own, "callbacks": Halves}),
     "some targets are left out": (mlp, {"objective": IGNORING, "optimizer_kwargs": {"lr": 0.01}}),
     "stops early, plateau": (

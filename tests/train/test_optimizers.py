@@ -10,7 +10,7 @@ from tests.helpers import net, same
 from torch import nn
 
 from mongotorch.errors import OptimizerError
-from mongotorch.train.optimizers import load_state, make_optimizer, optimizer_class, state_of
+from mongotorch.train.optimizers import load_state, make_optimizer, optimizer_class, optimizer_name, state_of
 
 
 def stepped(name: str, steps: int = 3, **options: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -23,8 +23,14 @@ def stepped(name: str, steps: int = 3, **options: Any) -> tuple[nn.Module, torch
     return module, optimizer
 
 
+class SGD(torch.optim.SGD):
+    """Its name is that of one of torch's."""
+
+
 def test_a_class_from_elsewhere_is_found_by_its_module() -> None:
     assert optimizer_class("torch.optim.sgd:SGD") is torch.optim.SGD
+    assert optimizer_class(optimizer_name(SGD)) is SGD
+    assert optimizer_name(torch.optim.SGD) == "SGD"
 
 
 @pytest.mark.parametrize(("name", "options"), [("Adam", {}), ("SGD", {"momentum": 0.9}), ("SGD", {})])
