@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader
 import mongotorch
 from mongotorch import Datalayer
 from mongotorch.data import Stream, StreamSpec, assign_folds, check_select, fold_of
-from mongotorch.data.stream import windows
+from mongotorch.data.stream import cache, windows
 from mongotorch.errors import (
     DataError,
     EmptyFoldError,
@@ -308,6 +309,19 @@ def test_a_download_is_read_once_and_again_after_a_change(documents: Any, make: 
     assert (again.st_ino, again.st_mtime_ns) == (cached.st_ino, cached.st_mtime_ns)
     documents.delete_many({"y": 5})
     assert 5 not in labels(list(make(mode="download", shuffle=True)))
+
+
+def test_a_download_that_another_process_has_finished_meanwhile_is_used(
+    documents: Any, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = cache._rename
+
+    def rename_after_another(building: Path, target: Path) -> None:
+        shutil.copytree(building, target)
+        rename(building, target)
+
+    monkeypatch.setattr(cache, "_rename", rename_after_another)
+    assert same(list(make(mode="download", shuffle=True)), list(make(shuffle=True)))
 
 
 @pytest.mark.parametrize("query", QUERIES)
