@@ -118,3 +118,8 @@ def test_markers_of_one_kind_mean_nothing_to_the_other() -> None:
     assert ids.behind(str(ranks.before(2))) is None
     assert IdMarkers(build(["x" * 1000])).before(1) is None
     assert ids.before(0) is None
+
+
+def test_a_marker_counts_only_where_its_document_comes_again() -> None:
+    markers = [IdMarkers(build([1, 2, 2, 2, 300])).before(row) or "" for row in range(1, 6)]
+    assert [marker.partition(".")[2] for marker in markers] == ["", "1", "2", "", ""]
