@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -10,7 +11,14 @@ from tests.helpers import net, same
 from torch import nn
 
 from mongotorch.errors import OptimizerError
-from mongotorch.train.optimizers import load_state, make_optimizer, optimizer_class, optimizer_name, state_of
+from mongotorch.train.optimizers import (
+    Contained,
+    load_state,
+    make_optimizer,
+    optimizer_class,
+    optimizer_name,
+    state_of,
+)
 
 
 def stepped(name: str, steps: int = 3, **options: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -79,3 +87,9 @@ def test_a_state_of_other_shapes_is_refused_before_a_step() -> None:
 
     with pytest.raises(OptimizerError, match="start anew"):
         load_state([other], state_of([stepped("Adam")[1]]))
+
+
+def test_a_parameter_that_an_objective_holds_twice_is_one() -> None:
+    first, second, third = (nn.Parameter(torch.ones(size)) for size in ((), (2,), ()))
+    found = Contained(functools.partial(max, first, second, third, first)).parameters().values()
+    assert [*map(id, found)] == [id(first), id(second), id(third)]
