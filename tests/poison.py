@@ -18,6 +18,11 @@ def good(output: Tensor, target: Tensor) -> Tensor:
     return nn.functional.cross_entropy(output, target)
 
 
+def slow(output: Tensor, target: Tensor) -> Tensor:
+    time.sleep(0.4)
+    return good(output, target)
+
+
 def exits_with_0(output: Tensor, target: Tensor) -> Tensor:
     os._exit(0)
 

@@ -17,6 +17,9 @@ from tests import poison
 from tests.helpers import fill, model, trainer
 
 from mongotorch import Datalayer, TorchTrainer
+from mongotorch.errors import ServerUnavailableError
+from mongotorch.services.training.job_runner import JobRunner
+from mongotorch.worker import Supervisor
 
 pytestmark = pytest.mark.fault
 ROOT = Path(__file__).parents[2]
@@ -160,6 +163,20 @@ def test_a_worker_that_is_killed_takes_its_processes_along(server_uri: str, tmp_
         process.wait()
         assert len(seen) >= 2
         wait_until(lambda: not alive(seen), 10)
+
+
+def test_a_run_goes_on_while_nobody_can_say_whether_it_holds_its_job(
+    server_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: Any) -> bool:
+        raise ServerUnavailableError("the database is away")
+
+    with Datalayer.connect(server_uri, compute="queue", progress=False, stop_grace_s=0.1) as db:
+        fill(db)
+        job = db.apply(bad(db, poison.slow, "slow", max_iterations=12))  # the worker looks at it each second
+        monkeypatch.setattr(JobRunner, "holds", away)  # in this process, and not in that of the run
+        assert Supervisor(db).run("once").failed == 0
+        assert (job.status, job.record["attempt"]) == ("succeeded", 1)
 
 
 def test_the_exit_code_says_whether_an_attempt_failed(server_uri: str, tmp_path: Path) -> None:
