@@ -26,8 +26,8 @@ def batches(db: Datalayer, query: Any, **given: Any) -> list[Any]:
 
 
 def late_float(count: int = 2200) -> list[Any]:
-    """Integers, and floats only behind the first 2,000."""
-    return [[n, n % 7] if n < 2000 else [n / 3, n % 7] for n in range(count)]
+    """Integers, and floats only behind the first 2,100: more than the documents at one end that decide."""
+    return [[n, n % 7] if n < 2100 else [n / 3, n % 7] for n in range(count)]
 
 
 @pytest.mark.parametrize("options", [{}, {"prefetch_size": 10_000}, {"in_memory": True}, {"download": True}])
@@ -58,6 +58,12 @@ def test_floats_in_one_fold_only_make_floats_of_both(db: Datalayer) -> None:
     for fold in ("train", "valid"):
         found = batches(db, db["numbers"].find().fold(fold))
         assert {x.dtype for x, _ in found} == {torch.float32}, fold
+
+
+def test_only_documents_within_a_limit_decide(db: Datalayer) -> None:
+    query = fill(db, [*[0.5] * 100, *range(100)])
+    for limited in (query.sort("_id", -1).limit(50), query.sort("_id").skip(150)):
+        assert {x.dtype for x, _ in batches(db, limited)} == {torch.int64}
 
 
 def test_a_transform_gets_the_numbers_of_the_run(db: Datalayer) -> None:
