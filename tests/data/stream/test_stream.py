@@ -424,6 +424,12 @@ def test_a_last_short_batch_is_kept_or_dropped(documents: Any, make: Make) -> No
         list(make(batch_size=5000, drop_last=True))
 
 
+def test_a_select_with_a_limit_or_a_skip_is_as_long_as_it_says(documents: Any, make: Make) -> None:
+    for query, rows in ((SELECT.sort("y", -1).limit(7), 7), (SELECT.sort("y").skip(COUNT - 5), 5)):
+        stream = make(query=query, batch_size=1)
+        assert len(stream) == len(list(stream)) == rows
+
+
 def test_an_iteration_can_be_left_and_closed(documents: Any, make: Make) -> None:
     stream = make(data_prefetch=True, loader={"num_workers": 0})
     next(iter(stream))
