@@ -18,6 +18,7 @@ from torch import Tensor
 from mongotorch import Always, Better, Datalayer, Every, Query, Schedule, TorchModel, Worker
 from mongotorch.services.schedules.retraining import Retraining
 from mongotorch.services.training.recipe import data_provenance
+from mongotorch.services.versions.promotion import Promoter
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -320,20 +321,23 @@ def test_a_resumed_run_starts_where_it_began_whatever_went_live_meanwhile(db: Da
     assert len(Recorder.steps) == 15, "the step that was made is not made again"
 
 
+@pytest.mark.parametrize("looked", [False, True])
 def test_a_promotion_is_refused_when_another_version_went_live_after_the_verdict(
-    db: Datalayer, monkeypatch: pytest.MonkeyPatch
+    db: Datalayer, monkeypatch: pytest.MonkeyPatch, looked: bool
 ) -> None:
     fill(db)
     db.apply(scheduled(db, db[COLLECTION].find(), gate=Always()))
     db.fire("s")
     Worker(db).run(until_idle=True)
-    promote = Retraining._promote
+    cls, name = (Promoter, "promote") if looked else (Retraining, "_promote")
+    promote = getattr(cls, name)
 
-    def too_late(self: Retraining, published: Any, **given: Any) -> str | None:
-        db.promote("model", "m", 0, why="by hand, meanwhile")
-        return promote(self, published, **given)
+    def too_late(self: Any, *args: Any, **given: Any) -> Any:
+        if given.get("job") is not None:  # the run itself, which has looked at what is live, or not yet
+            db.promote("model", "m", 0, why="by hand, meanwhile")
+        return promote(self, *args, **given)
 
-    monkeypatch.setattr(Retraining, "_promote", too_late)
+    monkeypatch.setattr(cls, name, too_late)
     job = db.fire("s")
     Worker(db).run(until_idle=True)
     version = job.result(timeout=5).version
@@ -342,7 +346,7 @@ def test_a_promotion_is_refused_when_another_version_went_live_after_the_verdict
     assert db.load("model", "m").version == 0, "what a person made live stays live"
     outcome = db.schedules()[0]["outcome"]
     assert not outcome["promoted"]
-    assert "is live by now" in outcome["why"]
+    assert ("moved" if looked else "is live by now") in outcome["why"]
     assert [move.to_version for move in db.history("model", "m")][-1] == 0
 
 
