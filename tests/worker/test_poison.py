@@ -34,7 +34,8 @@ def bad(db: Datalayer, objective: Callable[..., Any], name: str, **given: Any) -
 
 def worker(uri: str, log: Path, *options: str, **environment: str) -> subprocess.Popen[bytes]:
     """A worker command, which writes into a file: a pipe that nobody reads would stop it."""
-    own = {"MONGOTORCH_URI": uri, "MONGOTORCH_STOP_GRACE_S": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    own = {"MONGOTORCH_URI": uri, "MONGOTORCH_STOP_GRACE_S": "1", "OMP_NUM_THREADS": "1"}
+    own["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "plugin")])  # this tree, whatever is installed
     with log.open("wb") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "mongotorch", "worker", *options],

@@ -20,9 +20,10 @@ pytestmark = pytest.mark.fault
 
 
 def start(uri: str, job: str, ranks: int) -> subprocess.Popen[bytes]:
-    root = str(Path(__file__).parents[3])
+    root = Path(__file__).parents[3]
+    paths = os.pathsep.join([str(root), str(root / "plugin")])  # this tree, whatever is installed
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MONGOTORCH_URI": uri, "MONGOTORCH_LEASE_S": "2"}
-    env |= {"MONGOTORCH_CHECKPOINT_SECONDS": "0", "PYTHONPATH": root}
+    env |= {"MONGOTORCH_CHECKPOINT_SECONDS": "0", "PYTHONPATH": paths}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return subprocess.Popen([*command, "-m", "mongotorch", "run-job", job], env=env, start_new_session=True)
 
