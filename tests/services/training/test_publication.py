@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from tests.helpers import fill, model, same, state, trainer
 from torch import Tensor
 
 from mongotorch import Datalayer, Metric, Validation
+from mongotorch.store.components import Components
 
 
 def remembering() -> Callable[..., Any]:
@@ -101,3 +103,25 @@ def test_a_state_that_cannot_be_stored_is_left_out_with_a_warning(
     assert db.load("trainer", "t").optimizer_state is None
     (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert "optimizer_state" in record.getMessage()
+
+
+def test_a_cancel_that_falls_into_the_publishing_write_comes_too_late(
+    server_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    insert, answers, cancels = Components._insert_fenced, list[bool](), list[threading.Thread]()
+
+    def cancelled_meanwhile(self: Components, documents: Any, attempt: int, session: Any) -> None:
+        insert(self, documents, attempt, session)
+        job = db.job(documents[-1]["job"])
+        cancels.append(threading.Thread(target=lambda: answers.append(job.cancel())))
+        cancels[-1].start()
+        cancels[-1].join(0.5)  # it waits for the transaction, which goes on meanwhile
+
+    with Datalayer.connect(server_uri, progress=False, compute="local") as db:
+        select = fill(db)
+        monkeypatch.setattr(Components, "_insert_fenced", cancelled_meanwhile)
+        job = db.apply(trainer(select))
+        assert job.result().version == 1
+        for cancel in cancels:
+            cancel.join()
+        assert (answers, job.status) == ([False], "succeeded")
