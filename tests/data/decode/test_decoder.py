@@ -273,6 +273,14 @@ def test_integers_that_a_double_does_not_hold_stay_exact_among_doubles() -> None
     assert columns["v"].values() == [values] * 30
 
 
+def test_large_integers_of_one_field_stay_exact_beside_fields_of_mixed_numbers() -> None:
+    numbers = [{"a": bson.Int64(2**60 + n), "b": n / 2, "c": n if n % 2 else n / 4} for n in range(40)]
+    columns = decode(raw([{"_id": n, **row} for n, row in enumerate(numbers)]), ["a", "b", "c"])
+    for path in columns.paths:
+        assert columns[path].values() == [row[path] for row in numbers]
+        assert columns[path].kind == "number"
+
+
 def test_of_two_fields_of_one_name_the_last_counts_as_in_bson() -> None:
     twice = b"\x10a\x00\x01\x00\x00\x00" + b"\x10a\x00\x02\x00\x00\x00"
     content = (len(twice) + 5).to_bytes(4, "little") + twice + b"\x00"
