@@ -59,6 +59,24 @@ def test_a_step_with_fewer_rows_than_lanes_has_empty_lanes(db: Datalayer) -> Non
             assert [len(lane) for lane in steps(found)[1]] == [1, 1, 0, 0, 0, 0, 0, 0]
 
 
+def test_documents_that_transforms_leave_out_are_counted_over_all_shards(db: Datalayer) -> None:
+    def picky(x: Any, n: int) -> tuple[Any, float]:
+        if n % 10 == 3:
+            raise ValueError("a three")
+        return n, 0.0
+
+    fill(db, COUNT)
+    for world in (1, 2):
+        with streams(db, world, transform=picky, on_bad_document="skip") as several:
+            total = 0
+            for parts in itertools.islice(zip(*several, strict=True), 4):  # behind the fifth begins the next epoch
+                for rank, stream in enumerate(several):
+                    stream.skip_elsewhere(sum(part.skipped for n, part in enumerate(parts) if n != rank))
+                total += sum(part.skipped for part in parts)
+                assert [stream.state_dict().get("skipped", 0) for stream in several] == [total] * world
+            assert total > 5
+
+
 def test_a_batch_that_is_not_full_is_left_out_as_without_lanes(db: Datalayer) -> None:
     fill(db, COUNT)  # eight batches of 12, and seven rows
     for world in (1, 4):
