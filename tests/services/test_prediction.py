@@ -320,9 +320,10 @@ def test_a_document_that_cannot_be_predicted_is_named_and_the_call_goes_on(db: D
     assert record(db)["status"] == "succeeded"
 
 
-def test_a_value_that_bson_cannot_hold_names_the_document(db: Datalayer) -> None:
+@pytest.mark.parametrize("value", [2**70, "half of a pair: \ud800"])
+def test_a_value_that_bson_cannot_hold_names_the_document(db: Datalayer, value: Any) -> None:
     def odd(output: Tensor) -> Any:
-        return 2**70 if float(output.abs().max()) > 1e6 else 1.0
+        return value if float(output.abs().max()) > 1e6 else 1.0
 
     db.apply(trainer(fill(db), model=model(postprocess=odd))).result()
     db[COLLECTION].raw.update_one({"_id": 119}, {"$set": {"x": [1e9, -1e9, 1e9, 1e9]}})

@@ -346,7 +346,8 @@ def test_a_promotion_is_refused_when_another_version_went_live_after_the_verdict
     assert db.load("model", "m").version == 0, "what a person made live stays live"
     outcome = db.schedules()[0]["outcome"]
     assert not outcome["promoted"]
-    assert ("moved" if looked else "is live by now") in outcome["why"]
+    against = db.show("model", "m", 1)["_id"]
+    assert ("moved" if looked else f"it was judged against {against}") in outcome["why"]
     assert [move.to_version for move in db.history("model", "m")][-1] == 0
 
 
