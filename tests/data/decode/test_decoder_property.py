@@ -337,7 +337,9 @@ def any_values_are_in_the_dtype_of_the_run(values: list[Any], dtype: str) -> Non
             break
     if misfit is None:
         columns = decode(content, ("a",), few=1).typed({"a": dtype})
-        assert alike(columns["a"].values(), wanted)
+        column = columns["a"]
+        assert alike(column.values(), wanted)
+        assert not column.plain or column.dtype == np.asarray(column.data).dtype.name
         return
     with pytest.raises(DtypeError) as caught:
         decode(content, ("a",), few=1).typed({"a": dtype})
