@@ -100,6 +100,14 @@ def test_memory_is_that_of_the_mode(documents: Any, database: Any, mode: Any) ->
     assert (found.buffer_bytes >= whole) is (mode == "memory")
 
 
+def test_memory_grows_with_what_is_read_ahead(documents: Any, database: Any) -> None:
+    plain = told(database, shuffle=False)
+    row_bytes, raw_bytes = plain.buffer_bytes / 200, plain.bytes / COUNT  # one range is read, and one is used
+    ahead = told(database, shuffle=False, data_prefetch=True, prefetch_factor=2)
+    # Three ranges in the making, two that are ready, and the replies of four on their way.
+    assert ahead.buffer_bytes == pytest.approx(500 * row_bytes + 400 * raw_bytes, rel=0.01)
+
+
 @pytest.mark.parametrize(
     "query",
     [

@@ -9,8 +9,9 @@ import pytest
 from tests.helpers import SELECT, fit, trainer
 
 from mongotorch.errors import JobCancelledError, JobReleasedError
+from mongotorch.services.training import observers
 from mongotorch.services.training.checkpoints import CheckpointWriter
-from mongotorch.services.training.observers import JobProgress, Observer, observe
+from mongotorch.services.training.observers import JobProgress, Observer, ProgressBar, observe
 from mongotorch.train import Fit, Stepped, Validated
 
 
@@ -109,3 +110,19 @@ def test_a_stop_writes_a_checkpoint_of_the_step_and_releases_the_job() -> None:
         observe(fit(trainer(SELECT, max_iterations=9)), [JobProgress(lease, limit=9), writer])
     assert [state["step"] for state in written] == [1]
     assert lease.progress["step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("show", "notebook", "drawn"), [(None, True, True), (False, True, False), (True, False, True)]
+)
+def test_a_progress_bar_is_drawn_in_a_notebook_and_where_it_is_asked_for(
+    show: bool | None,
+    notebook: bool,
+    drawn: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(observers, "is_notebook", lambda: notebook)
+    with ProgressBar("a trainer", limit=3, show=show):
+        pass
+    assert ("a trainer" in capsys.readouterr().err) is drawn
