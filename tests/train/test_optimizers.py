@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.helpers import net, same
+from tests.helpers import SELECT, model, net, same, trainer
 from torch import nn
 
 from mongotorch.errors import OptimizerError
@@ -93,3 +93,20 @@ def test_a_parameter_that_an_objective_holds_twice_is_one() -> None:
     first, second, third = (nn.Parameter(torch.ones(size)) for size in ((), (2,), ()))
     found = Contained(functools.partial(max, first, second, third, first)).parameters().values()
     assert [*map(id, found)] == [id(first), id(second), id(third)]
+
+
+class OfMatrices(torch.optim.SGD):
+    """It takes matrices only."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        parameters = list(params)
+        if any(parameter.ndim != 2 for parameter in parameters):
+            raise ValueError("only matrices")
+        super().__init__(parameters, **options)
+
+
+def test_an_optimizer_that_does_not_take_all_parameters_says_what_to_write() -> None:
+    of = trainer(SELECT, optimizer_cls=OfMatrices, optimizer_kwargs={"lr": 0.1})
+    with pytest.raises(OptimizerError, match=r"only matrices.*override get_optimizers") as raised:
+        of.get_optimizers(model())
+    assert raised.value.field == "optimizer_cls"
