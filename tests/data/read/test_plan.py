@@ -252,6 +252,14 @@ def test_a_plan_of_samples_has_each_document_once(database: Any, monkeypatch: py
     ids = [Jumping(skipped=1).form(n) for n in range(0, 30_000, 10)]
     database["jumping"].insert_many([{"_id": one, "x": 1.0} for one in ids])
     reader = open_reader(database, Query.find("jumping"), {"_id": 1, "x": 1}, RetryPolicy())
+
+    walk, walked = type(reader).walk, list[tuple[Any, Any]]()
+
+    def noted(self: Any, bounds: IdRange, step: int) -> Iterator[Any]:
+        walked.append((bounds.lower, bounds.upper))
+        return walk(self, bounds, step)
+
+    monkeypatch.setattr(type(reader), "walk", noted)
     plan = make_plan(database, reader, Sizes(prefetch_size=50, prefetch_factor=4, prefetch_bytes=2**20))
     assert reader.present([ObjectId(), ids[7], ids[5]]) in ([ids[5], ids[7]], [ids[7], ids[5]])
     assert reader.present([]) == []
@@ -263,6 +271,7 @@ def test_a_plan_of_samples_has_each_document_once(database: Any, monkeypatch: py
     ]
     assert found == ids
     assert len(plan) > 10
+    assert (ids[0], ids[-1]) not in walked, "all `_id`s were read"
 
 
 _IDS: list[Any] = [
