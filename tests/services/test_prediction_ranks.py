@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,15 @@ def test_a_killed_process_ends_the_call_and_the_same_call_goes_on(
         assert all(after[one] == value for one, value in before.items())
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Let SIGINT interrupt: a process that was started in the background of a script ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_the_processes_and_is_recorded(server_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mark, ports = left.marked(monkeypatch), left.ports()
     with connected(server_uri) as db, runs.one_thread():
