@@ -102,13 +102,12 @@ def family(pid: int) -> list[int]:
     return found
 
 
-def grown(samples: list[Held], *, more_bytes: int) -> list[str]:
+def grown(samples: list[Held], allowed: Held) -> list[str]:
     """What a process holds more of in the last third of its samples than in the one before, in words."""
     third = len(samples) // 3
     middle, last = samples[third : 2 * third], samples[2 * third :]
-    allowed = {"nbytes": more_bytes, "threads": 2, "descriptors": 3}
     found = []
-    for name, more in allowed.items():
+    for name, more in dataclasses.asdict(allowed).items():
         before, after = (statistics.median(getattr(one, name) for one in part) for part in (middle, last))
         if after > before + more:
             found.append(f"{name}: {before:,.0f}, then {after:,.0f}")
@@ -181,14 +180,17 @@ def title(pid: int) -> str:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "every_s", "more_bytes"),
+    ("seconds", "every_s", "allowed"),
     [
-        pytest.param(15.0, 6.0, 48 * 2**20, id="short"),
-        pytest.param(1800.0, 20.0, 4 * 2**20, marks=[pytest.mark.soak, pytest.mark.timeout(3600)], id="whole"),
+        # A third are five seconds here: the driver may have more threads and connections just after an election.
+        pytest.param(15.0, 6.0, Held(48 * 2**20, 8, 8), id="short"),
+        pytest.param(
+            1800.0, 20.0, Held(4 * 2**20, 2, 3), marks=[pytest.mark.soak, pytest.mark.timeout(3600)], id="whole"
+        ),
     ],
 )
 def test_what_processes_hold_is_flat_over_time(
-    replica_set: ReplicaSet, tmp_path: Path, seconds: float, every_s: float, more_bytes: int
+    replica_set: ReplicaSet, tmp_path: Path, seconds: float, every_s: float, allowed: Held
 ) -> None:
     given: dict[str, Any] = {"compute": "queue", "progress": False, "lease_s": 5.0, "valid_fraction": 0.2}
     settings = {f"MONGOTORCH_{name.upper()}": json.dumps(value).strip('"') for name, value in given.items()}
@@ -236,5 +238,5 @@ def test_what_processes_hold_is_flat_over_time(
     assert versions >= 2
     assert predictions > seconds
     assert len(samples) >= 5
-    bad = {pid: words for pid, found in samples.items() if (words := grown(found, more_bytes=more_bytes))}
+    bad = {pid: words for pid, found in samples.items() if (words := grown(found, allowed))}
     assert not bad, bad
