@@ -13,11 +13,12 @@ from mongotorch.train.model import (
     summarize,
     training_device,
 )
-from mongotorch.train.parallel import Alone, Group, Lanes, ProcessGroup, first_rank, pinned_threads
+from mongotorch.train.parallel import ALONE, Alone, Group, Lanes, ProcessGroup, first_rank, pinned_threads
 from mongotorch.train.tensor_codec import fill_module
 from mongotorch.train.trainer import TorchTrainer, trainer_and_model, warm_start
 
 __all__ = [
+    "ALONE",
     "Alone",
     "Batches",
     "Dataset",

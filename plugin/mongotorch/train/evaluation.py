@@ -31,7 +31,7 @@ from mongotorch.train.mapping import Passed, call, mapped, one_row, scalar, with
 from mongotorch.train.metrics import Metric, Validation
 from mongotorch.train.model import TorchModel, training_device
 from mongotorch.train.parallel import (
-    Alone,
+    ALONE,
     BatchMeasures,
     Dealt,
     Group,
@@ -41,8 +41,6 @@ from mongotorch.train.parallel import (
 )
 from mongotorch.train.step import batch_rows
 from mongotorch.train.trainer import TorchTrainer, evaluating_all, trainer_of, trainer_on_device
-
-_ALONE = Alone()
 
 
 class RunningMetric:
@@ -445,7 +443,7 @@ class Scored:
 
 
 def score(
-    trainer: TorchTrainer, models: Sequence[TorchModel], batches: Iterable[Any], *, group: Group = _ALONE
+    trainer: TorchTrainer, models: Sequence[TorchModel], batches: Iterable[Any], *, group: Group = ALONE
 ) -> list[Scored]:
     """Measure models on the same documents, as a validation does.
 

@@ -32,14 +32,13 @@ from mongotorch.train.generators import RunGenerators, seeded, set_generator_sta
 from mongotorch.train.mapping import scalar
 from mongotorch.train.model import TorchModel, check_state_is_taken, compiled, copied_state, training_device
 from mongotorch.train.optimizers import continue_from, load_state, state_of
-from mongotorch.train.parallel import Alone, Dealt, Group, LaneStep, first_rank, pinned_threads
+from mongotorch.train.parallel import ALONE, Dealt, Group, LaneStep, first_rank, pinned_threads
 from mongotorch.train.schedulers import filled, is_plateau, named_numbers, run_numbers
 from mongotorch.train.step import MicroBatches, StepRun, grouped, lane_steps, trained_parameters
 from mongotorch.train.trainer import UNLIMITED, TorchTrainer, all_modules, changed_trainer, trainer_on_device
 
 _log = logging.getLogger("mongotorch")
 Event = Stepped | Validated
-_ALONE = Alone()
 _MOST_UNCHECKED = 32  # losses that may stay on an accelerator before they are checked
 
 
@@ -83,7 +82,7 @@ class Fit:
         batches: Batches,
         sets: Mapping[str, Iterable[Any]],
         state: Mapping[str, Any] | None = None,
-        group: Group = _ALONE,
+        group: Group = ALONE,
     ) -> None:
         trainer.check_model(model)
         if group.world > 1:

@@ -41,7 +41,7 @@ from mongotorch.services.training.recipe import RunData, TrainingRecipe, validat
 from mongotorch.services.training.training_run import TrainingResult, TrainingRun
 from mongotorch.settings import Settings
 from mongotorch.train import (
-    Alone,
+    ALONE,
     Group,
     Scored,
     TorchModel,
@@ -60,7 +60,6 @@ _NAMED_BYTES: Final = 2**20
 Document = Mapping[str, Any]
 LoadModel = Callable[[str], TorchModel]
 """From a uuid to its model."""
-_ALONE: Final = Alone()
 _log = logging.getLogger("mongotorch.schedules")
 
 
@@ -349,7 +348,7 @@ class Retraining:
         return {"against": against, "scores": [_plain(one) for one in scores]}
 
     def _scores(
-        self, recipe: TrainingRecipe, models: Sequence[TorchModel], data: RunData, group: Group = _ALONE
+        self, recipe: TrainingRecipe, models: Sequence[TorchModel], data: RunData, group: Group = ALONE
     ) -> list[Scores]:
         """Measure models on the validation documents of a run."""
         query = recipe.trainer.fold("valid")
@@ -464,7 +463,7 @@ def _scored(
     connection: Connection,
     settings: Settings,
     data: RunData | None = None,
-    group: Group = _ALONE,
+    group: Group = ALONE,
 ) -> list[Scored]:
     """Measure models on the documents of a query, which are read once; of a run's `data` on its own alone."""
     spec = validation_spec(trainer, settings, query)

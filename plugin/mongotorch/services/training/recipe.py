@@ -42,9 +42,8 @@ from mongotorch.query import Query
 from mongotorch.settings import Settings
 from mongotorch.signature import weighted_key
 from mongotorch.split import Fold
-from mongotorch.train import Alone, Fit, Group, TorchModel, TorchTrainer, training_device
+from mongotorch.train import ALONE, Fit, Group, TorchModel, TorchTrainer, training_device
 
-_ALONE = Alone()
 _OWN_PARAMETERS = ("batch_size", "shuffle", "drop_last")
 
 
@@ -162,7 +161,7 @@ def opened_fit(
     *,
     data: RunData,
     state: Mapping[str, Any] | None = None,
-    group: Group = _ALONE,
+    group: Group = ALONE,
 ) -> Iterator[Fit]:
     """The fit of a recipe, ready for its first step; its streams are closed afterwards.
 

@@ -67,9 +67,9 @@ from mongotorch.train import (
 
 Document = Mapping[str, Any]
 _log = logging.getLogger("mongotorch.jobs")
-_LEFT_OUT: Final = ("optimizer_state", "metric_values", "training_state")  # where they cannot be stored
+_LEFT_OUT: Final = ("optimizer_state", "metric_values", "training_state")  # of a trainer, if they cannot be stored
 _CHECK_S: Final = 0.5  # how long a large select is checked before a run that does so in the background too
-_PAUSES_S: Final = (0.1, 5.0)  # before a publication is tried again: the first, doubled each time, and the longest
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0  # before a publication is tried again; each is twice the one before
 _STOPPED: Final = "stopped"  # in the record of a checkpoint: whether the run was ended before its last step
 _SCORES, _WORKERS = "scores", "workers"  # in the state of a checkpoint that ranks have written at the end
 _NAMESPACE: Final = uuids.UUID("a3f4c1de-6a0f-4b0e-9d0c-2f1f5e7f8b11")
@@ -129,13 +129,13 @@ class _Run:
     origin: Document
     stored: Mapping[str, StoredFields]
 
-    def kept(self, *, over: bool = False) -> tuple[dict[str, Any], Document]:
+    def kept(self, *, over: bool = False) -> tuple[dict[str, Any], Mapping[str, Any]]:
         """The record that all checkpoints keep, and the blobs that it names."""
         record, blobs = self._data_kept(over=over)
         return {"origin": dict(self.origin), **record}, blobs
 
     @functools.cached_property
-    def _data_kept(self) -> Callable[..., tuple[dict[str, Any], Document]]:
+    def _data_kept(self) -> Callable[..., tuple[dict[str, Any], Mapping[str, Any]]]:
         return functools.cache(self.data.kept)
 
 
@@ -476,7 +476,7 @@ class TrainingRun:
             CodecError: A field cannot be stored; nothing was published.
             ServerUnavailableError: The database could not be reached for `read_deadline_s`.
         """
-        deadline, wait_s = time.monotonic() + self._settings.read_deadline_s, _PAUSES_S[0]
+        deadline, wait_s = time.monotonic() + self._settings.read_deadline_s, _FIRST_PAUSE_S
         for number in itertools.count():
             try:
                 return self._publish_once(job, recipe, result, record or {}, number)
@@ -485,7 +485,7 @@ class TrainingRun:
                     raise
                 _log.warning("job %s could not publish, and tries again: %s", job["_id"], error)
                 time.sleep(wait_s)
-                wait_s = min(2 * wait_s, _PAUSES_S[1])
+                wait_s = min(2 * wait_s, _LONGEST_PAUSE_S)
         raise AssertionError  # for the type checker
 
     def _publish_once(
@@ -525,7 +525,7 @@ class TrainingRun:
         result: TrainingResult,
         records: Mapping[str, Document],
         *,
-        untrained: Document,
+        untrained: Mapping[str, Any],
         attempt: int,
     ) -> dict[str, Any]:
         """Publish both; a field of the trainer that cannot be stored is published as it was, with a warning."""
@@ -594,7 +594,7 @@ def _trained_pair(
 def _attempt_uuid(job: Document, what: str, number: int) -> str:
     """The uuid of what an attempt of a job publishes: the same whenever that attempt publishes it.
 
-    A later try to publish, with a `number` above 0, has others: the trainer  may be stored already.
+    A later try to publish, with a `number` above 0, has others: the trainer may be stored already.
     """
     again = f":{number}" if number else ""
     return str(uuids.uuid5(_NAMESPACE, f"{job['_id']}:{job['attempt']}:{what}{again}"))

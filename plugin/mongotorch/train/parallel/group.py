@@ -80,6 +80,10 @@ class Alone:
         """There is nothing to leave."""
 
 
+ALONE: Final = Alone()
+"""The group of a process that works without others."""
+
+
 @final
 class ProcessGroup:
     """The ranks of the default process group of `torch.distributed`: gloo on a CPU, nccl on CUDA.
