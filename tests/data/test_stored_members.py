@@ -124,8 +124,31 @@ def test_what_earlier_releases_stored_is_read() -> None:
     blob = whole.to_bytes()
     name = hashlib.sha256(blob).hexdigest()
     assert equal(StoredMembers.read(name, Stored({name: blob}).get_many).members, whole)
-    assert Delta.from_bytes(blob).holds(7) is True
-    assert Delta.from_bytes(blob).holds(50) is False
+    assert Delta.look_up(blob, 7) == (True, None)
+    assert Delta.look_up(blob, 50) == (False, None)
+
+
+def test_a_delta_is_asked_for_a_document_that_it_adds_removes_or_does_not_name() -> None:
+    first = StoredMembers.made(members(dict.fromkeys(range(1000), 1)))
+    second = StoredMembers.made(members(dict.fromkeys(range(3, 1003), 1)), first)
+    third = StoredMembers.made(members(dict.fromkeys(range(4, 1003), 1) | {5: 2}), second)
+    assert Delta.look_up(first.blobs[first.name], 2) == (True, None)
+    assert Delta.look_up(first.blobs[first.name], 1001) == (False, None)
+    blob = third.blobs[third.name]
+    before = Delta.from_bytes(blob).ancestors[-1]
+    for key, found in ((3, False), (5, True), (6, None), (2**63 + 1, None)):
+        assert Delta.look_up(blob, key) == (found, before)
+    assert Delta.look_up(second.blobs[second.name], 1001) == (True, first.name)
+    assert Delta.look_up(second.blobs[second.name], 2) == (False, first.name)
+
+
+@pytest.mark.parametrize("key", [2, 500])
+@pytest.mark.parametrize("cut", [0, 7, 30, 60, 90])
+def test_a_blob_that_is_cut_cannot_be_asked(cut: int, key: int) -> None:
+    before = StoredMembers.made(members(dict.fromkeys(range(1000), 1)))
+    made = StoredMembers.made(members(dict.fromkeys(range(3, 1003), 1)), before)
+    with pytest.raises(DataError):
+        Delta.look_up(made.blobs[made.name][:cut], key)
 
 
 @pytest.mark.parametrize("cut", [0, 7, 30, 60, 90, -1, -8])

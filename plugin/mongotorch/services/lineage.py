@@ -149,8 +149,7 @@ def _holding(catalog: Catalog, names: Iterable[str], key: int) -> dict[str, bool
     answers: dict[str, tuple[bool | None, str | None]] = {}
 
     def answered(names: Sequence[str]) -> dict[str, tuple[bool | None, str | None]]:
-        deltas = ((name, Delta.from_bytes(blob)) for name, blob in catalog.blobs.get_many(names))
-        return {name: (one.holds(key), one.ancestors[-1] if one.ancestors else None) for name, one in deltas}
+        return {name: Delta.look_up(blob, key) for name, blob in catalog.blobs.get_many(names)}
 
     missing = set(names)
     while missing:

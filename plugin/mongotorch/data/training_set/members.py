@@ -200,12 +200,32 @@ class Delta:
         names = b"".join(map(bytes.fromhex, self.ancestors))
         return head + names + self.removed.astype("<u8").tobytes() + self.added.astype("<u8").tobytes()
 
-    def holds(self, key: int) -> bool | None:
-        """Whether the set holds the document of an `_id`'s hash; None: as the last ancestor does."""
-        one = np.array([key], np.uint64)
-        if among(one, np.ascontiguousarray(self.added[:, 0]))[0]:
-            return True
-        return False if not self.ancestors or among(one, self.removed)[0] else None
+    @classmethod
+    def look_up(cls, blob: bytes, key: int) -> tuple[bool | None, str | None]:
+        """Ask a stored set for the document of an `_id`'s hash.
+
+        Args:
+            blob: What `to_bytes` of the set gave.
+            key: The hash.
+
+        Returns:
+            Whether the set holds it, None: as its last ancestor does; and the name of that ancestor, if any.
+
+        Raises:
+            DataError: The blob is none of a set of documents.
+        """
+        # Most deltas do not name the document at all, which their bytes tell faster than their rows.
+        whole = bytes(blob[:8]) != _DELTA or len(blob) < _DELTA_HEAD.size
+        if not whole and key.to_bytes(8, "little") not in blob:
+            ancestors = _DELTA_HEAD.unpack_from(blob)[4]
+            end = _DELTA_HEAD.size + ancestors * _NAME_BYTES
+            if ancestors and end <= len(blob):
+                return None, bytes(blob[end - _NAME_BYTES : end]).hex()
+        found, one = cls.from_bytes(blob), np.array([key], np.uint64)
+        before = found.ancestors[-1] if found.ancestors else None
+        if among(one, np.ascontiguousarray(found.added[:, 0]))[0]:
+            return True, before
+        return (False if before is None or among(one, found.removed)[0] else None), before
 
 
 @final
