@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import random
 from datetime import datetime
@@ -17,6 +18,7 @@ from bson.binary import Binary, BinaryVectorDtype
 from mongotorch.data.decode.columns import Columns
 from mongotorch.data.decode.decoder import decode
 from mongotorch.data.decode.ids import id_keys
+from mongotorch.data.decode.raw_bson import Octets, Positions
 from mongotorch.data.stream.batches import column_tensor, gathered
 from mongotorch.errors import DataError, FieldMissingError
 
@@ -411,3 +413,31 @@ def test_rows_go_to_their_places_from_blocks_of_any_size(path: str) -> None:
     assert rows is not None
     assert rows.dtype == whole.dtype
     assert torch.equal(rows, whole[torch.from_numpy(order)])
+
+
+SHAPES: dict[str, Any] = {
+    "lists in lists": lambda row: [[row / 7, 1.5], [2.5, row / 3]],
+    "lists of any length": lambda row: [[float(at)] * (at % 3) for at in range(row % 5 + 1)],
+    "vectors": lambda row: Binary.from_vector([float(row), 1.5], BinaryVectorDtype.FLOAT32),
+    "fields in fields": lambda row: {"text": "x" * (row % 3), "down": {"here": row}},
+    "texts in lists": lambda row: ["a" * (row % 4), "b"],
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_whichever_length_in_a_document_is_damaged_it_is_read_or_refused(shape: str) -> None:
+    documents = [bson.encode({"_id": row, "b": SHAPES[shape](row)}) for row in range(120)]
+    begin = sum(map(len, documents[:60]))
+    for at in range(begin, begin + len(documents[60]) - 4):
+        for length in (-(2**31), -1, 5, 2**30, 2**31 - 1):
+            content = bytearray(b"".join(documents))
+            content[at : at + 4] = length.to_bytes(4, "little", signed=True)
+            with contextlib.suppress(DataError):
+                decode(bytes(content), ("b",))
+
+
+def test_bytes_that_are_read_outside_of_the_documents_are_zeros() -> None:
+    octets = Octets(bytes(range(1, 9)))
+    at = np.array([2, -100, 6, 100], np.int64)
+    found = octets.rows(Positions(4, 0, base=at), 4)
+    assert found.tolist() == [[3, 4, 5, 6], [0] * 4, [7, 8, 0, 0], [0] * 4]

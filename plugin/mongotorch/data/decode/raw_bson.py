@@ -313,7 +313,7 @@ class Octets:
     def rows(self, at: Positions, size: int) -> Bytes:
         """`size` bytes from each position on, (total, size): a view where positions have a stride.
 
-        Beyond the end of the buffer are zeros.
+        Outside of the buffer are zeros: a damaged document may say of a field that it begins there.
         """
         if at.base is None:
             if at.start + (at.total - 1) * at.stride + size <= self.size:
@@ -331,9 +331,9 @@ class Octets:
         if last < 0:
             matrix = np.zeros((len(at), size), np.uint8)
         else:
-            matrix = self.rows(Positions(len(at), 0, base=np.minimum(at, last)), size)
-        for row in np.flatnonzero(at > last).tolist():
-            rest = self.content[at[row] : at[row] + size]
+            matrix = self.rows(Positions(len(at), 0, base=np.clip(at, 0, last)), size)
+        for row in np.flatnonzero((at < 0) | (at > last)).tolist():
+            rest = self.content[at[row] : at[row] + size] if at[row] >= 0 else b""
             matrix[row, : len(rest)] = np.frombuffer(rest, np.uint8)
             matrix[row, len(rest) :] = 0
         return matrix

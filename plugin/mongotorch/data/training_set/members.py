@@ -202,17 +202,9 @@ class Delta:
 
     @classmethod
     def look_up(cls, blob: bytes, key: int) -> tuple[bool | None, str | None]:
-        """Ask a stored set for the document of an `_id`'s hash.
+        """Whether a set holds the document of an `_id`'s hash, and the name of its last ancestor, if any.
 
-        Args:
-            blob: What `to_bytes` of the set gave.
-            key: The hash.
-
-        Returns:
-            Whether the set holds it, None: as its last ancestor does; and the name of that ancestor, if any.
-
-        Raises:
-            DataError: The blob is none of a set of documents.
+        None: as that ancestor does. Raises: DataError where the blob is none of a set of documents.
         """
         # Most deltas do not name the document at all, which their bytes tell faster than their rows.
         whole = bytes(blob[:8]) != _DELTA or len(blob) < _DELTA_HEAD.size
