@@ -21,7 +21,7 @@ from bson.binary import UuidRepresentation
 from bson.codec_options import CodecOptions
 from bson.errors import BSONError
 from pymongo import UpdateOne
-from pymongo.errors import BulkWriteError, OperationFailure
+from pymongo.errors import BulkWriteError
 from torch import Tensor
 
 from mongotorch.codecs import ArrayParts
@@ -30,7 +30,7 @@ from mongotorch.codecs import encode_document as _encode
 from mongotorch.data.read import assign_folds, fold_of, mock_documents, query_for
 from mongotorch.errors import CodecError, ConflictError, DataError, EmptySelectError, MongotorchError, StoreError
 from mongotorch.mongo.driver_errors import driver_errors, is_transient, redact, repeated
-from mongotorch.mongo.server_features import is_mock
+from mongotorch.mongo.server_features import collection_type, is_mock
 from mongotorch.notebook import cut
 from mongotorch.query import Query, checked_filter
 from mongotorch.split import FOLD_FIELD, FOLDS
@@ -281,11 +281,8 @@ def check_updatable(database: Any, name: str) -> None:
         StoreError: It is a view or a time series collection.
         EmptySelectError: It is empty, or there is none of this name.
     """
-    kind = "collection"
     with driver_errors(f"looking at collection {name!r}"):
-        if not is_mock(database):
-            with contextlib.suppress(OperationFailure):  # who may not list collections finds out by an update
-                kind = next((found["type"] for found in database.list_collections(filter={"name": name})), kind)
+        kind = collection_type(database, name)  # who may not list collections finds out by an update
         if kind in _NOT_UPDATED:
             raise StoreError(f"{name!r} {_NOT_UPDATED[kind]}, whose documents cannot be updated")
         if database[name].find_one({}, {"_id": 1}) is None:

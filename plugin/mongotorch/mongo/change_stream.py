@@ -25,8 +25,8 @@ from bson import Timestamp
 from pymongo.errors import OperationFailure, PyMongoError
 
 from mongotorch.errors import JobTimeoutError, StoreError
-from mongotorch.mongo.driver_errors import HISTORY_LOST, NO_CHANGE_STREAMS, driver_errors, has_code
-from mongotorch.mongo.server_features import cluster_time, is_mock
+from mongotorch.mongo.driver_errors import HISTORY_LOST, NO_CHANGE_STREAMS, NO_SNAPSHOT, driver_errors, has_code
+from mongotorch.mongo.server_features import WITHOUT_CHANGES, cluster_time, collection_type, is_mock
 from mongotorch.query import Query
 from mongotorch.resources import Owner
 
@@ -57,10 +57,12 @@ class Change:
 
     Attributes:
         collection: The name of its collection.
-        kind: `insert`, `update`, `replace` or `delete`; `drop` where the whole collection was dropped or renamed.
-        document_id: The document's `_id`; None for a drop.
+        kind: `insert`, `update`, `replace` or `delete`; `drop` where the whole collection was dropped or got
+            another name; `rename` where another one got its name, and replaced it if it was there, as `$out` does.
+        document_id: The document's `_id`; None for a whole collection.
         fields: The paths that an update set or removed; empty for every other kind.
         token: The position right after the change.
+        at: The cluster time of the change.
     """
 
     collection: str
@@ -68,6 +70,7 @@ class Change:
     document_id: Any
     fields: frozenset[str]
     token: Token
+    at: Timestamp
 
 
 @final
@@ -77,7 +80,8 @@ class Baseline:
 
     Attributes:
         count: The number of documents.
-        token: The position in the order of changes at that moment; None where there are no change streams.
+        token: The position in the order of changes at that moment; None where there are no change streams, as for
+            views and time series collections.
     """
 
     count: int
@@ -127,7 +131,7 @@ class ChangeWatcher(Owner):
         deadline = time.monotonic() + READ_S
         with _translate_errors("reading changes"):
             while len(found) < _MAX_CHANGES and (event := self._stream.try_next()) is not None:
-                found.append(_change(event))
+                found += _changes(event, self.collections)
                 # Each single insert answers a request: without a deadline a trickle of them is read for ever.
                 if time.monotonic() >= deadline:
                     break
@@ -151,9 +155,9 @@ def baseline(database: Any, query: Query) -> Baseline:
     """
     with driver_errors("counting documents"):
         at = cluster_time(database)
-        if at is None:
+        if at is None or collection_type(database, query.collection) in WITHOUT_CHANGES:
             return Baseline(count=counted(database, query), token=None)
-        count = _count_at(database, query, at)
+        count = counted_at(database, query, at)
         try:
             return Baseline(count=count, token=_token_after(database, at))
         except OperationFailure as error:
@@ -179,16 +183,34 @@ def counted(database: Any, query: Query, ids: Collection[Any] | None = None) -> 
     return int(database[query.collection].count_documents(where))
 
 
-def _count_at(database: Any, query: Query, at: Timestamp) -> int:
+@driver_errors("counting documents")
+def counted_at(database: Any, query: Query, at: Timestamp) -> int:
+    """How many documents matched a query's filter at a cluster time; how many do now, where that is not known.
+
+    A capped collection has no snapshots, and others have those of the last minutes.
+
+    Args:
+        database: The driver's database.
+        query: What is counted, by its filter; for a pipeline, the whole collection.
+        at: The cluster time.
+
+    Raises:
+        ServerUnavailableError: The server cannot be reached.
+    """
     where = {} if query.is_pipeline else query.where
-    reply = database.command(
-        "aggregate",
-        query.collection,
-        pipeline=[{"$match": where}, {"$count": "n"}],
-        cursor={},
-        readConcern={"level": "snapshot", "atClusterTime": at},
-        codec_options=database.codec_options,  # a command does not take those of its database
-    )
+    try:
+        reply = database.command(
+            "aggregate",
+            query.collection,
+            pipeline=[{"$match": where}, {"$count": "n"}],
+            cursor={},
+            readConcern={"level": "snapshot", "atClusterTime": at},
+            codec_options=database.codec_options,  # a command does not take those of its database
+        )
+    except OperationFailure as error:
+        if not has_code(error, NO_SNAPSHOT):
+            raise
+        return counted(database, query)
     first = reply["cursor"]["firstBatch"]
     return int(first[0]["n"]) if first else 0
 
@@ -205,13 +227,17 @@ def _token_after(database: Any, at: Timestamp) -> Token:
 
 def _pipeline(collections: frozenset[str]) -> list[dict[str, Any]]:
     updated = {"$objectToArray": {"$ifNull": ["$updateDescription.updatedFields", {}]}}
+    among = {"$in": sorted(collections)}
+    changed = {"ns.coll": among, "operationType": {"$in": [*KINDS, *_DROPS]}}
     return [
-        {"$match": {"ns.coll": {"$in": sorted(collections)}, "operationType": {"$in": [*KINDS, *_DROPS]}}},
+        {"$match": {"$or": [changed, {"to.coll": among, "operationType": "rename"}]}},
         # Only the names of fields leave the server: the values may be large, and nobody here needs them.
         {
             "$project": {
                 "operationType": 1,
+                "clusterTime": 1,
                 "ns.coll": 1,
+                "to.coll": 1,
                 "documentKey._id": 1,
                 "set": {"$map": {"input": updated, "in": "$$this.k"}},
                 "unset": "$updateDescription.removedFields",
@@ -220,15 +246,21 @@ def _pipeline(collections: frozenset[str]) -> list[dict[str, Any]]:
     ]
 
 
-def _change(event: Mapping[str, Any]) -> Change:
+def _changes(event: Mapping[str, Any], collections: frozenset[str]) -> Iterator[Change]:
+    """The changes of these collections that an event is: a collection that is renamed may be two of them."""
     kind = event["operationType"]
-    return Change(
+    change = Change(
         collection=event.get("ns", {}).get("coll", ""),
         kind="drop" if kind in _DROPS else kind,
         document_id=event.get("documentKey", {}).get("_id"),
         fields=frozenset([*(event.get("set") or ()), *(event.get("unset") or ())]),
         token=dict(event["_id"]),
+        at=event["clusterTime"],
     )
+    if change.collection in collections:
+        yield change
+    if kind == "rename" and event["to"]["coll"] in collections:
+        yield dataclasses.replace(change, collection=event["to"]["coll"], kind="rename")
 
 
 @contextlib.contextmanager

@@ -99,6 +99,9 @@ HISTORY_LOST: Final = {
 """A change stream cannot continue from its resume token."""
 NO_CHANGE_STREAMS: Final = {40573: "only on replica sets", UNAUTHORIZED: "Unauthorized"}
 """This server, or this user, has no change streams."""
+NO_SNAPSHOT: Final = {SNAPSHOT_TOO_OLD: "SnapshotTooOld", 246: "SnapshotUnavailable"}
+"""A collection cannot be read as it was at a time: that is too long ago, or the collection is capped, or its name
+or its indexes have changed since."""
 NO_SUCH_OPERATOR: Final = {168: "InvalidPipelineOperator", 31325: "unknown expression", 40324: "unknown stage"}
 """This server version does not know an aggregation operator."""
 # Of any scheme: a mistyped address contains its password too.

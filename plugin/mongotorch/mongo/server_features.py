@@ -28,6 +28,8 @@ Now = Callable[[], datetime]
 """A clock: naive UTC in whole milliseconds."""
 MAJORITY_DEADLINE_S: Final = 60.0
 """How long a write of a record waits for a majority of the replica set, before it fails for now."""
+WITHOUT_CHANGES: Final = ("view", "timeseries")
+"""The types of collections whose changes no change stream gives."""
 _ANSWER_S: Final = 10.0
 """How long an answer of the server's clock is used, by a machine whose own clock may be wrong by less."""
 # One lock for all of mongomock: it serves tests and demos of one process.
@@ -140,6 +142,25 @@ def cluster_time(database: Any) -> Timestamp | None:
     """The time that orders all writes of a replica set; None on a standalone server and on mongomock."""
     time: Timestamp | None = None if is_mock(database) else database.command("hello").get("operationTime")
     return time
+
+
+def collection_type(database: Any, name: str) -> str:
+    """Whether a name is that of a `collection`, a `view` or a `timeseries`; `collection` where that is not known.
+
+    It is not where there is none of that name, and where the user may not list collections.
+
+    Raises:
+        PyMongoError: The server cannot be reached.
+    """
+    if is_mock(database):
+        return "collection"
+    try:
+        found = list(database.list_collections(filter={"name": name}, nameOnly=True, authorizedCollections=True))
+    except OperationFailure as error:
+        if not has_code(error, UNAUTHORIZED):
+            raise
+        return "collection"
+    return str(found[0]["type"]) if found else "collection"
 
 
 def watermark(database: Any, *, read_deadline_s: float = 60.0) -> Timestamp | datetime:

@@ -7,6 +7,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,128 @@ def test_deletions_are_known_when_the_place_is_forgotten_later(db: Datalayer) ->
     raw.database["mt.schedules"].update_one({"_id": "s"}, {"$set": {"token": {"_data": "zz"}}})
     db.scheduler.step()
     assert _state(db)["inserted"] == 5
+
+
+def _rows(first: int, count: int, **given: Any) -> list[dict[str, Any]]:
+    return [{**row, "_id": first + n, **given} for n, row in enumerate(points(count))]
+
+
+def _out(database: Any) -> None:
+    database["made"].insert_many(_rows(1000, 400))
+    list(database["made"].aggregate([{"$out": COLLECTION}]))
+    database["made"].drop()
+
+
+def _rename_over(database: Any) -> None:
+    database["made"].insert_many(_rows(0, 400))  # some have the `_id`s of those that were there
+    database["made"].rename(COLLECTION, dropTarget=True)
+
+
+def _rename_away_and_in(database: Any) -> None:
+    database["made"].insert_many(_rows(1000, 400))
+    database[COLLECTION].rename("before")
+    database["made"].rename(COLLECTION)
+
+
+def _drop_and_insert(database: Any) -> None:
+    database[COLLECTION].drop()
+    database[COLLECTION].insert_many(_rows(0, 400))
+
+
+def _twice(database: Any) -> None:
+    _out(database)
+    _out(database)
+
+
+@pytest.mark.parametrize("where", [{}, {"y": 1}], ids=["all", "some"])
+@pytest.mark.parametrize("replace", [_out, _rename_over, _rename_away_and_in, _drop_and_insert, _twice])
+def test_a_collection_that_others_replace_as_a_whole_is_counted(
+    db: Datalayer, replace: Any, where: dict[str, Any]
+) -> None:
+    fill(db)
+    raw = db[COLLECTION].raw
+    before = raw.count_documents(where)
+    db.apply(Schedule("s", trainer=trainer(db[COLLECTION].find(where)), trigger=Changed(10**6)))
+    raw.insert_many(_rows(9000, 10))  # and gone again before anybody looks
+    replace(raw.database)
+    made = raw.count_documents(where)
+    raw.insert_many(_rows(5000, 5, y=1))
+    db.scheduler.step()
+    assert _state(db)["inserted"] == made + 5
+    assert _state(db)["changed"] == before + made + 5
+    raw.insert_many(_rows(6000, 2, y=1))
+    db.scheduler.step()
+    assert _state(db)["inserted"] == made + 7
+    raw.database["mt.schedules"].update_one({"_id": "s"}, {"$set": {"token": {"_data": "zz"}}})
+    raw.insert_one({"x": [0.0] * 4, "y": 1})
+    db.scheduler.step()
+    assert _state(db)["inserted"] == made + 8
+
+
+@pytest.mark.parametrize("code", [None, 239, 246])
+def test_a_collection_is_counted_as_it_was_when_it_got_its_name(db: Datalayer, code: int | None) -> None:
+    fill(db)
+    db.apply(Schedule("s", trainer=trainer(db[COLLECTION].find()), trigger=NewDocuments(10**6)))
+    raw = db[COLLECTION].raw
+    _out(raw.database)
+    raw.delete_many({"_id": {"$lt": 1100}})
+    # With a code the server does not know any more how it was: what is there now counts.
+    fail = {"failCommands": ["aggregate"], "errorCode": code or 0, "namespace": raw.full_name}
+    admin = raw.database.client.admin
+    admin.command({"configureFailPoint": "failCommand", "mode": {"times": 1} if code else "off", "data": fail})
+    try:
+        db.scheduler.step()
+    finally:
+        admin.command({"configureFailPoint": "failCommand", "mode": "off"})
+    assert _state(db)["inserted"] == (300 if code else 400)
+    raw.insert_many(_rows(5000, 30))
+    db.scheduler.step()
+    assert _state(db)["inserted"] == (330 if code else 430)
+
+
+def test_collections_that_are_renamed_elsewhere_do_not_count(db: Datalayer) -> None:
+    fill(db)
+    db.apply(Schedule("s", trainer=trainer(db[COLLECTION].find()), trigger=Changed(10**6)))
+    database = db[COLLECTION].raw.database
+    database["made"].insert_many(_rows(0, 40))
+    database["made"].rename("other")
+    list(database[COLLECTION].aggregate([{"$out": "made"}]))
+    database["made"].drop()
+    db.scheduler.step()
+    assert _state(db)["changed"] == 0
+
+
+def _view(database: Any) -> str:
+    database.command("create", "seen", viewOn="base", pipeline=[{"$match": {"y": {"$lt": 2}}}])
+    return "base"
+
+
+def _time_series(database: Any) -> str:
+    database.create_collection("seen", timeseries={"timeField": "at"})
+    return "seen"
+
+
+def _capped(database: Any) -> str:
+    database.create_collection("seen", capped=True, size=10**6)
+    return "seen"
+
+
+def _clustered(database: Any) -> str:
+    database.create_collection("seen", clusteredIndex={"key": {"_id": 1}, "unique": True})
+    return "seen"
+
+
+@pytest.mark.parametrize("create", [_view, _time_series, _capped, _clustered])
+def test_every_type_of_collection_is_counted(db: Datalayer, create: Any) -> None:
+    database = db["seen"].raw.database
+    base, at = database[create(database)], datetime(2026, 1, 1)
+    base.insert_many(_rows(0, 60, at=at))
+    of_all = trainer(db["seen"].find(), max_iterations=2)
+    db.apply(Schedule("s", trainer=of_all, trigger=NewDocuments(50)))
+    base.insert_many(_rows(1000, 90, at=at))
+    _wait_for(lambda: db.scheduler.step() and db.schedules()[0]["firings"])
+    Worker(db).run(until_idle=True)
+    assert db.schedules()[0]["outcome"]["version"] == 1
 
 
 def _state(db: Datalayer) -> dict[str, Any]:

@@ -22,10 +22,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, final
 
-from bson import ObjectId
+from bson import ObjectId, Timestamp
 
 from mongotorch.errors import ConflictError, MongotorchError, NotFoundError, ParameterError
-from mongotorch.mongo.change_stream import Baseline, Change, baseline, counted
+from mongotorch.mongo.change_stream import Baseline, Change, baseline, counted, counted_at
 from mongotorch.query import Query
 from mongotorch.schedule import Firing, Schedule, State, Trigger, preview
 from mongotorch.services.versions.catalog import Catalog
@@ -343,6 +343,13 @@ class Counts:
             self._known[key] = sum(counted(self._database, query, part) for part in parts)
         return self._known[key]
 
+    def at(self, query: Query, at: Timestamp) -> int:
+        """How many documents were in the select at a cluster time."""
+        key = (query, repr(at))
+        if key not in self._known:
+            self._known[key] = counted_at(self._database, query, at)
+        return self._known[key]
+
 
 def defect_of(document: Record) -> str | None:
     """Why a schedule's runtime document cannot be used, in words; None where it can."""
@@ -381,19 +388,25 @@ def tally(count: Counts, document: Record, changes: Sequence[Change], now: datet
     query = Query.from_document(document["select"])
     where = {} if query.is_pipeline else query.where
     asked = frozenset(paths_of(where))
-    updates = [change for change in mine if change.kind in ("update", "replace") and not _is_fold(change)]
-    inserted = _ids(change for change in mine if change.kind == "insert")
+    # What happened before the collection was dropped or replaced was of documents that are gone.
+    cut = max((n for n, change in enumerate(mine, 1) if change.kind in ("drop", "rename")), default=0)
+    emptied, later = mine[:cut], mine[cut:]
+    updates = [change for change in later if change.kind in ("update", "replace") and not _is_fold(change)]
+    inserted = _ids(change for change in later if change.kind == "insert")
     entered = _ids(change for change in updates if _touches(change, asked))
-    gone = sum(change.kind in ("delete", "drop") for change in mine)
+    deleted = sum(change.kind == "delete" for change in later)
+    vanished, known = (document["known"], 0) if emptied else (0, document["known"])
     added = count(query, inserted)
+    if emptied and emptied[-1].kind == "rename":
+        added += count.at(query, emptied[-1].at)
     arrived = added + count(query, [key for key in entered if key not in inserted])
-    changed = added + count(query, _ids(updates)) + gone
+    changed = added + count(query, _ids(updates)) + deleted + vanished
     # Whether a deleted document was in the select, or a changed one left it, only a new count can tell.
-    is_inexact = bool(where) and (gone > 0 or bool(entered))
+    is_inexact = bool(where) and (deleted > 0 or bool(entered))
     return {
         "token": mine[-1].token,
-        "known": document["known"] + added - (0 if where else gone),
-        "stale": document["stale"] or is_inexact or any(change.kind == "drop" for change in mine),
+        "known": known + added - (0 if where else deleted),
+        "stale": document["stale"] or is_inexact or bool(emptied),
         **_observed(document, arrived, changed, now),
     }
 
