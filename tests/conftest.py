@@ -62,6 +62,7 @@ LONG = frozenset(
         "test_killed_retraining.py",
         "test_killed_runs.py",
         "test_killed_schedulers.py",
+        "test_lagging_members.py",
         "test_live.py",
         "test_loaders.py",
         "test_maintenance_killed.py",

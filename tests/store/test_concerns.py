@@ -10,7 +10,7 @@ from typing import Any
 import pymongo
 import pytest
 from pymongo import monitoring
-from tests.helpers import fill, model, same, state, trainer
+from tests.helpers import COLLECTION, fill, model, same, state, trainer
 
 from mongotorch import Datalayer
 from mongotorch.errors import JobCancelledError, NotFoundError, ServerUnavailableError, SettingError
@@ -51,6 +51,7 @@ class Commands(monitoring.CommandListener):
         self.weak: list[Any] = []
         self.records: set[str] = set()
         self.documents: set[str] = set()
+        self.concerns: list[dict[str, Any]] = []
 
     def started(self, event: monitoring.CommandStartedEvent) -> None:
         command, kind = event.command, event.command_name
@@ -60,6 +61,8 @@ class Commands(monitoring.CommandListener):
         preference = command.get("$readPreference", {}).get("mode", "primary")
         if not name.startswith("mt."):
             self.documents.add(f"{kind} {preference} {command.get('writeConcern', {}).get('w')}")
+            if kind in READS:
+                self.concerns.append(dict(command.get("readConcern", {})))
             return
         self.records.add(name)
         concern = command.get("writeConcern" if kind in WRITES else "readConcern", {})
@@ -91,6 +94,33 @@ def test_every_record_is_written_to_and_read_from_a_majority(
     assert {f"mt.{name}" for name in (*named, "artifacts.files", "artifacts.chunks")} <= commands.records
     assert "find secondaryPreferred None" in commands.documents
     assert "insert primary 1" in commands.documents
+
+
+@pytest.mark.parametrize(
+    ("options", "level", "waits"),
+    [
+        ("readPreference=secondaryPreferred", "local", True),
+        ("readPreference=nearest&readConcernLevel=majority", "majority", True),
+        ("readPreference=secondaryPreferred&readConcernLevel=available", "available", False),
+        ("readPreference=primary", None, False),
+    ],
+)
+def test_a_run_that_reads_secondaries_reads_all_that_was_written_before(
+    server_uri: str, monkeypatch: pytest.MonkeyPatch, options: str, level: str | None, *, waits: bool
+) -> None:
+    commands = Commands()
+    client = functools.partial(pymongo.MongoClient, event_listeners=[commands])
+    monkeypatch.setattr("mongotorch.mongo.connection.MongoClient", client)
+    with Datalayer.connect(f"{server_uri}&{options}", progress=False) as db:
+        select = fill(db)
+        written = db[COLLECTION].raw.database.command("hello")["operationTime"]
+        commands.concerns.clear()
+        db.apply(trainer(select, in_memory=False)).result()
+    assert len(commands.concerns) > 5
+    for concern in commands.concerns:
+        assert concern.get("level") == level
+        assert ("afterClusterTime" in concern) is waits
+        assert not waits or concern["afterClusterTime"] >= written
 
 
 def test_an_address_without_acknowledged_writes_is_refused(server_uri: str) -> None:

@@ -210,6 +210,40 @@ def records(database: Any, name: str) -> Any:
     )
 
 
+class _After(ReadConcern):
+    """A read concern by which a member of the set answers when it has what was written up to a cluster time."""
+
+    def __init__(self, level: str | None, at: Timestamp) -> None:
+        super().__init__(level or "local")
+        self._at = at
+
+    @property
+    def document(self) -> dict[str, Any]:
+        return {**super().document, "afterClusterTime": self._at}
+
+
+def documents(database: Any, name: str) -> Any:
+    """A collection of documents; what is read of it has all that was written up to now, whichever member answers.
+
+    Where the address lets secondaries be read, one that lags behind would else give other documents than the one
+    that was asked before it: a run would be trained on others than its record names. Such a member answers later.
+
+    Args:
+        database: The driver's database, with the read preference of the address.
+        name: The collection's name.
+
+    Raises:
+        PyMongoError: The primary does not tell the time.
+    """
+    collection = database[name]
+    if is_mock(database) or collection.read_preference == ReadPreference.PRIMARY:
+        return collection
+    level, at = collection.read_concern.level, cluster_time(database)
+    if at is None or level == "available":  # which asks for whatever a member has
+        return collection
+    return collection.with_options(read_concern=_After(level, at))
+
+
 def in_transaction(database: Any, write: Callable[[Any], None]) -> None:
     """Write in one transaction, again as a whole after an error that passes; without one where there are none.
 

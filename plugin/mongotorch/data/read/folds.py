@@ -35,7 +35,7 @@ from mongotorch.errors import (
     ServerUnavailableError,
 )
 from mongotorch.mongo.driver_errors import MAX_TIME_MS_EXPIRED, NO_SUCH_OPERATOR, has_code, is_transient
-from mongotorch.mongo.server_features import is_mock
+from mongotorch.mongo.server_features import documents, is_mock
 from mongotorch.query import Query
 from mongotorch.split import DEFAULT, FOLD_FIELD, FOLDS, PARTS, ByStoredFold, Fold, HashedPart, Split, threshold
 
@@ -307,8 +307,8 @@ def first(
         QueryError: The server refuses the query, or has taken longer.
         ServerUnavailableError: The server cannot be read.
     """
-    source = database[query.collection]
     try:
+        source = documents(database, query.collection)
         if is_mock(database):
             return next(iter(mock_documents(database, query, None, instead=instead)), None)
         if query.runs_as_pipeline:

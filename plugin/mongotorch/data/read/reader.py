@@ -26,7 +26,7 @@ from mongotorch.data.decode import Reply, encode, find_command, found, last_id, 
 from mongotorch.data.read.folds import mock_documents, query_for
 from mongotorch.errors import QueryError
 from mongotorch.mongo.driver_errors import SNAPSHOT_TOO_OLD, RetryPolicy, has_code
-from mongotorch.mongo.server_features import is_mock
+from mongotorch.mongo.server_features import documents, is_mock
 from mongotorch.query import Query
 
 
@@ -69,7 +69,7 @@ class Reader(abc.ABC):
     finds_ids = False
 
     def __init__(self, database: Any, query: Query, projection: Mapping[str, Any], retry: RetryPolicy) -> None:
-        self.collection = database[query.collection]
+        self.collection = retry.run(lambda: documents(database, query.collection), "asking for the time")
         self.query = query
         self.retry = retry
         own = query.projection_document or {}
