@@ -6,6 +6,7 @@ import pytest
 from bson import Int64
 from bson.codec_options import CodecOptions
 from bson.raw_bson import RawBSONDocument
+from pymongo import ReadPreference
 from pymongo.errors import AutoReconnect, CursorNotFound, OperationFailure
 from pymongo.read_concern import ReadConcern
 
@@ -22,7 +23,7 @@ ALL = IdRange(lower=0, upper=99, closed=True, uniform=True)
 class Collection:
     """Documents 0 to 99, ten in a reply, and what breaks instead of the second reply of a question."""
 
-    name, codec_options, read_preference = "c", CodecOptions[Any](), None
+    name, codec_options, read_preference = "c", CodecOptions[Any](), ReadPreference.PRIMARY
     read_concern = ReadConcern()
 
     def __init__(self, *breaks: BaseException) -> None:
