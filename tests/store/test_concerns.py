@@ -10,9 +10,9 @@ from typing import Any
 import pymongo
 import pytest
 from pymongo import monitoring
-from tests.helpers import COLLECTION, fill, model, same, state, trainer
+from tests.helpers import COLLECTION, fill, model, points, same, state, trainer
 
-from mongotorch import Datalayer
+from mongotorch import Datalayer, NewDocuments, Schedule
 from mongotorch.errors import JobCancelledError, NotFoundError, ServerUnavailableError, SettingError
 from mongotorch.store import BlobStore
 from mongotorch.store.components import Components
@@ -127,6 +127,25 @@ def test_an_address_without_acknowledged_writes_is_refused(server_uri: str) -> N
     with pytest.raises(SettingError, match="w=0") as caught:
         Datalayer.connect(f"{server_uri}&w=0")
     assert caught.value.setting == "uri"
+
+
+def test_an_address_with_a_single_connection_is_refused(server_uri: str) -> None:
+    with pytest.raises(SettingError, match="maxPoolSize=1") as caught:
+        Datalayer.connect(f"{server_uri}&maxPoolSize=1")
+    assert caught.value.setting == "uri"
+    Datalayer.connect(f"{server_uri}&maxPoolSize=2").close()
+
+
+@pytest.mark.parametrize(
+    "options", ["readConcernLevel=linearizable", "readConcernLevel=available", "readPreference=nearest"]
+)
+def test_a_schedule_fires_however_the_address_says_that_documents_are_read(server_uri: str, options: str) -> None:
+    with Datalayer.connect(f"{server_uri}&{options}", compute="queue", progress=False) as db:
+        of_all = trainer(fill(db), max_iterations=2)
+        db.apply(Schedule("s", trigger=NewDocuments(3), trainer=of_all))
+        db[COLLECTION].raw.insert_many([{**row, "_id": 1000 + row["_id"]} for row in points(3)])
+        db.scheduler.step()
+        assert db.schedules()[0]["firings"] == 1
 
 
 def test_connecting_says_what_of_the_address_does_not_hold(

@@ -22,11 +22,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Final, final
 
 from bson import Timestamp
+from pymongo import ReadPreference
 from pymongo.errors import OperationFailure, PyMongoError
+from pymongo.read_concern import ReadConcern
 
 from mongotorch.errors import JobTimeoutError, StoreError
 from mongotorch.mongo.driver_errors import HISTORY_LOST, NO_CHANGE_STREAMS, NO_SNAPSHOT, driver_errors, has_code
-from mongotorch.mongo.server_features import WITHOUT_CHANGES, cluster_time, collection_type, is_mock
+from mongotorch.mongo.server_features import WITHOUT_CHANGES, cluster_time, collection_type, is_mock, records
 from mongotorch.query import Query
 from mongotorch.resources import Owner
 
@@ -104,6 +106,10 @@ class ChangeWatcher(Owner):
 
     def __init__(self, database: Any, collections: Collection[str], after: Token) -> None:
         self.collections = frozenset(collections)
+        # The server watches with a majority only. A member that lags behind would tell of changes later.
+        database = database.with_options(
+            read_preference=ReadPreference.PRIMARY, read_concern=ReadConcern("majority")
+        )
         with _translate_errors("watching for changes"):
             self._stream = database.watch(
                 _pipeline(self.collections),
@@ -180,7 +186,8 @@ def counted(database: Any, query: Query, ids: Collection[Any] | None = None) -> 
     if ids is not None:
         among = {"_id": {"$in": list(ids)}}
         where = {"$and": [where, among]} if where else among
-    return int(database[query.collection].count_documents(where))
+    # Of a majority, as the changes are that are counted: a member that lags behind would not have them yet.
+    return int(records(database, query.collection).count_documents(where))
 
 
 @driver_errors("counting documents")
