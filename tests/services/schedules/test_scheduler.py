@@ -83,6 +83,22 @@ def test_a_place_that_the_oplog_has_forgotten_is_counted_anew(db: Datalayer, tok
     assert _state(db)["inserted"] == 10_031
 
 
+@pytest.mark.parametrize("ahead_s", [60, 10**6])
+def test_a_place_that_another_server_gave_and_that_lies_ahead_is_counted_anew(db: Datalayer, ahead_s: int) -> None:
+    fill(db)
+    db.apply(Schedule("s", trainer=trainer(db[COLLECTION].find()), trigger=NewDocuments(10**6)))
+    records = db[COLLECTION].raw.database["mt.schedules"]
+    token = db.schedules()[0]["token"]["_data"]  # two characters, and eight of the seconds
+    later = f"{token[:2]}{int(token[2:10], 16) + ahead_s:08X}{token[10:]}"
+    records.update_one({"_id": "s"}, {"$set": {"token": {"_data": later}}})
+    db[COLLECTION].raw.insert_many(_rows(1000, 30))
+    db.scheduler.step()
+    assert _state(db)["inserted"] == 30
+    db[COLLECTION].raw.insert_many(_rows(2000, 5))
+    db.scheduler.step()
+    assert _state(db)["inserted"] == 35
+
+
 def test_history_lost_in_the_middle_is_counted_anew(db: Datalayer) -> None:
     fill(db)
     db.apply(Schedule("s", trainer=trainer(db[COLLECTION].find()), trigger=NewDocuments(10**6)))

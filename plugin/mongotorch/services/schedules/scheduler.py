@@ -278,6 +278,7 @@ class Scheduler:
     def _watching(self) -> Iterator[ChangeWatcher | None]:
         """The changes behind the oldest position of a schedule; None where nothing can be watched."""
         self._refresh()
+        self._recount_ahead()
         watch = None
         while watch is None and (watched := self._watched()):
             names = {document["collection"] for document in watched}
@@ -413,6 +414,17 @@ class Scheduler:
         if watched := self._watched():
             oldest = _oldest(watched)
             self._alone(oldest, "counting", self._recount, oldest)
+
+    def _recount_ahead(self) -> None:
+        """Count again for schedules whose position lies ahead: no change is behind it until that time has come.
+
+        Another server gave it, of whose database this is a copy.
+        """
+        watched = self._watched()
+        end = position(self._database) if watched else None
+        for document in watched:
+            if end is not None and is_behind(document["token"], end):
+                self._alone(document, "counting", self._recount, document)
 
     def _recount(self, document: Document) -> None:
         found = baseline(self._database, Query.from_document(document["select"]))
