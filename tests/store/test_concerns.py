@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pymongo
 import pytest
 from pymongo import monitoring
+from pymongo.errors import PyMongoError
 from tests.helpers import COLLECTION, fill, model, points, same, state, trainer
 
 from mongotorch import Datalayer, NewDocuments, Schedule
@@ -161,7 +165,7 @@ def test_connecting_says_what_of_the_address_does_not_hold(
         assert caplog.records == []
 
 
-@pytest.mark.parametrize("code", [11602, 189, 112, 64])
+@pytest.mark.parametrize("code", [11602, 11601, 365, 189, 112, 64])
 def test_an_answer_that_passes_is_asked_for_again_and_else_is_an_error_that_passes(
     server_uri: str, failing: Any, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,7 +179,7 @@ def test_an_answer_that_passes_is_asked_for_again_and_else_is_an_error_that_pass
             db.load("model", "m")
 
 
-@pytest.mark.parametrize("code", [11602, 64])
+@pytest.mark.parametrize("code", [11602, 11601, 64])
 @pytest.mark.parametrize("command", ["update", "insert", "findAndModify", "delete", "find", "commitTransaction"])
 def test_a_job_outlives_an_election_at_any_write(server_uri: str, failing: Any, command: str, code: int) -> None:
     settings = {"compute": "queue", "progress": False, "lease_s": 1.0}
@@ -195,6 +199,45 @@ def test_a_job_outlives_an_election_at_any_write(server_uri: str, failing: Any, 
         for job in jobs:
             assert job.status == "succeeded", job
         assert sorted(db.show("model", "m")) == [0, 1, 2, 3]
+
+
+def _kill_operations(admin: Any) -> None:
+    of_ours = {"appName": "mongotorch", "command.hello": None}
+    for operation in admin.aggregate([{"$currentOp": {"allUsers": True}}, {"$match": of_ours}]):
+        admin.command("killOp", op=operation["opid"])
+
+
+def _kill_sessions(admin: Any) -> None:
+    admin.command("killAllSessions", [])
+
+
+@pytest.mark.parametrize("kill", [_kill_operations, _kill_sessions])
+def test_runs_outlive_operations_and_sessions_that_others_kill(
+    server_uri: str, client: pymongo.MongoClient[dict[str, Any]], kill: Callable[[Any], None]
+) -> None:
+    ended = threading.Event()
+
+    def torment() -> None:
+        while not ended.wait(0.05):
+            with contextlib.suppress(PyMongoError):  # it may kill its own
+                kill(client.admin)
+
+    settings: dict[str, Any] = {"compute": "queue", "progress": False, "lease_s": 2.0}
+    with Datalayer.connect(server_uri, **settings) as db:
+        read: dict[str, Any] = {"in_memory": False, "prefetch_size": 10, "prefetch_factor": 2}
+        jobs = [db.apply(trainer(fill(db), seed=0, max_iterations=60, **read))]
+        jobs += [db.apply(trainer(db[COLLECTION].find(), seed=n, max_iterations=60, **read)) for n in range(1, 6)]
+        thread = threading.Thread(target=torment)
+        thread.start()
+        try:
+            deadline = time.monotonic() + 120
+            while not all(job.done() for job in jobs) and time.monotonic() < deadline:
+                with contextlib.suppress(ServerUnavailableError):  # between two jobs
+                    Worker(db).run(until_idle=True)
+        finally:
+            ended.set()
+            thread.join()
+        assert [job.status for job in jobs] == ["succeeded"] * 6
 
 
 def test_an_answer_that_is_lost_after_a_publication_does_not_fail_the_job(

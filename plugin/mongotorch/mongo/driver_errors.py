@@ -68,23 +68,30 @@ TRANSIENT: Final = {
     112: "WriteConflict",
     133: "FailedToSatisfyReadPreference",
     134: "ReadConcernMajorityNotAvailableYet",
+    136: "CappedPositionLost",
     175: "QueryPlanKilled",
     189: "PrimarySteppedDown",
+    202: "NetworkInterfaceExceededTimeLimit",
     234: "RetryChangeStream",
     237: "CursorKilled",
     246: "SnapshotUnavailable",
     262: "ExceededTimeLimit",
+    279: "ClientDisconnect",
+    355: "InterruptedDueToStorageChange",
+    365: "TemporarilyUnavailable",
     9001: "SocketException",
     10058: "LegacyNotPrimary",
     10107: "NotWritablePrimary",
     11600: "InterruptedAtShutdown",
+    11601: "Interrupted",
     11602: "InterruptedDueToReplStateChange",
     13388: "StaleConfig",
     13435: "NotPrimaryNoSecondaryOk",
     13436: "NotPrimaryOrSecondary",
+    46841: "ClientMarkedKilled",
 }
-"""Codes of errors that pass: the connection, the primary or a lock was lost, and the same operation, sent again,
-can succeed."""
+"""Codes of errors that pass: the connection, the primary or a lock was lost, or somebody has killed the operation
+or its session, and the same operation, sent again, can succeed."""
 HISTORY_LOST: Final = {
     260: "InvalidResumeToken",
     280: "ChangeStreamFatalError",
