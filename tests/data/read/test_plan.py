@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import bson
+import pymongo
 import pytest
 from bson import Binary, Int64, ObjectId
 
@@ -37,10 +38,10 @@ class Clumped:
     def whole(self) -> IdRange:
         return IdRange(lower=0, upper=(SIZE - 1) * self._spread, closed=True, uniform=True)
 
-    def sample(self, count: int) -> list[int]:
+    def sample(self, count: int, bounds: IdRange) -> list[int]:
         draw = random.Random(0)
         found = {draw.randrange(SIZE // 2) if draw.random() < 0.98 else draw.randrange(SIZE) for _ in range(count)}
-        return [n * self._spread for n in found if n % self._matching == 0]
+        return [n * self._spread for n in sorted(found) if n % self._matching == 0 and 0 < n < SIZE - 1]
 
     def record_numbers(self, ids: list[int]) -> list[int]:
         return [n // self._spread for n in ids] if self._numbers is None else self._numbers(ids)
@@ -92,8 +93,8 @@ class Jumping(Clumped):
     def whole(self) -> IdRange:
         return IdRange(lower=self.form(0), upper=self.form(SIZE - 1), closed=True, uniform=True)
 
-    def sample(self, count: int) -> list[Any]:
-        return [self.form(n) for n in super().sample(count)]
+    def sample(self, count: int, bounds: IdRange) -> list[Any]:
+        return sorted(self.form(n) for n in super().sample(count, bounds))
 
     def record_numbers(self, ids: list[Any]) -> list[int]:
         return list(map(self.number, ids))
@@ -150,10 +151,10 @@ class Counted:
         self._form, self._number, self._size = form, number, size
         self.sampled: list[int] = []
 
-    def sample(self, count: int) -> list[Any]:
+    def sample(self, count: int, bounds: IdRange) -> list[Any]:
         self.sampled.append(count)
         draw = random.Random(len(self.sampled))
-        return [self._form(draw.randrange(self._size)) for _ in range(count)]
+        return [self._form(n) for n in sorted(draw.randrange(1, self._size - 1) for _ in range(count))]
 
     def record_numbers(self, ids: list[Any]) -> list[int]:
         return [self._number(one) + 1 for one in ids]
@@ -272,6 +273,42 @@ def test_a_plan_of_samples_has_each_document_once(database: Any, monkeypatch: py
     assert found == ids
     assert len(plan) > 10
     assert (ids[0], ids[-1]) not in walked, "all `_id`s were read"
+
+
+COLLATIONS: dict[str, Any] = {
+    "none": None,
+    "without case": {"locale": "en", "strength": 1},
+    "numbers in texts": {"locale": "en", "numericOrdering": True},
+    "accents from behind": {"locale": "fr", "backwards": True},
+}
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("walked", [100, 200_000])
+@pytest.mark.parametrize("collation", COLLATIONS)
+def test_texts_in_the_order_of_any_collation_are_read_once(
+    server_uri: str, monkeypatch: pytest.MonkeyPatch, collation: str, walked: int, *, mixed: bool
+) -> None:
+    monkeypatch.setattr(sampling, "_WALKED", walked)
+    draw = random.Random(1)
+    texts = {"".join(draw.choices("aAbBzZ019_-äÄß éE", k=draw.randint(1, 9))) + str(n) for n in range(3000)}
+    ids = [*texts, *(list(range(1000)) if mixed else [])]
+    with pymongo.MongoClient[dict[str, Any]](server_uri) as client:
+        made = {} if collation == "none" else {"collation": COLLATIONS[collation]}
+        collection = client.get_database().create_collection("texts", **made)
+        collection.insert_many([{"_id": one} for one in ids])
+        reader = open_reader(client.get_database(), Query.find("texts"), {"_id": 1}, RetryPolicy())
+        sizes = Sizes(prefetch_size=50, prefetch_factor=4, prefetch_bytes=2**20)
+        plan = make_plan(client.get_database(), reader, sizes)
+        found = [
+            bson.decode(reply[start:end])["_id"]
+            for index in range(len(plan))
+            for reply in reader.read(plan.bounds(index), plan.rows)
+            for start, end in offsets(reply)
+        ]
+        assert found == [document["_id"] for document in collection.find().sort("_id", 1)]
+        assert sorted(map(str, found)) == sorted(map(str, ids))
+        assert len(plan) > 10
 
 
 _IDS: list[Any] = [

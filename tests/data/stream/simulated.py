@@ -127,9 +127,10 @@ class SimulatedReader(Reader):
     def record_numbers(self, ids: list[Any]) -> list[int]:
         return [self.simulated.number(one) + 1 for one in ids]
 
-    def sample(self, count: int) -> list[Any]:
+    def sample(self, count: int, bounds: IdRange) -> list[Any]:
         draw = random.Random(count)
-        return [self.simulated.made_id(draw.randrange(self.simulated.documents)) for _ in range(count)]
+        numbers = sorted(draw.randrange(1, self.simulated.documents - 1) for _ in range(count))
+        return [self.simulated.made_id(number) for number in numbers]
 
 
 class Collection:

@@ -166,13 +166,25 @@ class Reader(abc.ABC):
             f"reading collection {self.query.collection!r}",
         )
 
-    def sample(self, count: int) -> list[Any]:
-        """The `_id`s of those that match among `count` random documents of the collection."""
-        stages = [{"$sample": {"size": count}}, {"$match": self.query.where}, {"$project": {"_id": 1}}]
+    def sample(self, count: int, bounds: IdRange) -> list[Any]:
+        """The `_id`s of those that match and lie between two bounds, among `count` random documents.
+
+        They come in the order of the server, some of them several times.
+        """
+        stages = [
+            {"$sample": {"size": count}},
+            {"$match": self._inside(bounds)},
+            {"$project": {"_id": 1}},
+            {"$sort": {"_id": 1}},  # texts are in the order of the collection's collation
+        ]
         return self.retry.run(
             lambda: [d["_id"] for d in self.collection.aggregate(stages, batchSize=count + 1)],
             f"sampling {self.query.collection!r}",
         )
+
+    def _inside(self, bounds: IdRange) -> dict[str, Any]:
+        """The filter of what lies between two bounds."""
+        return _both(self.query.where, {"_id": {"$gt": bounds.lower, "$lt": bounds.upper}})
 
 
 def regrouped(replies: Iterator[Reply], rows: int) -> Iterator[list[Reply]]:
@@ -333,6 +345,10 @@ class ServerReader(Reader):
         if not bounds.closed:
             options["max"] = {"_id": bounds.upper}
         return _both(self.query.where, {"$expr": {"$and": exact}}), options
+
+    def _inside(self, bounds: IdRange) -> dict[str, Any]:
+        """The filter of what lies between two bounds, of any types."""
+        return self._bounded(replace(bounds, closed=False), (bounds.lower,))[0]
 
     def _named(self, ids: list[Any], after: tuple[Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
         """The filter of these `_id`s, from behind `after`, which is one of them."""
