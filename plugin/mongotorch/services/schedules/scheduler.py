@@ -278,7 +278,7 @@ class Scheduler:
     def _watching(self) -> Iterator[ChangeWatcher | None]:
         """The changes behind the oldest position of a schedule; None where nothing can be watched."""
         self._refresh()
-        self._recount_ahead()
+        self._recount_unreachable()
         watch = None
         while watch is None and (watched := self._watched()):
             names = {document["collection"] for document in watched}
@@ -415,7 +415,7 @@ class Scheduler:
             oldest = _oldest(watched)
             self._alone(oldest, "counting", self._recount, oldest)
 
-    def _recount_ahead(self) -> None:
+    def _recount_unreachable(self) -> None:
         """Count again for schedules whose position lies ahead: no change is behind it until that time has come.
 
         Another server gave it, of whose database this is a copy.
