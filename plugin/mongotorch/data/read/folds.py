@@ -281,7 +281,7 @@ def query_for(database: Any, query: Query) -> Query:
         return query
     nothing = {"_id": bson.MinKey(), "$expr": {"$eq": [{"$toHashedIndexKey": "$_id"}, 0]}}
     try:
-        database[query.collection].find_one(nothing, {"_id": 1})
+        documents(database, query.collection).find_one(nothing, {"_id": 1})
     except OperationFailure as error:
         if has_code(error, NO_SUCH_OPERATOR):
             return replace(query, split=ByStoredFold(hashes=False))

@@ -69,7 +69,7 @@ class Reader(abc.ABC):
     finds_ids = False
 
     def __init__(self, database: Any, query: Query, projection: Mapping[str, Any], retry: RetryPolicy) -> None:
-        self.collection = retry.run(lambda: documents(database, query.collection), "asking for the time")
+        self.collection = database[query.collection]
         self.query = query
         self.retry = retry
         own = query.projection_document or {}
@@ -210,6 +210,10 @@ class ServerReader(Reader):
 
     threads = 2
     finds_ids = True
+
+    def __init__(self, database: Any, query: Query, projection: Mapping[str, Any], retry: RetryPolicy) -> None:
+        super().__init__(database, query, projection, retry)
+        self.collection = retry.run(lambda: documents(database, query.collection), "asking for the time")
 
     def ends(self) -> tuple[Any, Any] | None:
         """See `Reader.ends`."""
