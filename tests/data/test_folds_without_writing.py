@@ -14,7 +14,7 @@ from tests.helpers import trainer
 
 from mongotorch import Datalayer, Query
 from mongotorch.data.read.folds import check_select, fold_of, hashed_index_key
-from mongotorch.errors import EmptyFoldError, FoldMissingError
+from mongotorch.errors import EmptyFoldError, FoldMissingError, StoreError
 from mongotorch.query import Query as _Query
 
 COUNT = 600
@@ -240,4 +240,6 @@ def test_views_and_time_series_can_be_trained_on(server_uri: str, kind: str) -> 
         before = contents(db)
         model = db.apply(trainer(db["c"].find(), max_iterations=4)).result()
         assert model.version == 1
+        with pytest.raises(StoreError, match="giving folds to collection 'c'"):
+            db["c"].assign_folds()
         assert contents(db) == before

@@ -228,8 +228,14 @@ class Collection:
 
         Returns:
             How many were given one.
+
+        Raises:
+            ParameterError: A fraction outside of 0 to 1.
+            StoreError: The server refuses it, as for views and time series collections.
+            ServerUnavailableError: The server cannot be reached.
         """
-        return assign_folds(self.raw, self._valid_fraction if valid_fraction is None else valid_fraction)
+        with self._errors("giving folds to"):
+            return assign_folds(self.raw, self._valid_fraction if valid_fraction is None else valid_fraction)
 
     def _errors(self, doing: str) -> contextlib.AbstractContextManager[None]:
         return driver_errors(f"{doing} collection {self.name!r}")
