@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from typing import Any
 
 import pymongo
@@ -17,7 +18,13 @@ from pymongo.errors import PyMongoError
 from tests.helpers import COLLECTION, fill, model, points, same, state, trainer
 
 from mongotorch import Datalayer, NewDocuments, Schedule
-from mongotorch.errors import JobCancelledError, NotFoundError, ServerUnavailableError, SettingError
+from mongotorch.errors import (
+    JobCancelledError,
+    NotFoundError,
+    QueryError,
+    ServerUnavailableError,
+    SettingError,
+)
 from mongotorch.store import BlobStore
 from mongotorch.store.components import Components
 from mongotorch.worker import Worker
@@ -199,6 +206,26 @@ def test_a_job_outlives_an_election_at_any_write(server_uri: str, failing: Any, 
         for job in jobs:
             assert job.status == "succeeded", job
         assert sorted(db.show("model", "m")) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("code", "kind"), [(2, QueryError), (189, ServerUnavailableError)])
+@pytest.mark.parametrize("read", ["find", "pipeline", "preview"])
+def test_documents_that_cannot_be_read_are_a_typed_error(
+    server_uri: str, failing: Any, read: str, code: int, kind: type[Exception]
+) -> None:
+    with Datalayer.connect(f"{server_uri}&{QUICK}", progress=False) as db:
+        select = fill(db)
+        asked: dict[str, Callable[[], object]] = {
+            "find": lambda: list(db.execute(select)),
+            "pipeline": lambda: list(db.execute(db[COLLECTION].aggregate([{"$match": {"y": 1}}]))),
+            "preview": lambda: db.preview(
+                Schedule("s", trigger=NewDocuments(3), trainer=trainer(select)), since=datetime(2026, 1, 1)
+            ),
+        }
+        failing(["find", "aggregate"], code, times=20)
+        with pytest.raises(kind) as caught:
+            asked[read]()
+        assert isinstance(caught.value.__cause__, PyMongoError)
 
 
 def _kill_operations(admin: Any) -> None:

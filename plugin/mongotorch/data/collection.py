@@ -29,7 +29,7 @@ from mongotorch.codecs import decode_document as _decode
 from mongotorch.codecs import encode_document as _encode
 from mongotorch.data.read import assign_folds, fold_of, mock_documents, query_for
 from mongotorch.errors import CodecError, ConflictError, DataError, EmptySelectError, MongotorchError, StoreError
-from mongotorch.mongo.driver_errors import driver_errors, is_transient, redact, repeated
+from mongotorch.mongo.driver_errors import driver_errors, is_transient, read_errors, redact, repeated
 from mongotorch.mongo.server_features import collection_type, is_mock
 from mongotorch.notebook import cut
 from mongotorch.query import Query, checked_filter
@@ -257,23 +257,29 @@ class Collection:
 
 
 def read_documents(database: Any, query: Query) -> Iterator[dict[str, Any]]:
-    """The documents of a query, one by one, arrays as tensors; the cursor is closed at the end."""
+    """The documents of a query, one by one, arrays as tensors; the cursor is closed at the end.
+
+    Raises:
+        QueryError: The server refuses the query.
+        ServerUnavailableError: The server cannot be read.
+    """
     if query.fold_name is not None and is_mock(database):
         yield from map(decode_document, mock_documents(database, query, query.projection_document))
         return
-    query, source = query_for(database, query), database[query.collection]
-    if query.runs_as_pipeline:
-        projection = query.projection_document
-        cursor = source.aggregate([*query.stages, *([{"$project": projection}] if projection else [])])
-    else:
-        cursor = source.find(query.where, query.projection_document, skip=query.skipped)
-        cursor = cursor.sort(list(query.ordering)) if query.ordering else cursor
-        cursor = cursor.limit(query.limited) if query.limited else cursor
-    try:
+    query = query_for(database, query)
+    with read_errors(query.collection), contextlib.closing(_cursor(database[query.collection], query)) as cursor:
         for document in cursor:
             yield decode_document(document)
-    finally:
-        cursor.close()
+
+
+def _cursor(source: Any, query: Query) -> Any:
+    """What reads the documents of a query in its own order."""
+    if query.runs_as_pipeline:
+        projection = query.projection_document
+        return source.aggregate([*query.stages, *([{"$project": projection}] if projection else [])])
+    cursor = source.find(query.where, query.projection_document, skip=query.skipped)
+    cursor = cursor.sort(list(query.ordering)) if query.ordering else cursor
+    return cursor.limit(query.limited) if query.limited else cursor
 
 
 _UUIDS: Final[CodecOptions[dict[str, Any]]] = CodecOptions(uuid_representation=UuidRepresentation.STANDARD)

@@ -199,6 +199,24 @@ def translated(error: Exception, *, doing: str, at: str) -> MongotorchError:
     return StoreError(f"{doing}: {at} refused: {detail[:300]}")
 
 
+@contextlib.contextmanager
+def read_errors(collection: str) -> Iterator[None]:
+    """Translate the driver errors of reading documents once.
+
+    Args:
+        collection: The name of the collection.
+
+    Raises:
+        QueryError: The server refuses the query.
+        ServerUnavailableError: The server cannot be read.
+    """
+    try:
+        yield
+    except PyMongoError as error:
+        kind = ServerUnavailableError if is_transient(error) else QueryError
+        raise kind(f"reading collection {collection!r} failed: {error}") from error
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class RetryPolicy:

@@ -32,9 +32,8 @@ from mongotorch.errors import (
     EmptySelectError,
     FoldMissingError,
     QueryError,
-    ServerUnavailableError,
 )
-from mongotorch.mongo.driver_errors import MAX_TIME_MS_EXPIRED, NO_SUCH_OPERATOR, has_code, is_transient
+from mongotorch.mongo.driver_errors import MAX_TIME_MS_EXPIRED, NO_SUCH_OPERATOR, has_code, read_errors
 from mongotorch.mongo.server_features import documents, is_mock
 from mongotorch.query import Query
 from mongotorch.split import DEFAULT, FOLD_FIELD, FOLDS, PARTS, ByStoredFold, Fold, HashedPart, Split, threshold
@@ -307,7 +306,7 @@ def first(
         QueryError: The server refuses the query, or has taken longer.
         ServerUnavailableError: The server cannot be read.
     """
-    try:
+    with read_errors(query.collection):
         source = documents(database, query.collection)
         if is_mock(database):
             return next(iter(mock_documents(database, query, None, instead=instead)), None)
@@ -319,9 +318,6 @@ def first(
         limits = {} if seconds is None else {"max_time_ms": max(int(seconds * 1000), 1)}
         shown = {"_id": 1, FOLD_FIELD: 1}
         return next(iter(source.find(query.where, shown, skip=query.skipped, limit=1, **limits)), None)
-    except PyMongoError as error:
-        kind = ServerUnavailableError if is_transient(error) else QueryError
-        raise kind(f"reading collection {query.collection!r} failed: {error}") from error
 
 
 def count(collection: Any, query: Query, *, mock: bool, seconds: float) -> tuple[int, bool]:

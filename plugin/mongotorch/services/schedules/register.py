@@ -26,6 +26,7 @@ from bson import ObjectId, Timestamp
 
 from mongotorch.errors import ConflictError, MongotorchError, NotFoundError, ParameterError
 from mongotorch.mongo.change_stream import Baseline, Change, baseline, counted, counted_at
+from mongotorch.mongo.driver_errors import read_errors
 from mongotorch.query import Query
 from mongotorch.schedule import Firing, Schedule, State, Trigger, preview
 from mongotorch.services.versions.catalog import Catalog
@@ -212,6 +213,8 @@ class Register:
 
         Raises:
             ParameterError: Its trigger looks at measurements, which the past does not have.
+            QueryError: The server refuses the trainer's query.
+            ServerUnavailableError: The server cannot be read.
         """
         if not isinstance(schedule, Schedule):
             raise ParameterError(f"schedule must be a Schedule, not a {type(schedule).__name__}", field="schedule")
@@ -292,8 +295,9 @@ class Register:
         first, last = (ObjectId.from_datetime(moment) for moment in (since, until))
         among = {"_id": {"$gte": first, "$lt": last}}
         where = {"$and": [select.where, among]} if select.where and not select.is_pipeline else among
-        found = self._database[select.collection].find(where, {"_id": 1}).sort("_id", 1)
-        return (document["_id"].generation_time.astimezone(UTC).replace(tzinfo=None) for document in found)
+        with read_errors(select.collection):
+            for document in self._database[select.collection].find(where, {"_id": 1}).sort("_id", 1):
+                yield document["_id"].generation_time.astimezone(UTC).replace(tzinfo=None)
 
 
 # Counting
