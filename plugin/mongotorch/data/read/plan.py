@@ -99,7 +99,7 @@ def sampled(reader: Reader, whole: IdRange, rows: int, size: int, *, most: int) 
 
 
 def _each_once(first: Any, ids: list[Any]) -> list[Any]:
-    """The first `_id`, and those of a sample."""
+    """The first `_id` and those of a sample, of which the same ones are next to each other."""
     return [first, *(next(same) for _, same in itertools.groupby(ids, sort_key))]
 
 

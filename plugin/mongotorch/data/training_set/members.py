@@ -207,8 +207,8 @@ class Delta:
         None: as that ancestor does. Raises: DataError where the blob is none of a set of documents.
         """
         # Most deltas do not name the document at all, which their bytes tell faster than their rows.
-        whole = bytes(blob[:8]) != _DELTA or len(blob) < _DELTA_HEAD.size
-        if not whole and key.to_bytes(8, "little") not in blob:
+        is_delta = bytes(blob[:8]) == _DELTA and len(blob) >= _DELTA_HEAD.size
+        if is_delta and key.to_bytes(8, "little") not in blob:
             ancestors = _DELTA_HEAD.unpack_from(blob)[4]
             end = _DELTA_HEAD.size + ancestors * _NAME_BYTES
             if ancestors and end <= len(blob):
