@@ -52,7 +52,6 @@ _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.05, 2.0
 UNAUTHORIZED: Final = 13
 MAX_TIME_MS_EXPIRED: Final = 50
 NOT_YET_INITIALIZED: Final = 94  # of a replica set
-SNAPSHOT_TOO_OLD: Final = 239
 USER_EXISTS: Final = 51003
 NOT_AUTHENTICATED: Final = {18: "AuthenticationFailed", 8000: "AtlasError"}
 """The user name or password is wrong; hosted clusters answer with the second."""
@@ -74,7 +73,6 @@ TRANSIENT: Final = {
     202: "NetworkInterfaceExceededTimeLimit",
     234: "RetryChangeStream",
     237: "CursorKilled",
-    246: "SnapshotUnavailable",
     262: "ExceededTimeLimit",
     279: "ClientDisconnect",
     355: "InterruptedDueToStorageChange",
@@ -106,9 +104,9 @@ HISTORY_LOST: Final = {
 """A change stream cannot continue from its resume token."""
 NO_CHANGE_STREAMS: Final = {40573: "only on replica sets", UNAUTHORIZED: "Unauthorized"}
 """This server, or this user, has no change streams."""
-NO_SNAPSHOT: Final = {SNAPSHOT_TOO_OLD: "SnapshotTooOld", 246: "SnapshotUnavailable"}
-"""A collection cannot be read as it was at a time: that is too long ago, or the collection is capped, or its name
-or its indexes have changed since."""
+NO_SNAPSHOT: Final = {239: "SnapshotTooOld", 246: "SnapshotUnavailable"}
+"""A collection cannot be read as it was at a time, however often it is tried: that is too long ago, or it is
+capped, or its name or its indexes have changed since."""
 NO_SUCH_OPERATOR: Final = {168: "InvalidPipelineOperator", 31325: "unknown expression", 40324: "unknown stage"}
 """This server version does not know an aggregation operator."""
 # Of any scheme: a mistyped address contains its password too.

@@ -6,6 +6,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from typing import Any, ClassVar
 
 import pytest
@@ -142,14 +143,15 @@ def db_blob(db: Datalayer, name: str) -> bytes:
 
 
 @pytest.mark.usefixtures("snapshots")
+@pytest.mark.parametrize("code", [239, 246])
 def test_where_the_server_has_forgotten_that_time_the_record_says_so(
-    db: Datalayer, monkeypatch: pytest.MonkeyPatch, watch: Any
+    db: Datalayer, monkeypatch: pytest.MonkeyPatch, watch: Any, code: int
 ) -> None:
     read, forgotten = ServerReader._range, threading.Event()
 
     def failing(self: Any, bounds: Any, after: Any, most: int, ids: Any, at: Any) -> Iterator[Any]:
         if at is not None and forgotten.is_set():
-            raise OperationFailure("read timestamp is older than the oldest", 239)
+            raise OperationFailure("read timestamp is older than the oldest", code)
         return read(self, bounds, after, most, ids, at)
 
     monkeypatch.setattr(ServerReader, "_range", failing)
@@ -163,6 +165,31 @@ def test_where_the_server_has_forgotten_that_time_the_record_says_so(
     assert record["train"]["count"] == len(fold_ids(db, "train"))
     assert record["members"]
     assert not record["certain"]
+
+
+OF_OTHER_TYPES: dict[str, dict[str, Any]] = {
+    "view": {"viewOn": COLLECTION, "pipeline": [{"$match": {"y": {"$lt": 2}}}]},
+    "time series": {"timeseries": {"timeField": "at"}},
+    "capped": {"capped": True, "size": 10**6},
+    "clustered": {"clusteredIndex": {"key": {"_id": 1}, "unique": True}},
+    "with a collation": {"collation": {"locale": "en", "strength": 1}},
+}
+
+
+@pytest.mark.usefixtures("snapshots")
+@pytest.mark.parametrize("kind", OF_OTHER_TYPES)
+def test_a_large_collection_of_any_type_is_trained_on(db: Datalayer, kind: str) -> None:
+    fill(db)
+    database = db[COLLECTION].raw.database
+    database.create_collection("other", **OF_OTHER_TYPES[kind])
+    if kind != "view":
+        rows = database[COLLECTION].find()
+        database["other"].insert_many([{**row, "at": datetime(2026, 1, 1)} for row in rows])
+    begun = time.monotonic()
+    db.apply(streamed(db["other"].find(), max_iterations=30)).result()
+    data = data_of(db, 1)
+    assert data["train"]["count"] + data["valid"]["count"] == database["other"].count_documents({})
+    assert time.monotonic() - begun < 30, "nothing is waited for that does not come"
 
 
 @pytest.mark.usefixtures("snapshots")

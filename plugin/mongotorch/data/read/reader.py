@@ -25,7 +25,7 @@ from pymongo.errors import PyMongoError
 from mongotorch.data.decode import Reply, encode, find_command, found, last_id, offsets, same_type, sort_key
 from mongotorch.data.read.folds import mock_documents, query_for
 from mongotorch.errors import QueryError
-from mongotorch.mongo.driver_errors import SNAPSHOT_TOO_OLD, RetryPolicy, has_code
+from mongotorch.mongo.driver_errors import NO_SNAPSHOT, RetryPolicy, has_code
 from mongotorch.mongo.server_features import documents, is_mock
 from mongotorch.query import Query
 
@@ -428,8 +428,8 @@ class ServerReader(Reader):
 
 
 def is_snapshot_lost(error: BaseException) -> bool:
-    """Whether a read failed because its cluster time is longer ago than the server keeps what was overwritten."""
-    return has_code(error.__cause__, SNAPSHOT_TOO_OLD)
+    """Whether a read failed because the server cannot tell how the collection was at its cluster time."""
+    return has_code(error.__cause__, NO_SNAPSHOT)
 
 
 def _as_of(at: Timestamp) -> dict[str, Any]:

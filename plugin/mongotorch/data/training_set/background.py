@@ -328,8 +328,8 @@ class BackgroundScan:
             if not is_snapshot_lost(error):
                 raise
         _log.warning(
-            "scanning what the run reads as %r took longer than the server keeps old versions of documents: it is "
-            "scanned as it is now, and the record of the run says that it is not certain",
+            "the server no longer knows how what the run reads as %r was when the run began: it is scanned as it "
+            "is now, and the record of the run says that it is not certain",
             name,
         )
         done = self._scan_at(name, None)
