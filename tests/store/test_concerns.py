@@ -229,7 +229,7 @@ def test_documents_that_cannot_be_read_are_a_typed_error(
 
 
 def _kill_operations(admin: Any) -> None:
-    of_ours = {"appName": "mongotorch", "command.hello": None}
+    of_ours = {"appName": "mongotorch", "command.hello": None, "opid": {"$exists": True}}
     for operation in admin.aggregate([{"$currentOp": {"allUsers": True}}, {"$match": of_ours}]):
         admin.command("killOp", op=operation["opid"])
 
