@@ -18,13 +18,7 @@ from pymongo.errors import PyMongoError
 from tests.helpers import COLLECTION, fill, model, points, same, state, trainer
 
 from mongotorch import Datalayer, NewDocuments, Schedule
-from mongotorch.errors import (
-    JobCancelledError,
-    NotFoundError,
-    QueryError,
-    ServerUnavailableError,
-    SettingError,
-)
+from mongotorch.errors import JobCancelledError, NotFoundError, QueryError, ServerUnavailableError, SettingError
 from mongotorch.store import BlobStore
 from mongotorch.store.components import Components
 from mongotorch.worker import Worker

@@ -25,11 +25,11 @@ def test_a_member_that_lags_behind_is_waited_for(replica_set: ReplicaSet, worker
         with replica_set.client(lagging) as member:
             member.admin.command("fsync", lock=True)  # as a backup does
             unlock = threading.Timer(3.0, lambda: member.admin.command("fsyncUnlock"))
+            unlock.start()  # whatever fails meanwhile
             try:
                 rows = [{**row, "_id": 1000 + row["_id"], "n": 1000 + row["n"]} for row in points(120)]
                 raw.with_options(write_concern=WriteConcern(2)).insert_many(rows)
                 began = time.monotonic()
-                unlock.start()
                 for seed in range(6):
                     Recorder.steps.clear()
                     ways = {"in_memory": False, "prefetch_size": 20, "prefetch_factor": 2, "seed": seed}

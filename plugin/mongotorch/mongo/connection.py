@@ -131,8 +131,8 @@ class Opener:
         if client.options.pool_options.max_pool_size == 1:
             client.close()
             raise SettingError(
-                f"the URI {redact(self.uri)!r} says maxPoolSize=1: who waits for changes has a connection all the "
-                "time, and others are needed beside it; leave it out, or say maxPoolSize=10",
+                f"the URI {redact(self.uri)!r} says maxPoolSize=1: waiting for changes takes one connection all "
+                "the time, and others are needed beside it; leave it out, or say maxPoolSize=10",
                 setting="uri",
             )
         codec: CodecOptions[dict[str, Any]] = CodecOptions(uuid_representation=UuidRepresentation.STANDARD)

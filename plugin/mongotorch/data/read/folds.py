@@ -27,12 +27,7 @@ from mongomock.filtering import filter_applies
 from pymongo.errors import OperationFailure, PyMongoError
 
 from mongotorch.data.decode import ids
-from mongotorch.errors import (
-    EmptyFoldError,
-    EmptySelectError,
-    FoldMissingError,
-    QueryError,
-)
+from mongotorch.errors import EmptyFoldError, EmptySelectError, FoldMissingError, QueryError
 from mongotorch.mongo.driver_errors import MAX_TIME_MS_EXPIRED, NO_SUCH_OPERATOR, has_code, read_errors
 from mongotorch.mongo.server_features import documents, is_mock
 from mongotorch.query import Query
